@@ -1,0 +1,226 @@
+"""The weight half of the reference: grids for weights, rounding to them, and back.
+
+Algorithms that choose better integers (or better grids) build on the same three steps: :func:`weight_grid`
+measures, :func:`round_to_grid` rounds, :func:`weight_codes` stores; :func:`quantize_weight` is all three.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from qkernels import _rounding as rounding
+from qkernels.scheme import Scheme
+
+
+@torch.no_grad()
+def quantize_weight(w: Tensor, scheme: Scheme) -> dict[str, Tensor]:
+    """Round-to-nearest quantization of a weight.
+
+    Args:
+        w: float32, bfloat16 or float16 ``[N, K]``.
+        scheme: bits, granularity and kind of grid; its activation fields do not matter here.
+
+    Returns:
+        ``weight``, ``weight_scale`` and, for asymmetric schemes, ``weight_zero_point`` or ``weight_min``: contiguous,
+        in the canonical layout.  Group scales are float32 where float16 would overflow or go subnormal.
+
+    Raises:
+        TypeError: not a floating-point tensor of those dtypes.
+        ValueError: not two-dimensional, or a NaN or Inf in it.
+    """
+    wide = _check_float_weight(w)
+    if scheme.weight_bits == 8 and scheme.weight_granularity == "per_channel":
+        # The one grid whose factor is 127 / absmax, not the reciprocal of the stored scale.
+        grid = rounding.symmetric_grid(wide, bits=8)
+        return {
+            "weight": rounding.to_integers(wide, grid, low=-127, high=127).to(torch.int8),
+            "weight_scale": grid.scale,
+        }
+    tensors = weight_grid(wide, scheme)
+    return {"weight": weight_codes(round_to_grid(wide, tensors, scheme), scheme), **tensors}
+
+
+@torch.no_grad()
+def weight_grid(w: Tensor, scheme: Scheme) -> dict[str, Tensor]:
+    """The grid of a weight ``[N, K]``: ``weight_scale`` and, where the scheme has one, ``weight_zero_point`` or
+    ``weight_min``, in their storage dtypes.
+
+    With hi and lo the bounds of a group, absmax its largest magnitude, each rounded to the storage dtype before
+    anything is computed from it:
+
+        symmetric, 8 bits   scale = absmax / 127
+        symmetric, 4 bits   scale = absmax / 7
+        code book           scale = absmax / max|codebook|
+        integer zero point  zero inside the range; scale = (hi - lo) / 15; zero_point = clamp(rne(-lo / scale), 0, 15)
+        float minimum       scale = (hi - lo) / 15; minimum = lo
+
+    A symmetric group with absmax < 2**-100, or another one whose 1 / scale is not finite, gets scale 1.
+
+    Raises:
+        TypeError, ValueError: as :func:`quantize_weight`; ValueError also if hi - lo overflows float32.
+    """
+    wide = _check_float_weight(w)
+    group_size = scheme.resolve_group_size(wide.shape[1])
+    per_channel = scheme.weight_granularity == "per_channel"
+
+    def stored(values: Tensor, dtype: torch.dtype) -> Tensor:
+        return (values.squeeze(1) if per_channel else values).to(dtype).contiguous()
+
+    requested = torch.float32 if scheme.scale_dtype is None else scheme.scale_dtype
+    if scheme.weight_symmetric:
+        groups = _groups(wide, scheme, group_size)
+        if scheme.codebook is None:
+            scale = rounding.symmetric_grid(groups, bits=scheme.weight_bits).scale
+        else:
+            absmax = groups.abs().amax(-1) if groups.shape[-1] else groups.new_zeros(groups.shape[:-1])
+            largest = max(abs(value) for value in scheme.codebook)
+            scale = torch.where(absmax < rounding.TINY, torch.ones_like(absmax), rounding.divide(absmax, largest))
+            _check_overflow(scale)
+        return {"weight_scale": stored(scale, rounding.storage_dtype(requested, scale))}
+
+    groups = _groups(wide, scheme, group_size, replicate=scheme.weight_zero == "float")
+    if groups.shape[-1]:
+        hi, lo = groups.amax(-1), groups.amin(-1)
+    else:
+        hi = lo = groups.new_zeros(groups.shape[:-1])
+    if scheme.weight_zero == "int":
+        hi, lo = hi.clamp(min=0.0), lo.clamp(max=0.0)
+    scale = rounding.asymmetric_scale(hi, lo, bits=4)
+    _check_overflow(scale)
+    scale = torch.where(torch.isfinite(rounding.quotient(1.0, scale)), scale, torch.ones_like(scale))
+    if scheme.weight_zero == "float":
+        dtype = rounding.storage_dtype(requested, scale, lo)
+        return {"weight_scale": stored(scale, dtype), "weight_min": stored(lo, dtype)}
+    dtype = rounding.storage_dtype(requested, scale)
+    grid = rounding.asymmetric_grid(groups, bits=4, measured=scale.to(dtype).to(torch.float32))
+    zeros = torch.zeros_like(scale) if grid.zero_point is None else grid.zero_point
+    return {"weight_scale": stored(scale, dtype), "weight_zero_point": stored(zeros, torch.uint8)}
+
+
+@torch.no_grad()
+def round_to_grid(w: Tensor, tensors: Mapping[str, Tensor], scheme: Scheme) -> Tensor:
+    """The codes of ``w [N, K]`` on a grid that :func:`weight_grid` (or anybody) made: int32 ``[N, K]``.
+
+    symmetric      q = clamp(rne(w * inv) + zero)      with inv = 1 / weight_scale, zero = 0 (8 bits) or 8 (4 bits)
+    zero point     q = clamp(rne(w * inv) + weight_zero_point)
+    float minimum  q = clamp(rne((w - weight_min) * inv))
+    code book      q = the entry nearest to w * inv, the first of equals
+    """
+    wide = rounding.widen(w, "w")
+    scale = tensors["weight_scale"]
+    group_size = scheme.resolve_group_size(wide.shape[1]) if scale.dim() == 2 else None
+    groups = widen_groups(wide, scale, group_size)
+
+    def column(name: str) -> Tensor:
+        return tensors[name].to(torch.float32).reshape(*groups.shape[:2], 1)
+
+    inv = rounding.quotient(1.0, column("weight_scale"))
+    if scheme.codebook is not None:
+        codes = _nearest(groups * inv, scheme.codebook)
+    elif scheme.weight_symmetric:
+        low, high, zero = (-127, 127, 0) if scheme.weight_bits == 8 else (0, 15, 8)
+        codes = (torch.round(groups * inv) + zero).clamp(low, high)
+    elif scheme.weight_zero == "int":
+        codes = (torch.round(groups * inv) + column("weight_zero_point")).clamp(0, 15)
+    else:
+        codes = torch.round((groups - column("weight_min")) * inv).clamp(0, 15)
+    return rounding.join_groups(codes, wide.shape[1]).to(torch.int32)
+
+
+def weight_codes(codes: Tensor, scheme: Scheme) -> Tensor:
+    """Codes ``[N, K]`` as ``weight`` stores them: int8, or uint8 with two per byte."""
+    if scheme.weight_bits == 8:
+        return codes.to(torch.int8).contiguous()
+    return rounding.pack_nibbles(codes.to(torch.uint8)).contiguous()
+
+
+@torch.no_grad()
+def dequantize_weight(
+    tensors: Mapping[str, Tensor], scheme: Scheme, in_features: int, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """The weight ``[N, in_features]`` that a quantized Linear stands for.
+
+    ``scale * (q - zero_point)`` (zero_point 0 for symmetric 8 bits, 8 for symmetric 4 bits), ``scale * q + minimum``
+    (product rounded, then sum) or ``scale * codebook[q]``, in float32, then one cast.
+
+    Raises:
+        TypeError: ``dtype`` is not float32, bfloat16 or float16.
+        ValueError: shapes that do not fit ``in_features``.
+    """
+    if dtype not in rounding.FLOATS:
+        raise TypeError(f"dtype: expected float32, bfloat16 or float16, got {dtype}")
+    weight, scale = tensors["weight"], tensors["weight_scale"]
+    width = in_features if scheme.weight_bits == 8 else (in_features + 1) // 2
+    if weight.dim() != 2 or weight.shape[1] != width:
+        raise ValueError(f"weight: expected shape [N, {width}], got {list(weight.shape)}")
+    codes = weight if scheme.weight_bits == 8 else rounding.unpack_nibbles(weight, in_features)
+    group_size = scheme.resolve_group_size(in_features) if scale.dim() == 2 else None
+    groups = widen_groups(codes.to(torch.int32), scale, group_size)
+
+    def column(name: str) -> Tensor:
+        return tensors[name].to(groups.device).reshape(*groups.shape[:2], 1)
+
+    wide_scale = column("weight_scale").to(torch.float32)
+    if scheme.codebook is not None:
+        table = torch.tensor(scheme.codebook, dtype=torch.float32, device=weight.device)
+        values = table[groups] * wide_scale
+    elif scheme.weight_symmetric:
+        values = (groups - (0 if scheme.weight_bits == 8 else 8)).to(torch.float32) * wide_scale
+    elif scheme.weight_zero == "int":
+        values = (groups - column("weight_zero_point").to(torch.int32)).to(torch.float32) * wide_scale
+    else:
+        values = groups.to(torch.float32) * wide_scale + column("weight_min").to(torch.float32)
+    return rounding.join_groups(values, in_features).to(dtype).contiguous()
+
+
+def widen_groups(x: Tensor, weight_scale: Tensor, group_size: int | None) -> Tensor:
+    """``[..., K] -> [..., G, group]`` to go with ``weight_scale``: ``[N]`` is one group of all, ``[N, G]`` needs a size.
+
+    Raises:
+        ValueError: ``group_size`` missing, or G does not fit.
+    """
+    if weight_scale.dim() == 1:
+        return x.unsqueeze(-2)
+    if weight_scale.dim() != 2:
+        raise ValueError(f"weight_scale: expected shape [N] or [N, G], got {list(weight_scale.shape)}")
+    if group_size is None or group_size < 1:
+        raise ValueError(f"group_size: expected >= 1 with weight_scale {list(weight_scale.shape)}, got {group_size}")
+    groups = rounding.split_groups(x, group_size)
+    if groups.shape[-2] != weight_scale.shape[1]:
+        expected = f"[N, {groups.shape[-2]}] for {x.shape[-1]} features in groups of {group_size}"
+        raise ValueError(f"weight_scale: expected shape {expected}, got {list(weight_scale.shape)}")
+    return groups
+
+
+def _groups(w: Tensor, scheme: Scheme, group_size: int, *, replicate: bool = False) -> Tensor:
+    if scheme.weight_granularity == "per_channel":
+        return w.unsqueeze(1)
+    return rounding.split_groups(w, group_size, replicate=replicate)
+
+
+def _nearest(values: Tensor, codebook: tuple[float, ...]) -> Tensor:
+    best = torch.zeros_like(values)
+    distance = torch.full_like(values, torch.inf)
+    for index, entry in enumerate(codebook):
+        candidate = (values - entry).abs()
+        closer = candidate < distance
+        distance = torch.where(closer, candidate, distance)
+        best = torch.where(closer, torch.full_like(best, index), best)
+    return best
+
+
+def _check_float_weight(w: Tensor) -> Tensor:
+    wide = rounding.widen(w, "weight")
+    if wide.dim() != 2:
+        raise ValueError(f"weight: expected two dimensions [N, K], got shape {list(wide.shape)}")
+    if not bool(torch.isfinite(wide).all()):
+        raise ValueError("weight: expected finite values, got NaN or Inf")
+    return wide
+
+
+def _check_overflow(scale: Tensor) -> None:
+    if not bool(torch.isfinite(scale).all()):
+        raise ValueError("weight: expected a range (max - min) below the float32 maximum, got one that overflows")

@@ -1,0 +1,618 @@
+"""Pure torch: the definition of every operation, and the fallback where no kernel exists.
+
+Runs on any device, needs no compiled code, and favours being read over being fast.  Results are defined to the
+bit for everything that enters the product as integers; weight-only products are float32 with unspecified order
+of summation.  Rounding rules are in ``_rounding.py``.  Names and shapes:
+
+    x [..., K]    weight [N, K]    y [..., N] = x @ weight.T + bias
+
+The tensors of a quantized Linear, under the names a state dict gives them:
+
+    weight             int8 [N, K], or uint8 [N, ceil(K / 2)] for 4 bits, low nibble first
+    weight_scale       float32 [N] per channel; float16 or float32 [N, G] per group, G = ceil(K / group_size)
+    weight_zero_point  uint8, shaped like weight_scale: asymmetric with an integer zero point
+    weight_min         dtype and shape of weight_scale: asymmetric with a float minimum
+    bias               float32 [N], or absent
+    act_scale          float32 [], act_zero_point int32 []: static activations (zero point: asymmetric ones)
+    inv_smooth         float32 [K], multiplied into x before anything else; or absent
+
+Nothing here records gradients; whoever needs them defines them outside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from qkernels import _rounding as rounding
+from qkernels._granules import Layout, check_positive
+from qkernels._weights import dequantize_weight, quantize_weight, round_to_grid, weight_codes, weight_grid, widen_groups
+from qkernels.scheme import MAX_INTEGER_K, Scheme
+
+__all__ = [
+    "dequantize",
+    "dequantize_weight",
+    "linear",
+    "linear_w4a16",
+    "linear_w4a8",
+    "linear_w8a16",
+    "linear_w8a8",
+    "linear_w8a8_prequantized",
+    "pack_int4",
+    "quantize",
+    "quantize_activations",
+    "quantize_weight",
+    "round_to_grid",
+    "unpack_int4",
+    "weight_codes",
+    "weight_grid",
+]
+
+CHUNK_ELEMENTS = 1 << 23
+"""Weights are widened in slices of rows of at most this many elements (64 MiB of float64)."""
+
+
+# -- tensors --------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def quantize(
+    x: Tensor,
+    *,
+    bits: int = 8,
+    signed: bool = True,
+    granularity: str = "token",
+    axis: int | None = -1,
+    group_size: int | None = None,
+    symmetric: bool = True,
+    scale: Tensor | float | None = None,
+    zero_point: Tensor | int | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Quantize any tensor; ``qkernels.quantize`` documents the arguments, ``_granules.Layout`` the geometry.
+
+    Args:
+        x: float32, bfloat16 or float16, any shape and strides.
+        scale, zero_point: given for static quantization; measured from ``x`` otherwise.
+
+    Returns:
+        Codes as stored (int8, uint8, or uint8 with two 4-bit codes per byte), float32 scales, and int32 zero
+        points (None for a symmetric layout).
+
+    Raises:
+        TypeError, ValueError: naming the argument.
+    """
+    wide = rounding.widen(x, "x")
+    layout = Layout(tuple(x.shape), bits, signed, granularity, axis, group_size, symmetric)
+    given_scale, given_zero_point = check_static(layout, scale, zero_point, wide.device)
+    lines = layout.split(wide)
+    if given_scale is not None:
+        given_scale = layout.scale_to_lines(given_scale)
+    if symmetric:
+        grid = rounding.symmetric_grid(lines, bits=bits, scale=given_scale)
+        low, high = layout.bounds
+        codes = rounding.to_integers(lines, grid, low=low, high=high, offset=layout.zero)
+        return layout.store(layout.join(codes)).contiguous(), layout.scale_from_lines(grid.scale).contiguous(), None
+    # int8 with a zero point is uint8 with everything moved down by 128.
+    shift = 128 if layout.signed else 0
+    if given_zero_point is not None:
+        given_zero_point = layout.scale_to_lines(given_zero_point) + shift
+    grid = rounding.asymmetric_grid(lines, bits=bits, scale=given_scale, zero_point=given_zero_point)
+    codes = rounding.to_integers(lines, grid, low=0, high=255 if bits == 8 else 15) - shift
+    zeros = torch.zeros_like(grid.scale, dtype=torch.int32) if grid.zero_point is None else grid.zero_point
+    return (
+        layout.store(layout.join(codes)).contiguous(),
+        layout.scale_from_lines(grid.scale).contiguous(),
+        (layout.scale_from_lines(zeros) - shift).contiguous(),
+    )
+
+
+def check_static(
+    layout: Layout, scale: Tensor | float | None, zero_point: Tensor | int | None, device: torch.device
+) -> tuple[Tensor | None, Tensor | None]:
+    """Given scale and zero point, validated and expanded to one per granule; (None, None) for dynamic.
+
+    Raises:
+        ValueError: a scale that is not finite and > 0, a zero point out of range or where none belongs.
+    """
+    if scale is None:
+        if zero_point is not None:
+            raise ValueError("zero_point: expected None where no scale is given, got a value")
+        return None, None
+    expanded = layout.check_scale(scale, device)
+    if layout.symmetric:
+        if zero_point is not None:
+            raise ValueError("zero_point: expected None with symmetric=True, got a value")
+        return expanded, None
+    if zero_point is None:
+        raise ValueError("zero_point: expected a value beside scale with symmetric=False, got None")
+    return expanded, layout.check_zero_point(zero_point, device)
+
+
+@torch.no_grad()
+def dequantize(
+    q: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    *,
+    shape: tuple[int, ...],
+    bits: int = 8,
+    signed: bool = True,
+    granularity: str = "token",
+    axis: int | None = -1,
+    group_size: int | None = None,
+    symmetric: bool = True,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """``scale * (q - zero_point)``: an exact integer difference, one float32 product, one cast to ``dtype``."""
+    layout = Layout(tuple(shape), bits, signed, granularity, axis, group_size, symmetric)
+    if tuple(q.shape) != layout.data_shape or q.dtype != layout.dtype:
+        raise ValueError(
+            f"q: expected {layout.dtype} of shape {list(layout.data_shape)}, got {q.dtype} {list(q.shape)}"
+        )
+    lines = layout.split(layout.load(q))
+    zero: Tensor | int = layout.zero
+    if zero_point is not None:
+        zero = layout.scale_to_lines(zero_point).unsqueeze(-1)
+    values = (lines - zero).to(torch.float32) * layout.scale_to_lines(scale).unsqueeze(-1)
+    return layout.join(values).to(_check_dtype(dtype, "dtype")).contiguous()
+
+
+def pack_int4(q: Tensor) -> Tensor:
+    """uint8 ``[..., K]`` of 0..15 -> uint8 ``[..., ceil(K / 2)]``: element 2i in the low nibble, 2i + 1 in the high.
+
+    Raises:
+        ValueError: not uint8, no dimension, or a value above 15.
+    """
+    if q.dtype != torch.uint8 or not q.dim():
+        raise ValueError(f"q: expected uint8 with at least one dimension, got {q.dtype} {list(q.shape)}")
+    if bool((q > 15).any()):
+        raise ValueError(f"q: expected values in 0..15, got {int(q.max())}")
+    return rounding.pack_nibbles(q)
+
+
+def unpack_int4(packed: Tensor, count: int) -> Tensor:
+    """uint8 ``[..., ceil(count / 2)]`` -> uint8 ``[..., count]``: inverse of :func:`pack_int4`.
+
+    Raises:
+        ValueError: not uint8, or the last dimension is not ``ceil(count / 2)``.
+    """
+    if packed.dtype != torch.uint8 or not packed.dim() or packed.shape[-1] != (count + 1) // 2:
+        expected = f"uint8 with a last dimension of {(count + 1) // 2}"
+        raise ValueError(f"packed: expected {expected}, got {packed.dtype} {list(packed.shape)}")
+    return rounding.unpack_nibbles(packed, count)
+
+
+# -- activations ----------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def quantize_activations(
+    x: Tensor,
+    *,
+    symmetric: bool = True,
+    scale: Tensor | float | None = None,
+    zero_point: Tensor | int | None = None,
+    inv_smooth: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Activations to 8 bits, one grid per row (dynamic) or one given for all (static).
+
+    Args:
+        x: float32, bfloat16 or float16 ``[..., K]``; ``[M, K]`` for most callers.
+        symmetric: int8 around zero; False: uint8 with a zero point.
+        scale: static: a number or a one-element tensor, finite and > 0.
+        zero_point: static and asymmetric: 0..255.
+        inv_smooth: float32 ``[K]``; ``x * inv_smooth`` (one rounding) comes before everything else.
+
+    Returns:
+        Codes int8 or uint8 ``[..., K]``, scales float32 ``[...]``, zero points int32 ``[...]`` or None.  A row with
+        a NaN or Inf (after smoothing) has codes 0, scale NaN, zero point 0.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
+    """
+    wide = rounding.widen(x, "x")
+    if not wide.dim():
+        raise ValueError("x: expected at least one dimension, got none")
+    if inv_smooth is not None:
+        _check_vector("inv_smooth", inv_smooth, wide.shape[-1])
+        wide = wide * inv_smooth.to(torch.float32)
+    rows = wide.shape[:-1]
+    given = _check_given_scale(scale, wide.device)
+    if given is not None:
+        given = given.expand(rows)
+    if symmetric:
+        if zero_point is not None:
+            raise ValueError("zero_point: expected None with symmetric=True, got a value")
+        grid = rounding.symmetric_grid(wide, bits=8, scale=given)
+        return rounding.to_integers(wide, grid, low=-127, high=127).to(torch.int8), grid.scale, None
+    if (given is None) != (zero_point is None):
+        raise ValueError("zero_point: expected to be given together with scale, got only one of them")
+    zeros = None
+    if zero_point is not None:
+        if _on_host(zero_point) and not 0 <= int(zero_point) <= 255:
+            raise ValueError(f"zero_point: expected 0..255, got {int(zero_point)}")
+        zeros = torch.as_tensor(zero_point, device=wide.device).to(torch.int32).reshape(()).expand(rows)
+    grid = rounding.asymmetric_grid(wide, bits=8, scale=given, zero_point=zeros)
+    return rounding.to_integers(wide, grid, low=0, high=255).to(torch.uint8), grid.scale, grid.zero_point
+
+
+def _check_given_scale(scale: Tensor | float | None, device: torch.device) -> Tensor | None:
+    if scale is None:
+        return None
+    given = torch.as_tensor(scale, device=device).detach().to(torch.float32)
+    if given.numel() != 1:
+        raise ValueError(f"scale: expected one element, got shape {list(given.shape)}")
+    if _on_host(scale):
+        check_positive("scale", given)
+    return given.reshape(())
+
+
+def _on_host(value: object) -> bool:
+    """Values on an accelerator are not read back in every call: whoever put them there has checked them."""
+    return not isinstance(value, Tensor) or value.device.type == "cpu"
+
+
+# -- products -------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def linear_w8a8(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None = None,
+    *,
+    group_size: int | None = None,
+    act_symmetric: bool = True,
+    act_scale: Tensor | float | None = None,
+    act_zero_point: Tensor | int | None = None,
+    inv_smooth: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """8-bit weights times 8-bit activations, exact in int32: quantize ``x``, multiply, scale, add, cast.
+
+    Args:
+        x: float32, bfloat16 or float16 ``[..., K]``, K <= 65,536.
+        weight: int8 ``[N, K]`` (-128 is allowed here).
+        weight_scale: ``[N]``, or ``[N, G]`` with ``group_size``.
+        act_symmetric, act_scale, act_zero_point, inv_smooth: as in :func:`quantize_activations`.
+        out_dtype: None: the dtype of ``x``.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
+    """
+    _check_weight(x, weight, weight.shape[-1], packed=False)
+    _check_integer_k(weight.shape[-1])
+    q, x_scale, x_zero_point = quantize_activations(
+        x, symmetric=act_symmetric, scale=act_scale, zero_point=act_zero_point, inv_smooth=inv_smooth
+    )
+    out_dtype = x.dtype if out_dtype is None else out_dtype
+    if weight_scale.dim() == 2:
+        return _grouped_product(
+            q, x_scale, x_zero_point, weight, weight_scale, bias, group_size=group_size, zero=0, out_dtype=out_dtype
+        )
+    return linear_w8a8_prequantized(q, x_scale, x_zero_point, weight, weight_scale, bias, out_dtype)
+
+
+@torch.no_grad()
+def linear_w8a8_prequantized(
+    q: Tensor,
+    x_scale: Tensor,
+    x_zero_point: Tensor | None,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """The product and its epilogue, for activations that are integers already.
+
+    ``acc = sum_k (q - x_zero_point) * weight`` in int32; ``y = float(acc); y *= x_scale; y *= weight_scale;
+    y += bias``, each step one float32 rounding; then one cast to ``out_dtype``.
+
+    Args:
+        q: int8 or uint8 ``[..., K]``; x_scale: float32 ``[...]``; x_zero_point: int32 ``[...]`` or None.
+        weight: int8 ``[N, K]``; weight_scale: float32 ``[N]``; bias: ``[N]``.
+    """
+    _check_weight(q, weight, weight.shape[-1], packed=False)
+    _check_integer_k(weight.shape[-1])
+    _check_vector("weight_scale", weight_scale, weight.shape[0])
+    a = q.to(torch.int32) if x_zero_point is None else q.to(torch.int32) - x_zero_point.unsqueeze(-1)
+    acc = q.new_empty((*q.shape[:-1], weight.shape[0]), dtype=torch.int32)
+    for rows in _row_slices(weight):
+        acc[..., rows] = _integer_product(a, weight[rows])
+    y = acc.to(torch.float32) * x_scale.unsqueeze(-1)
+    return _finish(y * weight_scale.to(torch.float32), bias, out_dtype)
+
+
+@torch.no_grad()
+def linear_w4a8(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None = None,
+    *,
+    in_features: int,
+    group_size: int | None = None,
+    weight_zero_point: Tensor | None = None,
+    weight_min: Tensor | None = None,
+    act_symmetric: bool = True,
+    act_scale: Tensor | float | None = None,
+    act_zero_point: Tensor | int | None = None,
+    inv_smooth: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """4-bit weights times 8-bit activations: exact int32 within a group, float32 over the groups, in order.
+
+    With ``a`` the activation codes less their zero point: ``d = sum(a * q) - zero_point * sum(a)`` in int32;
+    ``total += float(d) * weight_scale[g]``; with a float minimum the zero point is 0 and ``total += weight_min[g] *
+    float(sum(a))`` follows; then ``y = total * x_scale; y += bias``; then one cast.
+
+    Args:
+        x: float32, bfloat16 or float16 ``[..., in_features]``, in_features <= 65,536.
+        weight: uint8 ``[N, ceil(in_features / 2)]``; weight_scale: ``[N]`` or ``[N, G]`` with ``group_size``.
+        weight_zero_point, weight_min: shaped like weight_scale; at most one of them; neither: zero point 8.
+    """
+    _check_weight(x, weight, in_features, packed=True)
+    _check_integer_k(in_features)
+    if weight_zero_point is not None and weight_min is not None:
+        raise ValueError("weight_min: expected None beside weight_zero_point, got both")
+    q, x_scale, x_zero_point = quantize_activations(
+        x, symmetric=act_symmetric, scale=act_scale, zero_point=act_zero_point, inv_smooth=inv_smooth
+    )
+    return _grouped_product(
+        q,
+        x_scale,
+        x_zero_point,
+        rounding.unpack_nibbles(weight, in_features),
+        weight_scale,
+        bias,
+        group_size=group_size,
+        zero=8 if weight_min is None else 0,
+        weight_zero_point=weight_zero_point,
+        weight_min=weight_min,
+        out_dtype=x.dtype if out_dtype is None else out_dtype,
+    )
+
+
+def _grouped_product(
+    q: Tensor,
+    x_scale: Tensor,
+    x_zero_point: Tensor | None,
+    codes: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    *,
+    group_size: int | None,
+    zero: int,
+    weight_zero_point: Tensor | None = None,
+    weight_min: Tensor | None = None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """The sum over groups that :func:`linear_w4a8` describes; ``codes [N, K]`` are weights one per element."""
+    a = q.to(torch.int32) if x_zero_point is None else q.to(torch.int32) - x_zero_point.unsqueeze(-1)
+    a = widen_groups(a, weight_scale, group_size)
+    scale, low = weight_scale.to(torch.float32), None if weight_min is None else weight_min.to(torch.float32)
+    total = torch.zeros((*q.shape[:-1], codes.shape[0]), dtype=torch.float32, device=q.device)
+    for rows in _row_slices(codes):
+        centred = widen_groups(codes[rows].to(torch.int32), weight_scale, group_size)
+        if weight_zero_point is None:
+            centred = centred - zero
+        else:
+            centred = centred - weight_zero_point[rows].to(torch.int32).reshape(*centred.shape[:2], 1)
+        for g in range(centred.shape[1]):
+            d = _integer_product(a[..., g, :], centred[:, g])
+            scale_g = scale[rows].reshape(centred.shape[:2])[:, g]
+            part = total[..., rows] + d.to(torch.float32) * scale_g
+            if low is not None:
+                sums = a[..., g, :].sum(-1, dtype=torch.int32).to(torch.float32)
+                part = part + low[rows].reshape(centred.shape[:2])[:, g] * sums.unsqueeze(-1)
+            total[..., rows] = part
+    return _finish(total * x_scale.unsqueeze(-1), bias, out_dtype)
+
+
+@torch.no_grad()
+def linear_w8a16(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None = None,
+    *,
+    group_size: int | None = None,
+    inv_smooth: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """8-bit weights, activations in floating point: dequantized weights and ``x`` multiplied in float32."""
+    _check_weight(x, weight, weight.shape[-1], packed=False)
+    scheme = Scheme(activation_bits=None) if weight_scale.dim() == 1 else _per_group(8, group_size, weight_scale)
+    tensors = {"weight": weight, "weight_scale": weight_scale}
+    return _float_product(x, tensors, scheme, weight.shape[-1], bias, inv_smooth, out_dtype)
+
+
+@torch.no_grad()
+def linear_w4a16(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None = None,
+    *,
+    in_features: int,
+    group_size: int | None = None,
+    weight_zero_point: Tensor | None = None,
+    weight_min: Tensor | None = None,
+    codebook: tuple[float, ...] | None = None,
+    inv_smooth: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """4-bit weights, activations in floating point: dequantized weights and ``x`` multiplied in float32.
+
+    Weights as in :func:`linear_w4a8`, or through a ``codebook`` of 16 values.
+    """
+    _check_weight(x, weight, in_features, packed=True)
+    symmetric = weight_zero_point is None and weight_min is None
+    zero = "int" if weight_min is None else "float"
+    if weight_scale.dim() == 1:
+        scheme = Scheme(4, weight_symmetric=symmetric, weight_zero=zero, codebook=codebook, activation_bits=None)
+    else:
+        scheme = _per_group(4, group_size, weight_scale).replace(
+            weight_symmetric=symmetric, weight_zero=zero, codebook=codebook
+        )
+    tensors = {"weight": weight, "weight_scale": weight_scale}
+    if weight_zero_point is not None:
+        tensors["weight_zero_point"] = weight_zero_point
+    if weight_min is not None:
+        tensors["weight_min"] = weight_min
+    return _float_product(x, tensors, scheme, in_features, bias, inv_smooth, out_dtype)
+
+
+def _per_group(bits: int, group_size: int | None, weight_scale: Tensor) -> Scheme:
+    if group_size is None:
+        raise ValueError(f"group_size: expected an int with weight_scale {list(weight_scale.shape)}, got None")
+    return Scheme(bits, weight_granularity="per_group", group_size=group_size, activation_bits=None)
+
+
+def _float_product(
+    x: Tensor,
+    tensors: Mapping[str, Tensor],
+    scheme: Scheme,
+    in_features: int,
+    bias: Tensor | None,
+    inv_smooth: Tensor | None,
+    out_dtype: torch.dtype | None,
+) -> Tensor:
+    wide = rounding.widen(x, "x")
+    if inv_smooth is not None:
+        _check_vector("inv_smooth", inv_smooth, in_features)
+        wide = wide * inv_smooth.to(torch.float32)
+    y = wide.new_empty((*wide.shape[:-1], tensors["weight"].shape[0]))
+    # A float32 product would be narrowed under autocast: switched off here.
+    with torch.autocast(device_type=x.device.type, enabled=False):
+        for rows in _row_slices(tensors["weight"]):
+            part = dequantize_weight({name: t[rows] for name, t in tensors.items()}, scheme, in_features)
+            y[..., rows] = wide @ part.T
+    return _finish(y, bias, x.dtype if out_dtype is None else out_dtype)
+
+
+@torch.no_grad()
+def linear(
+    x: Tensor,
+    tensors: Mapping[str, Tensor],
+    scheme: Scheme,
+    in_features: int,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """``x [..., in_features]`` through the quantized Linear that ``tensors`` (see the module) and ``scheme`` describe.
+
+    Raises:
+        TypeError, ValueError: naming the argument or the tensor.
+    """
+    missing = [name for name in ("weight", "weight_scale") if name not in tensors]
+    if not scheme.weight_symmetric:
+        missing += [
+            n for n in ["weight_zero_point" if scheme.weight_zero == "int" else "weight_min"] if n not in tensors
+        ]
+    if not scheme.activation_dynamic:
+        needed = ["act_scale"] if scheme.activation_symmetric else ["act_scale", "act_zero_point"]
+        missing += [name for name in needed if name not in tensors]
+    if missing:
+        raise ValueError(f"tensors: expected {', '.join(missing)} for scheme {scheme.name}, got {sorted(tensors)}")
+    weight, scale, bias = tensors["weight"], tensors["weight_scale"], tensors.get("bias")
+    group = scheme.resolve_group_size(in_features) if scheme.weight_granularity == "per_group" else None
+    smooth = tensors.get("inv_smooth")
+    zero_point, low = tensors.get("weight_zero_point"), tensors.get("weight_min")
+    if scheme.weight_only and scheme.weight_bits == 8:
+        return linear_w8a16(x, weight, scale, bias, group_size=group, inv_smooth=smooth, out_dtype=out_dtype)
+    if scheme.weight_only:
+        return linear_w4a16(
+            x,
+            weight,
+            scale,
+            bias,
+            in_features=in_features,
+            group_size=group,
+            weight_zero_point=zero_point,
+            weight_min=low,
+            codebook=scheme.codebook,
+            inv_smooth=smooth,
+            out_dtype=out_dtype,
+        )
+    static = not scheme.activation_dynamic
+    act_scale = tensors["act_scale"] if static else None
+    act_zero_point = tensors["act_zero_point"] if static and not scheme.activation_symmetric else None
+    if scheme.weight_bits == 8:
+        return linear_w8a8(
+            x,
+            weight,
+            scale,
+            bias,
+            group_size=group,
+            act_symmetric=scheme.activation_symmetric,
+            act_scale=act_scale,
+            act_zero_point=act_zero_point,
+            inv_smooth=smooth,
+            out_dtype=out_dtype,
+        )
+    return linear_w4a8(
+        x,
+        weight,
+        scale,
+        bias,
+        in_features=in_features,
+        group_size=group,
+        weight_zero_point=zero_point,
+        weight_min=low,
+        act_symmetric=scheme.activation_symmetric,
+        act_scale=act_scale,
+        act_zero_point=act_zero_point,
+        inv_smooth=smooth,
+        out_dtype=out_dtype,
+    )
+
+
+# -- pieces ---------------------------------------------------------------------------------------------------
+
+
+def _integer_product(a: Tensor, w: Tensor) -> Tensor:
+    """int ``[..., K]`` times int ``[N, K]`` -> int32 ``[..., N]``; float64 is exact below 2**53 on every device."""
+    return (a.to(torch.float64) @ w.to(torch.float64).T).to(torch.int32)
+
+
+def _row_slices(weight: Tensor) -> Iterator[slice]:
+    """Slices over the rows of ``[N, K]`` that bound the memory of widening it."""
+    step = max(1, CHUNK_ELEMENTS // max(1, weight.shape[1]))
+    for start in range(0, weight.shape[0], step):
+        yield slice(start, min(start + step, weight.shape[0]))
+
+
+def _finish(y: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+    if bias is not None:
+        _check_vector("bias", bias, y.shape[-1])
+        y = y + bias.detach().to(torch.float32)
+    return y.to(_check_dtype(out_dtype, "out_dtype"))
+
+
+def _check_dtype(dtype: torch.dtype, name: str) -> torch.dtype:
+    if dtype not in rounding.FLOATS:
+        raise TypeError(f"{name}: expected float32, bfloat16 or float16, got {dtype}")
+    return dtype
+
+
+def _check_vector(name: str, vector: Tensor, size: int) -> None:
+    if tuple(vector.shape) != (size,):
+        raise ValueError(f"{name}: expected shape [{size}], got {list(vector.shape)}")
+
+
+def _check_integer_k(in_features: int) -> None:
+    if in_features > MAX_INTEGER_K:
+        raise ValueError(f"in_features: expected <= {MAX_INTEGER_K} for exact int32 sums, got {in_features}")
+
+
+def _check_weight(x: Tensor, weight: Tensor, in_features: int, *, packed: bool) -> None:
+    dtype, width = (torch.uint8, (in_features + 1) // 2) if packed else (torch.int8, in_features)
+    if weight.dtype != dtype:
+        raise TypeError(f"weight: expected {dtype}, got {weight.dtype}")
+    if weight.dim() != 2 or weight.shape[1] != width:
+        raise ValueError(f"weight: expected shape [N, {width}], got {list(weight.shape)}")
+    if not x.dim() or x.shape[-1] != in_features:
+        raise ValueError(f"x: expected a last dimension of {in_features}, got shape {list(x.shape)}")
