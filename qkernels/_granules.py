@@ -21,7 +21,7 @@ class Layout:
     "tensor"       all                                              []
     "channel"      one index of ``axis``                            [shape[axis]]
     "token"        one line along ``axis``                          shape without ``axis``
-    "group"        ``group_size`` neighbours along ``axis``         shape with ceil(shape[axis] / group_size) at ``axis``
+    "group"        ``group_size`` neighbours along ``axis``         shape, ceil(shape[axis] / group_size) at ``axis``
 
     bits  signed  symmetric   stored as            codes            zero is
     8     yes     yes         int8                 -127..127        0

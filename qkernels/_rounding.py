@@ -40,6 +40,13 @@ def widen(x: Tensor, name: str) -> Tensor:
     return x.detach().to(torch.float32)
 
 
+def check_dtype(dtype: torch.dtype, name: str) -> torch.dtype:
+    """``dtype``; TypeError unless it is float32, bfloat16 or float16."""
+    if dtype not in FLOATS:
+        raise TypeError(f"{name}: expected float32, bfloat16 or float16, got {dtype}")
+    return dtype
+
+
 def quotient(numerator: float, divisor: Tensor) -> Tensor:
     """``numerator / divisor``, one correctly rounded division per element."""
     return torch.full_like(divisor, numerator) / divisor

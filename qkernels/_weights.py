@@ -150,8 +150,6 @@ def dequantize_weight(
         TypeError: ``dtype`` is not float32, bfloat16 or float16.
         ValueError: shapes that do not fit ``in_features``.
     """
-    if dtype not in rounding.FLOATS:
-        raise TypeError(f"dtype: expected float32, bfloat16 or float16, got {dtype}")
     weight, scale = tensors["weight"], tensors["weight_scale"]
     width = in_features if scheme.weight_bits == 8 else (in_features + 1) // 2
     if weight.dim() != 2 or weight.shape[1] != width:
@@ -173,11 +171,11 @@ def dequantize_weight(
         values = (groups - column("weight_zero_point").to(torch.int32)).to(torch.float32) * wide_scale
     else:
         values = groups.to(torch.float32) * wide_scale + column("weight_min").to(torch.float32)
-    return rounding.join_groups(values, in_features).to(dtype).contiguous()
+    return rounding.join_groups(values, in_features).to(rounding.check_dtype(dtype, "dtype")).contiguous()
 
 
 def widen_groups(x: Tensor, weight_scale: Tensor, group_size: int | None) -> Tensor:
-    """``[..., K] -> [..., G, group]`` to go with ``weight_scale``: ``[N]`` is one group of all, ``[N, G]`` needs a size.
+    """``[..., K] -> [..., G, group]`` as ``weight_scale`` has it: ``[N]`` is one group of all, ``[N, G]`` needs a size.
 
     Raises:
         ValueError: ``group_size`` missing, or G does not fit.
