@@ -1,0 +1,71 @@
+// Plain argument structs: what a kernel is told about one call. Only fixed-width types and pointers live here.
+#pragma once
+
+#include <cstdint>
+
+namespace qk {
+
+enum class DType : int32_t { kF32 = 0, kBF16 = 1, kF16 = 2 };
+
+// How quantized values are stored. kInt4 holds two per byte, low nibble first, along the innermost dimension.
+enum class QKind : int32_t { kInt8 = 0, kUint8 = 1, kInt4 = 2 };
+
+// y [M, N] = epilogue(quantize(x [M, K]) @ weight [N, K]^T); see layout.h for the packed weight.
+struct LinearW8A8Args {
+  // Weight.
+  const int8_t* packed;
+  const int32_t* colsum;  // [N] sum over k of weight[n, k]
+  const float* weight_scale;  // [N]
+  const float* bias;  // [N] or nullptr
+  int64_t n, k;
+  bool has_minus128;  // a weight of -128 occurs: AVX2's sign trick would be wrong for it
+
+  // Activation quantization.
+  bool act_symmetric;
+  float act_scale;  // 0: dynamic, per token
+  int32_t act_zero_point;  // static asymmetric only
+  const float* inv_smooth;  // [K] or nullptr
+
+  // Activations: float rows, or rows that are quantized already (xq, with their scales).
+  const void* x;
+  DType x_dtype;
+  const uint8_t* xq;  // int8 (symmetric) or uint8 (asymmetric); x is unused then
+  const float* xq_scale;  // [M]
+  const int32_t* xq_zero_point;  // [M] or nullptr
+  int64_t m, x_stride;  // elements between rows
+
+  void* y;
+  DType y_dtype;
+  int64_t y_stride;  // elements between rows
+
+  int threads;
+  uint8_t* scratch;  // kernel workspace of scratch_bytes
+  int64_t scratch_bytes;
+};
+
+// x seen as [outer, channels, inner], contiguous. One granule a channel, taken over outer and inner. With group > 0:
+// outer is 1, channels are rows, and each row has ceil(inner / group) granules along inner.
+struct QuantizeArgs {
+  const void* x;
+  DType x_dtype;
+  int64_t outer, channels, inner, group;
+  void* q;
+  QKind kind;
+  float* scale;  // [granules]; input when is_static
+  int32_t* zero_point;  // [granules], or nullptr when symmetric; input when is_static
+  bool symmetric, is_static;
+  int threads;
+};
+
+struct DequantizeArgs {
+  const void* q;
+  QKind kind;
+  int64_t outer, channels, inner, group;
+  const float* scale;
+  const int32_t* zero_point;  // nullptr: 0
+  void* out;
+  DType out_dtype;
+  int threads;
+};
+
+}  // namespace qk

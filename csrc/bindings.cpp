@@ -1,0 +1,210 @@
+// The Python module: checks sizes, releases the GIL where it pays, and calls the active KernelTable. No math here.
+#include <pybind11/pybind11.h>
+
+#include <memory>
+#include <new>
+#include <string>
+
+#include "args.h"
+#include "check.h"
+#include "cpu/dispatch.h"
+#include "cpu/pack.h"
+#include "layout.h"
+
+namespace py = pybind11;
+using qk::DType;
+using qk::QKind;
+
+namespace {
+
+// Work above this takes longer than about 10 us, so other Python threads may run meanwhile.
+constexpr int64_t kReleaseGilBytes = 256 << 10;
+
+template <class T>
+T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+DType dtype(int code) {
+  QK_CHECK_GE(code, 0);
+  QK_CHECK_LE(code, 2);
+  return static_cast<DType>(code);
+}
+
+QKind kind(int code) {
+  QK_CHECK_GE(code, 0);
+  QK_CHECK_LE(code, 2);
+  return static_cast<QKind>(code);
+}
+
+template <class Call>
+void run_released(bool release, const Call& call) {
+  if (!release) return call();
+  py::gil_scoped_release released;
+  call();
+}
+
+thread_local std::string last_kernel;
+
+// Workspace of the calling thread; grows and is kept, so that a forward pass allocates nothing.
+uint8_t* scratch(int64_t bytes) {
+  struct Free {
+    void operator()(uint8_t* p) const { ::operator delete(p, std::align_val_t(qk::kAlign)); }
+  };
+  thread_local std::unique_ptr<uint8_t, Free> buffer;
+  thread_local int64_t capacity = 0;
+  if (bytes > capacity) {
+    buffer.reset();
+    capacity = 0;
+    buffer.reset(static_cast<uint8_t*>(::operator new(static_cast<size_t>(bytes), std::align_val_t(qk::kAlign))));
+    capacity = bytes;
+  }
+  return buffer.get();
+}
+
+// One layer's weights, by borrowed pointers: the Python owner keeps the tensors alive and makes a new object when they move.
+class LinearW8A8 {
+ public:
+  LinearW8A8(uintptr_t packed, uintptr_t colsum, uintptr_t weight_scale, uintptr_t bias, int64_t n, int64_t k,
+             bool has_minus128, bool act_symmetric, float act_scale, int32_t act_zero_point, uintptr_t inv_smooth) {
+    QK_CHECK_GE(n, 0);
+    QK_CHECK_GE(k, 0);
+    QK_CHECK_LE(k, qk::kMaxK);
+    QK_CHECK_EQ(packed % qk::kAlign, 0u);
+    args_.packed = pointer<const int8_t>(packed);
+    args_.colsum = pointer<const int32_t>(colsum);
+    args_.weight_scale = pointer<const float>(weight_scale);
+    args_.bias = pointer<const float>(bias);
+    args_.n = n;
+    args_.k = k;
+    args_.has_minus128 = has_minus128;
+    args_.act_symmetric = act_symmetric;
+    args_.act_scale = act_scale;
+    args_.act_zero_point = act_zero_point;
+    args_.inv_smooth = pointer<const float>(inv_smooth);
+  }
+
+  void run(uintptr_t x, int x_dtype, int64_t m, int64_t x_stride, uintptr_t y, int y_dtype, int64_t y_stride,
+           int threads) const {
+    qk::LinearW8A8Args args = args_;
+    args.x = pointer<const void>(x);
+    args.x_dtype = dtype(x_dtype);
+    launch(args, m, x_stride, y, y_dtype, y_stride, threads);
+  }
+
+  void run_quantized(uintptr_t xq, int64_t xq_stride, uintptr_t x_scale, uintptr_t x_zero_point, int64_t m, uintptr_t y,
+                     int y_dtype, int64_t y_stride, int threads) const {
+    qk::LinearW8A8Args args = args_;
+    args.xq = pointer<const uint8_t>(xq);
+    args.xq_scale = pointer<const float>(x_scale);
+    args.xq_zero_point = pointer<const int32_t>(x_zero_point);
+    launch(args, m, xq_stride, y, y_dtype, y_stride, threads);
+  }
+
+ private:
+  static void launch(qk::LinearW8A8Args& args, int64_t m, int64_t x_stride, uintptr_t y, int y_dtype, int64_t y_stride,
+                     int threads) {
+    QK_CHECK_GE(m, 0);
+    QK_CHECK_GE(threads, 1);
+    args.m = m;
+    args.x_stride = x_stride;
+    args.y = pointer<void>(y);
+    args.y_dtype = dtype(y_dtype);
+    args.y_stride = y_stride;
+    args.threads = threads;
+    const qk::KernelTable& table = qk::kernels();
+    args.scratch_bytes = table.linear_w8a8_scratch_bytes(m, args.k, threads);
+    args.scratch = scratch(args.scratch_bytes);
+    run_released((m + 1) * args.n * args.k > kReleaseGilBytes, [&] { table.linear_w8a8(args); });
+    note("w8a8", table);
+  }
+
+ public:
+  static void note(const char* op, const qk::KernelTable& table) { (last_kernel = op).append(".").append(table.isa); }
+
+ private:
+  qk::LinearW8A8Args args_{};
+};
+
+void check_view(int64_t outer, int64_t channels, int64_t inner, int64_t group, QKind q_kind, int threads) {
+  QK_CHECK_GE(outer, 0);
+  QK_CHECK_GE(channels, 0);
+  QK_CHECK_GE(inner, 0);
+  QK_CHECK_GE(group, 0);
+  QK_CHECK_GE(threads, 1);
+  if (group > 0 || q_kind == QKind::kInt4) QK_CHECK_EQ(outer, 1);
+  if (q_kind == QKind::kInt4) QK_CHECK_EQ(group % 2, 0);
+}
+
+void quantize(uintptr_t x, int x_dtype, int64_t outer, int64_t channels, int64_t inner, int64_t group, uintptr_t out,
+              int out_kind, uintptr_t scale, uintptr_t zero_point, bool symmetric, bool is_static, int threads) {
+  check_view(outer, channels, inner, group, kind(out_kind), threads);
+  const qk::QuantizeArgs args{pointer<const void>(x), dtype(x_dtype), outer, channels, inner, group, pointer<void>(out),
+                              kind(out_kind), pointer<float>(scale), pointer<int32_t>(zero_point), symmetric, is_static,
+                              threads};
+  const qk::KernelTable& table = qk::kernels();
+  run_released(outer * channels * inner > kReleaseGilBytes, [&] { table.quantize(args); });
+  LinearW8A8::note("quantize", table);
+}
+
+void dequantize(uintptr_t q, int q_kind, int64_t outer, int64_t channels, int64_t inner, int64_t group, uintptr_t scale,
+                uintptr_t zero_point, uintptr_t out, int out_dtype, int threads) {
+  check_view(outer, channels, inner, group, kind(q_kind), threads);
+  const qk::DequantizeArgs args{pointer<const void>(q), kind(q_kind), outer, channels, inner, group,
+                                pointer<const float>(scale), pointer<const int32_t>(zero_point), pointer<void>(out),
+                                dtype(out_dtype), threads};
+  const qk::KernelTable& table = qk::kernels();
+  run_released(outer * channels * inner > kReleaseGilBytes, [&] { table.dequantize(args); });
+  LinearW8A8::note("dequantize", table);
+}
+
+py::list names(const qk::TierList& tiers) {
+  py::list result;
+  for (int i = 0; i < tiers.count; ++i) result.append(tiers.names[i]);
+  return result;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  qk::init_dispatch();
+
+  m.def("info", [] {
+    py::dict result;
+    result["isa"] = qk::kernels().isa;
+    result["reason"] = qk::isa_reason();
+    result["compiled"] = names(qk::compiled_tiers());
+    result["usable"] = names(qk::usable_tiers());
+    return result;
+  });
+  m.def("set_isa", [](const std::string& name) { qk::force_isa(name.c_str(), "forced by set_isa"); }, py::arg("name"));
+  m.def("last_kernel", [] { return last_kernel; });
+
+  m.def("packed_w8_bytes", [](int64_t n, int64_t k) {
+    QK_CHECK_GE(n, 0);
+    QK_CHECK_GE(k, 0);
+    return qk::packed_w8_bytes(n, k);
+  }, py::arg("N"), py::arg("K"));
+  m.def("pack_w8", [](uintptr_t weight, int64_t n, int64_t k, uintptr_t packed, uintptr_t colsum, int threads) {
+    QK_CHECK_GE(threads, 1);
+    QK_CHECK_LE(k, qk::kMaxK);
+    py::gil_scoped_release released;
+    return qk::pack_w8(pointer<const int8_t>(weight), n, k, pointer<int8_t>(packed), pointer<int32_t>(colsum), threads);
+  }, py::arg("weight"), py::arg("N"), py::arg("K"), py::arg("packed"), py::arg("colsum"), py::arg("threads"));
+  m.def("unpack_w8", [](uintptr_t packed, int64_t n, int64_t k, uintptr_t weight, int threads) {
+    QK_CHECK_GE(threads, 1);
+    py::gil_scoped_release released;
+    qk::unpack_w8(pointer<const int8_t>(packed), n, k, pointer<int8_t>(weight), threads);
+  }, py::arg("packed"), py::arg("N"), py::arg("K"), py::arg("weight"), py::arg("threads"));
+
+  py::class_<LinearW8A8>(m, "LinearW8A8")
+      .def(py::init<uintptr_t, uintptr_t, uintptr_t, uintptr_t, int64_t, int64_t, bool, bool, float, int32_t, uintptr_t>(),
+           py::arg("packed"), py::arg("colsum"), py::arg("weight_scale"), py::arg("bias"), py::arg("N"), py::arg("K"),
+           py::arg("has_minus128"), py::arg("act_symmetric"), py::arg("act_scale"), py::arg("act_zero_point"),
+           py::arg("inv_smooth"))
+      .def("run", &LinearW8A8::run)
+      .def("run_quantized", &LinearW8A8::run_quantized);
+
+  m.def("quantize", &quantize);
+  m.def("dequantize", &dequantize);
+}

@@ -1,0 +1,42 @@
+// One KernelTable per instruction-set tier, and the only code that chooses between them.
+#pragma once
+
+#include "../args.h"
+
+namespace qk {
+
+struct KernelTable {
+  const char* isa;
+  void (*linear_w8a8)(const LinearW8A8Args&);
+  int64_t (*linear_w8a8_scratch_bytes)(int64_t m, int64_t k, int threads);
+  void (*quantize)(const QuantizeArgs&);
+  void (*dequantize)(const DequantizeArgs&);
+};
+
+// Defined by kernels_<tier>.cpp, for the tiers this build was compiled with.
+const KernelTable& kernels_scalar();
+const KernelTable& kernels_avx2();
+const KernelTable& kernels_avxvnni();
+const KernelTable& kernels_avx512vnni();
+const KernelTable& kernels_amx();
+
+constexpr int kMaxTiers = 5;
+
+struct TierList {
+  const char* names[kMaxTiers];
+  int count;
+};
+
+TierList compiled_tiers();  // fastest last
+TierList usable_tiers();  // compiled, and the processor and operating system support them
+
+// Forces a tier. Throws std::invalid_argument, listing the valid names, if it is unknown or not usable.
+void force_isa(const char* name, const char* reason);
+
+const KernelTable& kernels();  // the tier in use
+const char* isa_reason();  // why this tier
+
+// Reads QKERNELS_ISA; called once when the module loads. Throws as force_isa does.
+void init_dispatch();
+
+}  // namespace qk

@@ -1,0 +1,102 @@
+// AVX2 tier: no dot-product instruction, so vpmaddubsw + vpmaddwd.
+#include "dispatch.h"
+#include "linear_w8a8_impl.h"
+#include "quantize_impl.h"
+#include "verbs_ymm.h"
+
+namespace qk {
+namespace {
+
+// vpmaddubsw multiplies u8 by s8 and adds pairs into int16 with saturation. Activations are stored signed, and the sign
+// moves to the weight: |a| * sign(w, a). With |a| <= 128 and |w| <= 127 a pair is at most 2 * 128 * 127 = 32512 < 32768,
+// so nothing saturates. (u8 x s8 directly would: 2 * 255 * 127.) A weight of -128 has no negative in int8, so such
+// weights, which only foreign checkpoints hold, take the path that widens to 16 bits first.
+struct Signed {
+  static __m256i dot4(__m256i a, __m256i abs_a, __m256i w, __m256i ones) {
+    return _mm256_madd_epi16(_mm256_maddubs_epi16(abs_a, _mm256_sign_epi8(w, a)), ones);
+  }
+};
+struct Widened {
+  static __m256i dot4(__m256i a, __m256i /*abs_a*/, __m256i w, __m256i /*ones*/) {
+    const __m256i odd = _mm256_madd_epi16(_mm256_srai_epi16(a, 8), _mm256_srai_epi16(w, 8));
+    const __m256i even = _mm256_madd_epi16(_mm256_srai_epi16(_mm256_slli_epi16(a, 8), 8),
+                                           _mm256_srai_epi16(_mm256_slli_epi16(w, 8), 8));
+    return _mm256_add_epi32(odd, even);
+  }
+};
+
+inline __m256i broadcast4(const uint8_t* p) {
+  int32_t v;
+  __builtin_memcpy(&v, p, 4);
+  return _mm256_set1_epi32(v);
+}
+
+// 4 x 16 tile: 8 accumulators, 2 weight registers, a, |a|, ones and a temporary, of 16.
+struct Avx2 : YmmVerbs {
+  static constexpr int kTileM = 4, kTileN = 16, kOffset = 0;
+
+  template <class Dot, int kRows>
+  static void tile_rows(const uint8_t* a, int64_t lda, const int8_t* b, int64_t steps, int32_t* c, bool accumulate) {
+    __m256i c00, c01, c10, c11, c20, c21, c30, c31;
+    const auto init = [&](int r, __m256i& x0, __m256i& x1) {
+      x0 = accumulate ? load_i(c + r * kTileN) : _mm256_setzero_si256();
+      x1 = accumulate ? load_i(c + r * kTileN + 8) : _mm256_setzero_si256();
+    };
+    const auto save = [&](int r, __m256i x0, __m256i x1) {
+      store_i(c + r * kTileN, x0);
+      store_i(c + r * kTileN + 8, x1);
+    };
+    init(0, c00, c01);
+    if constexpr (kRows > 1) init(1, c10, c11);
+    if constexpr (kRows > 2) init(2, c20, c21);
+    if constexpr (kRows > 3) init(3, c30, c31);
+    const __m256i ones = _mm256_set1_epi16(1);
+    for (int64_t k = 0; k < steps; ++k) {
+      const int8_t* bk = b + k * kBlockN * kPackK;
+      const __m256i b0 = _mm256_load_si256(reinterpret_cast<const __m256i*>(bk)),
+                    b1 = _mm256_load_si256(reinterpret_cast<const __m256i*>(bk + 32));
+      const auto row = [&](const uint8_t* ar, __m256i& x0, __m256i& x1) __attribute__((always_inline)) {
+        const __m256i v = broadcast4(ar + k * kPackK), abs_v = _mm256_abs_epi8(v);
+        x0 = _mm256_add_epi32(x0, Dot::dot4(v, abs_v, b0, ones));
+        x1 = _mm256_add_epi32(x1, Dot::dot4(v, abs_v, b1, ones));
+      };
+      row(a, c00, c01);
+      if constexpr (kRows > 1) row(a + lda, c10, c11);
+      if constexpr (kRows > 2) row(a + 2 * lda, c20, c21);
+      if constexpr (kRows > 3) row(a + 3 * lda, c30, c31);
+    }
+    save(0, c00, c01);
+    if constexpr (kRows > 1) save(1, c10, c11);
+    if constexpr (kRows > 2) save(2, c20, c21);
+    if constexpr (kRows > 3) save(3, c30, c31);
+  }
+
+  template <class Dot>
+  static void tile_with(int rows, const uint8_t* a, int64_t lda, const int8_t* b, int64_t steps, int32_t* c,
+                        bool accumulate) {
+    switch (rows) {
+      case 1: return tile_rows<Dot, 1>(a, lda, b, steps, c, accumulate);
+      case 2: return tile_rows<Dot, 2>(a, lda, b, steps, c, accumulate);
+      case 3: return tile_rows<Dot, 3>(a, lda, b, steps, c, accumulate);
+      default: return tile_rows<Dot, 4>(a, lda, b, steps, c, accumulate);
+    }
+  }
+
+  static void tile(int rows, const uint8_t* a, int64_t lda, const int8_t* b, int64_t steps, int32_t* c, bool accumulate,
+                   bool minus128) {
+    if (minus128)
+      tile_with<Widened>(rows, a, lda, b, steps, c, accumulate);
+    else
+      tile_with<Signed>(rows, a, lda, b, steps, c, accumulate);
+  }
+};
+
+}  // namespace
+
+const KernelTable& kernels_avx2() {
+  static constexpr KernelTable table = {"avx2", linear_w8a8<Avx2>, linear_w8a8_scratch_bytes, quantize<Avx2>,
+                                        dequantize<Avx2>};
+  return table;
+}
+
+}  // namespace qk

@@ -1,0 +1,38 @@
+// Scalar tier: portable C++, the only one on architectures other than x86-64.
+#include "dispatch.h"
+#include "linear_w8a8_impl.h"
+#include "quantize_impl.h"
+#include "verbs_scalar.h"
+
+namespace qk {
+namespace {
+
+struct Scalar : ScalarVerbs {
+  static constexpr int kTileM = 4, kTileN = 64, kOffset = 0;
+
+  static void tile(int rows, const uint8_t* a, int64_t lda, const int8_t* b, int64_t steps, int32_t* c, bool accumulate,
+                   bool /*minus128*/) {
+    for (int r = 0; r < rows; ++r, a += lda, c += kTileN) {
+      int32_t sums[kTileN];
+      for (int j = 0; j < kTileN; ++j) sums[j] = accumulate ? c[j] : 0;
+      for (int64_t k = 0; k < steps; ++k) {
+        const int8_t* bk = b + k * kBlockN * kPackK;
+        const int8_t* ak = reinterpret_cast<const int8_t*>(a) + k * kPackK;
+        const int32_t a0 = ak[0], a1 = ak[1], a2 = ak[2], a3 = ak[3];
+        for (int j = 0; j < kTileN; ++j)
+          sums[j] += a0 * bk[4 * j] + a1 * bk[4 * j + 1] + a2 * bk[4 * j + 2] + a3 * bk[4 * j + 3];
+      }
+      for (int j = 0; j < kTileN; ++j) c[j] = sums[j];
+    }
+  }
+};
+
+}  // namespace
+
+const KernelTable& kernels_scalar() {
+  static constexpr KernelTable table = {"scalar", linear_w8a8<Scalar>, linear_w8a8_scratch_bytes, quantize<Scalar>,
+                                        dequantize<Scalar>};
+  return table;
+}
+
+}  // namespace qk

@@ -1,0 +1,237 @@
+// y [M, N] = ((q_x [M, K] @ weight [N, K]^T - zp * colsum) * scale_x) * scale_w + bias, q_x quantized on the way in.
+//
+// Written once over the verbs of a tier. A tier provides, beside the verbs of verbs_*.h:
+//   kTileM, kTileN    rows and columns of its register tile; kTileN divides the 64 columns of a superblock
+//   kOffset           what is added to a signed activation before it is stored: 128 where the instruction wants u8
+//   tile(rows, ...)   c [rows, kTileN] (+)= a [rows, 4 * depth] * b, b being a slice of the packed superblock
+//
+// Order of the loops (rows of a chunk are quantized first, then a barrier):
+//
+//   chunk of rows (scratch <= kChunkBytes)
+//     block of row tiles (their activations stay in L2)
+//       superblock of 64 columns (its weights stay in L2 while the tiles of the block pass over it)
+//         slice of K (accumulators wait in `sums` between slices)
+//           row tile x column tile
+//
+// The flattened (superblock, row tile) pairs of a block are shared out contiguously, so the work of two threads differs
+// by one tile at most. int32 sums are exact in any order: the result does not depend on the split.
+#pragma once
+
+#include <cstring>
+
+#include "../args.h"
+#include "../layout.h"
+#include "quantize_rows.h"
+#include "threads.h"
+
+namespace qk {
+namespace {
+
+constexpr int64_t kChunkBytes = 2 << 20;  // quantized activations held at a time
+constexpr int64_t kBlockBytes = 384 << 10;  // activations of a block of row tiles
+constexpr int64_t kMaxBlockTiles = 16;
+constexpr int64_t kSliceK = 4096;
+constexpr int64_t kRowPad = 64;  // bytes; keeps rows of a power-of-two K from falling on one cache set
+constexpr int64_t kRedundantRows = 4;  // up to this many rows, each thread quantizes all of them and no barrier is needed
+constexpr int64_t kMinMacsPerThread = 256 << 10;
+
+struct RowScale {
+  float scale;
+  int32_t zero_point;  // of the stored activations
+};
+
+inline int64_t row_bytes(int64_t k) { return padded_k(k) + kRowPad; }
+
+// Rows quantized at a time: a multiple of 12, so that whole tiles fit, but at least 96.
+inline int64_t chunk_rows(int64_t m, int64_t k) {
+  int64_t rows = kChunkBytes / row_bytes(k) / 12 * 12;
+  rows = rows < 96 ? 96 : rows;
+  return m < rows ? m : rows;
+}
+
+inline int64_t linear_w8a8_scratch_bytes(int64_t m, int64_t k, int threads) {
+  const int64_t copies = m <= kRedundantRows ? threads : 1;
+  return copies * chunk_rows(m, k) * (row_bytes(k) + static_cast<int64_t>(sizeof(RowScale)) + kAlign);
+}
+
+template <class V>
+class LinearW8A8 {
+ public:
+  explicit LinearW8A8(const LinearW8A8Args& args) : p_(args), stride_(row_bytes(args.k)) {}
+
+  void run() const {
+    if (p_.m == 0 || p_.n == 0) return;
+    const int64_t work = p_.m * round_up(p_.n, kBlockN) * padded_k(p_.k) / kMinMacsPerThread;
+    const int threads = work < p_.threads ? static_cast<int>(work < 1 ? 1 : work) : p_.threads;
+    const int64_t chunk = chunk_rows(p_.m, p_.k);
+    const bool redundant = p_.m <= kRedundantRows;
+    parallel(threads, [&](int thread, int team) {
+      const int64_t copy = redundant ? thread : 0;
+      uint8_t* q = p_.scratch + copy * chunk * stride_;
+      RowScale* scales = reinterpret_cast<RowScale*>(p_.scratch + (redundant ? threads : 1) * chunk * stride_) + copy * chunk;
+      for (int64_t row = 0; row < p_.m; row += chunk) {
+        const int64_t rows = p_.m - row < chunk ? p_.m - row : chunk;
+        if (redundant) {
+          quantize_rows(row, {0, rows}, q, scales);
+        } else {
+          quantize_rows(row, share(rows, thread, team), q, scales);
+          barrier(team);
+        }
+        gemm(row, rows, q, scales, thread, team);
+        if (row + chunk < p_.m) barrier(team);  // the next chunk overwrites q
+      }
+    });
+  }
+
+ private:
+  // ---- activations -------------------------------------------------------------------------------------------
+
+  void quantize_rows(int64_t row, Range range, uint8_t* q, RowScale* scales) const {
+    for (int64_t r = range.begin; r < range.end; ++r) {
+      uint8_t* out = q + r * stride_;
+      scales[r] = p_.xq ? copy_row(row + r, out) : quantize_row(row + r, out);
+      std::memset(out + p_.k, 0, static_cast<size_t>(stride_ - p_.k));  // meets zero weights: any value would do
+    }
+  }
+
+  RowScale quantize_row(int64_t r, uint8_t* out) const {
+    switch (p_.x_dtype) {
+      case DType::kF32: return quantize_row<DType::kF32>(static_cast<const float*>(p_.x) + r * p_.x_stride, out);
+      case DType::kBF16: return quantize_row<DType::kBF16>(static_cast<const uint16_t*>(p_.x) + r * p_.x_stride, out);
+      default: return quantize_row<DType::kF16>(static_cast<const uint16_t*>(p_.x) + r * p_.x_stride, out);
+    }
+  }
+
+  template <DType D>
+  RowScale quantize_row(const void* x, uint8_t* out) const {
+    using G = Granule<V, D>;
+    const bool is_static = p_.act_scale != 0.0f;
+    const Stats stats = p_.act_symmetric || is_static ? G::template stats<false>(x, p_.inv_smooth, 0, p_.k)
+                                                      : G::template stats<true>(x, p_.inv_smooth, 0, p_.k);
+    const Params params = is_static           ? static_params(stats, p_.act_scale, p_.act_zero_point)
+                          : p_.act_symmetric ? symmetric_params(stats, 8)
+                                             : asymmetric_params(stats, 8);
+    const int32_t lo = p_.act_symmetric ? -127 : 0, hi = p_.act_symmetric ? 127 : 255;
+    const int32_t offset = p_.act_symmetric ? V::kOffset : V::kOffset - 128;
+    if (stats.finite())
+      G::quantize(x, p_.inv_smooth, 0, p_.k, params, lo, hi, offset, out);
+    else
+      fill(out, p_.k, offset);
+    return {params.scale, params.zero_point + offset};
+  }
+
+  RowScale copy_row(int64_t r, uint8_t* out) const {
+    const uint8_t* in = p_.xq + r * p_.x_stride;
+    const int32_t offset = p_.act_symmetric ? V::kOffset : V::kOffset - 128;
+    for (int64_t i = 0; i < p_.k; ++i) out[i] = static_cast<uint8_t>(in[i] + offset);
+    return {p_.xq_scale[r], (p_.xq_zero_point ? p_.xq_zero_point[r] : 0) + offset};
+  }
+
+  // ---- matrix product ----------------------------------------------------------------------------------------
+
+  void gemm(int64_t row, int64_t rows, const uint8_t* q, const RowScale* scales, int thread, int team) const {
+    const int64_t tiles = ceil_div(rows, V::kTileM), superblocks = ceil_div(p_.n, kBlockN);
+    int64_t block_tiles = kBlockBytes / (V::kTileM * stride_);
+    block_tiles = block_tiles < 1 ? 1 : block_tiles > kMaxBlockTiles ? kMaxBlockTiles : block_tiles;
+    const int64_t blocks = ceil_div(tiles, block_tiles);
+    for (int64_t b = 0; b < blocks; ++b) {
+      const Range block = share(tiles, static_cast<int>(b), static_cast<int>(blocks));
+      const int64_t width = block.end - block.begin;
+      const Range mine = share(superblocks * width, thread, team);
+      for (int64_t u = mine.begin; u < mine.end;) {
+        const int64_t nb = u / width, first = u % width;
+        const int64_t last = width - first < mine.end - u ? width : first + (mine.end - u);
+        superblock(nb, row, rows, tiles, {block.begin + first, block.begin + last}, q, scales);
+        u += last - first;
+      }
+    }
+  }
+
+  // The 64 columns' epilogue operands; the last superblock's are copied so that whole vectors can be read.
+  struct Columns {
+    const int32_t* colsum;
+    const float* scale;
+    const float* bias;  // nullptr: none
+    int count;
+  };
+
+  void superblock(int64_t nb, int64_t row, int64_t rows, int64_t tiles, Range range, const uint8_t* q,
+                  const RowScale* scales) const {
+    const int64_t n0 = nb * kBlockN;
+    alignas(kAlign) int32_t colsum[kBlockN];
+    alignas(kAlign) float scale[kBlockN], bias[kBlockN];
+    Columns columns{p_.colsum + n0, p_.weight_scale + n0, p_.bias ? p_.bias + n0 : nullptr,
+                    static_cast<int>(p_.n - n0 < kBlockN ? p_.n - n0 : kBlockN)};
+    if (columns.count < kBlockN) {
+      for (int j = 0; j < kBlockN; ++j) {
+        colsum[j] = j < columns.count ? columns.colsum[j] : 0;
+        scale[j] = j < columns.count ? columns.scale[j] : 0.0f;
+        bias[j] = p_.bias && j < columns.count ? columns.bias[j] : 0.0f;
+      }
+      columns = {colsum, scale, p_.bias ? bias : nullptr, columns.count};
+    }
+    const int8_t* weights = p_.packed + n0 * padded_k(p_.k);
+    alignas(kAlign) int32_t sums[kMaxBlockTiles * V::kTileM * V::kTileN];
+    for (int j = 0; j < columns.count; j += V::kTileN) {
+      for (int64_t k0 = 0;; k0 += kSliceK) {
+        const int64_t depth = p_.k - k0 < kSliceK ? p_.k - k0 : kSliceK;
+        const bool last = k0 + depth >= p_.k;
+        const int8_t* b = weights + k0 * kBlockN + j * kPackK;
+        for (int64_t t = range.begin; t < range.end; ++t) {
+          const Range tile_rows = share(rows, static_cast<int>(t), static_cast<int>(tiles));
+          const int64_t count = tile_rows.end - tile_rows.begin;
+          int32_t* c = sums + (t - range.begin) * V::kTileM * V::kTileN;
+          V::tile(static_cast<int>(count), q + tile_rows.begin * stride_ + k0, stride_, b, round_up(depth, 8) / kPackK, c,
+                  k0 > 0, p_.has_minus128);
+          if (last) epilogue(row, tile_rows, scales, c, columns, n0, j);
+        }
+        if (last) break;
+      }
+    }
+  }
+
+  // ---- epilogue ----------------------------------------------------------------------------------------------
+
+  void epilogue(int64_t row, Range rows, const RowScale* scales, const int32_t* c, const Columns& columns, int64_t n0,
+                int j) const {
+    switch (p_.y_dtype) {
+      case DType::kF32: return epilogue<DType::kF32>(row, rows, scales, c, columns, n0, j);
+      case DType::kBF16: return epilogue<DType::kBF16>(row, rows, scales, c, columns, n0, j);
+      default: return epilogue<DType::kF16>(row, rows, scales, c, columns, n0, j);
+    }
+  }
+
+  template <DType D>
+  void epilogue(int64_t row, Range rows, const RowScale* scales, const int32_t* c, const Columns& columns, int64_t n0,
+                int j) const {
+    constexpr int kW = V::kLanes;
+    const int width = columns.count - j < V::kTileN ? columns.count - j : V::kTileN;
+    for (int64_t r = rows.begin; r < rows.end; ++r, c += V::kTileN) {
+      const auto scale_x = V::set(scales[r].scale);
+      const auto zero_point = V::set_i(scales[r].zero_point);
+      const int64_t y = (row + r) * p_.y_stride + n0 + j;
+      for (int i = 0; i < width; i += kW) {
+        const int at = j + i;
+        auto sum = V::load_i(c + i);
+        if (scales[r].zero_point != 0) sum = V::sub_i(sum, V::mul_i(zero_point, V::load_i(columns.colsum + at)));
+        auto v = V::mul(V::mul(V::to_f(sum), scale_x), V::load_f(columns.scale + at));
+        if (columns.bias) v = V::add(v, V::load_f(columns.bias + at));
+        if (width - i >= kW)
+          V::template store<D>(p_.y, y + i, v);
+        else
+          V::template store_part<D>(p_.y, y + i, v, width - i);
+      }
+    }
+  }
+
+  const LinearW8A8Args& p_;
+  const int64_t stride_;
+};
+
+template <class V>
+void linear_w8a8(const LinearW8A8Args& args) {
+  LinearW8A8<V>(args).run();
+}
+
+}  // namespace
+}  // namespace qk

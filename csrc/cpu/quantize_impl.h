@@ -1,0 +1,350 @@
+// quantize and dequantize of whole tensors at every granularity; see args.h for how a tensor is seen.
+//
+//   rows      outer = 1: a granule is contiguous (per token, per channel of the first axis, per group, per tensor)
+//   columns   outer > 1: a granule is strided (per channel of any other axis); columns of a block are done side by side
+#pragma once
+
+#include "../args.h"
+#include "../layout.h"
+#include "quantize_rows.h"
+#include "threads.h"
+
+namespace qk {
+namespace {
+
+constexpr int64_t kStage = 512;  // elements staged as bytes before int4 packing; even
+constexpr int64_t kColumns = 256;  // columns of a block in the strided case
+constexpr int kMaxSplit = 64;  // threads that share one contiguous granule
+constexpr int64_t kMinSplit = 64 << 10;  // elements of a contiguous granule worth sharing
+constexpr int64_t kMinElementsPerThread = 16 << 10;
+
+struct Levels {
+  int32_t lo, hi, offset;  // range of q, and what is added to store it (8 for symmetric int4)
+  int bits;
+};
+
+inline Levels levels_of(QKind kind, bool symmetric) {
+  if (kind == QKind::kInt4) return symmetric ? Levels{-8, 7, 8, 4} : Levels{0, 15, 0, 4};
+  return symmetric ? Levels{-127, 127, 0, 8} : Levels{0, 255, 0, 8};
+}
+
+// bytes[2 i] and bytes[2 i + 1] become one byte, the first in the low nibble; an odd end leaves the high nibble zero.
+inline void pack_nibbles(const uint8_t* bytes, int64_t n, uint8_t* out) {
+  const int64_t pairs = n / 2;
+  for (int64_t i = 0; i < pairs; ++i) out[i] = static_cast<uint8_t>(bytes[2 * i] | bytes[2 * i + 1] << 4);
+  if (n % 2) out[pairs] = bytes[n - 1];
+}
+
+inline void unpack_nibbles(const uint8_t* in, int64_t n, uint8_t* bytes) {
+  const int64_t pairs = n / 2;
+  for (int64_t i = 0; i < pairs; ++i) {
+    bytes[2 * i] = in[i] & 15;
+    bytes[2 * i + 1] = in[i] >> 4;
+  }
+  if (n % 2) bytes[n - 1] = in[pairs] & 15;
+}
+
+inline int threads_for(int64_t elements, int threads) {
+  const int64_t useful = elements / kMinElementsPerThread;
+  return useful < 1 ? 1 : useful < threads ? static_cast<int>(useful) : threads;
+}
+
+template <class V, DType D>
+class Quantize {
+ public:
+  explicit Quantize(const QuantizeArgs& args) : p_(args), levels_(levels_of(args.kind, args.symmetric)) {}
+
+  void run() const {
+    const int64_t elements = p_.outer * p_.channels * p_.inner;
+    const int threads = threads_for(elements, p_.threads);
+    if (p_.outer == 1 && p_.group == 0 && p_.channels < threads && p_.inner >= kMinSplit) {
+      for (int64_t c = 0; c < p_.channels; ++c) shared_row(c, threads < kMaxSplit ? threads : kMaxSplit);
+    } else if (p_.outer == 1) {
+      parallel(threads, [&](int thread, int team) {
+        const Range range = share(p_.channels, thread, team);
+        for (int64_t c = range.begin; c < range.end; ++c) row(c);
+      });
+    } else {
+      const int64_t per_block = p_.inner < kColumns ? kColumns / p_.inner : 1, blocks = ceil_div(p_.channels, per_block);
+      parallel(threads, [&](int thread, int team) {
+        const Range range = share(blocks, thread, team);
+        for (int64_t b = range.begin; b < range.end; ++b) {
+          const int64_t c0 = b * per_block, count = p_.channels - c0 < per_block ? p_.channels - c0 : per_block;
+          if (p_.inner <= kColumns)
+            columns(c0, count);
+          else
+            strided(c0);
+        }
+      });
+    }
+  }
+
+ private:
+  using G = Granule<V, D>;
+
+  // x and q from element `at` on.
+  const void* x_at(int64_t at) const {
+    return static_cast<const char*>(p_.x) + at * (D == DType::kF32 ? 4 : 2);
+  }
+  uint8_t* q_at(int64_t at) const { return static_cast<uint8_t*>(p_.q) + at; }
+
+  Stats stats(const void* x, int64_t begin, int64_t end) const {
+    return p_.symmetric || p_.is_static ? G::template stats<false>(x, nullptr, begin, end)
+                                        : G::template stats<true>(x, nullptr, begin, end);
+  }
+
+  Params params_of(const Stats& s, int64_t granule) const {
+    if (p_.is_static) return static_params(s, p_.scale[granule], p_.zero_point ? p_.zero_point[granule] : 0);
+    return p_.symmetric ? symmetric_params(s, levels_.bits) : asymmetric_params(s, levels_.bits);
+  }
+  void publish(const Params& params, int64_t granule) const {
+    if (p_.is_static) return;
+    p_.scale[granule] = params.scale;
+    if (p_.zero_point) p_.zero_point[granule] = params.zero_point;
+  }
+  Params params(const Stats& s, int64_t granule) const {
+    const Params result = params_of(s, granule);
+    publish(result, granule);
+    return result;
+  }
+
+  // Elements [begin, end) of a contiguous run at x, to q (bytes, or nibbles: begin is even then).
+  void emit(const void* x, int64_t begin, int64_t end, const Params& params, bool finite, uint8_t* q) const {
+    if (p_.kind != QKind::kInt4) return emit_bytes(x, begin, end, params, finite, q + begin);
+    uint8_t stage[kStage];
+    for (int64_t i = begin; i < end; i += kStage) {
+      const int64_t n = end - i < kStage ? end - i : kStage;
+      emit_bytes(x, i, i + n, params, finite, stage);
+      pack_nibbles(stage, n, q + i / 2);
+    }
+  }
+
+  void emit_bytes(const void* x, int64_t begin, int64_t end, const Params& params, bool finite, uint8_t* out) const {
+    if (finite)
+      G::quantize(x, nullptr, begin, end, params, levels_.lo, levels_.hi, levels_.offset, out);
+    else
+      fill(out, end - begin, levels_.offset);
+  }
+
+  int64_t row_q_bytes() const { return p_.kind == QKind::kInt4 ? ceil_div(p_.inner, 2) : p_.inner; }
+
+  void row(int64_t c) const {
+    const void* x = x_at(c * p_.inner);
+    uint8_t* q = q_at(c * row_q_bytes());
+    const int64_t group = p_.group > 0 ? p_.group : p_.inner, groups = group > 0 ? ceil_div(p_.inner, group) : 0;
+    if (groups == 0) params(Stats(), c);  // an empty row still has its scale
+    for (int64_t g = 0; g < groups; ++g) {
+      const int64_t begin = g * group, end = begin + group < p_.inner ? begin + group : p_.inner;
+      const Stats s = stats(x, begin, end);
+      emit(x, begin, end, params(s, c * groups + g), s.finite(), q);
+    }
+  }
+
+  // One contiguous granule, shared by a team. Shares are even so that no two threads write one byte of int4.
+  void shared_row(int64_t c, int threads) const {
+    const void* x = x_at(c * p_.inner);
+    uint8_t* q = q_at(c * row_q_bytes());
+    Stats partial[kMaxSplit];
+    parallel(threads, [&](int thread, int team) {
+      Range range = share(ceil_div(p_.inner, 2), thread, team);
+      range = {range.begin * 2, range.end * 2 < p_.inner ? range.end * 2 : p_.inner};
+      partial[thread] = stats(x, range.begin, range.end);
+      barrier(team);
+      Stats whole;
+      for (int t = 0; t < team; ++t) whole.merge(partial[t]);
+      const Params result = params_of(whole, c);
+      if (thread == 0) publish(result, c);
+      emit(x, range.begin, range.end, result, whole.finite(), q);
+    });
+  }
+
+  // One channel whose runs along inner are long.
+  void strided(int64_t c) const {
+    Stats s;
+    for (int64_t o = 0; o < p_.outer; ++o) s.merge(stats(x_at((o * p_.channels + c) * p_.inner), 0, p_.inner));
+    const Params result = params(s, c);
+    for (int64_t o = 0; o < p_.outer; ++o) {
+      const int64_t at = (o * p_.channels + c) * p_.inner;
+      emit_bytes(x_at(at), 0, p_.inner, result, s.finite(), q_at(at));
+    }
+  }
+
+  // `count` channels of short runs, side by side: count * inner <= kColumns columns.
+  void columns(int64_t c0, int64_t count) const {
+    constexpr int kW = V::kLanes;
+    const int64_t width = count * p_.inner, pitch = p_.channels * p_.inner, at = c0 * p_.inner;
+    alignas(kAlign) int32_t abs_bits[kColumns + 16] = {}, shift[kColumns + 16] = {};
+    alignas(kAlign) float lo[kColumns + 16] = {}, hi[kColumns + 16] = {}, inv[kColumns + 16] = {};
+    for (int64_t o = 0; o < p_.outer; ++o) {
+      const void* x = x_at(o * pitch + at);
+      for (int64_t j = 0; j < width; j += kW) {
+        const auto v = width - j < kW ? V::template load_part<D>(x, j, static_cast<int>(width - j)) : V::template load<D>(x, j);
+        V::store_i(abs_bits + j, V::max_i(V::load_i(abs_bits + j), V::abs_bits(v)));
+        V::store_f(lo + j, V::min(v, V::load_f(lo + j)));  // a NaN in v leaves the bound alone; abs_bits tells of it
+        V::store_f(hi + j, V::max(v, V::load_f(hi + j)));
+      }
+    }
+    for (int64_t c = 0; c < count; ++c) {
+      Stats s;
+      for (int64_t i = c * p_.inner; i < (c + 1) * p_.inner; ++i) s.merge({abs_bits[i], lo[i], hi[i]});
+      const Params result = params(s, c0 + c);
+      for (int64_t i = c * p_.inner; i < (c + 1) * p_.inner; ++i) {
+        inv[i] = result.inv;
+        // Both bounds zero give q = 0 even for NaN: min and max return their second operand when the first is NaN.
+        lo[i] = s.finite() ? static_cast<float>(levels_.lo - result.zero_point) : 0.0f;
+        hi[i] = s.finite() ? static_cast<float>(levels_.hi - result.zero_point) : 0.0f;
+        shift[i] = result.zero_point + levels_.offset;
+      }
+    }
+    for (int64_t o = 0; o < p_.outer; ++o) {
+      const void* x = x_at(o * pitch + at);
+      uint8_t* q = q_at(o * pitch + at);
+      for (int64_t j = 0; j < width; j += kW) {
+        const int n = static_cast<int>(width - j < kW ? width - j : kW);
+        auto v = n < kW ? V::template load_part<D>(x, j, n) : V::template load<D>(x, j);
+        v = V::min(V::max(V::mul(v, V::load_f(inv + j)), V::load_f(lo + j)), V::load_f(hi + j));
+        const auto stored = V::add_i(V::round_i(v), V::load_i(shift + j));
+        if (n < kW)
+          V::store_low8_part(q + j, stored, n);
+        else
+          V::store_low8(q + j, stored);
+      }
+    }
+  }
+
+  const QuantizeArgs& p_;
+  const Levels levels_;
+};
+
+// out = scale * (q - zero_point), one rounding, then rounded to the output dtype.
+template <class V, DType D>
+class Dequantize {
+ public:
+  explicit Dequantize(const DequantizeArgs& args) : p_(args) {}
+
+  void run() const {
+    const int64_t runs = p_.outer * p_.channels;
+    const int threads = threads_for(runs * p_.inner, p_.threads);
+    if (runs < threads && p_.kind != QKind::kInt4 && p_.group == 0) {  // few long runs: share each of them
+      parallel(threads, [&](int thread, int team) {
+        const Range range = share(p_.inner, thread, team);
+        for (int64_t r = 0; r < runs; ++r) run_bytes(r * p_.inner, range.begin, range.end, r % p_.channels);
+      });
+    } else if (p_.inner < V::kLanes && p_.outer > 1) {
+      const int64_t per_block = kColumns / p_.inner, blocks = ceil_div(p_.channels, per_block);
+      parallel(threads, [&](int thread, int team) {
+        const Range range = share(p_.outer, thread, team);
+        for (int64_t b = 0; b < blocks; ++b) {
+          const int64_t c0 = b * per_block;
+          columns(range, c0, p_.channels - c0 < per_block ? p_.channels - c0 : per_block);
+        }
+      });
+    } else {
+      parallel(threads, [&](int thread, int team) {
+        const Range range = share(runs, thread, team);
+        for (int64_t r = range.begin; r < range.end; ++r) row(r);
+      });
+    }
+  }
+
+ private:
+  using F = typename V::F;
+  using I = typename V::I;
+
+  void row(int64_t r) const {
+    const int64_t c = r % p_.channels, group = p_.group > 0 ? p_.group : p_.inner;
+    const int64_t groups = group > 0 ? ceil_div(p_.inner, group) : 0;
+    for (int64_t g = 0; g < groups; ++g) {
+      const int64_t begin = g * group, end = begin + group < p_.inner ? begin + group : p_.inner;
+      if (p_.kind == QKind::kInt4)
+        run_nibbles(r, begin, end, c * groups + g);
+      else
+        run_bytes(r * p_.inner, begin, end, c * groups + g);
+    }
+  }
+
+  I load(const uint8_t* q) const {
+    return p_.kind == QKind::kInt8 ? V::load_i8(reinterpret_cast<const int8_t*>(q)) : V::load_u8(q);
+  }
+  I load_part(const uint8_t* q, int n) const {
+    return p_.kind == QKind::kInt8 ? V::load_i8_part(reinterpret_cast<const int8_t*>(q), n) : V::load_u8_part(q, n);
+  }
+
+  int32_t zero_point(int64_t granule) const {
+    return p_.zero_point ? p_.zero_point[granule] : p_.kind == QKind::kInt4 ? 8 : 0;
+  }
+
+  // q[0, n) to out[at, at + n).
+  void values(const uint8_t* q, int64_t n, int64_t at, int64_t granule) const {
+    constexpr int kW = V::kLanes;
+    const F scale = V::set(p_.scale[granule]);
+    const I zp = V::set_i(zero_point(granule));
+    int64_t i = 0;
+    for (; i + kW <= n; i += kW) V::template store<D>(p_.out, at + i, V::mul(V::to_f(V::sub_i(load(q + i), zp)), scale));
+    if (i < n) {
+      const int rest = static_cast<int>(n - i);
+      V::template store_part<D>(p_.out, at + i, V::mul(V::to_f(V::sub_i(load_part(q + i, rest), zp)), scale), rest);
+    }
+  }
+
+  void run_bytes(int64_t base, int64_t begin, int64_t end, int64_t granule) const {
+    values(static_cast<const uint8_t*>(p_.q) + base + begin, end - begin, base + begin, granule);
+  }
+
+  void run_nibbles(int64_t r, int64_t begin, int64_t end, int64_t granule) const {
+    const uint8_t* q = static_cast<const uint8_t*>(p_.q) + r * ceil_div(p_.inner, 2);
+    uint8_t stage[kStage];
+    for (int64_t i = begin; i < end; i += kStage) {
+      const int64_t n = end - i < kStage ? end - i : kStage;
+      unpack_nibbles(q + i / 2, n, stage);
+      values(stage, n, r * p_.inner + i, granule);
+    }
+  }
+
+  void columns(Range rows, int64_t c0, int64_t count) const {
+    constexpr int kW = V::kLanes;
+    const int64_t width = count * p_.inner, pitch = p_.channels * p_.inner;
+    alignas(kAlign) float scale[kColumns + 16] = {};
+    alignas(kAlign) int32_t zp[kColumns + 16] = {};
+    for (int64_t j = 0; j < width; ++j) {
+      scale[j] = p_.scale[c0 + j / p_.inner];
+      zp[j] = zero_point(c0 + j / p_.inner);
+    }
+    for (int64_t o = rows.begin; o < rows.end; ++o) {
+      const int64_t at = o * pitch + c0 * p_.inner;
+      const uint8_t* q = static_cast<const uint8_t*>(p_.q) + at;
+      for (int64_t j = 0; j < width; j += kW) {
+        const int n = static_cast<int>(width - j < kW ? width - j : kW);
+        const I stored = n < kW ? load_part(q + j, n) : load(q + j);
+        const F v = V::mul(V::to_f(V::sub_i(stored, V::load_i(zp + j))), V::load_f(scale + j));
+        if (n < kW)
+          V::template store_part<D>(p_.out, at + j, v, n);
+        else
+          V::template store<D>(p_.out, at + j, v);
+      }
+    }
+  }
+
+  const DequantizeArgs& p_;
+};
+
+template <class V>
+void quantize(const QuantizeArgs& args) {
+  switch (args.x_dtype) {
+    case DType::kF32: return Quantize<V, DType::kF32>(args).run();
+    case DType::kBF16: return Quantize<V, DType::kBF16>(args).run();
+    default: return Quantize<V, DType::kF16>(args).run();
+  }
+}
+
+template <class V>
+void dequantize(const DequantizeArgs& args) {
+  switch (args.out_dtype) {
+    case DType::kF32: return Dequantize<V, DType::kF32>(args).run();
+    case DType::kBF16: return Dequantize<V, DType::kBF16>(args).run();
+    default: return Dequantize<V, DType::kF16>(args).run();
+  }
+}
+
+}  // namespace
+}  // namespace qk

@@ -1,0 +1,144 @@
+// Verbs over 256-bit registers (AVX2 + F16C), shared by the AVX2 and AVX-VNNI tiers.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#include "../args.h"
+
+namespace qk {
+namespace {
+
+struct YmmVerbs {
+  static constexpr int kLanes = 8;
+  using F = __m256;
+  using I = __m256i;
+
+  static F set(float v) { return _mm256_set1_ps(v); }
+  static I set_i(int32_t v) { return _mm256_set1_epi32(v); }
+  static F mul(F a, F b) { return _mm256_mul_ps(a, b); }
+  static F add(F a, F b) { return _mm256_add_ps(a, b); }
+  static F min(F a, F b) { return _mm256_min_ps(a, b); }
+  static F max(F a, F b) { return _mm256_max_ps(a, b); }
+  static F div(F a, F b) { return _mm256_div_ps(a, b); }
+  static I add_i(I a, I b) { return _mm256_add_epi32(a, b); }
+  static I sub_i(I a, I b) { return _mm256_sub_epi32(a, b); }
+  static I mul_i(I a, I b) { return _mm256_mullo_epi32(a, b); }
+  static I max_i(I a, I b) { return _mm256_max_epi32(a, b); }
+  static I abs_bits(F v) { return _mm256_and_si256(_mm256_castps_si256(v), set_i(0x7FFFFFFF)); }
+  static F to_f(I v) { return _mm256_cvtepi32_ps(v); }
+  static I round_i(F v) { return _mm256_cvtps_epi32(v); }  // half to even: FpEnvironment sets MXCSR
+
+  static int32_t reduce_max_i(I v) {
+    __m128i m = _mm_max_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+    m = _mm_max_epi32(m, _mm_shuffle_epi32(m, 0x4E));
+    m = _mm_max_epi32(m, _mm_shuffle_epi32(m, 0xB1));
+    return _mm_cvtsi128_si32(m);
+  }
+  static float reduce_min(F v) {
+    __m128 m = _mm_min_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    m = _mm_min_ps(m, _mm_movehl_ps(m, m));
+    m = _mm_min_ss(m, _mm_shuffle_ps(m, m, 1));
+    return _mm_cvtss_f32(m);
+  }
+  static float reduce_max(F v) {
+    __m128 m = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    m = _mm_max_ps(m, _mm_movehl_ps(m, m));
+    m = _mm_max_ss(m, _mm_shuffle_ps(m, m, 1));
+    return _mm_cvtss_f32(m);
+  }
+
+  // Lanes below n.
+  static I mask(int n) {
+    return _mm256_cmpgt_epi32(set_i(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+  }
+  static F load_f(const float* p) { return _mm256_loadu_ps(p); }
+  static F load_f_part(const float* p, int n) { return _mm256_maskload_ps(p, mask(n)); }
+  static void store_f(float* p, F v) { _mm256_storeu_ps(p, v); }
+  static I load_i(const int32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+  static void store_i(int32_t* p, I v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v); }
+
+  template <DType D>
+  static F widen(__m128i h) {
+    if constexpr (D == DType::kF16) return _mm256_cvtph_ps(h);
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16));
+  }
+  template <DType D>
+  static F load(const void* p, int64_t i) {
+    if constexpr (D == DType::kF32) return _mm256_loadu_ps(static_cast<const float*>(p) + i);
+    return widen<D>(_mm_loadu_si128(reinterpret_cast<const __m128i*>(static_cast<const uint16_t*>(p) + i)));
+  }
+  template <DType D>
+  static F load_part(const void* p, int64_t i, int n) {
+    if constexpr (D == DType::kF32) return load_f_part(static_cast<const float*>(p) + i, n);
+    alignas(16) uint16_t lanes[8] = {};
+    std::memcpy(lanes, static_cast<const uint16_t*>(p) + i, static_cast<size_t>(n) * 2);
+    return widen<D>(_mm_load_si128(reinterpret_cast<const __m128i*>(lanes)));
+  }
+
+  // Rounded by integer arithmetic: the conversion instruction of AVX512-BF16 would flush subnormal numbers.
+  static __m128i narrow_bf16(F v) {
+    const I u = _mm256_castps_si256(v);
+    const I odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), set_i(1));
+    const I rounded = _mm256_add_epi32(u, _mm256_add_epi32(odd, set_i(0x7FFF)));
+    const I quiet = _mm256_or_si256(u, set_i(0x400000));
+    const I is_nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+    const I high = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, is_nan), 16);
+    const I packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(high, high), 0x08);
+    return _mm256_castsi256_si128(packed);
+  }
+  template <DType D>
+  static __m128i narrow(F v) {
+    if constexpr (D == DType::kF16) return _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT);
+    return narrow_bf16(v);
+  }
+  template <DType D>
+  static void store(void* p, int64_t i, F v) {
+    if constexpr (D == DType::kF32)
+      _mm256_storeu_ps(static_cast<float*>(p) + i, v);
+    else
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(static_cast<uint16_t*>(p) + i), narrow<D>(v));
+  }
+  template <DType D>
+  static void store_part(void* p, int64_t i, F v, int n) {
+    if constexpr (D == DType::kF32) {
+      _mm256_maskstore_ps(static_cast<float*>(p) + i, mask(n), v);
+    } else {
+      alignas(16) uint16_t lanes[8];
+      _mm_store_si128(reinterpret_cast<__m128i*>(lanes), narrow<D>(v));
+      std::memcpy(static_cast<uint16_t*>(p) + i, lanes, static_cast<size_t>(n) * 2);
+    }
+  }
+
+  // The low byte of each lane.
+  static int64_t low8(I v) {
+    const I order = _mm256_setr_epi8(0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, 0, 4, 8, 12, -1, -1,
+                                     -1, -1, -1, -1, -1, -1, -1, -1, -1, -1);
+    const I bytes = _mm256_shuffle_epi8(v, order);
+    const __m128i both = _mm_unpacklo_epi32(_mm256_castsi256_si128(bytes), _mm256_extracti128_si256(bytes, 1));
+    return _mm_cvtsi128_si64(both);
+  }
+  static void store_low8(uint8_t* p, I v) {
+    const int64_t bytes = low8(v);
+    std::memcpy(p, &bytes, 8);
+  }
+  static void store_low8_part(uint8_t* p, I v, int n) {
+    const int64_t bytes = low8(v);
+    std::memcpy(p, &bytes, static_cast<size_t>(n));
+  }
+  static __m128i load_bytes(const void* p, int n) {
+    int64_t bytes = 0;
+    std::memcpy(&bytes, p, static_cast<size_t>(n));
+    return _mm_cvtsi64_si128(bytes);
+  }
+  static I load_i8(const int8_t* p) { return _mm256_cvtepi8_epi32(load_bytes(p, 8)); }
+  static I load_u8(const uint8_t* p) { return _mm256_cvtepu8_epi32(load_bytes(p, 8)); }
+  static I load_i8_part(const int8_t* p, int n) { return _mm256_cvtepi8_epi32(load_bytes(p, n)); }
+  static I load_u8_part(const uint8_t* p, int n) { return _mm256_cvtepu8_epi32(load_bytes(p, n)); }
+};
+
+}  // namespace
+}  // namespace qk

@@ -1,0 +1,104 @@
+// Verbs over 512-bit registers (AVX-512 F, BW, DQ, VL), shared by the AVX512-VNNI and AMX tiers.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+#include "../args.h"
+
+namespace qk {
+namespace {
+
+struct ZmmVerbs {
+  static constexpr int kLanes = 16;
+  using F = __m512;
+  using I = __m512i;
+
+  static F set(float v) { return _mm512_set1_ps(v); }
+  static I set_i(int32_t v) { return _mm512_set1_epi32(v); }
+  static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
+  static F add(F a, F b) { return _mm512_add_ps(a, b); }
+  static F min(F a, F b) { return _mm512_min_ps(a, b); }
+  static F max(F a, F b) { return _mm512_max_ps(a, b); }
+  static F div(F a, F b) { return _mm512_div_ps(a, b); }
+  static I add_i(I a, I b) { return _mm512_add_epi32(a, b); }
+  static I sub_i(I a, I b) { return _mm512_sub_epi32(a, b); }
+  static I mul_i(I a, I b) { return _mm512_mullo_epi32(a, b); }
+  static I max_i(I a, I b) { return _mm512_max_epi32(a, b); }
+  static I abs_bits(F v) { return _mm512_and_si512(_mm512_castps_si512(v), set_i(0x7FFFFFFF)); }
+  static F to_f(I v) { return _mm512_cvtepi32_ps(v); }
+  static I round_i(F v) { return _mm512_cvtps_epi32(v); }  // half to even: FpEnvironment sets MXCSR
+  static int32_t reduce_max_i(I v) { return _mm512_reduce_max_epi32(v); }
+  static float reduce_min(F v) { return _mm512_reduce_min_ps(v); }
+  static float reduce_max(F v) { return _mm512_reduce_max_ps(v); }
+
+  static __mmask16 mask(int n) { return static_cast<__mmask16>((1u << n) - 1u); }  // lanes below n
+  static F load_f(const float* p) { return _mm512_loadu_ps(p); }
+  static F load_f_part(const float* p, int n) { return _mm512_maskz_loadu_ps(mask(n), p); }
+  static void store_f(float* p, F v) { _mm512_storeu_ps(p, v); }
+  static I load_i(const int32_t* p) { return _mm512_loadu_si512(p); }
+  static void store_i(int32_t* p, I v) { _mm512_storeu_si512(p, v); }
+
+  template <DType D>
+  static F widen(__m256i h) {
+    if constexpr (D == DType::kF16) return _mm512_cvtph_ps(h);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16));
+  }
+  template <DType D>
+  static F load(const void* p, int64_t i) {
+    if constexpr (D == DType::kF32) return _mm512_loadu_ps(static_cast<const float*>(p) + i);
+    return widen<D>(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(static_cast<const uint16_t*>(p) + i)));
+  }
+  template <DType D>
+  static F load_part(const void* p, int64_t i, int n) {
+    if constexpr (D == DType::kF32) return load_f_part(static_cast<const float*>(p) + i, n);
+    return widen<D>(_mm256_maskz_loadu_epi16(mask(n), static_cast<const uint16_t*>(p) + i));
+  }
+
+  // Rounded by integer arithmetic: the conversion instruction of AVX512-BF16 would flush subnormal numbers.
+  static __m256i narrow_bf16(F v) {
+    const I u = _mm512_castps_si512(v);
+    const I odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), set_i(1));
+    const I rounded = _mm512_add_epi32(u, _mm512_add_epi32(odd, set_i(0x7FFF)));
+    const __mmask16 is_nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+    const I chosen = _mm512_mask_or_epi32(rounded, is_nan, u, set_i(0x400000));
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(chosen, 16));
+  }
+  template <DType D>
+  static __m256i narrow(F v) {
+    if constexpr (D == DType::kF16) return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT);
+    return narrow_bf16(v);
+  }
+  template <DType D>
+  static void store(void* p, int64_t i, F v) {
+    if constexpr (D == DType::kF32)
+      _mm512_storeu_ps(static_cast<float*>(p) + i, v);
+    else
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(static_cast<uint16_t*>(p) + i), narrow<D>(v));
+  }
+  template <DType D>
+  static void store_part(void* p, int64_t i, F v, int n) {
+    if constexpr (D == DType::kF32)
+      _mm512_mask_storeu_ps(static_cast<float*>(p) + i, mask(n), v);
+    else
+      _mm256_mask_storeu_epi16(static_cast<uint16_t*>(p) + i, mask(n), narrow<D>(v));
+  }
+
+  // The low byte of each lane.
+  static void store_low8(uint8_t* p, I v) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(v));
+  }
+  static void store_low8_part(uint8_t* p, I v, int n) { _mm512_mask_cvtepi32_storeu_epi8(p, mask(n), v); }
+  static I load_i8(const int8_t* p) {
+    return _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
+  static I load_u8(const uint8_t* p) {
+    return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
+  static I load_i8_part(const int8_t* p, int n) { return _mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(mask(n), p)); }
+  static I load_u8_part(const uint8_t* p, int n) { return _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask(n), p)); }
+};
+
+}  // namespace
+}  // namespace qk

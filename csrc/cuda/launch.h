@@ -1,0 +1,49 @@
+// Host side of a launch: one entry point per op, every one on the caller's stream, none allocating or synchronising.
+// All throw std::runtime_error with CUDA's message when a launch is refused, std::invalid_argument on nonsense.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "w8a8.h"
+
+namespace qk::cuda {
+
+// Quantization of rows, one granule each:  q [M, K] from x [M, K] * inv_smooth [K].
+struct QuantizeRowsArgs {
+  const void* x;
+  DType x_dtype;
+  int64_t m, k;
+  int64_t x_stride;  // elements between rows
+  int8_t* q;
+  int64_t q_stride;  // bytes between rows
+  float* scale;  // [M], always written: NaN where a row holds NaN or Inf
+  int32_t* zero_point;  // [M], or nullptr: symmetric
+  const float* inv_smooth;  // [K] or nullptr
+  bool is_static;  // scale and zero point are given, on the device
+  const float* static_scale;  // [1]
+  const int32_t* static_zero_point;  // [1] or nullptr
+  bool shifted;  // asymmetric: store q - kZeroShift as a signed byte instead of q as an unsigned one
+  bool dependent;  // the launch may overlap the end of the kernel before it
+};
+
+// Any granularity, as csrc/args.h describes it. `stats` is [3 * granules] zeroed words when the scales are measured.
+void quantize(const QuantizeArgs& args, uint32_t* stats, cudaStream_t stream);
+void dequantize(const DequantizeArgs& args, cudaStream_t stream);
+void quantize_rows(const QuantizeRowsArgs& args, cudaStream_t stream);
+
+void pack_w8(const int8_t* weight, int64_t n, int64_t k, int8_t* packed, int32_t* colsum, cudaStream_t stream);
+void unpack_w8(const int8_t* packed, int64_t n, int64_t k, int8_t* weight, cudaStream_t stream);
+
+// dispatch.cu. `capability` is 10 * major + minor.
+int device_capability();
+int multiprocessors();
+W8A8Config select_w8a8(int64_t m, int64_t n, int64_t k, int capability, int sms);
+void gemm_w8a8(const GemmW8A8Args& args, const W8A8Config& config, bool dependent, cudaStream_t stream);
+bool has_sm90a();  // the sm_90a kernels are compiled in
+
+// Each throws std::invalid_argument for a tile it has no instance of.
+void gemm_w8a8_mma(const GemmW8A8Args& args, const W8A8Config& config, bool dependent, cudaStream_t stream);
+void gemm_w8a8_stream(const GemmW8A8Args& args, const W8A8Config& config, bool dependent, cudaStream_t stream);
+void gemm_w8a8_tiled(const GemmW8A8Args& args, const W8A8Config& config, bool dependent, cudaStream_t stream);
+
+}  // namespace qk::cuda

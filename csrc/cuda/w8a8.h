@@ -1,0 +1,61 @@
+// What the W8A8 kernels are told, and the packed weight they read. Host and device; no CUDA types but the stream.
+//
+// y [M, N] = round(((float(acc) * scale_x[m]) * scale_w[n]) + bias[n]),  acc = sum_k (xq[m, k] - zero[m]) * w[n, k]
+//
+// Packed weight ("K slabs"): weight [N, K] int8 becomes [ceil(K/128)][round_up(N, 8)][128] bytes, zero-padded, with
+// the 16-byte chunk c of row n stored at place c ^ (n % 8):
+//
+//     slab kb:   row 0   | c0 c1 c2 c3 c4 c5 c6 c7 |   128 bytes = k 128*kb .. 128*kb + 127
+//                row 1   | c1 c0 c3 c2 c5 c4 c7 c6 |
+//                  ...                                  one atom: 8 rows, 1024 bytes
+//                row N-1
+//
+// That is the 128-byte swizzle wgmma wants of a K-major operand, so a tile of any multiple of 8 rows is one contiguous
+// piece of memory: one bulk copy without a tensor map, and free of bank conflicts under ldmatrix.
+#pragma once
+
+#include <cstdint>
+
+#include "args.h"
+
+namespace qk::cuda {
+
+constexpr int kSlabK = 128;  // bytes of k per slab
+constexpr int kAtomRows = 8;  // rows of a swizzle atom
+
+// Activations that asymmetric quantization made hold q - 128 (a signed byte), so that every kernel is s8 x s8.
+constexpr int kZeroShift = 128;
+
+struct GemmW8A8Args {
+  const int8_t* xq;  // [M, K], 16-byte aligned; q, or q - 128 where x_zero_point is given
+  int64_t x_stride;  // bytes between rows, a multiple of 16
+  const float* x_scale;  // [M]
+  const int32_t* x_zero_point;  // [M], 0..255, or nullptr
+  const int8_t* packed;  // K slabs, 128-byte aligned
+  const int32_t* colsum;  // [N] sum over k of weight[n, k]; read with x_zero_point only
+  const float* weight_scale;  // [N]
+  const float* bias;  // [N] or nullptr
+  int32_t m, n, k;
+  void* y;
+  int64_t y_stride;  // elements between rows
+  DType y_dtype;
+};
+
+// Which kernel runs, with what tile. `tile` is tokens per tile for kStream and kMma, channels per tile for kTiled.
+enum class W8A8Kernel : int32_t {
+  kMma = 0,  // mma.sync m16n8k32, sm_80 and up
+  kStream = 1,  // wgmma, weights as the 64-row operand; K split over a cluster; sm_90a
+  kTiled = 2,  // wgmma, tokens as the 64-row operand; persistent; sm_90a
+};
+struct W8A8Config {
+  W8A8Kernel kernel;
+  int32_t tile;
+  int32_t split;  // kStream: CTAs that share K.  kTiled: CTAs of a cluster that share a weight tile
+  int32_t deep;  // kStream: 1 fills an SM's shared memory with stages, 0 leaves room for a second CTA
+};
+
+constexpr int64_t packed_rows(int64_t n) { return (n + kAtomRows - 1) / kAtomRows * kAtomRows; }
+constexpr int64_t slabs(int64_t k) { return (k + kSlabK - 1) / kSlabK; }
+constexpr int64_t packed_w8_bytes(int64_t n, int64_t k) { return slabs(k) * packed_rows(n) * kSlabK; }
+
+}  // namespace qk::cuda

@@ -1,0 +1,37 @@
+// Packed weight layouts. No intrinsics here.
+//
+// W8: weight [N, K] int8 becomes [N/64][K/4][64 columns][4 k] bytes, zero-padded to multiples of 64 in both.
+//
+//   superblock nb (64 output columns), one 256-byte line per group of four k:
+//
+//            column 0      column 1            column 63
+//     k4=0 | k0 k1 k2 k3 | k0 k1 k2 k3 | ... | k0 k1 k2 k3 |   256 bytes
+//     k4=1 | k4 k5 k6 k7 | k4 k5 k6 k7 | ... | k4 k5 k6 k7 |
+//      ...
+//
+// One zmm register is 16 columns x 4 k, the operand of vpdpbusd; a ymm register is half of that; 16 lines of a
+// 64-byte slice are one AMX B tile (row stride 256 bytes). At M = 1 a superblock is one sequential stream.
+#pragma once
+
+#include <cstdint>
+
+namespace qk {
+
+constexpr int64_t kBlockN = 64;  // columns of a superblock
+constexpr int64_t kBlockK = 64;  // K is padded to this
+constexpr int64_t kPackK = 4;  // consecutive k of one column that lie together
+constexpr int64_t kMaxK = 65536;  // int32 sums of u8 x s8 are exact up to here
+constexpr int64_t kAlign = 64;  // bytes
+
+// Internal linkage: a linker must not share copies of these between files compiled for different ISAs.
+namespace {
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+constexpr int64_t padded_k(int64_t k) { return round_up(k, kBlockK); }
+constexpr int64_t packed_w8_bytes(int64_t n, int64_t k) { return round_up(n, kBlockN) * padded_k(k); }
+
+}  // namespace
+
+}  // namespace qk
