@@ -1,0 +1,1 @@
+"""Subcommands of the `qkernels` program, one module each."""

@@ -1,0 +1,86 @@
+"""The whole demo: three models one after the other, a table each, then JSON and a plot."""
+
+from __future__ import annotations
+
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import qkernels
+from qkernels.demo.encoder import run_distilbert, run_minilm
+from qkernels.demo.language import run_smollm
+from qkernels.demo.plot import draw
+from qkernels.demo.table import format_result
+
+MODELS = {"minilm": run_minilm, "smollm2": run_smollm, "distilbert": run_distilbert}
+
+
+def run_demo(*, models: list[str] | None = None, quick: bool = False, plot: str | None = None) -> dict[str, Any]:
+    """Run the demo, print its tables and return its figures.
+
+    Args:
+        models: names out of `MODELS`, None for all of them.
+        quick: less text and fewer timing rounds, for a look in two minutes; its figures are noisier.
+        plot: where the PNG goes, None for no plot.
+
+    Raises:
+        ValueError: a package with a model is not installed, or an unknown model name.
+    """
+    names = list(MODELS) if models is None else models
+    for name in names:
+        if name not in MODELS:
+            raise ValueError(f"models: expected names out of {', '.join(MODELS)}, got {name!r}")
+    started = time.perf_counter()
+    facts = machine()
+    version = facts["versions"]["qkernels"]
+    title = f"qkernels {version} on {facts['cpu']}, {facts['threads']} threads, {facts['isa']} kernels"
+    print(title + "\n")
+    results = []
+    for name in names:
+        result = MODELS[name](quick=quick)
+        results.append(result)
+        print(format_result(result) + "\n")
+    seconds = time.perf_counter() - started
+    if plot is not None:
+        draw(results, plot, title=title)
+        print(f"plot: {plot}")
+    print(f"{seconds:.0f} seconds")
+    return {
+        "machine": facts,
+        "quick": quick,
+        "seconds": seconds,
+        "models": {name: result.to_dict() for name, result in zip(names, results, strict=True)},
+    }
+
+
+def machine() -> dict[str, Any]:
+    """CPU, threads, kernels and versions that the figures belong to."""
+    import transformers
+
+    facts = qkernels.info()
+    return {
+        "cpu": cpu_name(),
+        "threads": torch.get_num_threads(),
+        "isa": facts["isa"],
+        "system": platform.platform(),
+        "versions": {
+            "qkernels": facts["version"],
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
+    }
+
+
+def cpu_name() -> str:
+    """The CPU as the system names it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() == "model name":
+                return value.strip()
+    return platform.processor() or platform.machine()
