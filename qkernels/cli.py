@@ -17,6 +17,7 @@ import traceback
 from collections.abc import Sequence
 
 from qkernels._version import __version__
+from qkernels.bench.cli import add_parser as add_bench_parser
 from qkernels.commands import demo, generate, info, inspect, quantize
 
 # What unusable input raises: our checks (ValueError, TypeError), the file system and transformers (OSError), a missing
@@ -34,6 +35,7 @@ def build_parser() -> argparse.ArgumentParser:
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for command in (info, demo, quantize, inspect, generate):
         command.add_parser(subparsers)
+    add_bench_parser(subparsers)
     return parser
 
 

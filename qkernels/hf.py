@@ -68,24 +68,19 @@ def find_gguf(directory: PathLike, gguf_file: str | None = None) -> str | None:
     return names[0]
 
 
-def load_config(directory: PathLike, *, gguf_file: str | None = None) -> Any:
+def load_config(directory: PathLike) -> Any:
     """The transformers configuration of a directory.
 
     Raises:
-        ValueError: the directory holds no model that the installed transformers knows.
+        ValueError: the installed transformers does not know the model.
+        OSError: no readable `config.json`.
     """
-    transformers = _transformers()
-    gguf = find_gguf(directory, gguf_file)
-    arguments = {"gguf_file": gguf} if gguf else {}
     with quiet():
-        return transformers.AutoConfig.from_pretrained(str(directory), local_files_only=True, **arguments)
+        return _transformers().AutoConfig.from_pretrained(str(directory), local_files_only=True)
 
 
-def model_class(config: Any, *, gguf: bool = False) -> Any:
-    """The class that a configuration stands for: the one `architectures` names, else the auto class.
-
-    Args:
-        gguf: the weights come from a GGUF file, which names no class: a causal language model.
+def model_class(config: Any) -> Any:
+    """The class that a configuration stands for: the one `architectures` names, else transformers' AutoModel.
 
     Raises:
         ValueError: `architectures` names a class that the installed transformers lacks.
@@ -93,7 +88,7 @@ def model_class(config: Any, *, gguf: bool = False) -> Any:
     transformers = _transformers()
     names = list(getattr(config, "architectures", None) or [])
     if not names:
-        return transformers.AutoModelForCausalLM if gguf else transformers.AutoModel
+        return transformers.AutoModel
     found = getattr(transformers, names[0], None)
     if found is None:
         raise ValueError(
@@ -116,9 +111,9 @@ def load_float(
         ValueError: no model there.
         OSError: unreadable files, in transformers' words.
     """
-    config = load_config(directory, gguf_file=gguf_file)
     gguf = find_gguf(directory, gguf_file)
-    cls = model_class(config, gguf=gguf is not None)
+    # A GGUF file names no class, and reading its configuration apart would parse the whole file twice.
+    cls = _transformers().AutoModelForCausalLM if gguf else model_class(load_config(directory))
     arguments: dict[str, Any] = {"gguf_file": gguf} if gguf else {}
     with quiet():
         model = cls.from_pretrained(
