@@ -13,7 +13,6 @@ import contextlib
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ import torch
 from torch import nn
 
 from qkernels import serialization
+from qkernels._atomic import replacing
 
 # Side files of a model directory that transformers' save_pretrained calls do not write: pooling of sentence encoders,
 # image and audio preprocessing, the chat template, labels. Folders are copied whole.
@@ -217,9 +217,7 @@ def save_quantized(
         extra: further text files to store, content by file name.
     """
     target = check_output(directory, force=force)
-    stage = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
-        content = stage / "content"
+    with replacing(target, drop=lambda old: [entry.name for entry in old.iterdir()]) as content:
         serialization.save(model, content)
         write_config(model, content)
         if tokenizer is not None:
@@ -229,17 +227,6 @@ def save_quantized(
             _copy_side_files(Path(source), content)
         for name, text in (extra or {}).items():
             (content / name).write_text(text, encoding="utf-8")
-        if target.exists():
-            target.rename(stage / "replaced")
-            try:
-                content.rename(target)
-            except OSError:
-                (stage / "replaced").rename(target)
-                raise
-        else:
-            content.rename(target)
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
     return target
 
 
