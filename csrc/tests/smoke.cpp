@@ -1,0 +1,277 @@
+// Runs every usable tier of the core without Python, and compares it bit for bit with contract.h. Made for emulated
+// processors, for cross-compiled builds and for sanitizers; every buffer has exactly the size that the kernels may use.
+//
+//   qk_smoke [EXPECTED_ISA [TIERS]]   exits 1 if anything differs, if the tier chosen at start is not EXPECTED_ISA, or
+//                                     if the usable tiers are not exactly TIERS (comma-separated)
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+#include <new>
+#include <random>
+#include <stdexcept>
+#include <string>
+
+#include "../cpu/dispatch.h"
+#include "../cpu/pack.h"
+#include "../layout.h"
+#include "contract.h"
+
+namespace {
+
+using qk::DType;
+
+int failures = 0;
+int64_t checks = 0;
+
+void fail(const std::string& what) {
+  if (++failures <= 20) std::fprintf(stderr, "FAILED %s\n", what.c_str());
+}
+
+struct FreeAligned {
+  void operator()(void* p) const { ::operator delete(p, std::align_val_t(qk::kAlign)); }
+};
+
+template <class T>
+std::unique_ptr<T, FreeAligned> aligned(int64_t bytes) {
+  return std::unique_ptr<T, FreeAligned>(
+      static_cast<T*>(::operator new(static_cast<size_t>(bytes), std::align_val_t(qk::kAlign))));
+}
+
+int64_t bytes_of(DType dtype) { return dtype == DType::kF32 ? 4 : 2; }
+
+void store(DType dtype, void* base, int64_t at, float value) {
+  if (dtype == DType::kF32)
+    static_cast<float*>(base)[at] = value;
+  else
+    static_cast<uint16_t*>(base)[at] = dtype == DType::kBF16 ? contract::to_bf16(value) : contract::to_f16(value);
+}
+
+float load(DType dtype, const void* base, int64_t at) {
+  if (dtype == DType::kF32) return static_cast<const float*>(base)[at];
+  const uint16_t half = static_cast<const uint16_t*>(base)[at];
+  return dtype == DType::kBF16 ? contract::from_bf16(half) : contract::from_f16(half);
+}
+
+// Equal to the last bit; any NaN equals any other.
+bool same(DType dtype, const void* base, int64_t at, float expected) {
+  const float got = load(dtype, base, at);
+  if (std::isnan(got) || std::isnan(expected)) return std::isnan(got) && std::isnan(expected);
+  if (dtype == DType::kF32) return contract::bits_of_float(got) == contract::bits_of_float(expected);
+  const uint16_t half = dtype == DType::kBF16 ? contract::to_bf16(expected) : contract::to_f16(expected);
+  return static_cast<const uint16_t*>(base)[at] == half;
+}
+
+struct Case {
+  int64_t m, n, k;
+  DType dtype;
+  bool symmetric, dynamic, bias, minus128;
+  int threads;
+
+  std::string name(const char* tier) const {
+    char text[160];
+    std::snprintf(text, sizeof(text), "%s m=%lld n=%lld k=%lld dtype=%d symmetric=%d dynamic=%d threads=%d", tier,
+                  static_cast<long long>(m), static_cast<long long>(n), static_cast<long long>(k),
+                  static_cast<int>(dtype), symmetric, dynamic, threads);
+    return text;
+  }
+};
+
+void check_linear(const Case& c, std::mt19937& random) {
+  std::uniform_int_distribution<int> level(-127, 127);
+  std::normal_distribution<float> normal;
+  std::vector<int8_t> weight(static_cast<size_t>(c.n * c.k));
+  for (int8_t& w : weight) w = static_cast<int8_t>(level(random));
+  if (c.minus128 && !weight.empty()) weight[weight.size() / 2] = -128;
+  std::vector<float> scale(static_cast<size_t>(c.n)), bias(static_cast<size_t>(c.n));
+  for (float& s : scale) s = 0.01f + 0.001f * std::fabs(normal(random));
+  for (float& b : bias) b = normal(random);
+
+  auto packed = aligned<int8_t>(qk::packed_w8_bytes(c.n, c.k));
+  std::vector<int32_t> colsum(static_cast<size_t>(c.n));
+  const bool has_minus128 = qk::pack_w8(weight.data(), c.n, c.k, packed.get(), colsum.data(), c.threads);
+  if (has_minus128 != (c.minus128 && !weight.empty())) fail("pack_w8 misses a -128, or sees one");
+  std::vector<int8_t> unpacked(weight.size());
+  qk::unpack_w8(packed.get(), c.n, c.k, unpacked.data(), c.threads);
+  if (unpacked != weight) fail("unpack_w8 does not give back what pack_w8 was given");
+
+  // Rows by number: 2 tiny, 3 zero, 4 with a NaN, 5 with an infinity, 6 an outlier; the rest normal.
+  std::vector<uint8_t> x(static_cast<size_t>(c.m * c.k * bytes_of(c.dtype)));
+  std::vector<uint8_t> y(static_cast<size_t>(c.m * c.n * bytes_of(c.dtype)), 0xAB);
+  for (int64_t r = 0; r < c.m; ++r) {
+    for (int64_t i = 0; i < c.k; ++i) {
+      float value = normal(random);
+      if (r == 2) value *= 1e-36f;
+      if (r == 3) value = 0.0f;
+      if (r == 4 && i == c.k / 2) value = std::numeric_limits<float>::quiet_NaN();
+      if (r == 5 && i == c.k - 1) value = -std::numeric_limits<float>::infinity();
+      if (r == 6 && i == 0) value = 1e4f;
+      store(c.dtype, x.data(), r * c.k + i, value);
+    }
+  }
+
+  qk::LinearW8A8Args args{};
+  args.packed = packed.get();
+  args.colsum = colsum.data();
+  args.weight_scale = scale.data();
+  args.bias = c.bias ? bias.data() : nullptr;
+  args.n = c.n;
+  args.k = c.k;
+  args.has_minus128 = has_minus128;
+  args.act_symmetric = c.symmetric;
+  args.act_scale = c.dynamic ? 0.0f : 0.02f;
+  args.act_zero_point = c.dynamic || c.symmetric ? 0 : 117;
+  args.x = x.data();
+  args.x_dtype = c.dtype;
+  args.m = c.m;
+  args.x_stride = c.k;
+  args.y = y.data();
+  args.y_dtype = c.dtype;
+  args.y_stride = c.n;
+  args.threads = c.threads;
+  const qk::KernelTable& table = qk::kernels();
+  args.scratch_bytes = table.linear_w8a8_scratch_bytes(c.m, c.k, c.threads);
+  auto scratch = aligned<uint8_t>(args.scratch_bytes);
+  args.scratch = scratch.get();
+  table.linear_w8a8(args);
+
+  std::vector<float> row(static_cast<size_t>(c.k));
+  for (int64_t r = 0; r < c.m; ++r) {
+    for (int64_t i = 0; i < c.k; ++i) row[static_cast<size_t>(i)] = load(c.dtype, x.data(), r * c.k + i);
+    const contract::Row q = contract::quantize(row, c.symmetric, args.act_scale, args.act_zero_point);
+    for (int64_t j = 0; j < c.n; ++j, ++checks) {
+      const float expected = contract::linear(q, weight.data() + j * c.k, scale[static_cast<size_t>(j)],
+                                              c.bias ? &bias[static_cast<size_t>(j)] : nullptr);
+      if (!same(c.dtype, y.data(), r * c.n + j, expected)) {
+        char where[96];
+        std::snprintf(where, sizeof(where), " row %lld column %lld: got %.9g, expected %.9g", static_cast<long long>(r),
+                      static_cast<long long>(j), load(c.dtype, y.data(), r * c.n + j), expected);
+        return fail("linear_w8a8 " + c.name(table.isa) + where);
+      }
+    }
+  }
+}
+
+// quantize and dequantize of 8 bits, one granule a channel, at a place of the axis that `outer` decides.
+void check_quantize(int64_t outer, int64_t channels, int64_t inner, bool symmetric, int threads, std::mt19937& random) {
+  std::normal_distribution<float> normal;
+  const size_t count = static_cast<size_t>(outer * channels * inner);
+  std::vector<float> x(count), back(count), scale(static_cast<size_t>(channels));
+  std::vector<uint8_t> q(count);
+  std::vector<int32_t> zero_point(static_cast<size_t>(channels));
+  for (float& value : x) value = normal(random);
+  if (count > 3) x[count / 3] = std::numeric_limits<float>::infinity();
+  const qk::QKind kind = symmetric ? qk::QKind::kInt8 : qk::QKind::kUint8;
+  int32_t* zero_points = symmetric ? nullptr : zero_point.data();
+  const qk::KernelTable& table = qk::kernels();
+  table.quantize({x.data(), DType::kF32, outer, channels, inner, 0, q.data(), kind, scale.data(), zero_points,
+                  symmetric, false, threads});
+  table.dequantize(
+      {q.data(), kind, outer, channels, inner, 0, scale.data(), zero_points, back.data(), DType::kF32, threads});
+  const std::string name = std::string(table.isa) + " " + std::to_string(outer) + "x" + std::to_string(channels) + "x" +
+                           std::to_string(inner) + (symmetric ? " symmetric" : " asymmetric");
+  for (int64_t c = 0; c < channels; ++c) {
+    std::vector<float> granule;
+    for (int64_t o = 0; o < outer; ++o)
+      for (int64_t i = 0; i < inner; ++i) granule.push_back(x[static_cast<size_t>((o * channels + c) * inner + i)]);
+    const contract::Row expected = contract::quantize(granule, symmetric, 0.0f, 0);
+    if (!same(DType::kF32, scale.data(), c, expected.scale)) return fail("quantize, scale: " + name);
+    if (!symmetric && zero_point[static_cast<size_t>(c)] != expected.zero_point)
+      return fail("quantize, zero point: " + name);
+    for (int64_t e = 0; e < outer * inner; ++e, ++checks) {
+      const size_t at = static_cast<size_t>((e / inner * channels + c) * inner + e % inner);
+      const int32_t got = symmetric ? static_cast<int8_t>(q[at]) : q[at];
+      const int32_t wanted = expected.q[static_cast<size_t>(e)];
+      if (got != wanted) return fail("quantize: " + name);
+      if (!same(DType::kF32, back.data(), static_cast<int64_t>(at),
+                expected.scale * static_cast<float>(wanted - expected.zero_point)))
+        return fail("dequantize: " + name);
+    }
+  }
+}
+
+// 4-bit groups: every level must come back from its own dequantized value.
+void check_int4(int64_t rows, int64_t inner, int64_t group, bool symmetric, int threads) {
+  const int64_t groups = qk::ceil_div(inner, group), row_bytes = qk::ceil_div(inner, 2);
+  std::vector<float> x(static_cast<size_t>(rows * inner)), back(x.size()), scale(static_cast<size_t>(rows * groups));
+  std::vector<uint8_t> q(static_cast<size_t>(rows * row_bytes));
+  std::vector<int32_t> zero_point(scale.size());
+  const int lowest = symmetric ? -7 : -5, count = symmetric ? 15 : 16;
+  for (int64_t i = 0; i < rows * inner; ++i) {
+    // Each group starts with its two extremes, so that its scale is exactly 1/4.
+    const int64_t at = i % inner % group;
+    const int64_t step = at == 0 ? 0 : at == 1 ? count - 1 : i * 7 % count;
+    x[static_cast<size_t>(i)] = 0.25f * static_cast<float>(lowest + step);
+  }
+  int32_t* zero_points = symmetric ? nullptr : zero_point.data();
+  const qk::KernelTable& table = qk::kernels();
+  table.quantize({x.data(), DType::kF32, 1, rows, inner, group, q.data(), qk::QKind::kInt4, scale.data(), zero_points,
+                  symmetric, false, threads});
+  table.dequantize({q.data(), qk::QKind::kInt4, 1, rows, inner, group, scale.data(), zero_points, back.data(),
+                    DType::kF32, threads});
+  checks += rows * inner;
+  for (size_t i = 0; i < x.size(); ++i)
+    if (std::fabs(back[i] - x[i]) > 1e-5f) return fail(std::string("int4 round trip: ") + table.isa);
+}
+
+void check_tier() {
+  std::mt19937 random(20);
+  const int64_t shapes[][3] = {{1, 1, 1},    {1, 64, 64},  {7, 65, 3},  {9, 130, 67}, {2, 63, 200}, {13, 97, 64},
+                               {8, 33, 257}, {97, 64, 31}, {0, 64, 64}, {3, 0, 64},   {7, 5, 0},    {5, 192, 520}};
+  for (const auto& s : shapes) {
+    for (DType dtype : {DType::kF32, DType::kBF16, DType::kF16}) {
+      for (int mode = 0; mode < 4; ++mode) {
+        const bool symmetric = mode % 2 == 0, dynamic = mode < 2;
+        for (int threads = 1; threads <= 3; threads += 2)
+          check_linear({s[0], s[1], s[2], dtype, symmetric, dynamic, threads == 1, mode == 0 && threads == 3, threads},
+                       random);
+      }
+    }
+  }
+  for (bool symmetric : {true, false}) {
+    for (int threads = 1; threads <= 2; ++threads) {
+      check_quantize(1, 5, 67, symmetric, threads, random);
+      check_quantize(3, 4, 5, symmetric, threads, random);
+      check_quantize(6, 300, 1, symmetric, threads, random);
+      check_quantize(2, 3, 1000, symmetric, threads, random);
+      check_quantize(1, 1, 200000, symmetric, threads, random);
+      check_int4(3, 64, 32, symmetric, threads);
+      check_int4(2, 77, 32, symmetric, threads);
+      check_int4(1, 1300, 1300, symmetric, threads);
+    }
+  }
+}
+
+std::string joined(const qk::TierList& tiers) {
+  std::string text;
+  for (int i = 0; i < tiers.count; ++i) text += (i ? "," : "") + std::string(tiers.names[i]);
+  return text;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  try {
+    qk::init_dispatch();
+    const std::string chosen = qk::kernels().isa, usable = joined(qk::usable_tiers());
+    std::printf("chosen %s (%s)\ncompiled %s\nusable %s\n", chosen.c_str(), qk::isa_reason(),
+                joined(qk::compiled_tiers()).c_str(), usable.c_str());
+    if (argc > 1 && chosen != argv[1]) fail("expected the tier " + std::string(argv[1]) + ", got " + chosen);
+    if (argc > 2 && usable != argv[2]) fail("expected the usable tiers " + std::string(argv[2]) + ", got " + usable);
+    const qk::TierList tiers = qk::usable_tiers();
+    for (int i = 0; i < tiers.count; ++i) {
+      const int64_t before = checks;
+      qk::force_isa(tiers.names[i], "smoke");
+      check_tier();
+      std::printf("%s: %lld values compared\n", tiers.names[i], static_cast<long long>(checks - before));
+    }
+    try {
+      qk::force_isa("sse9", "smoke");
+      fail("an unknown tier was accepted");
+    } catch (const std::invalid_argument&) {
+    }
+  } catch (const std::exception& error) {
+    fail(error.what());
+  }
+  std::printf(failures ? "%d failures\n" : "all equal\n", failures);
+  return failures ? 1 : 0;
+}
