@@ -1,8 +1,11 @@
 // Runs every usable tier of the core without Python, and compares it bit for bit with contract.h. Made for emulated
 // processors, for cross-compiled builds and for sanitizers; every buffer has exactly the size that the kernels may use.
 //
-//   qk_smoke [EXPECTED_ISA [TIERS]]   exits 1 if anything differs, if the tier chosen at start is not EXPECTED_ISA, or
-//                                     if the usable tiers are not exactly TIERS (comma-separated)
+//   qk_smoke [--slack] [EXPECTED_ISA [TIERS]]   exits 1 if anything differs, if the tier chosen at start is not
+//                                               EXPECTED_ISA, or if the usable tiers are not TIERS (comma-separated)
+//
+// --slack puts 512 unused bytes behind every buffer: QEMU's user mode emulates a masked AVX load as a whole one (seen
+// in 7.2), which faults at the end of a page where a processor does not.
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
@@ -35,6 +38,16 @@ template <class T>
 std::unique_ptr<T, FreeAligned> aligned(int64_t bytes) {
   return std::unique_ptr<T, FreeAligned>(
       static_cast<T*>(::operator new(static_cast<size_t>(bytes), std::align_val_t(qk::kAlign))));
+}
+
+size_t slack = 0;  // bytes
+
+template <class T>
+std::vector<T> buffer(int64_t count, T fill = T()) {
+  std::vector<T> result;
+  result.reserve(static_cast<size_t>(count) + slack / sizeof(T));
+  result.resize(static_cast<size_t>(count), fill);
+  return result;
 }
 
 int64_t bytes_of(DType dtype) { return dtype == DType::kF32 ? 4 : 2; }
@@ -79,24 +92,24 @@ struct Case {
 void check_linear(const Case& c, std::mt19937& random) {
   std::uniform_int_distribution<int> level(-127, 127);
   std::normal_distribution<float> normal;
-  std::vector<int8_t> weight(static_cast<size_t>(c.n * c.k));
+  auto weight = buffer<int8_t>(c.n * c.k);
   for (int8_t& w : weight) w = static_cast<int8_t>(level(random));
   if (c.minus128 && !weight.empty()) weight[weight.size() / 2] = -128;
-  std::vector<float> scale(static_cast<size_t>(c.n)), bias(static_cast<size_t>(c.n));
+  auto scale = buffer<float>(c.n), bias = buffer<float>(c.n);
   for (float& s : scale) s = 0.01f + 0.001f * std::fabs(normal(random));
   for (float& b : bias) b = normal(random);
 
   auto packed = aligned<int8_t>(qk::packed_w8_bytes(c.n, c.k));
-  std::vector<int32_t> colsum(static_cast<size_t>(c.n));
+  auto colsum = buffer<int32_t>(c.n);
   const bool has_minus128 = qk::pack_w8(weight.data(), c.n, c.k, packed.get(), colsum.data(), c.threads);
   if (has_minus128 != (c.minus128 && !weight.empty())) fail("pack_w8 misses a -128, or sees one");
-  std::vector<int8_t> unpacked(weight.size());
+  auto unpacked = buffer<int8_t>(c.n * c.k);
   qk::unpack_w8(packed.get(), c.n, c.k, unpacked.data(), c.threads);
   if (unpacked != weight) fail("unpack_w8 does not give back what pack_w8 was given");
 
   // Rows by number: 2 tiny, 3 zero, 4 with a NaN, 5 with an infinity, 6 an outlier; the rest normal.
-  std::vector<uint8_t> x(static_cast<size_t>(c.m * c.k * bytes_of(c.dtype)));
-  std::vector<uint8_t> y(static_cast<size_t>(c.m * c.n * bytes_of(c.dtype)), 0xAB);
+  auto x = buffer<uint8_t>(c.m * c.k * bytes_of(c.dtype));
+  auto y = buffer<uint8_t>(c.m * c.n * bytes_of(c.dtype), 0xAB);
   for (int64_t r = 0; r < c.m; ++r) {
     for (int64_t i = 0; i < c.k; ++i) {
       float value = normal(random);
@@ -154,12 +167,12 @@ void check_linear(const Case& c, std::mt19937& random) {
 // quantize and dequantize of 8 bits, one granule a channel, at a place of the axis that `outer` decides.
 void check_quantize(int64_t outer, int64_t channels, int64_t inner, bool symmetric, int threads, std::mt19937& random) {
   std::normal_distribution<float> normal;
-  const size_t count = static_cast<size_t>(outer * channels * inner);
-  std::vector<float> x(count), back(count), scale(static_cast<size_t>(channels));
-  std::vector<uint8_t> q(count);
-  std::vector<int32_t> zero_point(static_cast<size_t>(channels));
+  const int64_t count = outer * channels * inner;
+  auto x = buffer<float>(count), back = buffer<float>(count), scale = buffer<float>(channels);
+  auto q = buffer<uint8_t>(count);
+  auto zero_point = buffer<int32_t>(channels);
   for (float& value : x) value = normal(random);
-  if (count > 3) x[count / 3] = std::numeric_limits<float>::infinity();
+  if (count > 3) x[static_cast<size_t>(count / 3)] = std::numeric_limits<float>::infinity();
   const qk::QKind kind = symmetric ? qk::QKind::kInt8 : qk::QKind::kUint8;
   int32_t* zero_points = symmetric ? nullptr : zero_point.data();
   const qk::KernelTable& table = qk::kernels();
@@ -192,9 +205,9 @@ void check_quantize(int64_t outer, int64_t channels, int64_t inner, bool symmetr
 // 4-bit groups: every level must come back from its own dequantized value.
 void check_int4(int64_t rows, int64_t inner, int64_t group, bool symmetric, int threads) {
   const int64_t groups = qk::ceil_div(inner, group), row_bytes = qk::ceil_div(inner, 2);
-  std::vector<float> x(static_cast<size_t>(rows * inner)), back(x.size()), scale(static_cast<size_t>(rows * groups));
-  std::vector<uint8_t> q(static_cast<size_t>(rows * row_bytes));
-  std::vector<int32_t> zero_point(scale.size());
+  auto x = buffer<float>(rows * inner), back = buffer<float>(rows * inner), scale = buffer<float>(rows * groups);
+  auto q = buffer<uint8_t>(rows * row_bytes);
+  auto zero_point = buffer<int32_t>(rows * groups);
   const int lowest = symmetric ? -7 : -5, count = symmetric ? 15 : 16;
   for (int64_t i = 0; i < rows * inner; ++i) {
     // Each group starts with its two extremes, so that its scale is exactly 1/4.
@@ -250,6 +263,11 @@ std::string joined(const qk::TierList& tiers) {
 }  // namespace
 
 int main(int argc, char** argv) {
+  if (argc > 1 && std::string(argv[1]) == "--slack") {
+    slack = 512;
+    --argc;
+    ++argv;
+  }
   try {
     qk::init_dispatch();
     const std::string chosen = qk::kernels().isa, usable = joined(qk::usable_tiers());
