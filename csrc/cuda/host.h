@@ -62,6 +62,8 @@ void launch(void (*kernel)(Params...), const LaunchShape& shape, cudaStream_t st
   check(cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...), name);
 }
 
-inline unsigned blocks(int64_t work, int64_t per_block) { return static_cast<unsigned>((work + per_block - 1) / per_block); }
+inline unsigned blocks(int64_t work, int64_t per_block) {
+  return static_cast<unsigned>((work + per_block - 1) / per_block);
+}
 
 }  // namespace qk::cuda

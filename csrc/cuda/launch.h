@@ -26,7 +26,7 @@ struct QuantizeRowsArgs {
   bool dependent;  // the launch may overlap the end of the kernel before it
 };
 
-// Any granularity, as csrc/args.h describes it. `stats` is [3 * granules] zeroed words when the scales are measured.
+// Any granularity, as csrc/args.h describes it. `stats` is [2 * granules] zeroed words.
 void quantize(const QuantizeArgs& args, uint32_t* stats, cudaStream_t stream);
 void dequantize(const DequantizeArgs& args, cudaStream_t stream);
 void quantize_rows(const QuantizeRowsArgs& args, cudaStream_t stream);

@@ -71,8 +71,8 @@ __device__ __forceinline__ Grid symmetric_grid(uint32_t absmax_bits, bool four_b
 __device__ __forceinline__ Grid asymmetric_grid(float hi, float lo, uint32_t absmax_bits, bool four_bits) {
   if (absmax_bits >= kInfBits) return dead_grid(false, 0);
   const float levels = four_bits ? 15.0f : 255.0f;
-  const float scale = four_bits ? __fdiv_rn(__fsub_rn(hi, lo), 15.0f)
-                                : __fsub_rn(__fdiv_rn(hi, 255.0f), __fdiv_rn(lo, 255.0f));
+  const float scale =
+      four_bits ? __fdiv_rn(__fsub_rn(hi, lo), 15.0f) : __fsub_rn(__fdiv_rn(hi, 255.0f), __fdiv_rn(lo, 255.0f));
   const float inv = __fdiv_rn(1.0f, scale);
   if (abs_bits(inv) >= kInfBits) return dead_grid(true, 0);
   const float zero = fminf(fmaxf(rintf(__fmul_rn(-lo, inv)), 0.0f), levels);

@@ -1,4 +1,4 @@
-// What the W8A8 kernels are told, and the packed weight they read. Host and device; no CUDA types but the stream.
+// What the W8A8 kernels are told, and the packed weight they read. Plain types, for host and device.
 //
 // y [M, N] = round(((float(acc) * scale_x[m]) * scale_w[n]) + bias[n]),  acc = sum_k (xq[m, k] - zero[m]) * w[n, k]
 //
@@ -17,6 +17,12 @@
 #include <cstdint>
 
 #include "args.h"
+
+#ifdef __CUDACC__
+#define QK_HOST_DEVICE __host__ __device__
+#else
+#define QK_HOST_DEVICE
+#endif
 
 namespace qk::cuda {
 
@@ -54,8 +60,8 @@ struct W8A8Config {
   int32_t deep;  // kStream: 1 fills an SM's shared memory with stages, 0 leaves room for a second CTA
 };
 
-constexpr int64_t packed_rows(int64_t n) { return (n + kAtomRows - 1) / kAtomRows * kAtomRows; }
-constexpr int64_t slabs(int64_t k) { return (k + kSlabK - 1) / kSlabK; }
+QK_HOST_DEVICE constexpr int64_t packed_rows(int64_t n) { return (n + kAtomRows - 1) / kAtomRows * kAtomRows; }
+QK_HOST_DEVICE constexpr int64_t slabs(int64_t k) { return (k + kSlabK - 1) / kSlabK; }
 constexpr int64_t packed_w8_bytes(int64_t n, int64_t k) { return slabs(k) * packed_rows(n) * kSlabK; }
 
 }  // namespace qk::cuda

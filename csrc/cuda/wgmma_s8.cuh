@@ -31,15 +31,16 @@ namespace qk::cuda {
 #define QK_D64(i) QK_D32(i), QK_D32((i) + 32)
 
 // numbers: text of the accumulator operands; A, B, P: operand numbers that follow them; ...: the operands.
-#define QK_WGMMA(N, numbers, A, B, P, ...)                                                                     \
-  template <>                                                                                                  \
-  struct WgmmaS8<N> {                                                                                          \
-    static __device__ __forceinline__ void run(int32_t (&d)[N / 2], uint64_t a, uint64_t b, int accumulate) { \
-      asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " P ", 0;\n"                                              \
-                   "wgmma.mma_async.sync.aligned.m64n" #N "k32.s32.s8.s8 {" numbers "}, " A ", " B ", p;\n}"   \
-                   : __VA_ARGS__                                                                               \
-                   : "l"(a), "l"(b), "r"(accumulate));                                                         \
-    }                                                                                                          \
+#define QK_WGMMA(N, numbers, A, B, P, ...)                                                                             \
+  template <>                                                                                                          \
+  struct WgmmaS8<N> {                                                                                                  \
+    static __device__ __forceinline__ void run(int32_t (&d)[N / 2], uint64_t a, uint64_t b, int accumulate) {          \
+      asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " P                                                               \
+                   ", 0;\n"                                                                                            \
+                   "wgmma.mma_async.sync.aligned.m64n" #N "k32.s32.s8.s8 {" numbers "}, " A ", " B ", p;\n}"           \
+                   : __VA_ARGS__                                                                                       \
+                   : "l"(a), "l"(b), "r"(accumulate));                                                                 \
+    }                                                                                                                  \
   };
 
 // d = a * b (+ d where accumulate != 0). Asynchronous: fence before the first, commit and wait after the last.

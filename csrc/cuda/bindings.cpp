@@ -1,0 +1,144 @@
+// The module qkernels._cuda: pointers, sizes and a stream in, launches out. Importing it touches no GPU.
+//
+// Pointers and streams are integers (tensor.data_ptr(), torch.cuda.Stream.cuda_stream); dtype codes are those of
+// args.h. Nothing here allocates or synchronises, and every check of a tensor lives in Python.
+#include <pybind11/pybind11.h>
+
+#include "check.h"
+#include "launch.h"
+
+namespace py = pybind11;
+
+namespace qk::cuda {
+namespace {
+
+using Address = uintptr_t;
+
+template <typename T>
+T* pointer(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+cudaStream_t stream_of(Address stream) { return reinterpret_cast<cudaStream_t>(stream); }
+
+DType dtype_of(int code) {
+  QK_CHECK_GE(code, 0);
+  QK_CHECK_LE(code, 2);
+  return static_cast<DType>(code);
+}
+
+W8A8Config config_of(const py::tuple& values) {
+  QK_CHECK_EQ(values.size(), size_t{4});
+  return W8A8Config{static_cast<W8A8Kernel>(values[0].cast<int>()), values[1].cast<int>(), values[2].cast<int>(),
+                    values[3].cast<int>()};
+}
+
+py::tuple select(int64_t m, int64_t n, int64_t k, int capability, int sms) {
+  const W8A8Config c = select_w8a8(m, n, k, capability, sms);
+  return py::make_tuple(static_cast<int>(c.kernel), c.tile, c.split, c.deep);
+}
+
+void quantize_rows_at(Address x, int x_dtype, int64_t m, int64_t k, int64_t x_stride, Address q, int64_t q_stride,
+                      Address scale, Address zero_point, Address inv_smooth, Address static_scale,
+                      Address static_zero_point, bool shifted, bool dependent, Address stream) {
+  QK_CHECK_GE(m, 0);
+  QK_CHECK_GE(k, 1);
+  QuantizeRowsArgs a = {};
+  a.x = pointer<const void>(x), a.x_dtype = dtype_of(x_dtype), a.m = m, a.k = k, a.x_stride = x_stride;
+  a.q = pointer<int8_t>(q), a.q_stride = q_stride, a.scale = pointer<float>(scale);
+  a.zero_point = pointer<int32_t>(zero_point), a.inv_smooth = pointer<const float>(inv_smooth);
+  a.is_static = static_scale != 0, a.static_scale = pointer<const float>(static_scale);
+  a.static_zero_point = pointer<const int32_t>(static_zero_point);
+  a.shifted = shifted, a.dependent = dependent;
+  quantize_rows(a, stream_of(stream));
+}
+
+void gemm_at(Address xq, int64_t x_stride, Address x_scale, Address x_zero_point, Address packed, Address colsum,
+             Address weight_scale, Address bias, int64_t m, int64_t n, int64_t k, Address y, int y_dtype,
+             int64_t y_stride, const py::tuple& config, bool dependent, Address stream) {
+  QK_CHECK_GE(m, 0);
+  QK_CHECK_LE(m, int64_t{0x7fffff00});
+  QK_CHECK_GE(n, 1);
+  QK_CHECK_LE(n, int64_t{0x7fffff00});
+  QK_CHECK_GE(k, 1);
+  QK_CHECK_LE(k, int64_t{65536});
+  QK_CHECK_EQ(x_stride % 16, 0);
+  QK_CHECK_EQ(xq % 16, Address{0});
+  QK_CHECK_EQ(packed % 128, Address{0});
+  GemmW8A8Args a = {};
+  a.xq = pointer<const int8_t>(xq), a.x_stride = x_stride, a.x_scale = pointer<const float>(x_scale);
+  a.x_zero_point = pointer<const int32_t>(x_zero_point), a.packed = pointer<const int8_t>(packed);
+  a.colsum = pointer<const int32_t>(colsum), a.weight_scale = pointer<const float>(weight_scale);
+  a.bias = pointer<const float>(bias);
+  a.m = static_cast<int32_t>(m), a.n = static_cast<int32_t>(n), a.k = static_cast<int32_t>(k);
+  a.y = pointer<void>(y), a.y_dtype = dtype_of(y_dtype), a.y_stride = y_stride;
+  gemm_w8a8(a, config_of(config), dependent, stream_of(stream));
+}
+
+void quantize_at(Address x, int x_dtype, int64_t outer, int64_t channels, int64_t inner, int64_t group, Address q,
+                 int kind, Address scale, Address zero_point, bool symmetric, bool is_static, Address stats,
+                 Address stream) {
+  QK_CHECK_GE(kind, 0);
+  QK_CHECK_LE(kind, 2);
+  QuantizeArgs a = {};
+  a.x = pointer<const void>(x), a.x_dtype = dtype_of(x_dtype);
+  a.outer = outer, a.channels = channels, a.inner = inner, a.group = group;
+  a.q = pointer<void>(q), a.kind = static_cast<QKind>(kind), a.scale = pointer<float>(scale);
+  a.zero_point = pointer<int32_t>(zero_point), a.symmetric = symmetric, a.is_static = is_static;
+  quantize(a, pointer<uint32_t>(stats), stream_of(stream));
+}
+
+void dequantize_at(Address q, int kind, int64_t outer, int64_t channels, int64_t inner, int64_t group, Address scale,
+                   Address zero_point, Address out, int out_dtype, Address stream) {
+  QK_CHECK_GE(kind, 0);
+  QK_CHECK_LE(kind, 2);
+  DequantizeArgs a = {};
+  a.q = pointer<const void>(q), a.kind = static_cast<QKind>(kind);
+  a.outer = outer, a.channels = channels, a.inner = inner, a.group = group;
+  a.scale = pointer<const float>(scale), a.zero_point = pointer<const int32_t>(zero_point);
+  a.out = pointer<void>(out), a.out_dtype = dtype_of(out_dtype);
+  dequantize(a, stream_of(stream));
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cuda, m) {
+  m.doc() = "CUDA kernels of qkernels. Pointers are integers; every launch is on the given stream.";
+  m.def("has_sm90a", &has_sm90a);
+  m.def("device_capability", &device_capability);
+  m.def("multiprocessors", &multiprocessors);
+  m.def("packed_w8_bytes", &packed_w8_bytes, py::arg("n"), py::arg("k"));
+  m.def("select_w8a8", &select, py::arg("m"), py::arg("n"), py::arg("k"), py::arg("capability"), py::arg("sms"));
+  m.def(
+      "pack_w8",
+      [](Address weight, int64_t n, int64_t k, Address packed, Address colsum, Address stream) {
+        QK_CHECK_GE(n, 1);
+        QK_CHECK_GE(k, 1);
+        pack_w8(pointer<const int8_t>(weight), n, k, pointer<int8_t>(packed), pointer<int32_t>(colsum),
+                stream_of(stream));
+      },
+      py::arg("weight"), py::arg("n"), py::arg("k"), py::arg("packed"), py::arg("colsum"), py::arg("stream"));
+  m.def(
+      "unpack_w8",
+      [](Address packed, int64_t n, int64_t k, Address weight, Address stream) {
+        QK_CHECK_GE(n, 1);
+        QK_CHECK_GE(k, 1);
+        unpack_w8(pointer<const int8_t>(packed), n, k, pointer<int8_t>(weight), stream_of(stream));
+      },
+      py::arg("packed"), py::arg("n"), py::arg("k"), py::arg("weight"), py::arg("stream"));
+  m.def("quantize_rows", &quantize_rows_at, py::arg("x"), py::arg("x_dtype"), py::arg("m"), py::arg("k"),
+        py::arg("x_stride"), py::arg("q"), py::arg("q_stride"), py::arg("scale"), py::arg("zero_point"),
+        py::arg("inv_smooth"), py::arg("static_scale"), py::arg("static_zero_point"), py::arg("shifted"),
+        py::arg("dependent"), py::arg("stream"));
+  m.def("gemm_w8a8", &gemm_at, py::arg("xq"), py::arg("x_stride"), py::arg("x_scale"), py::arg("x_zero_point"),
+        py::arg("packed"), py::arg("colsum"), py::arg("weight_scale"), py::arg("bias"), py::arg("m"), py::arg("n"),
+        py::arg("k"), py::arg("y"), py::arg("y_dtype"), py::arg("y_stride"), py::arg("config"), py::arg("dependent"),
+        py::arg("stream"));
+  m.def("quantize", &quantize_at, py::arg("x"), py::arg("x_dtype"), py::arg("outer"), py::arg("channels"),
+        py::arg("inner"), py::arg("group"), py::arg("q"), py::arg("kind"), py::arg("scale"), py::arg("zero_point"),
+        py::arg("symmetric"), py::arg("is_static"), py::arg("stats"), py::arg("stream"));
+  m.def("dequantize", &dequantize_at, py::arg("q"), py::arg("kind"), py::arg("outer"), py::arg("channels"),
+        py::arg("inner"), py::arg("group"), py::arg("scale"), py::arg("zero_point"), py::arg("out"),
+        py::arg("out_dtype"), py::arg("stream"));
+}
+
+}  // namespace qk::cuda
