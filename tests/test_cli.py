@@ -146,6 +146,26 @@ def test_inspect_prints_the_report_of_quantize(bert: Path, tmp_path: Path, capsy
     assert "w8a8" in capsys.readouterr().out
 
 
+def test_inspect_without_a_stored_report_loads_the_model(
+    bert: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = hf.load_float(bert)
+    report = qkernels.quantize_(model, "w8a8")
+    hf.save_quantized(model, tmp_path / "out")
+    assert cli.main(["inspect", str(tmp_path / "out"), "--json"]) == 0
+    shown = {layer["name"]: layer["scheme"] for layer in json.loads(capsys.readouterr().out)["layers"]}
+    assert shown == {layer.name: layer.scheme for layer in report.layers}
+
+
+def test_inspect_refuses_what_is_no_quantized_model(
+    bert: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "existing directory" in fails(capsys, "inspect", str(tmp_path / "nowhere"))
+    assert "qkernels.json" in fails(capsys, "inspect", str(bert))
+    (tmp_path / "qkernels_report.json").write_text("{")
+    assert "not valid JSON" in fails(capsys, "inspect", str(tmp_path))
+
+
 def test_quantize_keeps_an_output_unless_forced(bert: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     assert cli.main(["quantize", str(bert), "-o", str(out)]) == 0

@@ -1,4 +1,4 @@
-"""The demo's measurements on models small enough to check by hand; the demo itself runs in test_demo_runs_end_to_end."""
+"""The demo's measurements, on models small enough to check by hand, and one run of it as a whole."""
 
 from __future__ import annotations
 

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import platform
 import time
-from pathlib import Path
 from typing import Any
-
-import torch
 
 import qkernels
 from qkernels.demo.encoder import run_distilbert, run_minilm
@@ -62,25 +59,14 @@ def machine() -> dict[str, Any]:
 
     facts = qkernels.info()
     return {
-        "cpu": cpu_name(),
-        "threads": torch.get_num_threads(),
+        "cpu": facts["processor"],
+        "threads": facts["threads"],
         "isa": facts["isa"],
         "system": platform.platform(),
         "versions": {
             "qkernels": facts["version"],
-            "torch": torch.__version__,
+            "torch": facts["torch"],
             "transformers": transformers.__version__,
-            "python": platform.python_version(),
+            "python": facts["python"],
         },
     }
-
-
-def cpu_name() -> str:
-    """The CPU as the system names it."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
-            key, _, value = line.partition(":")
-            if key.strip() == "model name":
-                return value.strip()
-    return platform.processor() or platform.machine()
