@@ -1,10 +1,42 @@
-"""INT8 and INT4 Linear layers for PyTorch: exact kernels for CPUs and GPUs, put into a model by one call."""
+"""INT8 and INT4 Linear layers for PyTorch: exact kernels for CPUs and GPUs, put into a model by one call.
+
+import qkernels as qk
+
+report = qk.quantize_(model, "w8a8")
+print(report)
+qk.save(model, "directory")
+"""
 
 import torch  # noqa: F401  first of all: its OpenMP runtime has to be the one that the kernels find
 
-from . import _C  # noqa: F401  fails here, and clearly, if QKERNELS_ISA is wrong
+from . import (
+    _C,  # noqa: F401  fails here, and clearly, if QKERNELS_ISA is wrong
+    nn,
+    ops,
+)
 from ._version import __version__
+from .compat import quantize_dynamic
+from .convert import dequantize_, quantize_
+from .info import info
+from .qtensor import QTensor, dequantize, quantize
 from .report import LayerReport, Report
 from .scheme import Scheme
+from .serialization import load, save
 
-__all__ = ["LayerReport", "Report", "Scheme", "__version__"]
+__all__ = [
+    "LayerReport",
+    "QTensor",
+    "Report",
+    "Scheme",
+    "__version__",
+    "dequantize",
+    "dequantize_",
+    "info",
+    "load",
+    "nn",
+    "ops",
+    "quantize",
+    "quantize_",
+    "quantize_dynamic",
+    "save",
+]

@@ -16,9 +16,9 @@ __all__ = ["replacing"]
 def replacing(directory: Path, *, drop: Callable[[Path], Collection[str]]) -> Iterator[Path]:
     """A fresh directory to write into, which takes the place of `directory` when the block ends well.
 
-    It lies beside `directory`, so that the exchange is a rename. Files that were there already are kept (as hard links, or copies where
-    links are not possible), except for those that `drop(old directory)` names. If anything fails, the new directory is
-    removed and the old one is what it was.
+    It lies beside `directory`, so that the exchange is a rename. Files that were there already are kept (as hard links,
+    or copies where links are not possible), except for those that `drop(old directory)` names. If anything fails, the
+    new directory is removed and the old one is what it was.
 
     Raises:
         OSError: the parent cannot be written to, the disk is full, and so on; the message names `directory`.

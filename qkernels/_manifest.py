@@ -5,13 +5,14 @@
       "files":   {"model.safetensors": {"size": 123, "sha256": "..."}},
       "tensors": {"encoder.0.weight": "model.safetensors", ...},
       "schemes": {"w8a8": {...}},                               Scheme.to_dict()
-      "layers":  {"encoder.0": {"kind": "linear", "scheme": "w8a8", "shape": [out, in], "dtype": "float32", "shares": null}, ...},
+      "layers":  {"encoder.0": {"kind": "linear", "scheme": "w8a8", "shape": [out, in], "dtype": "float32", "shares":
+      null}, ...},
       "aliases": {"lm_head.weight": "embed.weight"},            float tensors that are one
       "non_persistent": ["rotary.inv_freq"]                     buffers that a state dict would not hold
     }
 
-`kind` is linear, conv1d or embedding; `dtype` that of the float weight it replaced; `shares` names the layer whose weight and scales it
-uses (an output head tied to an embedding), so that they are stored once.
+`kind` is linear, conv1d or embedding; `dtype` that of the float weight it replaced; `shares` names the layer whose
+weight and scales it uses (an output head tied to an embedding), so that they are stored once.
 """
 
 from __future__ import annotations
@@ -66,7 +67,8 @@ def layer_specs(entry: LayerEntry) -> dict[str, TensorSpec]:
 
 @dataclass
 class Manifest:
-    """The contents of `qkernels.json`; `headers` holds what the files themselves say, once `read_manifest` has checked them."""
+    """The contents of `qkernels.json`; `headers` holds what the files themselves say, once `read_manifest` has
+    checked them."""
 
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     tensors: dict[str, str] = field(default_factory=dict)
@@ -92,7 +94,13 @@ class Manifest:
             "tensors": self.tensors,
             "schemes": {label: scheme.to_dict() for label, scheme in schemes.items()},
             "layers": {
-                name: {"kind": e.kind, "scheme": labels[e.scheme], "shape": list(e.shape), "dtype": e.dtype, "shares": e.shares}
+                name: {
+                    "kind": e.kind,
+                    "scheme": labels[e.scheme],
+                    "shape": list(e.shape),
+                    "dtype": e.dtype,
+                    "shares": e.shares,
+                }
                 for name, e in self.layers.items()
             },
             "aliases": self.aliases,
@@ -124,7 +132,11 @@ def read_manifest(directory: Path) -> Manifest:
     if data.get("format") != "qkernels":
         raise _bad("format", "'qkernels'", data.get("format"))
     if type(data.get("format_version")) is not int or data["format_version"] != FORMAT_VERSION:
-        raise _bad("format_version", f"{FORMAT_VERSION}, the one this release ({__version__}) reads", data.get("format_version"))
+        raise _bad(
+            "format_version",
+            f"{FORMAT_VERSION}, the one this release ({__version__}) reads",
+            data.get("format_version"),
+        )
     manifest = Manifest(
         files=_files(data.get("files")),
         tensors=_strings(data.get("tensors"), "tensors"),
@@ -155,7 +167,11 @@ def _files(value: object) -> dict[str, dict[str, Any]]:
     for name, facts in value.items():
         if not _FILE_NAME.fullmatch(name):
             raise _bad("files", "plain names ending in .safetensors, without any path", name)
-        if not isinstance(facts, dict) or type(facts.get("size")) is not int or not isinstance(facts.get("sha256"), str):
+        if (
+            not isinstance(facts, dict)
+            or type(facts.get("size")) is not int
+            or not isinstance(facts.get("sha256"), str)
+        ):
             raise _bad(f"files: {name}", "size and sha256", facts)
     return value
 
@@ -184,7 +200,11 @@ def _layers(value: object, schemes: Mapping[str, Scheme]) -> dict[str, LayerEntr
             raise _bad(f"layers: {name!r}: kind", "linear, conv1d or embedding", facts["kind"])
         if not isinstance(facts["scheme"], str) or facts["scheme"] not in schemes:
             raise _bad(f"layers: {name!r}: scheme", f"one of {sorted(schemes)}", facts["scheme"])
-        if not isinstance(shape, list) or len(shape) != 2 or not all(type(v) is int and 0 <= v < 1 << 40 for v in shape):
+        if (
+            not isinstance(shape, list)
+            or len(shape) != 2
+            or not all(type(v) is int and 0 <= v < 1 << 40 for v in shape)
+        ):
             raise _bad(f"layers: {name!r}: shape", "two sizes", shape)
         if facts["dtype"] not in _FLOAT_NAMES:
             raise _bad(f"layers: {name!r}: dtype", f"one of {', '.join(_FLOAT_NAMES)}", facts["dtype"])
@@ -200,10 +220,14 @@ def _check_files(directory: Path, manifest: Manifest) -> None:
         if not path.is_file():
             raise ValueError(f"directory: expected the file {name}, which {MANIFEST} names, it is missing")
         if path.stat().st_size != facts["size"]:
-            raise ValueError(f"{name}: expected {facts['size']} bytes, as {MANIFEST} says, got {path.stat().st_size} (truncated?)")
+            raise ValueError(
+                f"{name}: expected {facts['size']} bytes, as {MANIFEST} says, got {path.stat().st_size} (truncated?)"
+            )
         for tensor, info in read_header(path).items():
             if manifest.tensors.get(tensor) != name:
-                raise ValueError(f"{name}: holds {tensor!r}, which {MANIFEST} places in {manifest.tensors.get(tensor)!r}")
+                raise ValueError(
+                    f"{name}: holds {tensor!r}, which {MANIFEST} places in {manifest.tensors.get(tensor)!r}"
+                )
             manifest.headers[tensor] = info
     missing = [t for t in manifest.tensors if t not in manifest.headers]
     if missing:
@@ -218,17 +242,22 @@ def _check_layers(manifest: Manifest) -> None:
         if entry.shares is not None:
             other = manifest.layers.get(entry.shares)
             if other is None or other.shares is not None or other.shape != entry.shape or entry.kind == "embedding":
-                raise _bad(f"layers: {name!r}: shares", "a layer of the same shape that has its own weight", entry.shares)
+                raise _bad(
+                    f"layers: {name!r}: shares", "a layer of the same shape that has its own weight", entry.shares
+                )
         for suffix, spec in entry.specs().items():
             info = manifest.headers.get(f"{name}.{suffix}")
             if info is None:
                 if spec.required:
-                    raise ValueError(f"{MANIFEST}: layers: {name!r} needs the tensor {name + '.' + suffix!r}, no file holds it")
+                    raise ValueError(
+                        f"{MANIFEST}: layers: {name!r} needs the tensor {name + '.' + suffix!r}, no file holds it"
+                    )
                 continue
             if info.dtype not in spec.dtypes or info.shape != spec.shape:
                 wanted = " or ".join(str(d) for d in spec.dtypes)
                 raise ValueError(
-                    f"{name}.{suffix}: expected {wanted} {list(spec.shape)} for scheme {entry.scheme.name}, got {info.dtype} {list(info.shape)}"
+                    f"{name}.{suffix}: expected {wanted} {list(spec.shape)} for scheme {entry.scheme.name}, got "
+                    f"{info.dtype} {list(info.shape)}"
                 )
 
 

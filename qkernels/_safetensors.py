@@ -1,4 +1,5 @@
-"""The safetensors container: headers checked before anything they ask for is done, and a writer that holds one tensor at a time.
+"""The safetensors container: headers checked before anything they ask for is done, and a writer that holds one tensor
+at a time.
 
 A file is an unsigned little-endian 64-bit length, that many bytes of JSON, and the tensors' bytes without gaps:
 
@@ -79,8 +80,8 @@ def parse_json(text: bytes, what: str) -> dict[str, Any]:
 def read_header(path: Path) -> dict[str, TensorInfo]:
     """The tensors of a safetensors file, by name.
 
-    Lengths, offsets, shapes and dtypes are checked against each other and against the size of the file, so that whoever reads the
-    data afterwards allocates no more than the file holds.
+    Lengths, offsets, shapes and dtypes are checked against each other and against the size of the file, so that whoever
+    reads the data afterwards allocates no more than the file holds.
 
     Raises:
         ValueError: the file is truncated, oversized or contradicts itself.
@@ -93,7 +94,9 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             raise ValueError(f"{path.name}: expected a safetensors file of at least 8 bytes, got {size}")
         length = int.from_bytes(prefix, "little")
         if length > min(size - 8, MAX_HEADER_BYTES):
-            raise ValueError(f"{path.name}: the header claims {length} bytes, the file has {size} (truncated or not safetensors)")
+            raise ValueError(
+                f"{path.name}: the header claims {length} bytes, the file has {size} (truncated or not safetensors)"
+            )
         header = parse_json(file.read(length), f"{path.name}: header")
     header.pop("__metadata__", None)
     available = size - 8 - length
@@ -117,11 +120,14 @@ def _tensor_info(file: str, name: str, entry: object, available: int) -> TensorI
     if not _is_counts(shape) or len(shape) > 32:
         raise ValueError(f"{file}: {name!r}: shape: expected a list of sizes, got {_short(shape)}")
     if not _is_counts(offsets) or len(offsets) != 2 or not offsets[0] <= offsets[1] <= available:
-        raise ValueError(f"{file}: {name!r}: data_offsets: expected two positions within {available} bytes, got {_short(offsets)}")
+        raise ValueError(
+            f"{file}: {name!r}: data_offsets: expected two positions within {available} bytes, got {_short(offsets)}"
+        )
     wanted = math.prod(shape) * DTYPES[dtype].itemsize
     if offsets[1] - offsets[0] != wanted:
         raise ValueError(
-            f"{file}: {name!r}: shape {_short(shape)} of {dtype} takes {wanted} bytes, data_offsets span {offsets[1] - offsets[0]}"
+            f"{file}: {name!r}: shape {_short(shape)} of {dtype} takes {wanted} bytes, data_offsets span "
+            f"{offsets[1] - offsets[0]}"
         )
     return TensorInfo(DTYPES[dtype], tuple(shape), offsets[0], offsets[1])
 
@@ -135,12 +141,15 @@ def _short(value: object) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def write_tensors(path: Path, tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], data: Iterable[torch.Tensor]) -> str:
+def write_tensors(
+    path: Path, tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], data: Iterable[torch.Tensor]
+) -> str:
     """Write one file and wait until the disk has it.
 
     Args:
         path: a file that does not exist yet.
-        tensors: name -> dtype and shape, in the order of the data. Wide dtypes should come first, so that all data is aligned.
+        tensors: name -> dtype and shape, in the order of the data. Wide dtypes should come first, so that all data is
+            aligned.
         data: the tensors, in the same order; each may be made when it is asked for, and is dropped once written.
 
     Returns:
@@ -167,7 +176,7 @@ def write_tensors(path: Path, tensors: Mapping[str, tuple[torch.dtype, tuple[int
             if tensor.dtype != dtype or tuple(tensor.shape) != shape:
                 raise ValueError(f"{name}: expected {dtype} {shape}, got {tensor.dtype} {tuple(tensor.shape)}")
             flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-            _write(file, memoryview(flat.numpy()), digest)
+            _write(file, memoryview(flat.numpy()), digest)  # type: ignore[arg-type]
         file.flush()
         os.fsync(file.fileno())
     return digest.hexdigest()

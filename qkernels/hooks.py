@@ -1,7 +1,7 @@
 """Where weight-rounding algorithms and smoothing plug into `quantize_`.
 
-`quantize_` itself knows round-to-nearest ("rtn") only. A module that implements another algorithm registers it here when it is
-imported, and `quantize_(..., algorithm=name)` finds it.
+`quantize_` itself knows round-to-nearest ("rtn") only. A module that implements another algorithm registers it here
+when it is imported, and `quantize_(..., algorithm=name)` finds it.
 """
 
 from __future__ import annotations
@@ -54,10 +54,12 @@ class Target:
 
 
 Quantizer = Callable[[str, torch.Tensor, Scheme], Mapping[str, torch.Tensor]]
-"""`quantizer(name, weight [N, K], scheme)` gives the canonical tensors of one layer (without the bias, unless it changes it)."""
+"""`quantizer(name, weight [N, K], scheme)` gives the canonical tensors of one layer (without the bias, unless it
+changes it)."""
 
 Algorithm = Callable[[nn.Module, Sequence[Target], Sequence[Any] | None], Quantizer]
-"""`algorithm(model, targets, calibration)` runs once, before any layer is replaced. It must leave the model as it was."""
+"""`algorithm(model, targets, calibration)` runs once, before any layer is replaced. It must leave the model as it
+was."""
 
 
 class Smoothing(Protocol):

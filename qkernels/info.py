@@ -16,14 +16,17 @@ from ._version import __version__
 
 __all__ = ["info", "openmp_runtimes"]
 
-_OPENMP = re.compile(r"lib(?:gomp|iomp5|omp|omp5|vcomp\d*)(?:[-.][\w.\-]*)?\.(?:so|dylib|dll)(?:\.[\d.]+)?$", re.IGNORECASE)
+_OPENMP = re.compile(
+    r"lib(?:gomp|iomp5|omp|omp5|vcomp\d*)(?:[-.][\w.\-]*)?\.(?:so|dylib|dll)(?:\.[\d.]+)?$", re.IGNORECASE
+)
 
 
 def info() -> dict[str, Any]:
     """Facts for people and for bug reports; plain values throughout, `json.dumps` takes it.
 
-    Keys: version, isa (the tier in use), isa_reason, compiled and usable (tiers), cuda (a dict: built, available, device), threads
-    (what torch.set_num_threads says), openmp (paths of the runtimes loaded), warnings, torch, python, platform, processor.
+    Keys: version, isa (the tier in use), isa_reason, compiled and usable (tiers), cuda (a dict: built, available,
+    device), threads (what torch.set_num_threads says), openmp (paths of the runtimes loaded), warnings, torch,
+    python, platform, processor.
     """
     core = _C.info()
     runtimes = openmp_runtimes()
@@ -84,7 +87,8 @@ def _warnings(core: dict[str, Any], runtimes: list[str]) -> list[str]:
     found = []
     if len(runtimes) > 1:
         found.append(
-            f"{len(runtimes)} OpenMP runtimes are loaded ({', '.join(os.path.basename(r) for r in runtimes)}): each starts threads of its "
+            f"{len(runtimes)} OpenMP runtimes are loaded ({', '.join(os.path.basename(r) for r in runtimes)}): "
+            "each starts threads of its "
             "own and they compete for the cores; import torch before packages that bring another one"
         )
     if core["isa"] == "scalar" and platform.machine().lower() in ("x86_64", "amd64"):

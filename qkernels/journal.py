@@ -1,12 +1,13 @@
 """Undo of a conversion, at the memory of one layer.
 
-A failed conversion must leave the very modules and parameters that were there, and yet a conversion may not hold two models.
-So every replaced module is entered here before it is replaced: a few of them stay in memory; the weights of the others
-are written to an unnamed temporary file, which the system removes by itself even when the process dies. On success the journal
-is dropped; on failure everything is put back, bit by bit.
+A failed conversion must leave the very modules and parameters that were there, and yet a conversion may not hold two
+models.
+So every replaced module is entered here before it is replaced: a few of them stay in memory; the weights of the
+others are written to an unnamed temporary file, which the system removes by itself even when the process dies. On
+success the journal is dropped; on failure everything is put back, bit by bit.
 
-Objects that somebody else still refers to are never copied back: their owner keeps them alive, so they are put back themselves.
-Where there is no room on the disk, the originals stay in memory.
+Objects that somebody else still refers to are never copied back: their owner keeps them alive, so they are put back
+themselves. Where there is no room on the disk, the originals stay in memory.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class _Spilled:
         self._file = file
         self._offset = file.seek(0, os.SEEK_END)
         data = parameter.detach()
-        view = memoryview(data.cpu().reshape(-1).view(torch.uint8).numpy())
+        view = memoryview(data.cpu().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
         done = 0
         while done < len(view):  # one call may write less than asked
             done += file.write(view[done : done + (64 << 20)])
@@ -60,7 +61,7 @@ class _Spilled:
             return alive
         if self._restored is None:
             raw = torch.empty(self._bytes, dtype=torch.uint8)
-            view = memoryview(raw.numpy())
+            view = memoryview(raw.numpy())  # type: ignore[arg-type]
             self._file.seek(self._offset)
             done = 0
             while done < self._bytes:
@@ -154,7 +155,9 @@ class Journal:
     def __enter__(self) -> Journal:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         try:
             if kind is not None:
                 with _uninterrupted():
@@ -171,7 +174,8 @@ class Journal:
 
 
 def _open_spill_file(size: int) -> IO[bytes]:
-    """An unnamed file with room for `size` bytes, on a real disk where there is one. Raises OSError when there is no room."""
+    """An unnamed file with room for `size` bytes, on a real disk where there is one. Raises OSError when there is no
+    room."""
     candidates = [tempfile.gettempdir(), "/var/tmp"]
     candidates.sort(key=_in_memory)  # stable: the default directory first, unless it is a file system in memory
     for directory in candidates:

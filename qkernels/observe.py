@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -26,9 +27,14 @@ class Range:
         if x.numel() == 0:
             return
         low, high = (float(v) for v in torch.aminmax(x.detach()))
-        # Comparisons are false for NaN: written so that a NaN, once in, stays.
-        self.low = low if not self.low <= low else self.low
-        self.high = high if not self.high >= high else self.high
+        # A NaN, once in, stays: comparisons with it are false.
+        self.low = low if not (self.low <= low or self.low != self.low) else self.low
+        self.high = high if not (self.high >= high or self.high != self.high) else self.high
+
+    @property
+    def finite(self) -> bool:
+        """Whether all values were finite."""
+        return math.isfinite(self.low) and math.isfinite(self.high)
 
     @property
     def seen(self) -> bool:
@@ -45,7 +51,8 @@ def take_batches(calibration: Any) -> list[Any]:
     """
     if isinstance(calibration, (torch.Tensor, str, bytes, Mapping)) or not isinstance(calibration, Iterable):
         raise TypeError(
-            f"calibration: expected an iterable of batches (a tensor, a tuple or a mapping each), got {type(calibration).__name__}; "
+            "calibration: expected an iterable of batches (a tensor, a tuple or a mapping each), got "
+            f"{type(calibration).__name__}; "
             "put a single batch into a list"
         )
     batches = list(calibration)
@@ -53,7 +60,9 @@ def take_batches(calibration: Any) -> list[Any]:
         raise ValueError("calibration: expected at least one batch, got none")
     for batch in batches:
         if not isinstance(batch, (torch.Tensor, tuple, list, Mapping)):
-            raise TypeError(f"calibration: expected batches to be tensors, tuples or mappings, got {type(batch).__name__}")
+            raise TypeError(
+                f"calibration: expected batches to be tensors, tuples or mappings, got {type(batch).__name__}"
+            )
     return batches
 
 
@@ -84,23 +93,36 @@ def run_batches(model: nn.Module, batches: Sequence[Any], *, progress: Progress 
 
 
 def observe_ranges(
-    model: nn.Module, modules: Mapping[str, nn.Module], batches: Sequence[Any], *, progress: Progress = None
+    model: nn.Module,
+    modules: Mapping[str, nn.Module],
+    batches: Sequence[Any],
+    *,
+    factors: Mapping[str, torch.Tensor | None],
+    progress: Progress = None,
 ) -> dict[str, Range]:
-    """The range of the first input of every module in `modules`, by name. The model is left as it was."""
+    """The range of the first input of every module in `modules`, by name. The model is left as it was.
+
+    Args:
+        model: what is run.
+        modules: name -> module in it.
+        batches: see `run_batches`.
+        factors: name -> fp32 `[K]` that inputs are multiplied by first (run-time smoothing).
+        progress: see `tracking`.
+    """
     ranges = {name: Range() for name in modules}
     handles = []
 
-    def watch(found: Range) -> Any:
+    def watch(found: Range, factor: torch.Tensor | None) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = args[0] if args else next(iter(kwargs.values()), None)
             if isinstance(x, torch.Tensor):
-                found.update(x)
+                found.update(x if factor is None else x.float() * factor.to(x.device))
 
         return hook
 
     try:
         for name, module in modules.items():
-            handles.append(module.register_forward_pre_hook(watch(ranges[name]), with_kwargs=True))
+            handles.append(module.register_forward_pre_hook(watch(ranges[name], factors.get(name)), with_kwargs=True))
         run_batches(model, batches, progress=progress)
     finally:
         for handle in handles:

@@ -1,8 +1,9 @@
 """Modules of torch that read the weights of their children instead of calling them.
 
-`nn.TransformerEncoderLayer` hands `linear1.weight` and `linear2.weight` to one fused float kernel in eval mode, past the children's
-`forward`, and `nn.TransformerEncoder` turns padded batches into nested tensors for it. Once one of those children is quantized the
-fused path would bypass it (and rebuild its float weight in every call), so it is switched off in exactly those modules, and switched on again by the way back.
+`nn.TransformerEncoderLayer` hands `linear1.weight` and `linear2.weight` to one fused float kernel in eval mode, past
+the children's `forward`, and `nn.TransformerEncoder` turns padded batches into nested tensors for it. Once one of
+those children is quantized the fused path would bypass it (and rebuild its float weight in every call), so it is
+switched off in exactly those modules, and switched on again by the way back.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The account of a conversion: what became of every layer and of every byte.
 
-Bytes are resident bytes. A byte that several tensors share (tied weights, views of one storage) is counted once, on the first
-module that holds it, so the totals are what the model occupies and never more.
+Bytes are resident bytes. A byte that several tensors share (tied weights, views of one storage) is counted once, on
+the first module that holds it, so the totals are what the model occupies and never more.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ class LayerReport:
         kernel: the kernel that serves it, such as "w8a8.avx2" or "reference"; None when it was left alone.
         bytes_before: resident bytes of its parameters and buffers before.
         bytes_after: the same, after.
-        reason: why it was left alone, why it has no kernel, or with what it shares its bytes; None when there is nothing to say.
+        reason: why it was left alone, why it has no kernel, or with what it shares its bytes; None when there is
+            nothing to say.
     """
 
     name: str
@@ -144,7 +145,7 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 def _extent(tensor: torch.Tensor) -> tuple[object, int, int] | None:
     """`(storage, first byte, one past the last byte)`, or None when there is no memory to speak of."""
-    if isinstance(tensor, torch.nn.parameter.UninitializedTensorMixin) or tensor.numel() == 0:
+    if nn.parameter.is_lazy(tensor) or tensor.numel() == 0:
         return None
     item = tensor.element_size()
     if tensor.layout != torch.strided:  # sparse: no single storage; its own object is the key
@@ -154,8 +155,10 @@ def _extent(tensor: torch.Tensor) -> tuple[object, int, int] | None:
         storage: object = (str(tensor.device), tensor.untyped_storage()._cdata)
     except (RuntimeError, NotImplementedError):  # tensor subclasses without a storage of their own
         return ("opaque", id(tensor)), 0, tensor.numel() * item
-    first = tensor.storage_offset() * item
-    last = first + item * (1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)))
+    first = int(tensor.storage_offset()) * item
+    last = first + item * (
+        1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    )
     return storage, first, last
 
 
@@ -182,8 +185,8 @@ class _Coverage:
 def measure(model: nn.Module) -> dict[str, int]:
     """Resident bytes of every module that owns parameters or buffers, by qualified name.
 
-    A shared byte counts on the first module that holds it; a shared module appears once, under its first name. The values add
-    up to the bytes of the model. Tensors on the meta device count as if they were allocated.
+    A shared byte counts on the first module that holds it; a shared module appears once, under its first name. The
+    values add up to the bytes of the model. Tensors on the meta device count as if they were allocated.
     """
     coverage = _Coverage()
     sizes: dict[str, int] = {}

@@ -1,0 +1,295 @@
+"""`quantize_` and `dequantize_`: layers of a model exchanged in place, all of them or none.
+
+First everything is decided and checked (`plan`), then calibration runs where a scheme needs it, then the layers are
+replaced one by one under a `Journal` that can put back the very objects that were there. So an error, or Ctrl-C,
+leaves the model as it was, and the float weight of a layer is released as soon as the layer is replaced.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import _rounding as rounding
+from .account import account, take_snapshot
+from .hooks import Quantizer, Smoothing, Target, find_algorithm, find_smoother
+from .journal import Journal
+from .nn import QuantEmbedding, QuantLinear
+from .observe import Range, observe_ranges, take_batches
+from .parents import adapt_parents
+from .plan import DEFAULT_EXCLUDE, make_plan
+from .progress import Progress, tracking
+from .reference import quantize_weight
+from .report import Report
+from .scheme import Scheme
+from .sharing import linear_over, owners
+from .survey import Layer, conv1d_class, dress, is_quantized, origin, survey, undress
+
+__all__ = ["DEFAULT_EXCLUDE", "dequantize_", "quantize_", "quantize_rows"]
+
+CHUNK_ELEMENTS = 1 << 21
+"""Weights are quantized in slices of rows of at most this many elements, so that temporaries stay small (8 MiB of
+fp32 each)."""
+
+
+def quantize_(
+    model: nn.Module,
+    scheme: str | Scheme = "w8a8",
+    *,
+    include: Iterable[str] | None = None,
+    exclude: Iterable[str] | None = DEFAULT_EXCLUDE,
+    overrides: Mapping[str, str | Scheme | None] | None = None,
+    embeddings: bool = False,
+    calibration: Iterable[Any] | None = None,
+    smooth: float | str | None = None,
+    algorithm: str = "rtn",
+    strict: bool = True,
+    progress: Progress = None,
+) -> Report:
+    """Quantize the Linear layers of `model` in place.
+
+    Replaced are nn.Linear itself (not classes derived from it), transformers' Conv1D and, on request, nn.Embedding. A
+    layer that sits in several places stays one layer; layers that share a weight go on sharing it. Everything else is
+    left, and the report says why.
+
+    Args:
+        model: the module that holds the layers. A layer of it, not the model itself, can be replaced in place.
+        scheme: "w8a8", "w8a8_static", "w8a16", "w4a8", "w4a16", or a `Scheme`.
+        include: patterns of the layers to convert; None for all. A pattern is a glob over the whole qualified name
+            ("*" crosses dots) or "re:" and a regular expression for the whole name.
+        exclude: patterns of layers to leave. By default output heads named lm_head; that default gives way to an
+            override, and to `embeddings=True` for a head that is tied to an embedding.
+        overrides: pattern -> scheme of its own, or None to leave the layer. The first pattern that matches counts.
+        embeddings: also convert every nn.Embedding to int8 rows; an output head tied to one shares its table.
+        calibration: batches for static schemes, smoothing and calibrated algorithms: tensors (`model(t)`), tuples
+            (`model(*t)`) or mappings (`model(**m)`).
+        smooth: None, or SmoothQuant's alpha (0..1), or "auto".
+        algorithm: how weights are rounded: "rtn", or another registered name.
+        strict: raise where False would leave a layer and say so in the report: patterns that match nothing, weights
+            that are not finite or hold no data, nothing to quantize.
+        progress: None (a bar on a terminal), True, False, or a callable `(done, total, name)`.
+
+    Returns:
+        The account of every layer and byte; see `Report`.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what was expected and what came. The model is unchanged then, as
+            it is after any other exception.
+    """
+    rounder, smoother = find_algorithm(algorithm), find_smoother(smooth)
+    _check_flags(embeddings=embeddings, strict=strict)
+    plan = make_plan(
+        model, scheme, include=include, exclude=exclude, overrides=overrides, embeddings=embeddings, strict=strict
+    )
+    chosen = plan.selected
+    static = [layer for layer in chosen if layer.scheme is not None and not layer.scheme.activation_dynamic]
+    batches = None if calibration is None else take_batches(calibration)
+    if batches is None and static:
+        raise ValueError(f"calibration: scheme {static[0].scheme.name} needs batches to measure activations, got None")  # type: ignore[union-attr]
+    if batches is None and smoother is not None:
+        raise ValueError("calibration: smooth needs batches to measure activations, got None")
+
+    before = take_snapshot(model)
+    expected = sum(layer.weight.numel() * layer.weight.element_size() for layer in chosen)
+    with Journal(expected=expected) as journal, torch.no_grad():
+        targets = [Target(x.name, x.module, x.scheme, x.kind == "conv1d") for x in chosen if x.scheme is not None]
+        smoothing = None
+        if smoother is not None and smooth is not None:
+            smoothing = smoother(model, targets, batches or [], smooth)
+            journal.on_failure(smoothing.undo)
+        activations = _static_activations(model, static, batches or [], smoothing, progress)
+        builder = _Builder(None if rounder is None else rounder(model, targets, batches), smoothing, activations)
+        targets.clear()  # they hold the float layers
+        with tracking(progress, total=len(chosen), what="quantizing") as step:
+            for index, layer in enumerate(chosen):
+                replacement = builder.build(layer)
+                dress(replacement, layer)
+                journal.replace(layer.sites, layer.module, replacement)
+                layer.module = replacement  # the float layer is free now
+                step(index + 1, len(chosen), layer.name)
+        journal.on_failure(adapt_parents(model, is_quantized))
+        return account(model, before, {layer.name: layer.reason or layer.note for layer in plan.layers})
+
+
+class _Builder:
+    """Makes the quantized layers, one at a time."""
+
+    def __init__(
+        self,
+        quantizer: Quantizer | None,
+        smoothing: Smoothing | None,
+        activations: Mapping[str, dict[str, torch.Tensor]],
+    ) -> None:
+        self._quantizer = quantizer or (lambda _, weight, scheme: quantize_rows(weight, scheme))
+        self._smoothing = smoothing
+        self._activations = activations
+
+    def build(self, layer: Layer) -> nn.Module:
+        """The replacement of one layer; the layers it shares with have been replaced already."""
+        weight = layer.weight
+        if layer.kind == "embedding":
+            rows, columns = layer.shape
+            tensors = quantize_rows(weight, Scheme(activation_bits=None))
+            padding = layer.module.padding_idx
+            return QuantEmbedding(rows, columns, tensors, padding_idx=padding, dtype=weight.dtype)  # type: ignore[arg-type]
+        scheme = layer.scheme
+        if scheme is None:
+            raise ValueError(f"{layer.name}: expected a scheme")
+        bias = layer.module._parameters.get("bias")
+        own: dict[str, torch.Tensor | None] = {"bias": None if bias is None else bias.detach()}
+        own.update(self._activations.get(layer.name, {}))
+        inv_smooth = None if self._smoothing is None else self._smoothing.inv_smooth(layer.name)
+        if inv_smooth is None:
+            owner = layer.table or layer.same_as
+            if owner is not None and (owner is layer.table or self._unsmoothed(layer, owner)):
+                return linear_over(owner.module, own, scheme, weight.dtype)
+        own["inv_smooth"] = inv_smooth
+        source = weight if self._smoothing is None else self._smoothing.weight(layer.name, weight)
+        rows, columns = layer.shape
+        return QuantLinear(
+            columns, rows, {**own, **self._quantizer(layer.name, source, scheme)}, scheme, dtype=weight.dtype
+        )
+
+    def _unsmoothed(self, layer: Layer, owner: Layer) -> bool:
+        return self._smoothing is None or (
+            self._smoothing.inv_smooth(owner.name) is None
+            and self._smoothing.weight(layer.name, layer.weight) is layer.weight
+        )
+
+
+def _check_flags(**flags: object) -> None:
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{name}: expected True or False, got {value!r}")
+
+
+def quantize_rows(weight: torch.Tensor, scheme: Scheme) -> dict[str, torch.Tensor]:
+    """`reference.quantize_weight` in slices of rows: the same bits, and temporaries of a few MiB whatever the layer.
+
+    Args:
+        weight: `[N, K]`, any strides.
+        scheme: the weight part of it counts.
+    """
+    rows, columns = weight.shape
+    step = max(1, CHUNK_ELEMENTS // max(columns, 1))
+    if rows <= step:
+        return quantize_weight(weight, scheme)
+    whole: dict[str, torch.Tensor] = {}
+    for start in range(0, rows, step):
+        part = quantize_weight(weight[start : start + step], scheme)
+        for name, tensor in part.items():
+            if name not in whole:
+                whole[name] = tensor.new_empty((rows, *tensor.shape[1:]))
+            if tensor.dtype != whole[name].dtype:  # one slice needs fp32 scales, so the layer does
+                return quantize_rows(weight, scheme.replace(scale_dtype=torch.float32))
+            whole[name][start : start + step] = tensor
+    return whole
+
+
+def _static_activations(
+    model: nn.Module, layers: Sequence[Layer], batches: Sequence[Any], smoothing: Smoothing | None, progress: Progress
+) -> dict[str, dict[str, torch.Tensor]]:
+    """`act_scale` (and `act_zero_point`) of every static layer, from the range of what entered it."""
+    if not layers:
+        return {}
+    factors = {} if smoothing is None else {layer.name: smoothing.inv_smooth(layer.name) for layer in layers}
+    ranges = observe_ranges(
+        model, {layer.name: layer.module for layer in layers}, batches, factors=factors, progress=progress
+    )
+    unseen = [name for name, found in ranges.items() if not found.seen]
+    if unseen:
+        raise ValueError(f"calibration: no batch reached {_list(unseen)}; give data that does, or exclude the layers")
+    result = {}
+    for layer in layers:
+        found, scheme = ranges[layer.name], layer.scheme
+        if scheme is None:
+            continue
+        if not found.finite:
+            raise ValueError(f"calibration: NaN or infinite values entered {layer.name!r}")
+        result[layer.name] = _activation_tensors(found, scheme, layer.weight.device)
+    return result
+
+
+def _activation_tensors(found: Range, scheme: Scheme, device: torch.device) -> dict[str, torch.Tensor]:
+    bounds = torch.tensor([found.low, found.high], dtype=torch.float32)
+    if scheme.activation_symmetric:
+        return {"act_scale": rounding.symmetric_grid(bounds, bits=8).scale.to(device)}
+    grid = rounding.asymmetric_grid(bounds, bits=8)
+    zero_point = torch.zeros((), dtype=torch.int32) if grid.zero_point is None else grid.zero_point
+    return {"act_scale": grid.scale.to(device), "act_zero_point": zero_point.to(torch.int32).to(device)}
+
+
+def _list(names: Sequence[str], limit: int = 5) -> str:
+    shown = ", ".join(map(repr, names[:limit]))
+    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
+
+
+def dequantize_(model: nn.Module, *, dtype: torch.dtype | None = None) -> Report:
+    """Turn quantized layers back into nn.Linear, Conv1D and nn.Embedding, in place; ties are tied again.
+
+    The weights are what the quantized layers stood for (run-time smoothing included), not what they were before.
+
+    Args:
+        model: the module that holds the layers.
+        dtype: of the float weights; None for that of each layer before it was quantized.
+
+    Returns:
+        The account of every layer and byte.
+
+    Raises:
+        ValueError, TypeError: `model` is itself a quantized layer, or holds none; the model is unchanged then.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    if dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
+        raise TypeError(f"dtype: expected float32, bfloat16, float16 or None, got {dtype}")
+    layers = [layer for layer in survey(model) if is_quantized(layer.module)]
+    if any(not layer.sites for layer in layers):
+        raise ValueError(
+            "model: expected a module that holds layers, got a single one; see its to_linear or to_embedding"
+        )
+    if not layers:
+        raise ValueError(f"model: expected quantized layers, {type(model).__name__} holds none")
+    before, tied = take_snapshot(model), owners(model)
+    weights: dict[str, nn.Parameter | None] = {}
+    originals = [(layer, layer.module) for layer in layers]
+    with Journal(expected=0) as journal, torch.no_grad():
+        for layer, module in sorted(originals, key=lambda item: item[0].name in tied):
+            parameter = None if module._buffers.get("inv_smooth") is not None else weights.get(tied.get(layer.name, ""))
+            new = _float_layer(module, dtype, parameter)
+            undress(module, new)
+            if module._buffers.get("inv_smooth") is None:
+                weights[layer.name] = new._parameters["weight"] if origin(module)["kind"] != "conv1d" else None
+            journal.replace(layer.sites, module, new)
+        journal.on_failure(adapt_parents(model, is_quantized))
+        return account(model, before, {layer.name: "dequantized" for layer in layers})
+
+
+def _float_layer(module: nn.Module, dtype: torch.dtype | None, weight: nn.Parameter | None) -> nn.Module:
+    """The float layer a quantized one stands for; `weight` is the parameter it is tied to, if any."""
+    if isinstance(module, QuantEmbedding):
+        return module.to_embedding(dtype)
+    if not isinstance(module, QuantLinear):
+        raise ValueError(f"model: expected a quantized layer, got {type(module).__name__}")
+    linear = module.to_linear(dtype) if weight is None else _tied_linear(module, dtype, weight)
+    conv1d = conv1d_class() if origin(module)["kind"] == "conv1d" else None
+    if conv1d is None:
+        return linear
+    conv: Any = conv1d(0, 0)
+    conv.nf, conv.nx = module.out_features, module.in_features
+    conv.weight = nn.Parameter(linear.weight.detach().t().contiguous())
+    bias = linear.bias if linear.bias is not None else torch.zeros(module.out_features, dtype=linear.weight.dtype)
+    conv.bias = nn.Parameter(bias.detach())
+    return conv  # type: ignore[no-any-return]
+
+
+def _tied_linear(module: QuantLinear, dtype: torch.dtype | None, weight: nn.Parameter) -> nn.Linear:
+    bias = module._buffers.get("bias")
+    linear = nn.Linear(module.in_features, module.out_features, bias is not None, device="meta")
+    linear.weight = weight
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.detach().to(dtype or module.dtype, copy=True))
+    return linear
