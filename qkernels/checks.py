@@ -1,0 +1,202 @@
+"""What is asked of tensors before a kernel sees their addresses.
+
+Nothing is computed here.  Every function raises ``TypeError`` or ``ValueError`` naming the argument, what was
+expected and what came.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .scheme import Scheme
+
+__all__ = [
+    "DTYPE_CODES",
+    "TensorSpec",
+    "canonical_specs",
+    "check_canonical",
+    "check_features",
+    "check_input",
+    "check_out_dtype",
+    "row_stride",
+]
+
+DTYPE_CODES: dict[torch.dtype, int] = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+"""The codes by which the binding knows floating-point dtypes."""
+
+
+def check_input(x: object, in_features: int, device: torch.device, name: str = "input") -> None:
+    """The input of a Linear: ``[..., in_features]``, float32, bfloat16 or float16, where the weights are.
+
+    A meta input is accepted for weights anywhere (shape inference); meta weights take a meta input only.
+    """
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
+    if x.dtype not in DTYPE_CODES:
+        raise TypeError(f"{name}: expected dtype float32, bfloat16 or float16, got {x.dtype}")
+    if x.layout != torch.strided:
+        raise TypeError(f"{name}: expected a dense (strided) tensor, got layout {x.layout}")
+    check_features(x, in_features, name)
+    if x.device.type != "meta" and x.device != device:
+        hint = " (the layer holds no data yet: load a state dict into it)" if device.type == "meta" else ""
+        raise ValueError(f"{name}: expected device {device}, where the weights are, got {x.device}{hint}")
+
+
+def check_features(x: Tensor, in_features: int, name: str = "input") -> None:
+    """The last dimension of ``x`` has ``in_features`` entries.
+
+    Raises:
+        ValueError: it has another size, or ``x`` has no dimension.
+    """
+    if x.dim() == 0:
+        raise ValueError(f"{name}: expected at least 1 dimension, got a scalar tensor")
+    if x.shape[-1] != in_features:
+        raise ValueError(
+            f"{name}: expected {in_features} features in the last dimension, got {x.shape[-1]} (shape {tuple(x.shape)})"
+        )
+
+
+def check_out_dtype(dtype: torch.dtype | None, name: str = "out_dtype") -> None:
+    """``dtype`` is one a kernel can write, or None.
+
+    Raises:
+        TypeError: it is another one.
+    """
+    if dtype is not None and dtype not in DTYPE_CODES:
+        raise TypeError(f"{name}: expected float32, bfloat16, float16 or None, got {dtype}")
+
+
+def row_stride(x: Tensor) -> int | None:
+    """Elements between the rows of ``x [..., K]`` seen as ``[M, K]``, or None where only a copy has such rows.
+
+    Rows must lie in steps of one size that is at least K, and the K values of a row side by side.
+    """
+    shape, strides = x.shape, x.stride()
+    features = shape[-1]
+    if strides[-1] != 1 and features != 1:
+        return None
+    step = 0  # elements between rows; 0 until the first dimension that has more than one row
+    expected = 0
+    for dim in range(len(shape) - 2, -1, -1):
+        if shape[dim] == 1:
+            continue
+        if step == 0:
+            step = strides[dim]
+        elif strides[dim] != expected:
+            return None
+        expected = strides[dim] * shape[dim]
+    if step == 0:
+        return features
+    return step if step >= features else None
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """What one canonical tensor of a quantized Linear has to be.
+
+    Attributes:
+        shape: sizes.
+        dtypes: what it may come as; the first is what it is stored as.
+        required: False where the layer may do without it.
+    """
+
+    shape: tuple[int, ...]
+    dtypes: tuple[torch.dtype, ...]
+    required: bool = True
+
+    def complaint(self, name: str, tensor: object) -> Exception | None:
+        """What is wrong with ``tensor``, or None."""
+        if not isinstance(tensor, Tensor):
+            return TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
+        if tensor.dtype not in self.dtypes:
+            listed = " or ".join(str(dtype) for dtype in self.dtypes)
+            return TypeError(f"{name}: expected dtype {listed}, got {tensor.dtype}")
+        if tuple(tensor.shape) != self.shape:
+            return ValueError(f"{name}: expected shape {self.shape}, got {tuple(tensor.shape)}")
+        return None
+
+
+def canonical_specs(scheme: Scheme, in_features: int, out_features: int) -> dict[str, TensorSpec]:
+    """The canonical tensors of a Linear ``[N = out_features, K = in_features]`` under ``scheme``, by name."""
+    rows = (out_features,)
+    if scheme.weight_bits == 8:
+        specs = {"weight": TensorSpec((out_features, in_features), (torch.int8,))}
+    else:
+        specs = {"weight": TensorSpec((out_features, (in_features + 1) // 2), (torch.uint8,))}
+    if scheme.weight_granularity == "per_channel":
+        scales = rows
+        scale_dtypes: tuple[torch.dtype, ...] = (torch.float32,)
+    else:
+        size = scheme.resolve_group_size(in_features)
+        scales = (out_features, -(-in_features // size))
+        # float16 becomes float32 for the layers whose scales would not survive it.
+        scale_dtypes = (torch.float32, torch.float16)
+    specs["weight_scale"] = TensorSpec(scales, scale_dtypes)
+    if not scheme.weight_symmetric:
+        if scheme.weight_zero == "int":
+            specs["weight_zero_point"] = TensorSpec(scales, (torch.uint8,))
+        else:
+            specs["weight_min"] = TensorSpec(scales, scale_dtypes)
+    floats = (torch.float32, torch.bfloat16, torch.float16)
+    specs["bias"] = TensorSpec(rows, floats, required=False)
+    if scheme.activation_bits is not None and not scheme.activation_dynamic:
+        specs["act_scale"] = TensorSpec((), (torch.float32,))
+        if not scheme.activation_symmetric:
+            specs["act_zero_point"] = TensorSpec((), (torch.int32,))
+    specs["inv_smooth"] = TensorSpec((in_features,), (torch.float32,), required=False)
+    return specs
+
+
+def check_canonical(
+    tensors: Mapping[str, Tensor], scheme: Scheme, in_features: int, out_features: int
+) -> dict[str, Tensor]:
+    """The canonical tensors, checked, detached and contiguous, in their order; a None counts as absent.
+
+    Raises:
+        ValueError: one is missing, unknown, of the wrong shape or on another device than ``weight``; a static
+            scale is not a positive finite number.
+        TypeError: one is of the wrong dtype.
+    """
+    specs = canonical_specs(scheme, in_features, out_features)
+    given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    unknown = sorted(set(given) - set(specs))
+    if unknown:
+        raise ValueError(
+            f"tensors: {', '.join(unknown)} not known to scheme {scheme.name}; expected some of {', '.join(specs)}"
+        )
+    missing = [name for name, spec in specs.items() if spec.required and name not in given]
+    if missing:
+        raise ValueError(f"tensors: scheme {scheme.name} needs {', '.join(missing)}; got {', '.join(sorted(given))}")
+    checked: dict[str, Tensor] = {}
+    for name, spec in specs.items():
+        if name not in given:
+            continue
+        tensor = given[name]
+        complaint = spec.complaint(name, tensor)
+        if complaint is not None:
+            raise complaint
+        if tensor.device != given["weight"].device:
+            raise ValueError(f"{name}: expected device {given['weight'].device}, as the weight's, got {tensor.device}")
+        stored = tensor.detach()
+        if name == "bias":
+            stored = stored.to(torch.float32)
+        checked[name] = stored.contiguous()
+    check_static_scale(checked.get("act_scale"))
+    return checked
+
+
+def check_static_scale(act_scale: Tensor | None) -> None:
+    """A static activation scale is a positive finite number (a meta tensor passes).
+
+    Raises:
+        ValueError: it is not.
+    """
+    if act_scale is None or act_scale.device.type == "meta":
+        return
+    value = float(act_scale)
+    if not 0.0 < value < float("inf"):
+        raise ValueError(f"act_scale: expected a positive finite number, got {value}")

@@ -1,0 +1,106 @@
+"""Calls of the binding: from tensors that were checked to addresses.
+
+Nothing is checked here that a layer has checked before; the operators check for callers who bring their own tensors.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from . import _C
+from .checks import DTYPE_CODES, row_stride
+
+__all__ = ["ALIGNMENT", "native_linear_w8a8", "pack_w8", "run_native", "unpack_w8"]
+
+ALIGNMENT = 64
+"""Bytes; packed weights begin at a multiple of it."""
+
+_CPU = torch.device("cpu")
+_num_threads = torch.get_num_threads
+_new_empty = Tensor.new_empty
+
+
+def pack_w8(weight: Tensor, packed: Tensor | None = None, colsum: Tensor | None = None) -> tuple[Tensor, Tensor, bool]:
+    """Canonical weight to the layout of the CPU kernels.
+
+    Args:
+        weight: int8 ``[N, K]`` on the CPU, contiguous.
+        packed, colsum: written in place where given.
+
+    Returns:
+        packed int8 ``[ceil(N / 64) * ceil(K / 64) * 4096]``, colsum int32 ``[N]`` (the sum of each row), and whether a
+        -128 occurs.
+    """
+    rows, features = weight.shape
+    if packed is None:
+        packed = torch.empty(_C.packed_w8_bytes(rows, features), dtype=torch.int8, device=_CPU)
+    if colsum is None:
+        colsum = torch.empty(rows, dtype=torch.int32, device=_CPU)
+    minus = _C.pack_w8(weight.data_ptr(), rows, features, packed.data_ptr(), colsum.data_ptr(), _num_threads())
+    return packed, colsum, minus
+
+
+def unpack_w8(packed: Tensor, rows: int, features: int) -> Tensor:
+    """The canonical int8 ``[rows, features]`` that :func:`pack_w8` packed, without loss."""
+    weight = torch.empty((rows, features), dtype=torch.int8, device=packed.device)
+    if weight.device.type == "cpu":
+        _C.unpack_w8(packed.data_ptr(), rows, features, weight.data_ptr(), _num_threads())
+    return weight
+
+
+@functools.lru_cache(maxsize=4096)
+def native_linear_w8a8(
+    packed: int,
+    colsum: int,
+    weight_scale: int,
+    bias: int,
+    rows: int,
+    features: int,
+    has_minus128: bool,
+    act_symmetric: bool,
+    act_scale: float,
+    act_zero_point: int,
+    inv_smooth: int,
+) -> _C.LinearW8A8:
+    """The binding's object for these addresses (0: absent).  It holds only its arguments, so it can be shared."""
+    return _C.LinearW8A8(
+        packed,
+        colsum,
+        weight_scale,
+        bias,
+        rows,
+        features,
+        has_minus128,
+        act_symmetric,
+        act_scale,
+        act_zero_point,
+        inv_smooth,
+    )
+
+
+def run_native(native: _C.LinearW8A8, x: Tensor, features: int, rows: int, out_dtype: torch.dtype) -> Tensor:
+    """Checked input ``x [..., features]`` on the CPU through ``native``: ``[..., rows]`` in ``out_dtype``."""
+    stride: int | None = features
+    if not x.is_contiguous():
+        stride = row_stride(x)
+        if stride is None or x.is_neg():
+            x = x.resolve_neg().contiguous()
+            stride = features
+    shape = x.shape
+    out = _new_empty(x, (*shape[:-1], rows), dtype=out_dtype)
+    count = x.numel() // features
+    if count:
+        native.run(
+            x.data_ptr(),
+            DTYPE_CODES[x.dtype],
+            count,
+            stride,
+            out.data_ptr(),
+            DTYPE_CODES[out_dtype],
+            rows,
+            _num_threads(),
+        )
+    return out
