@@ -115,12 +115,13 @@ class LinearW8A8 {
     const qk::KernelTable& table = qk::kernels();
     args.scratch_bytes = table.linear_w8a8_scratch_bytes(m, args.k, threads);
     args.scratch = scratch(args.scratch_bytes);
-    run_released((m + 1) * args.n * args.k > kReleaseGilBytes, [&] { table.linear_w8a8(args); });
-    note("w8a8", table);
+    const char* isa = table.isa;
+    run_released((m + 1) * args.n * args.k > kReleaseGilBytes, [&] { isa = table.linear_w8a8(args); });
+    note("w8a8", isa);
   }
 
  public:
-  static void note(const char* op, const qk::KernelTable& table) { (last_kernel = op).append(".").append(table.isa); }
+  static void note(const char* op, const char* isa) { (last_kernel = op).append(".").append(isa); }
 
  private:
   qk::LinearW8A8Args args_{};
@@ -144,7 +145,7 @@ void quantize(uintptr_t x, int x_dtype, int64_t outer, int64_t channels, int64_t
                               threads};
   const qk::KernelTable& table = qk::kernels();
   run_released(outer * channels * inner > kReleaseGilBytes, [&] { table.quantize(args); });
-  LinearW8A8::note("quantize", table);
+  LinearW8A8::note("quantize", table.isa);
 }
 
 void dequantize(uintptr_t q, int q_kind, int64_t outer, int64_t channels, int64_t inner, int64_t group, uintptr_t scale,
@@ -155,7 +156,7 @@ void dequantize(uintptr_t q, int q_kind, int64_t outer, int64_t channels, int64_
                                 dtype(out_dtype), threads};
   const qk::KernelTable& table = qk::kernels();
   run_released(outer * channels * inner > kReleaseGilBytes, [&] { table.dequantize(args); });
-  LinearW8A8::note("dequantize", table);
+  LinearW8A8::note("dequantize", table.isa);
 }
 
 py::list names(const qk::TierList& tiers) {

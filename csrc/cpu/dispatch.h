@@ -7,7 +7,7 @@ namespace qk {
 
 struct KernelTable {
   const char* isa;
-  void (*linear_w8a8)(const LinearW8A8Args&);
+  const char* (*linear_w8a8)(const LinearW8A8Args&);  // returns the tier that ran: AMX leaves few rows to VNNI
   int64_t (*linear_w8a8_scratch_bytes)(int64_t m, int64_t k, int threads);
   void (*quantize)(const QuantizeArgs&);
   void (*dequantize)(const DequantizeArgs&);

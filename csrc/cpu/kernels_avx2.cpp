@@ -33,7 +33,13 @@ inline __m256i broadcast4(const uint8_t* p) {
 
 // 4 x 16 tile: 8 accumulators, 2 weight registers, a, |a|, ones and a temporary, of 16.
 struct Avx2 : YmmVerbs {
-  static constexpr int kTileM = 4, kTileN = 16, kOffset = 0;
+  static constexpr const char* kIsa = "avx2";
+  static constexpr int kTileM = 4, kTileN = 16, kOffset = 0, kSliceK = 512;
+  static constexpr int kDepthAlign = 8, kMaxBlockTiles = 16;
+  static constexpr int64_t kBlockBytes = 384 << 10;
+  struct Session {
+    Session() {}
+  };
 
   template <class Dot, int kRows>
   static void tile_rows(const uint8_t* a, int64_t lda, const int8_t* b, int64_t steps, int32_t* c, bool accumulate) {
@@ -72,6 +78,43 @@ struct Avx2 : YmmVerbs {
   }
 
   template <class Dot>
+  static void tile_one_with(const uint8_t* a, const int8_t* b, int64_t steps, int32_t* c) {
+    __m256i c0, c1, c2, c3, c4, c5, c6, c7;
+    c0 = c1 = c2 = c3 = c4 = c5 = c6 = c7 = _mm256_setzero_si256();
+    const __m256i ones = _mm256_set1_epi16(1);
+    for (int64_t k = 0; k < steps; ++k) {
+      const __m256i* bk = reinterpret_cast<const __m256i*>(b + k * kBlockN * kPackK);
+      const __m256i v = broadcast4(a + k * kPackK), abs_v = _mm256_abs_epi8(v);
+      const auto add = [&](__m256i& x, const __m256i* w) __attribute__((always_inline)) {
+        x = _mm256_add_epi32(x, Dot::dot4(v, abs_v, _mm256_load_si256(w), ones));
+      };
+      add(c0, bk);
+      add(c1, bk + 1);
+      add(c2, bk + 2);
+      add(c3, bk + 3);
+      add(c4, bk + 4);
+      add(c5, bk + 5);
+      add(c6, bk + 6);
+      add(c7, bk + 7);
+    }
+    store_i(c, c0);
+    store_i(c + 8, c1);
+    store_i(c + 16, c2);
+    store_i(c + 24, c3);
+    store_i(c + 32, c4);
+    store_i(c + 40, c5);
+    store_i(c + 48, c6);
+    store_i(c + 56, c7);
+  }
+
+  static void tile_one(const uint8_t* a, const int8_t* b, int64_t steps, int32_t* c, bool minus128) {
+    if (minus128)
+      tile_one_with<Widened>(a, b, steps, c);
+    else
+      tile_one_with<Signed>(a, b, steps, c);
+  }
+
+  template <class Dot>
   static void tile_with(int rows, const uint8_t* a, int64_t lda, const int8_t* b, int64_t steps, int32_t* c,
                         bool accumulate) {
     switch (rows) {
@@ -94,7 +137,7 @@ struct Avx2 : YmmVerbs {
 }  // namespace
 
 const KernelTable& kernels_avx2() {
-  static constexpr KernelTable table = {"avx2", linear_w8a8<Avx2>, linear_w8a8_scratch_bytes, quantize<Avx2>,
+  static constexpr KernelTable table = {"avx2", linear_w8a8<Avx2>, linear_w8a8_scratch_bytes<Avx2>, quantize<Avx2>,
                                         dequantize<Avx2>};
   return table;
 }

@@ -18,7 +18,13 @@ inline __m256i broadcast4(const uint8_t* p) {
 
 // 6 x 16 tile: 12 accumulators, 2 weight registers, 1 for the broadcast activations, of 16.
 struct AvxVnni : YmmVerbs {
-  static constexpr int kTileM = 6, kTileN = 16, kOffset = 128;
+  static constexpr const char* kIsa = "avxvnni";
+  static constexpr int kTileM = 6, kTileN = 16, kOffset = 128, kSliceK = 1024;
+  static constexpr int kDepthAlign = 8, kMaxBlockTiles = 16;
+  static constexpr int64_t kBlockBytes = 384 << 10;
+  struct Session {
+    Session() {}
+  };
 
   template <int kRows>
   static void tile_rows(const uint8_t* a, int64_t lda, const int8_t* b, int64_t steps, int32_t* c, bool accumulate) {
@@ -62,6 +68,31 @@ struct AvxVnni : YmmVerbs {
     if constexpr (kRows > 5) save(5, c50, c51);
   }
 
+  static void tile_one(const uint8_t* a, const int8_t* b, int64_t steps, int32_t* c, bool /*minus128*/) {
+    __m256i c0, c1, c2, c3, c4, c5, c6, c7;
+    c0 = c1 = c2 = c3 = c4 = c5 = c6 = c7 = _mm256_setzero_si256();
+    for (int64_t k = 0; k < steps; ++k) {
+      const __m256i* bk = reinterpret_cast<const __m256i*>(b + k * kBlockN * kPackK);
+      const __m256i v = broadcast4(a + k * kPackK);
+      dot4(c0, v, _mm256_load_si256(bk));
+      dot4(c1, v, _mm256_load_si256(bk + 1));
+      dot4(c2, v, _mm256_load_si256(bk + 2));
+      dot4(c3, v, _mm256_load_si256(bk + 3));
+      dot4(c4, v, _mm256_load_si256(bk + 4));
+      dot4(c5, v, _mm256_load_si256(bk + 5));
+      dot4(c6, v, _mm256_load_si256(bk + 6));
+      dot4(c7, v, _mm256_load_si256(bk + 7));
+    }
+    store_i(c, c0);
+    store_i(c + 8, c1);
+    store_i(c + 16, c2);
+    store_i(c + 24, c3);
+    store_i(c + 32, c4);
+    store_i(c + 40, c5);
+    store_i(c + 48, c6);
+    store_i(c + 56, c7);
+  }
+
   static void tile(int rows, const uint8_t* a, int64_t lda, const int8_t* b, int64_t steps, int32_t* c, bool accumulate,
                    bool /*minus128*/) {
     switch (rows) {
@@ -78,7 +109,7 @@ struct AvxVnni : YmmVerbs {
 }  // namespace
 
 const KernelTable& kernels_avxvnni() {
-  static constexpr KernelTable table = {"avxvnni", linear_w8a8<AvxVnni>, linear_w8a8_scratch_bytes, quantize<AvxVnni>,
+  static constexpr KernelTable table = {"avxvnni", linear_w8a8<AvxVnni>, linear_w8a8_scratch_bytes<AvxVnni>, quantize<AvxVnni>,
                                         dequantize<AvxVnni>};
   return table;
 }

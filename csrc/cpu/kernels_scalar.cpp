@@ -8,7 +8,13 @@ namespace qk {
 namespace {
 
 struct Scalar : ScalarVerbs {
-  static constexpr int kTileM = 4, kTileN = 64, kOffset = 0;
+  static constexpr const char* kIsa = "scalar";
+  static constexpr int kTileM = 4, kTileN = 64, kOffset = 0, kSliceK = 4096;
+  static constexpr int kDepthAlign = 8, kMaxBlockTiles = 16;
+  static constexpr int64_t kBlockBytes = 384 << 10;
+  struct Session {
+    Session() {}
+  };
 
   static void tile(int rows, const uint8_t* a, int64_t lda, const int8_t* b, int64_t steps, int32_t* c, bool accumulate,
                    bool /*minus128*/) {
@@ -25,12 +31,16 @@ struct Scalar : ScalarVerbs {
       for (int j = 0; j < kTileN; ++j) c[j] = sums[j];
     }
   }
+
+  static void tile_one(const uint8_t* a, const int8_t* b, int64_t steps, int32_t* c, bool minus128) {
+    tile(1, a, 0, b, steps, c, false, minus128);
+  }
 };
 
 }  // namespace
 
 const KernelTable& kernels_scalar() {
-  static constexpr KernelTable table = {"scalar", linear_w8a8<Scalar>, linear_w8a8_scratch_bytes, quantize<Scalar>,
+  static constexpr KernelTable table = {"scalar", linear_w8a8<Scalar>, linear_w8a8_scratch_bytes<Scalar>, quantize<Scalar>,
                                         dequantize<Scalar>};
   return table;
 }

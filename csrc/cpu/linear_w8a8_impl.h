@@ -3,15 +3,20 @@
 // Written once over the verbs of a tier. A tier provides, beside the verbs of verbs_*.h:
 //   kTileM, kTileN    rows and columns of its register tile; kTileN divides the 64 columns of a superblock
 //   kOffset           what is added to a signed activation before it is stored: 128 where the instruction wants u8
-//   tile(rows, ...)   c [rows, kTileN] (+)= a [rows, 4 * depth] * b, b being a slice of the packed superblock
+//   kSliceK           depth of a K slice, so that kTileN columns of it stay in the cache they are meant for
+//   kBlockBytes       activations of a block of row tiles, at most kMaxBlockTiles of them
+//   kDepthAlign       a tile's depth is rounded up to this; both operands are padded with zeros up to 64
+//   Session           constructed in each thread around its tiles
+//   tile(rows, ...)   c [rows, kTileN] (+)= a [rows, 4 * steps] * b, b being a slice of the packed superblock
+//   tile_one(...)     the same for one row and all 64 columns: M = 1 reads the weights as one sequential stream
 //
 // Order of the loops (rows of a chunk are quantized first, then a barrier):
 //
 //   chunk of rows (scratch <= kChunkBytes)
 //     block of row tiles (their activations stay in L2)
 //       superblock of 64 columns (its weights stay in L2 while the tiles of the block pass over it)
-//         slice of K (accumulators wait in `sums` between slices)
-//           row tile x column tile
+//         slice of K (its weights stay in L1 or L2; accumulators wait in `sums` between slices)
+//           column tile x row tile
 //
 // The flattened (superblock, row tile) pairs of a block are shared out contiguously, so the work of two threads differs
 // by one tile at most. int32 sums are exact in any order: the result does not depend on the split.
@@ -28,9 +33,6 @@ namespace qk {
 namespace {
 
 constexpr int64_t kChunkBytes = 2 << 20;  // quantized activations held at a time
-constexpr int64_t kBlockBytes = 384 << 10;  // activations of a block of row tiles
-constexpr int64_t kMaxBlockTiles = 16;
-constexpr int64_t kSliceK = 4096;
 constexpr int64_t kRowPad = 64;  // bytes; keeps rows of a power-of-two K from falling on one cache set
 constexpr int64_t kRedundantRows = 4;  // up to this many rows, each thread quantizes all of them and no barrier is needed
 constexpr int64_t kMinMacsPerThread = 256 << 10;
@@ -49,9 +51,11 @@ inline int64_t chunk_rows(int64_t m, int64_t k) {
   return m < rows ? m : rows;
 }
 
-inline int64_t linear_w8a8_scratch_bytes(int64_t m, int64_t k, int threads) {
+// A tile may read (and ignore) up to kTileM - 1 rows past the last one.
+template <class V>
+int64_t linear_w8a8_scratch_bytes(int64_t m, int64_t k, int threads) {
   const int64_t copies = m <= kRedundantRows ? threads : 1;
-  return copies * chunk_rows(m, k) * (row_bytes(k) + static_cast<int64_t>(sizeof(RowScale)) + kAlign);
+  return copies * chunk_rows(m, k) * (row_bytes(k) + static_cast<int64_t>(sizeof(RowScale))) + V::kTileM * row_bytes(k);
 }
 
 template <class V>
@@ -66,6 +70,7 @@ class LinearW8A8 {
     const int64_t chunk = chunk_rows(p_.m, p_.k);
     const bool redundant = p_.m <= kRedundantRows;
     parallel(threads, [&](int thread, int team) {
+      const typename V::Session session;
       const int64_t copy = redundant ? thread : 0;
       uint8_t* q = p_.scratch + copy * chunk * stride_;
       RowScale* scales = reinterpret_cast<RowScale*>(p_.scratch + (redundant ? threads : 1) * chunk * stride_) + copy * chunk;
@@ -121,9 +126,11 @@ class LinearW8A8 {
   }
 
   RowScale copy_row(int64_t r, uint8_t* out) const {
-    const uint8_t* in = p_.xq + r * p_.x_stride;
+    const uint8_t* __restrict in = p_.xq + r * p_.x_stride;
+    uint8_t* __restrict to = out;  // without it, writing bytes might change this->p_
     const int32_t offset = p_.act_symmetric ? V::kOffset : V::kOffset - 128;
-    for (int64_t i = 0; i < p_.k; ++i) out[i] = static_cast<uint8_t>(in[i] + offset);
+    const int64_t k = p_.k;
+    for (int64_t i = 0; i < k; ++i) to[i] = static_cast<uint8_t>(in[i] + offset);
     return {p_.xq_scale[r], (p_.xq_zero_point ? p_.xq_zero_point[r] : 0) + offset};
   }
 
@@ -131,8 +138,8 @@ class LinearW8A8 {
 
   void gemm(int64_t row, int64_t rows, const uint8_t* q, const RowScale* scales, int thread, int team) const {
     const int64_t tiles = ceil_div(rows, V::kTileM), superblocks = ceil_div(p_.n, kBlockN);
-    int64_t block_tiles = kBlockBytes / (V::kTileM * stride_);
-    block_tiles = block_tiles < 1 ? 1 : block_tiles > kMaxBlockTiles ? kMaxBlockTiles : block_tiles;
+    int64_t block_tiles = V::kBlockBytes / (V::kTileM * stride_);
+    block_tiles = block_tiles < 1 ? 1 : block_tiles > V::kMaxBlockTiles ? V::kMaxBlockTiles : block_tiles;
     const int64_t blocks = ceil_div(tiles, block_tiles);
     for (int64_t b = 0; b < blocks; ++b) {
       const Range block = share(tiles, static_cast<int>(b), static_cast<int>(blocks));
@@ -166,47 +173,60 @@ class LinearW8A8 {
       for (int j = 0; j < kBlockN; ++j) {
         colsum[j] = j < columns.count ? columns.colsum[j] : 0;
         scale[j] = j < columns.count ? columns.scale[j] : 0.0f;
-        bias[j] = p_.bias && j < columns.count ? columns.bias[j] : 0.0f;
       }
+      for (int j = 0; p_.bias && j < kBlockN; ++j) bias[j] = j < columns.count ? columns.bias[j] : 0.0f;
       columns = {colsum, scale, p_.bias ? bias : nullptr, columns.count};
     }
     const int8_t* weights = p_.packed + n0 * padded_k(p_.k);
-    alignas(kAlign) int32_t sums[kMaxBlockTiles * V::kTileM * V::kTileN];
-    for (int j = 0; j < columns.count; j += V::kTileN) {
-      for (int64_t k0 = 0;; k0 += kSliceK) {
-        const int64_t depth = p_.k - k0 < kSliceK ? p_.k - k0 : kSliceK;
-        const bool last = k0 + depth >= p_.k;
+    if (rows == 1) {
+      alignas(kAlign) int32_t sums[kBlockN];
+      V::tile_one(q, weights, round_up(p_.k, V::kDepthAlign) / kPackK, sums, p_.has_minus128);
+      epilogue<kBlockN>(row, {0, 1}, scales, sums, columns, n0, 0);
+      return;
+    }
+    alignas(kAlign) int32_t sums[V::kMaxBlockTiles * V::kTileM * kBlockN];
+    for (int64_t k0 = 0;; k0 += V::kSliceK) {
+      const int64_t depth = p_.k - k0 < V::kSliceK ? p_.k - k0 : V::kSliceK;
+      const bool last = k0 + depth >= p_.k;
+      int32_t* c = sums;
+      for (int j = 0; j < columns.count; j += V::kTileN) {
         const int8_t* b = weights + k0 * kBlockN + j * kPackK;
+        if (V::kTileN < kBlockN) {  // this tile jumps over lines, which the hardware prefetcher does not follow
+          const int8_t* ahead = weights + (k0 + V::kSliceK) * kBlockN + j * V::kSliceK;
+          for (int64_t i = 0; i < V::kSliceK * V::kTileN; i += kAlign) __builtin_prefetch(ahead + i);
+        }
         for (int64_t t = range.begin; t < range.end; ++t) {
           const Range tile_rows = share(rows, static_cast<int>(t), static_cast<int>(tiles));
           const int64_t count = tile_rows.end - tile_rows.begin;
-          int32_t* c = sums + (t - range.begin) * V::kTileM * V::kTileN;
-          V::tile(static_cast<int>(count), q + tile_rows.begin * stride_ + k0, stride_, b, round_up(depth, 8) / kPackK, c,
+          V::tile(static_cast<int>(count), q + tile_rows.begin * stride_ + k0, stride_, b, round_up(depth, V::kDepthAlign) / kPackK, c,
                   k0 > 0, p_.has_minus128);
-          if (last) epilogue(row, tile_rows, scales, c, columns, n0, j);
+          if (last) epilogue<V::kTileN>(row, tile_rows, scales, c, columns, n0, j);
+          if (p_.k > V::kSliceK) c += V::kTileM * V::kTileN;  // otherwise one tile's worth of L1 serves them all
         }
-        if (last) break;
       }
+      if (last) break;
     }
   }
 
   // ---- epilogue ----------------------------------------------------------------------------------------------
 
+  // Columns [j, j + kPitch) of the superblock; c has kPitch columns.
+  template <int kPitch>
   void epilogue(int64_t row, Range rows, const RowScale* scales, const int32_t* c, const Columns& columns, int64_t n0,
                 int j) const {
     switch (p_.y_dtype) {
-      case DType::kF32: return epilogue<DType::kF32>(row, rows, scales, c, columns, n0, j);
-      case DType::kBF16: return epilogue<DType::kBF16>(row, rows, scales, c, columns, n0, j);
-      default: return epilogue<DType::kF16>(row, rows, scales, c, columns, n0, j);
+      case DType::kF32: return epilogue_as<DType::kF32>(row, rows, scales, c, kPitch, columns, n0, j);
+      case DType::kBF16: return epilogue_as<DType::kBF16>(row, rows, scales, c, kPitch, columns, n0, j);
+      default: return epilogue_as<DType::kF16>(row, rows, scales, c, kPitch, columns, n0, j);
     }
   }
 
   template <DType D>
-  void epilogue(int64_t row, Range rows, const RowScale* scales, const int32_t* c, const Columns& columns, int64_t n0,
-                int j) const {
+  void epilogue_as(int64_t row, Range rows, const RowScale* scales, const int32_t* c, int pitch, const Columns& columns,
+                   int64_t n0, int j) const {
     constexpr int kW = V::kLanes;
-    const int width = columns.count - j < V::kTileN ? columns.count - j : V::kTileN;
-    for (int64_t r = rows.begin; r < rows.end; ++r, c += V::kTileN) {
+    const int width = columns.count - j < pitch ? columns.count - j : pitch;
+    for (int64_t r = rows.begin; r < rows.end; ++r, c += pitch) {
       const auto scale_x = V::set(scales[r].scale);
       const auto zero_point = V::set_i(scales[r].zero_point);
       const int64_t y = (row + r) * p_.y_stride + n0 + j;
@@ -228,9 +248,11 @@ class LinearW8A8 {
   const int64_t stride_;
 };
 
+// Returns the tier that ran.
 template <class V>
-void linear_w8a8(const LinearW8A8Args& args) {
+const char* linear_w8a8(const LinearW8A8Args& args) {
   LinearW8A8<V>(args).run();
+  return V::kIsa;
 }
 
 }  // namespace
