@@ -39,7 +39,7 @@ class CMakeBuild(build_ext):
     """Builds all extensions: one CMake project for the CPU modules, another for the CUDA one."""
 
     def run(self) -> None:
-        self.parallel = None
+        cuda_mode()  # a typo is better found before the build than after it
         super().run()
 
     def build_extensions(self) -> None:

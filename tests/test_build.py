@@ -1,0 +1,252 @@
+"""The build: which instructions are where, and the core on processors and architectures that this machine is not."""
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import types
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+import setuptools
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCES = (
+    "CMakeLists.txt",
+    "LICENSE",
+    "MANIFEST.in",
+    "README.md",
+    "cmake",
+    "csrc",
+    "pyproject.toml",
+    "qkernels",
+    "setup.py",
+)
+# The tools of the environment that runs the tests come first, as with `make test`.
+PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+
+pytestmark = pytest.mark.skipif(
+    platform.system() != "Linux" or platform.machine() != "x86_64", reason="the emulators and tools of x86-64 Linux"
+)
+
+
+def run(*command: object, ok: bool = True, **options: object) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "PATH": PATH, **options.pop("env", {})}
+    done = subprocess.run(
+        [str(word) for word in command], capture_output=True, text=True, env=environment, timeout=600, **options
+    )
+    assert not ok or done.returncode == 0, f"{command}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+    return done
+
+
+def need(tool: str) -> str:
+    found = shutil.which(tool, path=PATH)
+    if found is None:
+        pytest.skip(f"{tool} is not installed")
+    return found
+
+
+def build(directory: Path, *options: str) -> Path:
+    need("g++")
+    run(
+        need("cmake"),
+        "-S",
+        ROOT,
+        "-B",
+        directory,
+        "-G",
+        "Ninja",
+        "-DQK_SMOKE=ON",
+        f"-DCMAKE_MAKE_PROGRAM={need('ninja')}",
+        *options,
+    )
+    run("cmake", "--build", directory, "--parallel", "2")
+    return directory
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    import pybind11
+
+    directory = tmp_path_factory.mktemp("build")
+    options = [f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"]
+    return build(
+        directory, *options, "-DPYBIND11_FINDPYTHON=ON", f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={directory}/modules"
+    )
+
+
+def check_isa(directory: Path) -> subprocess.CompletedProcess:
+    need("objdump")
+    return run(sys.executable, ROOT / "scripts" / "check_isa.py", directory, ok=False)
+
+
+def test_isa_instructions_stay_in_their_files(tree: Path) -> None:
+    done = check_isa(tree)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+WIDE = (
+    "#include <immintrin.h>\nvoid f(void* p) { _mm512_storeu_si512(p, _mm512_slli_epi32(_mm512_loadu_si512(p), 1)); }"
+)
+SUM = "float f(const float* x) { float s = 0; for (int i = 0; i < 64; ++i) s += x[i]; return s; }"
+TEMPLATE = "template <class T> __attribute__((noinline)) T g(T x) { return x + x; } float f(float x) { return g(x); }"
+VIOLATIONS = [
+    ("pack", "-mavx2", SUM, "VEX instruction outside"),
+    ("kernels_avx2", "-mavx2 -mavx512f", WIDE, "EVEX instruction in"),
+    ("kernels_avx512vnni", "-mavx512f", TEMPLATE, "weak symbol"),
+    ("kernels_avx512vnni", "-mavx512f", "float h(); float x = h();", "static initializer"),
+    ("kernels_avx2", "-mavx2", "int f() { return 1; }", "exports f()"),
+    ("kernels_avx2", "-mavx2 -mfma", "float f(float a, float b, float c) { return a * b + c; }", "fused multiply-add"),
+]
+
+
+@pytest.mark.parametrize(("name", "flags", "code", "complaint"), VIOLATIONS)
+def test_isa_check_sees_a_violation(tmp_path: Path, name: str, flags: str, code: str, complaint: str) -> None:
+    for file, options, text in ((name, flags, code), ("neutral", "", "int neutral;"), ("kernels_amx", "", "int amx;")):
+        source = tmp_path / f"{file}.cpp"
+        source.write_text(text + "\n")
+        run(need("g++"), "-O3", *options.split(), "-c", source, "-o", tmp_path / f"{file}.cpp.o")
+    done = check_isa(tmp_path)
+    assert done.returncode == 1
+    assert complaint in done.stdout
+
+
+def test_core_equals_the_contract_on_this_processor(tree: Path) -> None:
+    assert "all equal" in run(tree / "qk_smoke").stdout
+
+
+@pytest.mark.parametrize(
+    ("cpu", "isa", "usable"), [("Nehalem", "scalar", "scalar"), ("Haswell", "avx2", "scalar,avx2")]
+)
+def test_core_on_an_emulated_processor(tree: Path, cpu: str, isa: str, usable: str) -> None:
+    done = run(need("qemu-x86_64"), "-cpu", cpu, tree / "qk_smoke", "--slack", isa, usable)
+    assert f"chosen {isa} " in done.stdout
+    assert "all equal" in done.stdout
+
+
+def test_package_on_a_processor_without_avx(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import torch, qkernels as qk\n"
+        "from qkernels import _C\n"
+        "torch.manual_seed(0)\n"
+        "linear, x = torch.nn.Linear(70, 9), torch.randn(3, 70)\n"
+        "layer = qk.nn.QuantLinear.from_linear(linear, 'w8a8')\n"
+        "state = layer.state_dict()\n"
+        "expected = qk.reference.linear_w8a8(x, state['weight'], state['weight_scale'], state['bias'])\n"
+        "print(qk.info()['isa'], torch.equal(layer(x), expected), _C.last_kernel())\n"
+    )
+    done = run(need("qemu-x86_64"), "-cpu", "Nehalem", sys.executable, script, cwd=ROOT, env={"PYTHONPATH": str(ROOT)})
+    assert done.stdout.split() == ["scalar", "True", "w8a8.scalar"], done.stdout + done.stderr
+
+
+def test_core_cross_compiled_for_aarch64(tmp_path: Path) -> None:
+    compiler, emulator = need("aarch64-linux-gnu-g++"), need("qemu-aarch64")
+    options = ("-DQK_PYTHON=OFF", "-DCMAKE_SYSTEM_NAME=Linux", "-DCMAKE_SYSTEM_PROCESSOR=aarch64")
+    build(tmp_path, *options, f"-DCMAKE_CXX_COMPILER={compiler}")
+    done = run(emulator, "-L", "/usr/aarch64-linux-gnu", tmp_path / "qk_smoke", "scalar", "scalar")
+    assert "compiled scalar\n" in done.stdout
+    assert "all equal" in done.stdout
+
+
+def test_core_under_address_and_undefined_behaviour_sanitizers(tmp_path: Path) -> None:
+    build(tmp_path, "-DQK_PYTHON=OFF", "-DQK_SANITIZE=ON")
+    assert "all equal" in run(tmp_path / "qk_smoke", env={"UBSAN_OPTIONS": "print_stacktrace=1"}).stdout
+
+
+def test_wheel_builds_in_isolation_and_runs_in_a_fresh_environment(tmp_path: Path) -> None:
+    need("g++")
+    source = tmp_path / "source"
+    for name in SOURCES:
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        if (ROOT / name).exists():
+            source.mkdir(exist_ok=True)
+            copy(ROOT / name, source / name)
+    for stale in (source / "qkernels").glob("*.so"):
+        stale.unlink()
+    environment = {"QKERNELS_CUDA": "0", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
+    done = run(sys.executable, "-m", "pip", "wheel", "--no-deps", "-w", tmp_path, source, ok=False, env=environment)
+    if (
+        done.returncode != 0
+        and "installing build dependencies did not run successfully" in (done.stdout + done.stderr).lower()
+    ):
+        pytest.skip("the build's own requirements cannot be installed here")
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    (wheel,) = tmp_path.glob("qkernels-*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    for stem in ("qkernels/_C.", "qkernels/_bench.", "qkernels/py.typed", "qkernels/_C.pyi", "qkernels/data/prose.txt"):
+        assert any(name.startswith(stem) for name in names), f"{stem} is not in {sorted(names)}"
+    assert not [name for name in names if "csrc" in name or "gomp" in name or name.startswith("tests")]
+
+    venv.create(tmp_path / "venv", with_pip=True)
+    python = tmp_path / "venv" / "bin" / "python"
+    run(python, "-m", "pip", "install", "--no-deps", wheel, env=environment)
+    # torch comes from the environment of the tests: a path line gives its packages without its editable installs.
+    (site,) = (tmp_path / "venv" / "lib").glob("python*/site-packages")
+    import torch
+
+    (site / "torch_of_the_tests.pth").write_text(str(Path(torch.__file__).parent.parent) + "\n")
+    code = "import torch, qkernels as qk; print(qk.__file__, qk.__version__, qk.info()['isa'])"
+    where, version, isa = run(python, "-c", code, cwd=tmp_path).stdout.split()
+    assert Path(where).is_relative_to(tmp_path)
+    assert version in wheel.name
+    assert isa in ("scalar", "avx2", "avxvnni", "avx512vnni", "amx")
+
+
+@pytest.fixture
+def setup_module(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
+    monkeypatch.setattr(setuptools, "setup", lambda **options: None)
+    module = types.ModuleType("setup_under_test")
+    module.__file__ = str(ROOT / "setup.py")
+    exec(compile((ROOT / "setup.py").read_text(), module.__file__, "exec"), module.__dict__)
+    return module
+
+
+def test_build_rejects_an_unknown_cuda_mode(setup_module: types.ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QKERNELS_CUDA", "yes")
+    with pytest.raises(SystemExit, match=r"auto, 0, 1; got 'yes'"):
+        setup_module.cuda_mode()
+
+
+@pytest.mark.parametrize(("mode", "attempts"), [("auto", 1), ("0", 0), ("1", 1)])
+def test_build_survives_a_failing_cuda_compiler_only_under_auto(
+    setup_module: types.ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+    tmp_path: Path,
+    mode: str,
+    attempts: int,
+) -> None:
+    (tmp_path / "CMakeLists.txt").touch()
+    monkeypatch.setattr(setup_module, "CUDA_PROJECT", tmp_path)
+    monkeypatch.setattr(setup_module, "find_nvcc", lambda: "nvcc")
+    monkeypatch.setenv("QKERNELS_CUDA", mode)
+    tried = []
+
+    def failing(self: object, source: Path, name: str, options: list[str]) -> None:
+        tried.append(name)
+        raise subprocess.CalledProcessError(1, "cmake")
+
+    monkeypatch.setattr(setup_module.CMakeBuild, "_cmake", failing)
+    command = setup_module.CMakeBuild(setuptools.Distribution())
+    if mode == "1":
+        with pytest.raises(subprocess.CalledProcessError):
+            command._cuda()
+    else:
+        command._cuda()
+    assert tried == ["cuda"] * attempts
+    assert ("FAILED TO BUILD" in capsys.readouterr().err) == (mode == "auto")
+
+
+def test_build_needs_nvcc_when_cuda_is_demanded(
+    setup_module: types.ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "CMakeLists.txt").touch()
+    monkeypatch.setattr(setup_module, "CUDA_PROJECT", tmp_path)
+    monkeypatch.setattr(setup_module, "find_nvcc", lambda: None)
+    monkeypatch.setenv("QKERNELS_CUDA", "1")
+    with pytest.raises(SystemExit, match="nvcc"):
+        setup_module.CMakeBuild(setuptools.Distribution())._cuda()
