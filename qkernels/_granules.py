@@ -53,7 +53,7 @@ class Layout:
             raise ValueError(f"granularity: expected one of {', '.join(GRANULARITIES)}, got {self.granularity!r}")
         if self.bits == 4:
             object.__setattr__(self, "signed", False)
-        object.__setattr__(self, "shape", tuple(int(size) for size in self.shape))
+        object.__setattr__(self, "shape", tuple(self.shape))
         self._check_axis()
         self._check_group_size()
 
@@ -181,7 +181,7 @@ class Layout:
     def check_scale(self, scale: Tensor | float, device: torch.device) -> Tensor:
         """A given scale as float32 of shape ``scale_shape``: a number serves every granule."""
         if isinstance(scale, bool) or not isinstance(scale, (Tensor, float, int)):
-            raise TypeError(f"scale: expected a tensor or a number, got {type(scale).__name__}")
+            raise TypeError(f"scale: expected a tensor or a number, got {scale!r}")
         if isinstance(scale, Tensor) and not scale.dtype.is_floating_point:
             raise TypeError(f"scale: expected a floating-point tensor, got {scale.dtype}")
         given = torch.as_tensor(scale, device=device).detach().to(torch.float32)

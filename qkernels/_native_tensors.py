@@ -67,7 +67,7 @@ def quantize(
     view = _view(layout)
     if view is None:
         raise ValueError(f"layout: expected one that the kernels can view, got {layout}")
-    x = x.detach().contiguous()
+    x = x.contiguous()
     shift = 128 if layout.signed and not layout.symmetric else 0
     kind = _INT4 if layout.bits == 4 else _INT8 if layout.symmetric else _UINT8
     data = x.new_empty(layout.data_shape, dtype=torch.int8 if kind == _INT8 else torch.uint8)

@@ -8,7 +8,7 @@ or to the reference where no kernel exists.
     dequantize_w8     the float weight of that layout
     linear_quantized  any scheme, canonical tensors, by the reference
     dequantize_quantized   the float weight of those
-    quantize, dequantize   tensors to integers and back
+    quantize, dequantize   tensors to integers and back (registered in :mod:`qkernels.tensor_ops`)
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ from .backends import Prepared, effective_weight, prepare, scheme_from_key
 from .checks import check_features, check_input, check_out_dtype, check_static_scale
 from .native import ALIGNMENT, native_linear_w8a8, pack_w8, run_native, unpack_w8
 from .scheme import MAX_INTEGER_K, Scheme
+from .tensor_ops import dequantize, quantize
 
-__all__ = ["Prepared", "linear_w8a8", "pack_w8", "prepare", "unpack_w8"]
+__all__ = ["Prepared", "dequantize", "linear_w8a8", "pack_w8", "prepare", "quantize", "unpack_w8"]
 
 _LIBRARY = torch.library.Library("qkernels", "DEF")
 
@@ -91,7 +92,7 @@ def _linear_w8a8(
         0 if act_zero_point is None else int(act_zero_point),
         _require("inv_smooth", inv_smooth, torch.float32, K, device),
     )
-    return run_native(native, x, K, N, out_dtype or x.dtype)
+    return run_native(native.run, x, K, N, out_dtype or x.dtype)
 
 
 def _linear_w8a8_fake(

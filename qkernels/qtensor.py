@@ -7,8 +7,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from . import _native_tensors as native
-from . import reference
+from . import tensor_ops
 from ._granules import Layout
 from ._rounding import check_dtype
 
@@ -57,13 +56,7 @@ class QTensor:
         for name in ("shape", "signed", "axis"):
             object.__setattr__(self, name, getattr(layout, name))
         object.__setattr__(self, "_layout", layout)
-        _check_tensor("data", self.data, layout.dtype, layout.data_shape)
-        _check_tensor("scale", self.scale, torch.float32, layout.scale_shape)
-        if self.symmetric != (self.zero_point is None):
-            expected = "None" if self.symmetric else "an int32 tensor"
-            raise ValueError(f"zero_point: expected {expected} with symmetric={self.symmetric}, got the opposite")
-        if self.zero_point is not None:
-            _check_tensor("zero_point", self.zero_point, torch.int32, layout.scale_shape)
+        tensor_ops.check_parts(layout, self.data, self.scale, self.zero_point)
 
     def codes(self) -> Tensor:
         """The integers one per element, int32 of ``shape`` (4 bits: 0..15, unpacked)."""
@@ -97,13 +90,6 @@ class QTensor:
             f"QTensor({kind}, shape={list(self.shape)}, {grid}, granularity={self.granularity!r}{where}, "
             f"device={str(self.device)!r}, {self.nbytes} bytes)"
         )
-
-
-def _check_tensor(name: str, tensor: object, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
-    if tensor.dtype != dtype or tuple(tensor.shape) != shape:
-        raise ValueError(f"{name}: expected {dtype} of shape {list(shape)}, got {tensor.dtype} {list(tensor.shape)}")
 
 
 def quantize(
@@ -146,22 +132,21 @@ def quantize(
     if not isinstance(x, Tensor):
         raise TypeError(f"x: expected a torch.Tensor, got {type(x).__name__}")
     check_dtype(x.dtype, "x")
+    given = _given("scale", scale, (float, int), x.device)
+    given_zero_point = _given("zero_point", zero_point, (int,), x.device)
+    # Values and types are checked here, before the operator's schema would complain in its own words.
     layout = Layout(tuple(x.shape), bits, signed, granularity, axis, group_size, symmetric)
-    if native.objection(layout, x.device):
-        data, steps, zeros = reference.quantize(
-            x,
-            bits=bits,
-            signed=signed,
-            granularity=granularity,
-            axis=axis,
-            group_size=group_size,
-            symmetric=symmetric,
-            scale=scale,
-            zero_point=zero_point,
-        )
-    else:
-        data, steps, zeros = native.quantize(x, layout, *reference.check_static(layout, scale, zero_point, x.device))
-    return QTensor(data, steps, zeros, layout.shape, bits, signed, granularity, axis, group_size, symmetric)
+    arguments = (layout.bits, layout.signed, granularity, layout.axis, group_size, symmetric)
+    data, steps, zeros = tensor_ops.quantize(x.detach(), *arguments, given, given_zero_point)
+    return QTensor(data, steps, None if symmetric else zeros, layout.shape, *arguments)
+
+
+def _given(name: str, value: object, numbers: tuple[type, ...], device: torch.device) -> Tensor | None:
+    if value is None or isinstance(value, Tensor):
+        return value
+    if isinstance(value, bool) or not isinstance(value, numbers):
+        raise TypeError(f"{name}: expected a tensor or a number, got {value!r}")
+    return torch.tensor(value, dtype=torch.float32 if float in numbers else torch.int64, device=device)
 
 
 def dequantize(qtensor: QTensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -178,18 +163,5 @@ def dequantize(qtensor: QTensor, dtype: torch.dtype = torch.float32) -> Tensor:
         raise TypeError(f"qtensor: expected a QTensor, got {type(qtensor).__name__}")
     check_dtype(dtype, "dtype")
     layout = qtensor._layout
-    if not native.objection(layout, qtensor.device):
-        return native.dequantize(qtensor.data, qtensor.scale, qtensor.zero_point, layout, dtype)
-    return reference.dequantize(
-        qtensor.data,
-        qtensor.scale,
-        qtensor.zero_point,
-        shape=layout.shape,
-        bits=layout.bits,
-        signed=layout.signed,
-        granularity=layout.granularity,
-        axis=layout.axis,
-        group_size=layout.group_size,
-        symmetric=layout.symmetric,
-        dtype=dtype,
-    )
+    arguments = (layout.bits, layout.signed, layout.granularity, layout.axis, layout.group_size, layout.symmetric)
+    return tensor_ops.dequantize(qtensor.data, qtensor.scale, qtensor.zero_point, layout.shape, *arguments, dtype)

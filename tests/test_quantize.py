@@ -316,7 +316,7 @@ def test_quantize_zero_to_ten() -> None:
         ({"scale": math.nan}, ValueError, "scale"),
         ({"scale": -1}, ValueError, "scale"),
         ({"scale": True}, TypeError, "scale"),
-        ({"scale": "1"}, TypeError, "scale: expected a tensor or a number, got str"),
+        ({"scale": "1"}, TypeError, "scale: expected a tensor or a number, got '1'"),
         ({"scale": torch.ones(3, dtype=torch.int64)}, TypeError, "scale"),
         ({"scale": torch.ones(4)}, ValueError, r"scale: expected a number or shape \[3\]"),
         ({"zero_point": 3}, ValueError, "zero_point: expected None where no scale is given"),
@@ -348,6 +348,29 @@ def test_quantize_rejects_inputs() -> None:
         quantize(torch.ones(3)).dequantize(torch.float64)
     with pytest.raises(TypeError, match="qtensor: expected a QTensor"):
         dequantize(torch.ones(3))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=_name)
+def test_quantize_operators(kind: dict[str, Any]) -> None:
+    for where in WHERE:
+        q = quantize(seeded(6, 34), **kind, **where)
+        layout = (q.bits, q.signed, q.granularity, q.axis, q.group_size, q.symmetric)
+        zero_point = None if q.symmetric else torch.tensor(5)
+        for static in ((None, None), (torch.tensor(0.1), zero_point)):
+            torch.library.opcheck(torch.ops.qkernels.quantize.default, (seeded(6, 34), *layout, *static))
+        parts = (q.data, q.scale, q.zero_point, list(q.shape), *layout, torch.bfloat16)
+        torch.library.opcheck(torch.ops.qkernels.dequantize.default, parts)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=_name)
+def test_quantize_traced_without_breaks(kind: dict[str, Any]) -> None:
+    def round_trip(x: torch.Tensor) -> torch.Tensor:
+        return quantize(x * 2, **kind, granularity="group", group_size=8).dequantize() + 1
+
+    compiled = torch.compile(round_trip, backend="eager", fullgraph=True, dynamic=True)
+    for rows in (3, 5):
+        x = seeded(rows, 34)
+        assert_bits_equal(compiled(x), round_trip(x))
 
 
 def test_qtensor_checks_its_parts() -> None:
