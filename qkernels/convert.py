@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import _rounding as rounding
 from .account import account, take_snapshot
+from .calibrate import Statistics, collect
 from .hooks import Quantizer, Smoothing, Target, find_algorithm, find_smoother
 from .journal import Journal
 from .nn import QuantEmbedding, QuantLinear
-from .observe import Range, observe_ranges, take_batches
+from .observe import take_batches
 from .parents import adapt_parents
 from .plan import DEFAULT_EXCLUDE, make_plan
 from .progress import Progress, tracking
@@ -30,9 +30,8 @@ from .survey import Layer, conv1d_class, dress, is_quantized, origin, survey, un
 
 __all__ = ["DEFAULT_EXCLUDE", "dequantize_", "quantize_", "quantize_rows"]
 
-CHUNK_ELEMENTS = 1 << 21
-"""Weights are quantized in slices of rows of at most this many elements, so that temporaries stay small (8 MiB of
-fp32 each)."""
+CHUNK_ELEMENTS = 1 << 18
+"""Weights are quantized in slices of rows of at most this many elements: temporaries stay in the cache (1 MiB of fp32)."""
 
 
 def quantize_(
@@ -65,7 +64,7 @@ def quantize_(
         overrides: pattern -> scheme of its own, or None to leave the layer. The first pattern that matches counts.
         embeddings: also convert every nn.Embedding to int8 rows; an output head tied to one shares its table.
         calibration: batches for static schemes, smoothing and calibrated algorithms: tensors (`model(t)`), tuples
-            (`model(*t)`) or mappings (`model(**m)`).
+            (`model(*t)`) or mappings (`model(**m)`); or, for static schemes and smoothing, what `qk.calibrate` gathered.
         smooth: None, or SmoothQuant's alpha (0..1), or "auto".
         algorithm: how weights are rounded: "rtn", or another registered name.
         strict: raise where False would leave a layer and say so in the report: patterns that match nothing, weights
@@ -86,10 +85,11 @@ def quantize_(
     )
     chosen = plan.selected
     static = [layer for layer in chosen if layer.scheme is not None and not layer.scheme.activation_dynamic]
-    batches = None if calibration is None else take_batches(calibration)
-    if batches is None and static:
+    stats = calibration if isinstance(calibration, Statistics) else None
+    batches = None if calibration is None or stats is not None else take_batches(calibration)
+    if batches is None and stats is None and static:
         raise ValueError(f"calibration: scheme {static[0].scheme.name} needs batches to measure activations, got None")  # type: ignore[union-attr]
-    if batches is None and smoother is not None:
+    if batches is None and stats is None and smoother is not None:
         raise ValueError("calibration: smooth needs batches to measure activations, got None")
 
     before = take_snapshot(model)
@@ -98,9 +98,9 @@ def quantize_(
         targets = [Target(x.name, x.module, x.scheme, x.kind == "conv1d") for x in chosen if x.scheme is not None]
         smoothing = None
         if smoother is not None and smooth is not None:
-            smoothing = smoother(model, targets, batches or [], smooth)
+            smoothing = smoother(model, targets, batches if stats is None else stats, smooth)
             journal.on_failure(smoothing.undo)
-        activations = _static_activations(model, static, batches or [], smoothing, progress)
+        activations = _static_activations(model, static, batches if stats is None else stats, progress)
         builder = _Builder(None if rounder is None else rounder(model, targets, batches), smoothing, activations)
         targets.clear()  # they hold the float layers
         with tracking(progress, total=len(chosen), what="quantizing") as step:
@@ -190,41 +190,18 @@ def quantize_rows(weight: torch.Tensor, scheme: Scheme) -> dict[str, torch.Tenso
 
 
 def _static_activations(
-    model: nn.Module, layers: Sequence[Layer], batches: Sequence[Any], smoothing: Smoothing | None, progress: Progress
+    model: nn.Module, layers: Sequence[Layer], calibration: Any, progress: Progress
 ) -> dict[str, dict[str, torch.Tensor]]:
     """`act_scale` (and `act_zero_point`) of every static layer, from the range of what entered it."""
     if not layers:
         return {}
-    factors = {} if smoothing is None else {layer.name: smoothing.inv_smooth(layer.name) for layer in layers}
-    ranges = observe_ranges(
-        model, {layer.name: layer.module for layer in layers}, batches, factors=factors, progress=progress
-    )
-    unseen = [name for name, found in ranges.items() if not found.seen]
-    if unseen:
-        raise ValueError(f"calibration: no batch reached {_list(unseen)}; give data that does, or exclude the layers")
-    result = {}
-    for layer in layers:
-        found, scheme = ranges[layer.name], layer.scheme
-        if scheme is None:
-            continue
-        if not found.finite:
-            raise ValueError(f"calibration: NaN or infinite values entered {layer.name!r}")
-        result[layer.name] = _activation_tensors(found, scheme, layer.weight.device)
-    return result
-
-
-def _activation_tensors(found: Range, scheme: Scheme, device: torch.device) -> dict[str, torch.Tensor]:
-    bounds = torch.tensor([found.low, found.high], dtype=torch.float32)
-    if scheme.activation_symmetric:
-        return {"act_scale": rounding.symmetric_grid(bounds, bits=8).scale.to(device)}
-    grid = rounding.asymmetric_grid(bounds, bits=8)
-    zero_point = torch.zeros((), dtype=torch.int32) if grid.zero_point is None else grid.zero_point
-    return {"act_scale": grid.scale.to(device), "act_zero_point": zero_point.to(torch.int32).to(device)}
-
-
-def _list(names: Sequence[str], limit: int = 5) -> str:
-    shown = ", ".join(map(repr, names[:limit]))
-    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
+    stats = collect(model, calibration, samples=0, progress=progress)
+    stats.require(layer.name for layer in layers)
+    return {
+        layer.name: stats.activation_tensors(layer.name, layer.scheme, layer.weight.device)
+        for layer in layers
+        if layer.scheme is not None
+    }
 
 
 def dequantize_(model: nn.Module, *, dtype: torch.dtype | None = None) -> Report:

@@ -31,7 +31,7 @@ __all__ = ["Journal", "Site"]
 Site = tuple[nn.Module, str]
 """A parent and the name under which it holds the module."""
 
-KEEP_BYTES = 32 << 20  # originals that stay in memory; beyond that they go to the file
+KEEP_BYTES = 16 << 20  # originals that stay in memory; beyond that they go to the file
 
 
 class _Spilled:
