@@ -15,6 +15,7 @@ from . import (
     ops,
 )
 from ._version import __version__
+from .calibrate import calibrate
 from .compat import quantize_dynamic
 from .convert import dequantize_, quantize_
 from .info import info
@@ -29,6 +30,7 @@ __all__ = [
     "Report",
     "Scheme",
     "__version__",
+    "calibrate",
     "dequantize",
     "dequantize_",
     "info",

@@ -64,7 +64,8 @@ def quantize_(
         overrides: pattern -> scheme of its own, or None to leave the layer. The first pattern that matches counts.
         embeddings: also convert every nn.Embedding to int8 rows; an output head tied to one shares its table.
         calibration: batches for static schemes, smoothing and calibrated algorithms: tensors (`model(t)`), tuples
-            (`model(*t)`) or mappings (`model(**m)`); or, for static schemes and smoothing, what `qk.calibrate` gathered.
+            (`model(*t)`) or mappings (`model(**m)`); or, for static schemes and smoothing, the statistics that
+            `qk.calibrate` gathered.
         smooth: None, or SmoothQuant's alpha (0..1), or "auto".
         algorithm: how weights are rounded: "rtn", or another registered name.
         strict: raise where False would leave a layer and say so in the report: patterns that match nothing, weights

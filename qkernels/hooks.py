@@ -75,8 +75,9 @@ class Smoothing(Protocol):
         """Take back, to the bit, whatever was folded into the model."""
 
 
-Smoother = Callable[[nn.Module, Sequence[Target], Sequence[Any], float | str], Smoothing]
-"""`smoother(model, targets, calibration, alpha)`; alpha is a number in 0..1 or "auto"."""
+Smoother = Callable[[nn.Module, Sequence[Target], Any, float | str], Smoothing]
+"""`smoother(model, targets, calibration, alpha)`: calibration is a list of batches, or statistics gathered before; alpha is a
+number in 0..1 or "auto"."""
 
 _algorithms: dict[str, Algorithm] = {}
 _smoothers: list[Smoother] = []
