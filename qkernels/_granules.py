@@ -196,8 +196,9 @@ class Layout:
             raise TypeError(f"zero_point: expected an integer tensor, got {zero_point.dtype}")
         given = torch.as_tensor(zero_point, device=device).to(torch.int64)
         low, high = self.bounds
-        if bool(((given < low) | (given > high)).any()):
-            raise ValueError(f"zero_point: expected values in {low}..{high}, got {given.tolist()}")
+        outside = (given < low) | (given > high)
+        if bool(outside.any()):
+            raise ValueError(f"zero_point: expected values in {low}..{high}, got {given[outside][0].item()}")
         return self._expand("zero_point", given.to(torch.int32))
 
     def _expand(self, name: str, given: Tensor) -> Tensor:
@@ -212,5 +213,7 @@ class Layout:
 
 def check_positive(name: str, scale: Tensor) -> None:
     """ValueError unless every value is finite, > 0 and has a finite float32 reciprocal."""
-    if not bool((torch.isfinite(scale) & (scale > 0) & torch.isfinite(torch.ones_like(scale) / scale)).all()):
-        raise ValueError(f"{name}: expected finite values > 0 whose reciprocal is finite, got {scale.tolist()}")
+    good = torch.isfinite(scale) & (scale > 0) & torch.isfinite(torch.ones_like(scale) / scale)
+    if not bool(good.all()):
+        got = scale[~good][0].item()
+        raise ValueError(f"{name}: expected finite values > 0 whose reciprocal is finite, got {got}")
