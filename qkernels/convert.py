@@ -26,12 +26,22 @@ from .reference import quantize_weight
 from .report import Report
 from .scheme import Scheme
 from .sharing import linear_over, owners
-from .survey import Layer, conv1d_class, dress, is_quantized, origin, survey, undress
+from .survey import (
+    Layer,
+    conv1d_class,
+    dress,
+    interchangeable,
+    is_quantized,
+    origin,
+    storage_key,
+    survey,
+    undress,
+)
 
 __all__ = ["DEFAULT_EXCLUDE", "dequantize_", "quantize_", "quantize_rows"]
 
 CHUNK_ELEMENTS = 1 << 18
-"""Weights are quantized in slices of rows of at most this many elements: temporaries stay in the cache (1 MiB of fp32)."""
+"""Weights are quantized in slices of rows of at most this many elements: temporaries stay in the cache (1 MiB fp32)."""
 
 
 def quantize_(
@@ -107,7 +117,6 @@ def quantize_(
         with tracking(progress, total=len(chosen), what="quantizing") as step:
             for index, layer in enumerate(chosen):
                 replacement = builder.build(layer)
-                dress(replacement, layer)
                 journal.replace(layer.sites, layer.module, replacement)
                 layer.module = replacement  # the float layer is free now
                 step(index + 1, len(chosen), layer.name)
@@ -130,6 +139,14 @@ class _Builder:
 
     def build(self, layer: Layer) -> nn.Module:
         """The replacement of one layer; the layers it shares with have been replaced already."""
+        twin = layer.same_as.module if layer.kind == "embedding" and layer.same_as is not None else None
+        if twin is not None and interchangeable(layer.module, twin):
+            return twin
+        replacement = self._make(layer)
+        dress(replacement, layer)
+        return replacement
+
+    def _make(self, layer: Layer) -> nn.Module:
         weight = layer.weight
         if layer.kind == "embedding":
             rows, columns = layer.shape
@@ -232,6 +249,7 @@ def dequantize_(model: nn.Module, *, dtype: torch.dtype | None = None) -> Report
     if not layers:
         raise ValueError(f"model: expected quantized layers, {type(model).__name__} holds none")
     before, tied = take_snapshot(model), owners(model)
+    parameters = {storage_key(p): p for p in model.parameters() if p.numel()}
     weights: dict[str, nn.Parameter | None] = {}
     originals = [(layer, layer.module) for layer in layers]
     with Journal(expected=0) as journal, torch.no_grad():
@@ -239,6 +257,7 @@ def dequantize_(model: nn.Module, *, dtype: torch.dtype | None = None) -> Report
             parameter = None if module._buffers.get("inv_smooth") is not None else weights.get(tied.get(layer.name, ""))
             new = _float_layer(module, dtype, parameter)
             undress(module, new)
+            _tie_bias(module, new, parameters)
             if module._buffers.get("inv_smooth") is None:
                 weights[layer.name] = new._parameters["weight"] if origin(module)["kind"] != "conv1d" else None
             journal.replace(layer.sites, module, new)
@@ -271,3 +290,13 @@ def _tied_linear(module: QuantLinear, dtype: torch.dtype | None, weight: nn.Para
     if bias is not None:
         linear.bias = nn.Parameter(bias.detach().to(dtype or module.dtype, copy=True))
     return linear
+
+
+def _tie_bias(module: nn.Module, new: nn.Module, parameters: Mapping[tuple[object, ...], nn.Parameter]) -> None:
+    """Use the parameter that the layer's bias still shares its memory with (BERT's prediction head has such a one)."""
+    bias = module._buffers.get("bias")
+    if bias is not None and bias.numel():
+        parameter = parameters.get(storage_key(bias))
+        fresh = new._parameters.get("bias")
+        if parameter is not None and fresh is not None and parameter.dtype == fresh.dtype:
+            new._parameters["bias"] = parameter

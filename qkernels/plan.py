@@ -70,7 +70,7 @@ def make_plan(
         if layer.kind == "embedding" and layer.reason is None:
             _decide_embedding(layer, wanted, unwanted, override(layer), embeddings)
             if layer.selected:
-                tables[storage_key(layer.weight)] = layer
+                tables.setdefault(storage_key(layer.weight), layer)
     for layer in layers:
         if layer.kind in ("linear", "conv1d") and layer.reason is None:
             tied = tables.get(storage_key(layer.weight)) if layer.kind == "linear" else None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -52,12 +52,14 @@ def check_model(model: nn.Module, manifest: Manifest) -> Targets:
     layers = {name: layer for layer in survey(model) for name in layer.names}
     for name, entry in manifest.layers.items():
         targets.layers[name] = _match_layer(name, entry, layers.get(name))
+    _adopt_tied_embeddings(targets, layers)
     replaced = {id(layer.module) for layer in targets.layers.values()}
     if len(replaced) != len(targets.layers):
         raise ValueError(
             "model: two stored layers are one and the same module in it; it is not the architecture that was saved"
         )
 
+    replaced |= {id(parent._modules[key]) for layer in targets.layers.values() for parent, key in layer.sites}
     modules = dict(model.named_modules(remove_duplicate=False))
     places: dict[int, list[Slot]] = {}
     for module in model.modules():
@@ -84,6 +86,17 @@ def check_model(model: nn.Module, manifest: Manifest) -> Targets:
         targets.slots[stored] += [s for s in places[id(tensor)] if s not in targets.slots[stored]]
     _check_complete(model, replaced, filled)
     return targets
+
+
+def _adopt_tied_embeddings(targets: Targets, layers: Mapping[str, Layer]) -> None:
+    """Embeddings with the parameter of a stored one became one module with it when they were converted."""
+    stored = {id(t.module._parameters["weight"]): t for t in targets.layers.values() if t.kind == "embedding"}
+    taken = {id(target.module) for target in targets.layers.values()}
+    for layer in layers.values():
+        if layer.kind == "embedding" and layer.reason is None and id(layer.module) not in taken:
+            target = stored.get(id(layer.module._parameters["weight"]))
+            if target is not None:
+                target.sites += [site for site in layer.sites if site not in target.sites]
 
 
 def _match_layer(name: str, entry: LayerEntry, layer: Layer | None) -> Layer:

@@ -21,6 +21,7 @@ __all__ = [
     "conv1d_class",
     "dress",
     "finite",
+    "interchangeable",
     "is_conv1d",
     "is_quantized",
     "module_note",
@@ -248,6 +249,19 @@ def dress(new: nn.Module, layer: Layer) -> None:
     extras = [k for k in old.__dict__ if k not in standard and k not in new.__dict__ and not hasattr(type(new), k)]
     _carry(old, new, extras)
     new.__dict__[_ORIGIN] = {"kind": layer.kind, "extras": extras}
+
+
+def interchangeable(layer: nn.Module, table: nn.Module) -> bool:
+    """Whether an nn.Embedding with the weight of another one can become the very module that the other became."""
+    standard = {*nn.Embedding(1, 1).__dict__, "_is_hf_initialized"}
+    hooked = any(layer.__dict__.get(name) for name in _HOOKS)
+    return (
+        isinstance(table, QuantEmbedding)
+        and not hooked
+        and set(layer.__dict__) <= standard
+        and layer.training == table.training
+        and getattr(layer, "padding_idx", None) == table.padding_idx
+    )
 
 
 def origin(module: nn.Module) -> dict[str, Any]:
