@@ -119,6 +119,10 @@ def load_float(
         model = cls.from_pretrained(
             str(directory), dtype=dtype if dtype is not None else "auto", local_files_only=True, **arguments
         )
+    quantizer = getattr(model, "hf_quantizer", None)
+    if gguf and quantizer is not None:
+        # The weights are plain tensors now; while transformers still thinks of the GGUF file, it refuses to save them.
+        quantizer.remove_quantization_config(model)
     return model.eval()
 
 

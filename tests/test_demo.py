@@ -132,7 +132,7 @@ def test_distilbert_sizes_are_those_of_the_articles() -> None:
     assert built["fp32"].state_dict_bytes / 1e6 == pytest.approx(265.5, abs=0.1)
     for engine in variants.available_engines():
         assert built[f"torch {engine}"].state_dict_bytes / 1e6 == pytest.approx(138.1, abs=0.1)
-    for key, limit in (("w8a8", 138.4e6), ("w8a8+emb", 67e6)):
+    for key, limit in (("w8a8", 138.4e6), ("w8a8 asym", 138.4e6), ("w8a8 asym+emb", 67e6)):
         size = built[key].directory_bytes
         assert size is not None
         assert size <= limit
@@ -151,7 +151,7 @@ def test_demo_runs_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert cli.main(arguments) == 0
     assert "all-MiniLM-L6-v2" in capsys.readouterr().out
     result = json.loads(figures.read_text())["models"]["minilm"]
-    for key in ("w8a8", "w8a8+emb"):
+    for key in ("w8a8 asym", "w8a8 asym+emb"):
         assert result["quality"]["cosine to fp32, min"][key] >= 0.99
-        assert result["quality"]["cosine to fp32, mean"][key] >= 0.99
+        assert result["quality"]["cosine to fp32, mean"][key] >= 0.995
     assert picture.stat().st_size > 10_000

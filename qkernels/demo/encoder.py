@@ -12,7 +12,7 @@ from qkernels.demo.models import load_minilm, make_distilbert
 from qkernels.demo.result import ModelResult
 from qkernels.demo.sentences import all_sentences
 from qkernels.demo.timing import interleaved
-from qkernels.demo.variants import FLOAT, Variant, build
+from qkernels.demo.variants import BUILD_STEPS, FLOAT, Variant, build
 from qkernels.hf import mean_pool
 
 # (batch, tokens): a short query, one paragraph, and two batch sizes of paragraphs.
@@ -27,7 +27,7 @@ def run_minilm(*, quick: bool) -> ModelResult:
     Args:
         quick: fewer timing rounds.
     """
-    with tqdm(desc="MiniLM: load and quantize", total=11, leave=False) as bar:
+    with tqdm(desc="MiniLM: load and quantize", total=1 + BUILD_STEPS, leave=False) as bar:
         bar.update()
         model, tokenizer = load_minilm()
         variants = build(model, step=lambda text: _step(bar, text))
@@ -58,7 +58,7 @@ def run_distilbert(*, quick: bool) -> ModelResult:
     Args:
         quick: fewer timing rounds.
     """
-    with tqdm(desc="DistilBERT: build and quantize", total=11, leave=False) as bar:
+    with tqdm(desc="DistilBERT: build and quantize", total=1 + BUILD_STEPS, leave=False) as bar:
         bar.update()
         model = make_distilbert()
         variants = build(model, step=lambda text: _step(bar, text))

@@ -16,7 +16,7 @@ from qkernels.demo.models import load_smollm
 from qkernels.demo.result import ModelResult
 from qkernels.demo.sentences import PROMPTS
 from qkernels.demo.timing import interleaved
-from qkernels.demo.variants import FLOAT, build
+from qkernels.demo.variants import BUILD_STEPS, FLOAT, build
 
 WINDOW = 1024  # tokens per perplexity window
 NEW_TOKENS = 32  # per greedy continuation
@@ -103,7 +103,7 @@ def run_smollm(*, quick: bool) -> ModelResult:
     Args:
         quick: 4 windows of text, 2 prompts, fewer timing rounds.
     """
-    with tqdm(desc="SmolLM2: load and quantize", total=11, leave=False) as bar:
+    with tqdm(desc="SmolLM2: load and quantize", total=1 + BUILD_STEPS, leave=False) as bar:
         bar.update()
         model, tokenizer = load_smollm()
 

@@ -18,8 +18,14 @@ import qkernels
 
 TORCH_ENGINES = ("x86", "onednn")
 FLOAT = "fp32"
-OURS = "w8a8"
-OURS_EMBEDDINGS = "w8a8+emb"
+# Linear layers alone with the preset; the same with uint8 inputs, whose zero point lets one-sided and skewed inputs use
+# all 256 levels; and embeddings too.
+ASYMMETRIC = qkernels.Scheme(activation_symmetric=False)
+OURS: dict[str, tuple[str | qkernels.Scheme, bool]] = {
+    "w8a8": ("w8a8", False),
+    "w8a8 asym": (ASYMMETRIC, False),
+    "w8a8 asym+emb": (ASYMMETRIC, True),
+}
 
 
 @dataclass
@@ -39,7 +45,10 @@ class Variant:
     @property
     def ours(self) -> bool:
         """True for a model this package quantized."""
-        return self.key in (OURS, OURS_EMBEDDINGS)
+        return self.key in OURS
+
+
+BUILD_STEPS = 2 * (1 + len(TORCH_ENGINES) + len(OURS))  # calls of `step` by `build`, at most
 
 
 def build(model: nn.Module, *, step: Callable[[str], None]) -> list[Variant]:
@@ -48,16 +57,16 @@ def build(model: nn.Module, *, step: Callable[[str], None]) -> list[Variant]:
     Args:
         step: called with a few words before each piece of work, for progress.
     """
-    variants = []
+    variants: list[Variant] = []
     step(FLOAT)
     variants.append(Variant(FLOAT, model, directory_bytes=pretrained_bytes(model)))
     for engine in available_engines():
         step(f"torch {engine}")
         variants.append(Variant(f"torch {engine}", torch_dynamic(model, engine)))
-    for key, embeddings in ((OURS, False), (OURS_EMBEDDINGS, True)):
+    for key, (scheme, embeddings) in OURS.items():
         step(f"qkernels {key}")
         quantized = copy.deepcopy(model)
-        report = qkernels.quantize_(quantized, "w8a8", embeddings=embeddings)
+        report = qkernels.quantize_(quantized, scheme, embeddings=embeddings, progress=False)
         variants.append(Variant(key, quantized, directory_bytes=saved_bytes(quantized), report=report.to_dict()))
     for variant in variants:
         step(f"size of {variant.key}")
@@ -95,7 +104,7 @@ def saved_bytes(model: nn.Module) -> int:
     """Size of the directory that `qkernels.save` writes."""
     with tempfile.TemporaryDirectory() as scratch:
         target = Path(scratch) / "model"
-        qkernels.save(model, target)
+        qkernels.save(model, target, progress=False)
         return directory_bytes(target)
 
 
