@@ -1,0 +1,245 @@
+"""The benchmark itself: shapes x rows, every contender checked first and then timed in turns with the others."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qkernels import _C
+from qkernels.bench import rivals as others
+from qkernels.bench.ceilings import Ceilings, describe, limit_seconds
+from qkernels.bench.contenders import Contender, ours
+from qkernels.bench.timing import interleave
+from qkernels.info import info
+from qkernels.progress import tracking
+from qkernels.scheme import Scheme
+
+_CHECKED_ROWS = 64
+_SUSPICIOUS_ERROR = 0.05
+
+
+@dataclass(frozen=True)
+class Row:
+    """One contender at one shape, number of rows and state of the cache. Times in seconds.
+
+    ``exact``: equal to the reference to the last bit; None where no exact result is defined (every rival).
+    """
+
+    contender: str
+    ours: bool
+    k: int
+    n: int
+    m: int
+    state: str
+    median: float
+    best: float
+    samples: int
+    limit: float
+    percent_of_limit: float
+    gops: float
+    relative_error: float
+    exact: bool | None
+    rotated_bytes: int
+
+
+def traffic(scheme: Scheme, k: int, n: int, m: int, itemsize: int) -> float:
+    """Bytes that must move once: weights with their scales, the rows in, the result out."""
+    weights = n * math.ceil(k * scheme.weight_bits / 8)
+    if scheme.weight_granularity == "per_group":
+        weights += n * math.ceil(k / scheme.resolve_group_size(k)) * scheme.scale_dtype.itemsize
+    return weights + 8 * n + m * k * itemsize + m * n * itemsize
+
+
+def run_grid(args: argparse.Namespace) -> int:
+    """Run what the command line asks for; 1 if one of our results was not exact, else 0."""
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    if args.isa:
+        _C.set_isa(args.isa)
+    chosen, missing = others.rivals(args.rivals, args.zentorch_python)
+    contenders = [*ours(args.schemes), *chosen]
+    ceilings = Ceilings(torch.get_num_threads())
+    ceilings.refresh(samples=3 if args.quick else 20)
+    print("\n".join(describe(ceilings)))
+    if missing:
+        print("not measured: " + "; ".join(f"{name} ({reason})" for name, reason in missing.items()))
+    rows: list[Row] = []
+    notes: list[str] = []
+    total = len(args.shapes) * len(args.rows)
+    try:
+        with torch.inference_mode(), tracking(None, total=total, what="bench") as step:
+            for shape in args.shapes:
+                done = len({(row.k, row.n, row.m) for row in rows})
+                step(done, total, f"K={shape[0]} N={shape[1]}")
+                rows += _run_shape(
+                    args, shape, contenders, ceilings, notes, lambda count, name: step(count, total, name), done
+                )
+    finally:
+        for contender in contenders:
+            contender.close()
+    result = {
+        "when": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "command": ["qkernels", *sys.argv[1:]],
+        "machine": info(),
+        "isa": _C.info()["isa"],
+        "threads": torch.get_num_threads(),
+        "input_dtype": args.dtype,
+        "versions": versions(),
+        "commit": commit(),
+        "ceilings": ceilings.to_dict(),
+        "not_measured": missing,
+        "notes": notes,
+        "rows": [asdict(row) for row in rows],
+    }
+    for note in notes:
+        print(note)
+    if args.json:
+        Path(args.json).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    if args.plot:
+        from qkernels.bench.plots import draw
+
+        for path in draw(result, args.plot, args.schemes):
+            print(f"wrote {path}")
+    return 1 if any("NOT EXACT" in note for note in notes) else 0
+
+
+def _run_shape(
+    args: argparse.Namespace,
+    shape: tuple[int, int],
+    contenders: Sequence[Contender],
+    ceilings: Ceilings,
+    notes: list[str],
+    step: Any,
+    done: int,
+) -> list[Row]:
+    k, n = shape
+    dtype = getattr(torch, args.dtype)
+    generator = torch.Generator().manual_seed(k * 7919 + n)
+    weight = torch.randn(n, k, generator=generator) / math.sqrt(k)
+    bias = torch.randn(n, generator=generator) / 10
+    copies: dict[str, int] = {}
+    for contender in contenders:
+        wanted = contender.copies_for(n * k, args.cold_mb << 20) if args.state != "warm" else 1
+        if wanted > contender.most_copies:
+            notes.append(f"{contender.name}: no cold rows at K={k} N={n}: {wanted} copies would be needed")
+            wanted = 1
+        copies[contender.name] = wanted
+        step(done, f"K={k} N={n} {contender.name}")
+        contender.build(weight, bias, wanted)
+    rows: list[Row] = []
+    for index, m in enumerate(args.rows):
+        x = torch.randn(m, k, generator=generator).to(dtype)
+        checks = {}
+        for contender in contenders:
+            contender.bind(x)
+            checks[contender.name] = _check(contender, x, weight, bias)
+            if checks[contender.name][1] is False:
+                notes.append(f"{contender.name}: NOT EXACT at K={k} N={n} M={m}, so not timed")
+        for state in ("cold", "warm") if args.state == "both" else (args.state,):
+            # Nothing wrong of ours is timed, and nothing is called cold that stays in the cache.
+            timed = [
+                c
+                for c in contenders
+                if checks[c.name][1] is not False
+                and (state == "warm" or copies[c.name] > 1 or n * k * c.bytes_per_weight >= args.cold_mb << 20)
+            ]
+            samplers = [contender.sampler(cold=state == "cold") for contender in timed]
+            timings = interleave(samplers, rounds=args.rounds, seconds=args.seconds, warm=state == "warm")
+            ceilings.refresh()
+            for contender, timing in zip(timed, timings, strict=True):
+                scheme = getattr(contender, "scheme", None) or Scheme.resolve("w8a8")
+                moved = traffic(scheme, k, n, m, dtype.itemsize)
+                bandwidth = ceilings.bandwidth(None if state == "cold" else int(moved))
+                limit = limit_seconds(moved, 2.0 * m * n * k, bandwidth, _peak(ceilings, scheme))
+                error, exact = checks[contender.name]
+                rows.append(
+                    Row(
+                        contender=contender.name,
+                        ours=contender.ours,
+                        k=k,
+                        n=n,
+                        m=m,
+                        state=state,
+                        median=timing.median,
+                        best=timing.best,
+                        samples=timing.samples,
+                        limit=limit,
+                        percent_of_limit=100 * limit / timing.median,
+                        gops=2e-9 * m * n * k / timing.median,
+                        relative_error=error,
+                        exact=exact,
+                        rotated_bytes=int(copies[contender.name] * n * k * contender.bytes_per_weight),
+                    )
+                )
+            print("\n" + table([row for row in rows if (row.m, row.state) == (m, state)]), flush=True)
+        step(done + index + 1, f"K={k} N={n} M={m}")
+    return rows
+
+
+def _peak(ceilings: Ceilings, scheme: Scheme) -> float:
+    """Operations a second of the instruction that the scheme's kernels are made of, in the tier in use."""
+    return ceilings.peak("int8", _C.info()["isa"]) if scheme.activation_bits == 8 else ceilings.peak("fp32")
+
+
+def _check(contender: Contender, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[float, bool | None]:
+    """(relative error against fp32, equal to the last bit or None where nothing exact is defined), on some rows."""
+    y = contender.output()
+    rows = torch.linspace(0, x.shape[0] - 1, min(x.shape[0], _CHECKED_ROWS)).long()
+    x, y = x[rows], y[rows]
+    truth = torch.nn.functional.linear(x.float(), weight, bias)
+    error = float((y.float() - truth).norm() / truth.norm())
+    expected = contender.expected(x, weight, bias)
+    return error, None if expected is None else bool(torch.equal(y, expected))
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The rows of one shape, M and state, fastest rival last column's one."""
+    first = rows[0]
+    rival = min((row.median for row in rows if not row.ours and row.relative_error < _SUSPICIOUS_ERROR), default=None)
+    lines = [f"K={first.k} N={first.n} M={first.m} {first.state}: limit {first.limit * 1e6:.1f} us (first row's)"]
+    lines.append(f"{'':24}{'us':>11}{'GOPS':>9}{'% limit':>9}{'x rival':>9}{'error':>10}")
+    for row in rows:
+        speedup = "" if rival is None else f"{rival / row.median:.2f}"
+        verdict = " WRONG" if row.relative_error > _SUSPICIOUS_ERROR and not row.ours else ""
+        lines.append(
+            f"{row.contender:24}{row.median * 1e6:11.1f}{row.gops:9.0f}{row.percent_of_limit:9.1f}{speedup:>9}"
+            f"{row.relative_error:10.1e}{verdict}"
+        )
+    return "\n".join(lines)
+
+
+def versions() -> Mapping[str, str]:
+    """Of everything that was, or could have been, measured."""
+    found = {}
+    for name in ("qkernels", "torch", "numpy", "onnxruntime", "openvino"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def commit() -> str | None:
+    """The commit of the checkout that runs, with "+" if it has changes; None outside a checkout."""
+    root = Path(__file__).resolve().parent
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    try:
+        return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -1,0 +1,95 @@
+"""Pictures of a result: a roofline, and the time against M for each scheme with the limit as a line."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from qkernels.bench.grid import traffic
+from qkernels.scheme import Scheme
+
+
+def draw(result: dict[str, Any], path: Path, schemes: Sequence[str]) -> list[Path]:
+    """Write ``path`` (the roofline) and beside it ``<stem>-<scheme>.png`` for each scheme; returns what was written.
+
+    Raises:
+        ImportError: matplotlib is missing.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    written = [path]
+    figure = plt.figure(figsize=(9, 6), layout="constrained")
+    _roofline(figure.add_subplot(), result)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+    for scheme in schemes:
+        own = path.with_name(f"{path.stem}-{scheme}{path.suffix}")
+        shapes = sorted({(row["k"], row["n"]) for row in result["rows"]}, key=lambda shape: shape[0] * shape[1])
+        figure, axes = plt.subplots(
+            1, len(shapes), figsize=(4.2 * len(shapes), 4.2), squeeze=False, layout="constrained"
+        )
+        for axis, shape in zip(axes[0], shapes, strict=True):
+            _against_rows(axis, result, scheme, shape)
+        axes[0][0].set_ylabel("microseconds")
+        axes[0][-1].legend(fontsize=7)
+        figure.suptitle(_title(result))
+        figure.savefig(own, dpi=130)
+        plt.close(figure)
+        written.append(own)
+    return written
+
+
+def _title(result: dict[str, Any]) -> str:
+    return f"{result['machine']['processor']}, {result['threads']} threads, {result['isa']}"
+
+
+def _roofline(axis: Any, result: dict[str, Any]) -> None:
+    """Operations a second over operations a byte: bandwidth is a slope, peaks are ceilings."""
+    ceilings = result["ceilings"]
+    reads = {int(name[5:]): value["best"] for name, value in ceilings.items() if name.startswith("read.")}
+    memory = reads[max(reads)]
+    intensities = [0.5, 4096.0]
+    axis.plot(intensities, [memory * i / 1e9 for i in intensities], "k-", lw=1, label=f"memory {memory / 1e9:.0f} GB/s")
+    for name, value in ceilings.items():
+        if name.startswith(("int8.", "fp32.")):
+            style = "-" if name == f"int8.{result['isa']}" else ":"
+            axis.axhline(value["best"] / 1e9, color="k", ls=style, lw=1)
+            axis.text(0.55, value["best"] / 1e9 * 1.03, name.replace(".", " "), fontsize=7)
+    itemsize = {"float32": 4, "bfloat16": 2, "float16": 2}[result["input_dtype"]]
+    state = "cold" if any(row["state"] == "cold" for row in result["rows"]) else "warm"
+    names = list(dict.fromkeys(row["contender"] for row in result["rows"]))
+    for index, name in enumerate(names):
+        rows = [row for row in result["rows"] if row["contender"] == name and row["state"] == state]
+        if not rows:
+            continue
+        scheme = Scheme.resolve(name.split()[0] if rows[0]["ours"] else "w8a8")
+        xs = [2 * r["m"] * r["n"] * r["k"] / traffic(scheme, r["k"], r["n"], r["m"], itemsize) for r in rows]
+        marker = "o" if rows[0]["ours"] else "x"
+        axis.plot(xs, [row["gops"] for row in rows], marker, ms=5, color=f"C{index % 10}", label=name)
+    axis.set(xscale="log", yscale="log", xlabel="operations a byte", ylabel="GOPS", title=f"{_title(result)}, {state}")
+    axis.set_ylim(bottom=1)
+    axis.legend(fontsize=7, loc="lower right")
+
+
+def _against_rows(axis: Any, result: dict[str, Any], scheme: str, shape: tuple[int, int]) -> None:
+    """Time against M at one shape: ours, the rivals, the limit."""
+    here = [row for row in result["rows"] if (row["k"], row["n"]) == shape]
+    state = "cold" if any(row["state"] == "cold" for row in here) else "warm"
+    here = [row for row in here if row["state"] == state]
+    layer = f"{scheme} layer"
+    names = [name for name in dict.fromkeys(r["contender"] for r in here) if name == layer or not _is_ours(here, name)]
+    for index, name in enumerate(names):
+        rows = sorted((row for row in here if row["contender"] == name), key=lambda row: row["m"])
+        thick = {"lw": 2.5, "color": "C3"} if name == layer else {"lw": 1, "color": f"C{(index + 3) % 10}"}
+        axis.plot([r["m"] for r in rows], [r["median"] * 1e6 for r in rows], marker=".", label=name, **thick)
+        if name == layer:
+            axis.plot([r["m"] for r in rows], [r["limit"] * 1e6 for r in rows], "k--", lw=1, label="limit")
+    axis.set(xscale="log", yscale="log", xlabel="M", title=f"K={shape[0]} N={shape[1]}, {state}")
+
+
+def _is_ours(rows: Sequence[dict[str, Any]], name: str) -> bool:
+    return any(row["ours"] for row in rows if row["contender"] == name)
