@@ -14,7 +14,6 @@ import copy
 import ctypes
 import functools
 import json
-import operator
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -24,7 +23,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import _C, reference
-from .checks import DTYPE_CODES, check_canonical, check_input
+from .checks import DTYPE_CODES, check_canonical, check_input, check_static_scale
 from .native import ALIGNMENT, native_linear_w8a8, pack_w8, run_native, unpack_w8
 from .scheme import MAX_INTEGER_K, Scheme
 
@@ -47,7 +46,8 @@ _dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
 _function_transform = getattr(torch._C._functorch, "peek_interpreter_stack", lambda: True)
 _jit_trace = getattr(torch._C, "_get_tracing_state", lambda: True)
 _autocast = getattr(torch._C, "_is_any_autocast_enabled", lambda: torch.is_autocast_enabled())
-_data_ptr = Tensor.data_ptr
+_strided = torch.strided
+_dtype_code = DTYPE_CODES.get
 _num_threads = torch.get_num_threads
 _new_empty = Tensor.new_empty
 
@@ -265,6 +265,44 @@ class PreparedReference(Prepared):
                 own[name].copy_(tensor)
 
 
+_W8A8_DTYPES = {
+    "packed": torch.int8,
+    "colsum": torch.int32,
+    "weight_scale": torch.float32,
+    "bias": torch.float32,
+    "act_scale": torch.float32,
+    "act_zero_point": torch.int32,
+    "inv_smooth": torch.float32,
+}
+
+_Binding = tuple[int, int, int, int, Any, Any, int, int]
+"""Addresses of packed, colsum, weight_scale and bias; an _Extras or None; the native call; K, N.  Replaced as a whole."""
+_UNBOUND: _Binding = (-1, -1, -1, -1, None, None, 0, 0)
+
+
+class _Extras:
+    """What a native object knows of the rarer tensors: the address of one, the values of two."""
+
+    def __init__(self, scale: Tensor | None, zero_point: Tensor | None, smooth: Tensor | None) -> None:
+        self.addresses = (_address(scale), _address(zero_point), _address(smooth))
+        # Cells over the same memory: reading a value through them takes a tenth of ``Tensor.item``.
+        self.scale = None if scale is None else ctypes.c_float.from_address(scale.data_ptr())
+        self.zero_point = None if zero_point is None else ctypes.c_int32.from_address(zero_point.data_ptr())
+        self.values = (
+            None if self.scale is None else self.scale.value,
+            None if self.zero_point is None else self.zero_point.value,
+        )
+
+    def stale(self, tensors: Mapping[str, Any]) -> bool:
+        """Whether one of them has moved or changed."""
+        get = tensors.get
+        now = (_address(get("act_scale")), _address(get("act_zero_point")), _address(get("inv_smooth")))
+        if now != self.addresses:
+            return True
+        scale, zero_point = self.scale, self.zero_point
+        return (None if scale is None else scale.value, None if zero_point is None else zero_point.value) != self.values
+
+
 class PreparedW8A8(Prepared):
     """8-bit weights per output channel and 8-bit activations on the CPU, by the native kernels.
 
@@ -298,7 +336,7 @@ class PreparedW8A8(Prepared):
             colsum, minus = torch.empty(weight.shape[0], dtype=torch.int32, device="meta"), True
         else:
             packed, colsum, minus = pack_w8(weight)
-        tensors = {"packed": packed, "colsum": colsum}
+        tensors = {"packed": packed, "colsum": colsum, "bias": None}
         tensors.update((name, tensor) for name, tensor in canonical.items() if name != "weight")
         return cls(tensors, scheme, in_features, weight.shape[0], reason, has_minus128=minus)
 
@@ -316,8 +354,6 @@ class PreparedW8A8(Prepared):
         self.has_minus128 = has_minus128
         self.act_symmetric = scheme.activation_symmetric
         self.static = not scheme.activation_dynamic
-        self._static_cells: tuple[Any, Any] = (None, None)
-        self._static_values: tuple[float, int] = (0.0, 0)
         self.moved()
 
     @property
@@ -328,89 +364,85 @@ class PreparedW8A8(Prepared):
     def moved(self) -> None:
         """Drop the object that borrows addresses; the next call makes another."""
         self._packed_id = id(self.tensors["packed"])
-        self._unbind()
+        self._binding = _UNBOUND
 
-    def _unbind(self) -> None:
-        self._names = tuple(self.resident())
-        self._pick = operator.itemgetter(*self._names)  # the tensors whose addresses count, in one call
-        self._addresses: tuple[int, ...] | None = None
-        self._native: Any = None
-
-    def _bind(self) -> bool:
-        """Make the native object for where the tensors are now.  False where they are not plain CPU memory."""
-        self._unbind()
+    def _bind(self) -> _Binding:
+        """The binding for what is resident now; ``_UNBOUND`` where that is not what a kernel can read."""
         tensors = self.resident()
         if any(type(t) is not Tensor or t.device.type != "cpu" or not t.is_contiguous() for t in tensors.values()):
-            return False
+            return _UNBOUND
         packed = tensors["packed"]
+        rows, features = self.out_features, self.in_features
+        sizes = {"packed": _C.packed_w8_bytes(rows, features), "inv_smooth": features, "act_scale": 1}
+        sizes["act_zero_point"] = 1
+        if any(
+            tensor.dtype != _W8A8_DTYPES[name] or tensor.numel() != sizes.get(name, rows)
+            for name, tensor in tensors.items()
+        ):
+            return _UNBOUND  # the operator says what is wrong
         if packed.data_ptr() % ALIGNMENT:
-            return False  # memory of somebody else's making: the operator copies it
+            return _UNBOUND  # memory of somebody else's making: the operator copies it
         if id(packed) != self._packed_id:  # put there by somebody else: what it holds is not known
             self.has_minus128 = bool((packed == -128).any())
             self._packed_id = id(packed)
-        addresses = tuple(map(_data_ptr, self._pick(self.tensors)))
-        if self.static:
-            scale, zero_point = tensors["act_scale"], tensors.get("act_zero_point")
-            self._static_cells = (
-                ctypes.c_float.from_address(scale.data_ptr()),
-                None if zero_point is None else ctypes.c_int32.from_address(zero_point.data_ptr()),
-            )
-            self._static_values = (float(scale), 0 if zero_point is None else int(zero_point))
-        self._native = native_linear_w8a8(
-            packed.data_ptr(),
-            tensors["colsum"].data_ptr(),
-            tensors["weight_scale"].data_ptr(),
-            _address(tensors.get("bias")),
-            self.out_features,
-            self.in_features,
+        scale, zero_point, smooth = (tensors.get(name) for name in ("act_scale", "act_zero_point", "inv_smooth"))
+        addresses = tuple(_address(tensors.get(name)) for name in ("packed", "colsum", "weight_scale", "bias"))
+        if scale is not None:
+            check_static_scale(scale)
+        native = native_linear_w8a8(
+            *addresses,
+            rows,
+            features,
             self.has_minus128,
             self.act_symmetric,
-            *(self._static_values if self.static else (0.0, 0)),
-            _address(tensors.get("inv_smooth")),
+            0.0 if scale is None else float(scale),
+            0 if zero_point is None else int(zero_point),
+            _address(smooth),
         )
-        self._addresses = addresses
-        return True
-
-    def _bound(self) -> bool:
-        """Whether the native object still describes what is resident."""
-        try:
-            if tuple(map(_data_ptr, self._pick(self.tensors))) != self._addresses:
-                return False
-        except (TypeError, KeyError):  # a tensor was taken away
-            return False
-        if self.static:  # the binding was given values, not addresses, of these two
-            scale, zero_point = self._static_cells
-            return scale.value == self._static_values[0] and (
-                zero_point is None or zero_point.value == self._static_values[1]
-            )
-        return True
+        more = None if scale is None and smooth is None else _Extras(scale, zero_point, smooth)
+        a, b, c, d = addresses
+        self._binding = (a, b, c, d, more, native.run, features, rows)
+        return self._binding
 
     def run(self, x: Tensor) -> Tensor:
         """See :meth:`Prepared.run`.  Plain eager calls go straight to the binding."""
+        # What follows costs as much as a small product: every line was timed.
         if (
             type(x) is Tensor
             and x.is_cpu
             and not x.requires_grad
-            and _dispatch_modes() == 0
+            and not _dispatch_modes()
             and _function_transform() is None
             and _jit_trace() is None
             and not _autocast()
             and forward_ad._current_level < 0
         ):
-            code = DTYPE_CODES.get(x.dtype)
-            if code is not None and (self._bound() or self._bind()) and x.layout is torch.strided:
+            tensors = self.tensors
+            packed, colsum, scale, bias, more, native, features, rows = self._binding
+            if (
+                tensors["packed"].data_ptr() != packed
+                or tensors["colsum"].data_ptr() != colsum
+                or tensors["weight_scale"].data_ptr() != scale
+                or (0 if (vector := tensors["bias"]) is None else vector.data_ptr()) != bias
+                or (more is not None and more.stale(tensors))
+            ):
+                *_, native, features, rows = self._bind()
+            code = _dtype_code(x.dtype)
+            if native is not None and code is not None:
                 shape = x.shape
-                features = self.in_features
                 if shape and shape[-1] == features:
                     if not x.is_contiguous():
-                        return run_native(self._native, x, features, self.out_features, x.dtype)
-                    rows = self.out_features
-                    out = _new_empty(x, (*shape[:-1], rows))
-                    count = x.numel() // features
+                        if x.layout is not _strided:
+                            return self.call(x, tensors)
+                        return run_native(native, x, features, rows, x.dtype)
+                    if len(shape) == 2:
+                        count = shape[0]
+                        out = _new_empty(x, count, rows)
+                    else:
+                        count = x.numel() // features
+                        out = _new_empty(x, *shape[:-1], rows)
                     if count:
-                        self._native.run(
-                            x.data_ptr(), code, count, features, out.data_ptr(), code, rows, _num_threads()
-                        )
+                        native(x.data_ptr(), code, count, features, out.data_ptr(), code, rows, _num_threads())
                     return out
         return self.call(x, self.tensors)
 

@@ -122,7 +122,7 @@ class TensorSpec:
 
 def canonical_specs(scheme: Scheme, in_features: int, out_features: int) -> dict[str, TensorSpec]:
     """The canonical tensors of a Linear ``[N = out_features, K = in_features]`` under ``scheme``, by name."""
-    rows = (out_features,)
+    rows: tuple[int, ...] = (out_features,)
     if scheme.weight_bits == 8:
         specs = {"weight": TensorSpec((out_features, in_features), (torch.int8,))}
     else:

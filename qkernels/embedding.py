@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from . import reference
 from .backends import PreparedReference, PreparedW8A8
 from .checks import TensorSpec, check_canonical, check_out_dtype
+from .linear import QuantLinear
 from .module import QuantModule
 from .native import pack_w8, unpack_w8
-from .linear import QuantLinear
 from .scheme import Scheme
 
 __all__ = ["QuantEmbedding", "TiedQuantLinear"]
@@ -43,6 +43,8 @@ class QuantEmbedding(QuantModule):
     Raises:
         ValueError, TypeError: naming the argument or tensor.
     """
+
+    _unpacked: tuple[weakref.ref[Tensor], int, tuple[int, ...]] | None
 
     def __init__(
         self,
@@ -296,9 +298,8 @@ class _SharedTensors(Mapping[str, Any]):
         self.table = table
 
     def __getitem__(self, name: str) -> Any:
-        found = self.own.get(name)
-        if found is not None:
-            return found
+        if name in self.own:
+            return self.own[name]
         return self.table._buffers["table" if name == "q_weight" else name]
 
     def __iter__(self) -> Iterator[str]:
@@ -317,6 +318,8 @@ class TiedQuantLinear(QuantLinear):
     """
 
     _OWN = ("bias", "act_scale", "act_zero_point")
+    _table: QuantEmbedding
+    _table_epoch: int
 
     def __init__(self, table: QuantEmbedding, extra: Mapping[str, Tensor | None], scheme: Scheme) -> None:
         nn.Module.__init__(self)
@@ -337,7 +340,7 @@ class TiedQuantLinear(QuantLinear):
         self._non_persistent_buffers_set.update(own)
 
     def _prepare(self) -> None:
-        table: QuantEmbedding = self._table
+        table = self._table
         tensors = _SharedTensors(self._buffers, table)
         sizes = (self.in_features, self.out_features)
         reason = PreparedW8A8.objection(self.scheme, *sizes, table._device())

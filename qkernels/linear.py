@@ -1,6 +1,7 @@
 """QuantLinear: stands where ``nn.Linear`` stood.
 
-Same call, same attributes (``weight`` is a read-only float view, ``bias`` a tensor or None), a state dict under the same names.
+Same call, same attributes (``weight`` is a read-only float view, ``bias`` a tensor or None), a state dict under the
+same names.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ class QuantLinear(QuantModule):
     Gradients reach the input, not the weight.
     """
 
+    bias: Tensor | None
     _prepared: Prepared
 
     def __init__(

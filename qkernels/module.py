@@ -30,6 +30,7 @@ class QuantModule(nn.Module):
 
     _version = 1
     dtype: torch.dtype
+    _buffers: dict[str, Any]
 
     # -- what a subclass says -------------------------------------------------------------------------------------
 

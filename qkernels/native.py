@@ -6,6 +6,7 @@ Nothing is checked here that a layer has checked before; the operators check for
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -81,8 +82,8 @@ def native_linear_w8a8(
     )
 
 
-def run_native(native: _C.LinearW8A8, x: Tensor, features: int, rows: int, out_dtype: torch.dtype) -> Tensor:
-    """Checked input ``x [..., features]`` on the CPU through ``native``: ``[..., rows]`` in ``out_dtype``."""
+def run_native(native: Callable[..., None], x: Tensor, features: int, rows: int, out_dtype: torch.dtype) -> Tensor:
+    """Checked input ``x [..., features]`` on the CPU through a ``LinearW8A8.run``: ``[..., rows]`` in ``out_dtype``."""
     stride: int | None = features
     if not x.is_contiguous():
         stride = row_stride(x)
@@ -90,10 +91,10 @@ def run_native(native: _C.LinearW8A8, x: Tensor, features: int, rows: int, out_d
             x = x.resolve_neg().contiguous()
             stride = features
     shape = x.shape
-    out = _new_empty(x, (*shape[:-1], rows), dtype=out_dtype)
+    out = _new_empty(x, *shape[:-1], rows, dtype=out_dtype)
     count = x.numel() // features
     if count:
-        native.run(
+        native(
             x.data_ptr(),
             DTYPE_CODES[x.dtype],
             count,

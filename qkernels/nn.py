@@ -1,7 +1,7 @@
 """Quantized modules, as users name them.
 
-``QuantLinear`` and ``QuantEmbedding`` stand where ``nn.Linear`` and ``nn.Embedding`` stood; a ``TiedQuantLinear`` is what
-:meth:`QuantEmbedding.shared_head` makes.
+``QuantLinear`` and ``QuantEmbedding`` stand where ``nn.Linear`` and ``nn.Embedding`` stood; a ``TiedQuantLinear`` is
+what :meth:`QuantEmbedding.shared_head` makes.
 """
 
 from __future__ import annotations

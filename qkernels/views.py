@@ -98,7 +98,7 @@ class DequantizedWeight(Tensor):
         return func(*_values(args), **_values(kwargs))
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """What comes past ``__torch_function__``: over the values as well."""
