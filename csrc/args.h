@@ -10,6 +10,17 @@ enum class DType : int32_t { kF32 = 0, kBF16 = 1, kF16 = 2 };
 // How quantized values are stored. kInt4 holds two per byte, low nibble first, along the innermost dimension.
 enum class QKind : int32_t { kInt8 = 0, kUint8 = 1, kInt4 = 2 };
 
+// Float activations x [M, K] and how they are quantized.
+struct ActivationArgs {
+  const void* x;
+  DType x_dtype;
+  int64_t x_stride;  // elements between rows
+  bool symmetric;
+  float scale;  // 0: dynamic, per token
+  int32_t zero_point;  // static asymmetric only
+  const float* inv_smooth;  // [K] or nullptr
+};
+
 // y [M, N] = epilogue(quantize(x [M, K]) @ weight [N, K]^T); see layout.h for the packed weight.
 struct LinearW8A8Args {
   // Weight.
@@ -20,19 +31,12 @@ struct LinearW8A8Args {
   int64_t n, k;
   bool has_minus128;  // a weight of -128 occurs: AVX2's sign trick would be wrong for it
 
-  // Activation quantization.
-  bool act_symmetric;
-  float act_scale;  // 0: dynamic, per token
-  int32_t act_zero_point;  // static asymmetric only
-  const float* inv_smooth;  // [K] or nullptr
-
-  // Activations: float rows, or rows that are quantized already (xq, with their scales).
-  const void* x;
-  DType x_dtype;
-  const uint8_t* xq;  // int8 (symmetric) or uint8 (asymmetric); x is unused then
+  // Activations: float rows, or rows that are quantized already (xq, with their scales; act.x_stride is theirs).
+  ActivationArgs act;
+  const uint8_t* xq;  // int8 (symmetric) or uint8 (asymmetric); act.x is unused then
   const float* xq_scale;  // [M]
   const int32_t* xq_zero_point;  // [M] or nullptr
-  int64_t m, x_stride;  // elements between rows
+  int64_t m;
 
   void* y;
   DType y_dtype;
@@ -41,6 +45,31 @@ struct LinearW8A8Args {
   int threads;
   uint8_t* scratch;  // kernel workspace of scratch_bytes
   int64_t scratch_bytes;
+};
+
+// How the scales of 4-bit groups are stored.
+enum class ScaleType : int32_t { kF32 = 0, kF16 = 2 };
+
+// y [M, N]: int4 weights in groups along K; see layout.h. With a = q_x - zero_point_x, per group g in order:
+//   d = sum(a * q) - zero_point * sum(a)   (int32);   total += float(d) * scale_w[g];   total += min[g] * float(sum(a))
+// then y = total * scale_x + bias. zero_point is 8 where there is neither a zero point nor a minimum.
+struct LinearW4A8Args {
+  const uint8_t* packed;
+  const void* weight_scale;  // packed groups
+  const uint8_t* weight_zero_point;  // packed groups or nullptr
+  const void* weight_min;  // packed groups or nullptr, of scale_type
+  ScaleType scale_type;
+  const float* bias;  // [N] or nullptr
+  int64_t n, k, group_size;  // group_size is a multiple of 8, or at least k
+
+  ActivationArgs act;
+  int64_t m;
+  void* y;
+  DType y_dtype;
+  int64_t y_stride;
+
+  int threads;
+  uint8_t* scratch;
 };
 
 // x seen as [outer, channels, inner], contiguous. One granule a channel, taken over outer and inner. With group > 0:

@@ -1,66 +1,21 @@
 // The Python module: checks sizes, releases the GIL where it pays, and calls the active KernelTable. No math here.
 #include <pybind11/pybind11.h>
 
-#include <memory>
-#include <new>
 #include <string>
 
-#include "args.h"
-#include "check.h"
+#include "binding_helpers.h"
+#include "bindings.h"
 #include "cpu/dispatch.h"
 #include "cpu/pack.h"
-#include "layout.h"
 
 namespace py = pybind11;
-using qk::DType;
-using qk::QKind;
+using qk::dtype;
+using qk::kind;
+using qk::note;
+using qk::pointer;
+using qk::run_released;
 
 namespace {
-
-// Work above this takes longer than about 10 us, so other Python threads may run meanwhile.
-constexpr int64_t kReleaseGilBytes = 256 << 10;
-
-template <class T>
-T* pointer(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
-
-DType dtype(int code) {
-  QK_CHECK_GE(code, 0);
-  QK_CHECK_LE(code, 2);
-  return static_cast<DType>(code);
-}
-
-QKind kind(int code) {
-  QK_CHECK_GE(code, 0);
-  QK_CHECK_LE(code, 2);
-  return static_cast<QKind>(code);
-}
-
-template <class Call>
-void run_released(bool release, const Call& call) {
-  if (!release) return call();
-  py::gil_scoped_release released;
-  call();
-}
-
-thread_local std::string last_kernel;
-
-// Workspace of the calling thread; grows and is kept, so that a forward pass allocates nothing.
-uint8_t* scratch(int64_t bytes) {
-  struct Free {
-    void operator()(uint8_t* p) const { ::operator delete(p, std::align_val_t(qk::kAlign)); }
-  };
-  thread_local std::unique_ptr<uint8_t, Free> buffer;
-  thread_local int64_t capacity = 0;
-  if (bytes > capacity) {
-    buffer.reset();
-    capacity = 0;
-    buffer.reset(static_cast<uint8_t*>(::operator new(static_cast<size_t>(bytes), std::align_val_t(qk::kAlign))));
-    capacity = bytes;
-  }
-  return buffer.get();
-}
 
 // One layer's weights, by borrowed pointers: the Python owner keeps the tensors alive and makes a new object when they move.
 class LinearW8A8 {
@@ -78,17 +33,17 @@ class LinearW8A8 {
     args_.n = n;
     args_.k = k;
     args_.has_minus128 = has_minus128;
-    args_.act_symmetric = act_symmetric;
-    args_.act_scale = act_scale;
-    args_.act_zero_point = act_zero_point;
-    args_.inv_smooth = pointer<const float>(inv_smooth);
+    args_.act.symmetric = act_symmetric;
+    args_.act.scale = act_scale;
+    args_.act.zero_point = act_zero_point;
+    args_.act.inv_smooth = pointer<const float>(inv_smooth);
   }
 
   void run(uintptr_t x, int x_dtype, int64_t m, int64_t x_stride, uintptr_t y, int y_dtype, int64_t y_stride,
            int threads) const {
     qk::LinearW8A8Args args = args_;
-    args.x = pointer<const void>(x);
-    args.x_dtype = dtype(x_dtype);
+    args.act.x = pointer<const void>(x);
+    args.act.x_dtype = dtype(x_dtype);
     launch(args, m, x_stride, y, y_dtype, y_stride, threads);
   }
 
@@ -107,34 +62,30 @@ class LinearW8A8 {
     QK_CHECK_GE(m, 0);
     QK_CHECK_GE(threads, 1);
     args.m = m;
-    args.x_stride = x_stride;
+    args.act.x_stride = x_stride;
     args.y = pointer<void>(y);
     args.y_dtype = dtype(y_dtype);
     args.y_stride = y_stride;
     args.threads = threads;
     const qk::KernelTable& table = qk::kernels();
     args.scratch_bytes = table.linear_w8a8_scratch_bytes(m, args.k, threads);
-    args.scratch = scratch(args.scratch_bytes);
+    args.scratch = qk::scratch(args.scratch_bytes);
     const char* isa = table.isa;
-    run_released((m + 1) * args.n * args.k > kReleaseGilBytes, [&] { isa = table.linear_w8a8(args); });
+    run_released((m + 1) * args.n * args.k > qk::kReleaseGilBytes, [&] { isa = table.linear_w8a8(args); });
     note("w8a8", isa);
   }
 
- public:
-  static void note(const char* op, const char* isa) { (last_kernel = op).append(".").append(isa); }
-
- private:
   qk::LinearW8A8Args args_{};
 };
 
-void check_view(int64_t outer, int64_t channels, int64_t inner, int64_t group, QKind q_kind, int threads) {
+void check_view(int64_t outer, int64_t channels, int64_t inner, int64_t group, qk::QKind q_kind, int threads) {
   QK_CHECK_GE(outer, 0);
   QK_CHECK_GE(channels, 0);
   QK_CHECK_GE(inner, 0);
   QK_CHECK_GE(group, 0);
   QK_CHECK_GE(threads, 1);
-  if (group > 0 || q_kind == QKind::kInt4) QK_CHECK_EQ(outer, 1);
-  if (q_kind == QKind::kInt4) QK_CHECK_EQ(group % 2, 0);
+  if (group > 0 || q_kind == qk::QKind::kInt4) QK_CHECK_EQ(outer, 1);
+  if (q_kind == qk::QKind::kInt4) QK_CHECK_EQ(group % 2, 0);
 }
 
 void quantize(uintptr_t x, int x_dtype, int64_t outer, int64_t channels, int64_t inner, int64_t group, uintptr_t out,
@@ -144,8 +95,8 @@ void quantize(uintptr_t x, int x_dtype, int64_t outer, int64_t channels, int64_t
                               kind(out_kind), pointer<float>(scale), pointer<int32_t>(zero_point), symmetric, is_static,
                               threads};
   const qk::KernelTable& table = qk::kernels();
-  run_released(outer * channels * inner > kReleaseGilBytes, [&] { table.quantize(args); });
-  LinearW8A8::note("quantize", table.isa);
+  run_released(outer * channels * inner > qk::kReleaseGilBytes, [&] { table.quantize(args); });
+  note("quantize", table.isa);
 }
 
 void dequantize(uintptr_t q, int q_kind, int64_t outer, int64_t channels, int64_t inner, int64_t group, uintptr_t scale,
@@ -155,8 +106,8 @@ void dequantize(uintptr_t q, int q_kind, int64_t outer, int64_t channels, int64_
                                 pointer<const float>(scale), pointer<const int32_t>(zero_point), pointer<void>(out),
                                 dtype(out_dtype), threads};
   const qk::KernelTable& table = qk::kernels();
-  run_released(outer * channels * inner > kReleaseGilBytes, [&] { table.dequantize(args); });
-  LinearW8A8::note("dequantize", table.isa);
+  run_released(outer * channels * inner > qk::kReleaseGilBytes, [&] { table.dequantize(args); });
+  note("dequantize", table.isa);
 }
 
 py::list names(const qk::TierList& tiers) {
@@ -179,7 +130,7 @@ PYBIND11_MODULE(_C, m) {
     return result;
   });
   m.def("set_isa", [](const std::string& name) { qk::force_isa(name.c_str(), "forced by set_isa"); }, py::arg("name"));
-  m.def("last_kernel", [] { return last_kernel; });
+  m.def("last_kernel", [] { return qk::last_kernel; });
 
   m.def("packed_w8_bytes", [](int64_t n, int64_t k) {
     QK_CHECK_GE(n, 0);
@@ -208,4 +159,5 @@ PYBIND11_MODULE(_C, m) {
 
   m.def("quantize", &quantize);
   m.def("dequantize", &dequantize);
+  bind_w4(m);
 }

@@ -11,6 +11,14 @@
 //
 // One zmm register is 16 columns x 4 k, the operand of vpdpbusd; a ymm register is half of that; 16 lines of a
 // 64-byte slice are one AMX B tile (row stride 256 bytes). At M = 1 a superblock is one sequential stream.
+//
+// W4: codes 0..15 become [N/64][K/8][64 columns][4 bytes], zero-padded likewise. A byte holds two k of its column:
+//
+//              column 0                               column 1
+//     line 0 | k4:k0  k5:k1  k6:k2  k7:k3         |   ...             256 bytes for 8 k; high nibble : low nibble
+//
+// so that one load, a mask and a shift give two lines of the W8 layout. What belongs to a group (scale, zero point,
+// minimum) becomes [N/64][groups][64 columns], padded with zeros.
 #pragma once
 
 #include <cstdint>
@@ -31,6 +39,9 @@ constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 constexpr int64_t padded_k(int64_t k) { return round_up(k, kBlockK); }
 constexpr int64_t packed_w8_bytes(int64_t n, int64_t k) { return round_up(n, kBlockN) * padded_k(k); }
+
+constexpr int64_t packed_w4_bytes(int64_t n, int64_t k) { return round_up(n, kBlockN) * padded_k(k) / 2; }
+constexpr int64_t packed_group_elements(int64_t n, int64_t groups) { return round_up(n, kBlockN) * groups; }
 
 }  // namespace
 

@@ -9,6 +9,8 @@ struct KernelTable {
   const char* isa;
   const char* (*linear_w8a8)(const LinearW8A8Args&);  // returns the tier that ran: AMX leaves few rows to VNNI
   int64_t (*linear_w8a8_scratch_bytes)(int64_t m, int64_t k, int threads);
+  const char* (*linear_w4a8)(const LinearW4A8Args&);
+  int64_t (*linear_w4a8_scratch_bytes)(int64_t m, int64_t k, int64_t groups, int threads);
   void (*quantize)(const QuantizeArgs&);
   void (*dequantize)(const DequantizeArgs&);
 };

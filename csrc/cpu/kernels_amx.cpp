@@ -1,5 +1,6 @@
 // AMX tier: tdpbssd on 16 x 64-byte tiles; few rows are left to VNNI.
 #include "dispatch.h"
+#include "linear_w4a8_impl.h"
 #include "linear_w8a8_impl.h"
 #include "quantize_impl.h"
 #include "tile_avx512vnni.h"
@@ -24,7 +25,7 @@ struct TileConfig {
 struct Amx : ZmmVerbs {
   static constexpr const char* kIsa = "amx";
   static constexpr int kTileM = 32, kTileN = 32, kOffset = 0, kSliceK = 1024;
-  static constexpr int kDepthAlign = 64, kMaxBlockTiles = 8;
+  static constexpr int kDepthAlign = 64, kMaxBlockTiles = 8, kDirectRows = 0;
   static constexpr int64_t kBlockBytes = 1 << 20;
 
   struct Session {
@@ -92,16 +93,27 @@ struct Amx : ZmmVerbs {
       for (int j = 0; j < kTileN; ++j) c[half + j] = sums[j];
     }
   }
+
+  // Codes are below 16, so they are the same bytes signed or unsigned.
+  static void tile4(int rows, const uint8_t* a, int64_t lda, const int8_t* b, int64_t steps, int32_t* c, bool accumulate) {
+    tile(rows, a, lda, b, steps, c, accumulate, false);
+  }
+  static void tile4_direct(int, const uint8_t*, int64_t, const uint8_t*, int64_t, int32_t*) {}  // kDirectRows = 0
 };
 
 const char* linear_w8a8_by_rows(const LinearW8A8Args& args) {
   return args.m < kMinRows ? linear_w8a8<Avx512Vnni>(args) : linear_w8a8<Amx>(args);
 }
 
+const char* linear_w4a8_by_rows(const LinearW4A8Args& args) {
+  return args.m < kMinRows ? linear_w4a8<Avx512Vnni>(args) : linear_w4a8<Amx>(args);
+}
+
 }  // namespace
 
 const KernelTable& kernels_amx() {
-  static constexpr KernelTable table = {"amx", linear_w8a8_by_rows, linear_w8a8_scratch_bytes<Amx>, quantize<Amx>,
+  static constexpr KernelTable table = {"amx", linear_w8a8_by_rows, linear_w8a8_scratch_bytes<Amx>,
+                                        linear_w4a8_by_rows, linear_w4a8_scratch_bytes<Amx>, quantize<Amx>,
                                         dequantize<Amx>};
   return table;
 }

@@ -1,5 +1,6 @@
 // AVX2 tier: no dot-product instruction, so vpmaddubsw + vpmaddwd.
 #include "dispatch.h"
+#include "linear_w4a8_impl.h"
 #include "linear_w8a8_impl.h"
 #include "quantize_impl.h"
 #include "verbs_ymm.h"
@@ -25,6 +26,10 @@ struct Widened {
   }
 };
 
+// 4-bit codes are the unsigned operand and activations the signed one: a pair is at most 2 * 15 * 128 = 3840, so eight
+// of them fit in int16 (30720 < 32768) before they are widened.
+constexpr int64_t kCodeSteps = 8;
+
 inline __m256i broadcast4(const uint8_t* p) {
   int32_t v;
   __builtin_memcpy(&v, p, 4);
@@ -35,7 +40,7 @@ inline __m256i broadcast4(const uint8_t* p) {
 struct Avx2 : YmmVerbs {
   static constexpr const char* kIsa = "avx2";
   static constexpr int kTileM = 4, kTileN = 16, kOffset = 0, kSliceK = 512;
-  static constexpr int kDepthAlign = 8, kMaxBlockTiles = 16;
+  static constexpr int kDepthAlign = 8, kMaxBlockTiles = 16, kDirectRows = 1;
   static constexpr int64_t kBlockBytes = 384 << 10;
   struct Session {
     Session() {}
@@ -132,12 +137,89 @@ struct Avx2 : YmmVerbs {
     else
       tile_with<Signed>(rows, a, lda, b, steps, c, accumulate);
   }
+
+  template <int kRows>
+  static void tile4_rows(const uint8_t* a, int64_t lda, const int8_t* b, int64_t steps, int32_t* c, bool accumulate) {
+    __m256i c00, c01, c10, c11, c20, c21, c30, c31;
+    const __m256i ones = _mm256_set1_epi16(1), zero = _mm256_setzero_si256();
+    if (!accumulate) __builtin_memset(c, 0, sizeof(int32_t) * kRows * kTileN);
+    for (int64_t k = 0; k < steps;) {
+      const int64_t end = k + kCodeSteps < steps ? k + kCodeSteps : steps;
+      c00 = c01 = c10 = c11 = c20 = c21 = c30 = c31 = zero;
+      for (; k < end; ++k) {
+        const int8_t* bk = b + k * kBlockN * kPackK;
+        const __m256i b0 = _mm256_load_si256(reinterpret_cast<const __m256i*>(bk)),
+                      b1 = _mm256_load_si256(reinterpret_cast<const __m256i*>(bk + 32));
+        const auto row = [&](const uint8_t* ar, __m256i& x0, __m256i& x1) __attribute__((always_inline)) {
+          const __m256i v = broadcast4(ar + k * kPackK);
+          x0 = _mm256_add_epi16(x0, _mm256_maddubs_epi16(b0, v));
+          x1 = _mm256_add_epi16(x1, _mm256_maddubs_epi16(b1, v));
+        };
+        row(a, c00, c01);
+        if constexpr (kRows > 1) row(a + lda, c10, c11);
+        if constexpr (kRows > 2) row(a + 2 * lda, c20, c21);
+        if constexpr (kRows > 3) row(a + 3 * lda, c30, c31);
+      }
+      const auto widen = [&](int r, __m256i x0, __m256i x1) {
+        store_i(c + r * kTileN, add_i(load_i(c + r * kTileN), _mm256_madd_epi16(x0, ones)));
+        store_i(c + r * kTileN + 8, add_i(load_i(c + r * kTileN + 8), _mm256_madd_epi16(x1, ones)));
+      };
+      widen(0, c00, c01);
+      if constexpr (kRows > 1) widen(1, c10, c11);
+      if constexpr (kRows > 2) widen(2, c20, c21);
+      if constexpr (kRows > 3) widen(3, c30, c31);
+    }
+  }
+  static void tile4(int rows, const uint8_t* a, int64_t lda, const int8_t* b, int64_t steps, int32_t* c, bool accumulate) {
+    switch (rows) {
+      case 1: return tile4_rows<1>(a, lda, b, steps, c, accumulate);
+      case 2: return tile4_rows<2>(a, lda, b, steps, c, accumulate);
+      case 3: return tile4_rows<3>(a, lda, b, steps, c, accumulate);
+      default: return tile4_rows<4>(a, lda, b, steps, c, accumulate);
+    }
+  }
+
+  static void tile4_direct(int /*rows: 1*/, const uint8_t* a, int64_t /*lda*/, const uint8_t* packed, int64_t lines,
+                           int32_t* c) {
+    const __m256i nibble = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1), zero = _mm256_setzero_si256();
+    __builtin_memset(c, 0, sizeof(int32_t) * kBlockN);
+    for (int64_t l = 0; l < lines;) {
+      const int64_t end = l + kCodeSteps / 2 < lines ? l + kCodeSteps / 2 : lines;
+      __m256i c0 = zero, c1 = zero, c2 = zero, c3 = zero, c4 = zero, c5 = zero, c6 = zero, c7 = zero;
+      for (; l < end; ++l) {
+        const __m256i* line = reinterpret_cast<const __m256i*>(packed + l * kBlockN * kPackK);
+        const __m256i v = broadcast4(a + l * 2 * kPackK), u = broadcast4(a + l * 2 * kPackK + kPackK);
+        const auto column = [&](int j, __m256i& x) __attribute__((always_inline)) {
+          const __m256i w = _mm256_load_si256(line + j);
+          const __m256i low = _mm256_and_si256(w, nibble), high = _mm256_and_si256(_mm256_srli_epi16(w, 4), nibble);
+          x = _mm256_add_epi16(x, _mm256_add_epi16(_mm256_maddubs_epi16(low, v), _mm256_maddubs_epi16(high, u)));
+        };
+        column(0, c0);
+        column(1, c1);
+        column(2, c2);
+        column(3, c3);
+        column(4, c4);
+        column(5, c5);
+        column(6, c6);
+        column(7, c7);
+      }
+      const auto widen = [&](int j, __m256i x) { store_i(c + j, add_i(load_i(c + j), _mm256_madd_epi16(x, ones))); };
+      widen(0, c0);
+      widen(8, c1);
+      widen(16, c2);
+      widen(24, c3);
+      widen(32, c4);
+      widen(40, c5);
+      widen(48, c6);
+      widen(56, c7);
+    }
+  }
 };
 
 }  // namespace
 
 const KernelTable& kernels_avx2() {
-  static constexpr KernelTable table = {"avx2", linear_w8a8<Avx2>, linear_w8a8_scratch_bytes<Avx2>, quantize<Avx2>,
+  static constexpr KernelTable table = {"avx2", linear_w8a8<Avx2>, linear_w8a8_scratch_bytes<Avx2>, linear_w4a8<Avx2>, linear_w4a8_scratch_bytes<Avx2>, quantize<Avx2>,
                                         dequantize<Avx2>};
   return table;
 }

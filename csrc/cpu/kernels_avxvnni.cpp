@@ -1,5 +1,6 @@
 // AVX-VNNI tier: vpdpbusd on 256-bit registers, VEX encoded (client processors without AVX-512).
 #include "dispatch.h"
+#include "linear_w4a8_impl.h"
 #include "linear_w8a8_impl.h"
 #include "quantize_impl.h"
 #include "verbs_ymm.h"
@@ -9,6 +10,14 @@ namespace {
 
 // See kernels_avx512vnni.cpp for why this is assembly over separate variables.
 inline void dot4(__m256i& c, __m256i u8, __m256i s8) { asm("%{vex%} vpdpbusd %2, %1, %0" : "+x"(c) : "x"(u8), "x"(s8)); }
+
+// The weights as the signed operand (W8) or, as raw 4-bit codes, the unsigned one (W4).
+struct SignedWeights {
+  static void dot(__m256i& c, __m256i a, __m256i w) { dot4(c, a, w); }
+};
+struct UnsignedWeights {
+  static void dot(__m256i& c, __m256i a, __m256i w) { dot4(c, w, a); }
+};
 
 inline __m256i broadcast4(const uint8_t* p) {
   int32_t v;
@@ -20,13 +29,13 @@ inline __m256i broadcast4(const uint8_t* p) {
 struct AvxVnni : YmmVerbs {
   static constexpr const char* kIsa = "avxvnni";
   static constexpr int kTileM = 6, kTileN = 16, kOffset = 128, kSliceK = 1024;
-  static constexpr int kDepthAlign = 8, kMaxBlockTiles = 16;
+  static constexpr int kDepthAlign = 8, kMaxBlockTiles = 16, kDirectRows = 1;
   static constexpr int64_t kBlockBytes = 384 << 10;
   struct Session {
     Session() {}
   };
 
-  template <int kRows>
+  template <class W, int kRows>
   static void tile_rows(const uint8_t* a, int64_t lda, const int8_t* b, int64_t steps, int32_t* c, bool accumulate) {
     __m256i c00, c01, c10, c11, c20, c21, c30, c31, c40, c41, c50, c51;
     const auto init = [&](int r, __m256i& x0, __m256i& x1) {
@@ -50,8 +59,8 @@ struct AvxVnni : YmmVerbs {
                     b1 = _mm256_load_si256(reinterpret_cast<const __m256i*>(bk + 32));
       const auto row = [&](const uint8_t* ar, __m256i& x0, __m256i& x1) __attribute__((always_inline)) {
         const __m256i v = broadcast4(ar + k * kPackK);
-        dot4(x0, v, b0);
-        dot4(x1, v, b1);
+        W::dot(x0, v, b0);
+        W::dot(x1, v, b1);
       };
       row(a, c00, c01);
       if constexpr (kRows > 1) row(a + lda, c10, c11);
@@ -93,23 +102,63 @@ struct AvxVnni : YmmVerbs {
     store_i(c + 56, c7);
   }
 
+  template <class W>
+  static void tile_of(int rows, const uint8_t* a, int64_t lda, const int8_t* b, int64_t steps, int32_t* c, bool accumulate) {
+    switch (rows) {
+      case 1: return tile_rows<W, 1>(a, lda, b, steps, c, accumulate);
+      case 2: return tile_rows<W, 2>(a, lda, b, steps, c, accumulate);
+      case 3: return tile_rows<W, 3>(a, lda, b, steps, c, accumulate);
+      case 4: return tile_rows<W, 4>(a, lda, b, steps, c, accumulate);
+      case 5: return tile_rows<W, 5>(a, lda, b, steps, c, accumulate);
+      default: return tile_rows<W, 6>(a, lda, b, steps, c, accumulate);
+    }
+  }
+
   static void tile(int rows, const uint8_t* a, int64_t lda, const int8_t* b, int64_t steps, int32_t* c, bool accumulate,
                    bool /*minus128*/) {
-    switch (rows) {
-      case 1: return tile_rows<1>(a, lda, b, steps, c, accumulate);
-      case 2: return tile_rows<2>(a, lda, b, steps, c, accumulate);
-      case 3: return tile_rows<3>(a, lda, b, steps, c, accumulate);
-      case 4: return tile_rows<4>(a, lda, b, steps, c, accumulate);
-      case 5: return tile_rows<5>(a, lda, b, steps, c, accumulate);
-      default: return tile_rows<6>(a, lda, b, steps, c, accumulate);
+    tile_of<SignedWeights>(rows, a, lda, b, steps, c, accumulate);
+  }
+  static void tile4(int rows, const uint8_t* a, int64_t lda, const int8_t* b, int64_t steps, int32_t* c, bool accumulate) {
+    tile_of<UnsignedWeights>(rows, a, lda, b, steps, c, accumulate);
+  }
+
+  static void tile4_direct(int /*rows: 1*/, const uint8_t* a, int64_t /*lda*/, const uint8_t* packed, int64_t lines,
+                           int32_t* c) {
+    const __m256i nibble = _mm256_set1_epi8(15);
+    __m256i c0, c1, c2, c3, c4, c5, c6, c7;
+    c0 = c1 = c2 = c3 = c4 = c5 = c6 = c7 = _mm256_setzero_si256();
+    for (int64_t l = 0; l < lines; ++l) {
+      const __m256i* line = reinterpret_cast<const __m256i*>(packed + l * kBlockN * kPackK);
+      const __m256i v = broadcast4(a + l * 2 * kPackK), u = broadcast4(a + l * 2 * kPackK + kPackK);
+      const auto column = [&](int j, __m256i& x) __attribute__((always_inline)) {
+        const __m256i w = _mm256_load_si256(line + j);
+        dot4(x, _mm256_and_si256(w, nibble), v);
+        dot4(x, _mm256_and_si256(_mm256_srli_epi16(w, 4), nibble), u);
+      };
+      column(0, c0);
+      column(1, c1);
+      column(2, c2);
+      column(3, c3);
+      column(4, c4);
+      column(5, c5);
+      column(6, c6);
+      column(7, c7);
     }
+    store_i(c, c0);
+    store_i(c + 8, c1);
+    store_i(c + 16, c2);
+    store_i(c + 24, c3);
+    store_i(c + 32, c4);
+    store_i(c + 40, c5);
+    store_i(c + 48, c6);
+    store_i(c + 56, c7);
   }
 };
 
 }  // namespace
 
 const KernelTable& kernels_avxvnni() {
-  static constexpr KernelTable table = {"avxvnni", linear_w8a8<AvxVnni>, linear_w8a8_scratch_bytes<AvxVnni>, quantize<AvxVnni>,
+  static constexpr KernelTable table = {"avxvnni", linear_w8a8<AvxVnni>, linear_w8a8_scratch_bytes<AvxVnni>, linear_w4a8<AvxVnni>, linear_w4a8_scratch_bytes<AvxVnni>, quantize<AvxVnni>,
                                         dequantize<AvxVnni>};
   return table;
 }

@@ -1,5 +1,6 @@
 // Scalar tier: portable C++, the only one on architectures other than x86-64.
 #include "dispatch.h"
+#include "linear_w4a8_impl.h"
 #include "linear_w8a8_impl.h"
 #include "quantize_impl.h"
 #include "verbs_scalar.h"
@@ -10,7 +11,7 @@ namespace {
 struct Scalar : ScalarVerbs {
   static constexpr const char* kIsa = "scalar";
   static constexpr int kTileM = 4, kTileN = 64, kOffset = 0, kSliceK = 4096;
-  static constexpr int kDepthAlign = 8, kMaxBlockTiles = 16;
+  static constexpr int kDepthAlign = 8, kMaxBlockTiles = 16, kDirectRows = 0;
   static constexpr int64_t kBlockBytes = 384 << 10;
   struct Session {
     Session() {}
@@ -35,12 +36,18 @@ struct Scalar : ScalarVerbs {
   static void tile_one(const uint8_t* a, const int8_t* b, int64_t steps, int32_t* c, bool minus128) {
     tile(1, a, 0, b, steps, c, false, minus128);
   }
+
+  // Codes are below 16, so they are the same bytes signed or unsigned.
+  static void tile4(int rows, const uint8_t* a, int64_t lda, const int8_t* b, int64_t steps, int32_t* c, bool accumulate) {
+    tile(rows, a, lda, b, steps, c, accumulate, false);
+  }
+  static void tile4_direct(int, const uint8_t*, int64_t, const uint8_t*, int64_t, int32_t*) {}  // kDirectRows = 0
 };
 
 }  // namespace
 
 const KernelTable& kernels_scalar() {
-  static constexpr KernelTable table = {"scalar", linear_w8a8<Scalar>, linear_w8a8_scratch_bytes<Scalar>, quantize<Scalar>,
+  static constexpr KernelTable table = {"scalar", linear_w8a8<Scalar>, linear_w8a8_scratch_bytes<Scalar>, linear_w4a8<Scalar>, linear_w4a8_scratch_bytes<Scalar>, quantize<Scalar>,
                                         dequantize<Scalar>};
   return table;
 }

@@ -32,22 +32,19 @@
 namespace qk {
 namespace {
 
-constexpr int64_t kChunkBytes = 2 << 20;  // quantized activations held at a time
+constexpr int64_t kChunkBytes = 4 << 20;  // quantized activations held at a time
+constexpr int64_t kMinChunkRows = 96;
 constexpr int64_t kRowPad = 64;  // bytes; keeps rows of a power-of-two K from falling on one cache set
 constexpr int64_t kRedundantRows = 4;  // up to this many rows, each thread quantizes all of them and no barrier is needed
 constexpr int64_t kMinMacsPerThread = 256 << 10;
 
-struct RowScale {
-  float scale;
-  int32_t zero_point;  // of the stored activations
-};
-
 inline int64_t row_bytes(int64_t k) { return padded_k(k) + kRowPad; }
 
-// Rows quantized at a time: a multiple of 12, so that whole tiles fit, but at least 96.
+// Rows quantized at a time: chunks of nearly equal size, whole tiles of any tier (6, 4 or 32 rows) but for the last.
 inline int64_t chunk_rows(int64_t m, int64_t k) {
-  int64_t rows = kChunkBytes / row_bytes(k) / 12 * 12;
-  rows = rows < 96 ? 96 : rows;
+  int64_t most = kChunkBytes / row_bytes(k);
+  most = most < kMinChunkRows ? kMinChunkRows : most;
+  const int64_t rows = m <= most ? m : round_up(ceil_div(m, ceil_div(m, most)), kMinChunkRows);
   return m < rows ? m : rows;
 }
 
@@ -94,41 +91,15 @@ class LinearW8A8 {
   void quantize_rows(int64_t row, Range range, uint8_t* q, RowScale* scales) const {
     for (int64_t r = range.begin; r < range.end; ++r) {
       uint8_t* out = q + r * stride_;
-      scales[r] = p_.xq ? copy_row(row + r, out) : quantize_row(row + r, out);
+      scales[r] = p_.xq ? copy_row(row + r, out) : quantize_row<V>(p_.act, row + r, p_.k, V::kOffset, out);
       std::memset(out + p_.k, 0, static_cast<size_t>(stride_ - p_.k));  // meets zero weights: any value would do
     }
   }
 
-  RowScale quantize_row(int64_t r, uint8_t* out) const {
-    switch (p_.x_dtype) {
-      case DType::kF32: return quantize_row<DType::kF32>(static_cast<const float*>(p_.x) + r * p_.x_stride, out);
-      case DType::kBF16: return quantize_row<DType::kBF16>(static_cast<const uint16_t*>(p_.x) + r * p_.x_stride, out);
-      default: return quantize_row<DType::kF16>(static_cast<const uint16_t*>(p_.x) + r * p_.x_stride, out);
-    }
-  }
-
-  template <DType D>
-  RowScale quantize_row(const void* x, uint8_t* out) const {
-    using G = Granule<V, D>;
-    const bool is_static = p_.act_scale != 0.0f;
-    const Stats stats = p_.act_symmetric || is_static ? G::template stats<false>(x, p_.inv_smooth, 0, p_.k)
-                                                      : G::template stats<true>(x, p_.inv_smooth, 0, p_.k);
-    const Params params = is_static           ? static_params(stats, p_.act_scale, p_.act_zero_point)
-                          : p_.act_symmetric ? symmetric_params(stats, 8)
-                                             : asymmetric_params(stats, 8);
-    const int32_t lo = p_.act_symmetric ? -127 : 0, hi = p_.act_symmetric ? 127 : 255;
-    const int32_t offset = p_.act_symmetric ? V::kOffset : V::kOffset - 128;
-    if (stats.finite())
-      G::quantize(x, p_.inv_smooth, 0, p_.k, params, lo, hi, offset, out);
-    else
-      fill(out, p_.k, offset);
-    return {params.scale, params.zero_point + offset};
-  }
-
   RowScale copy_row(int64_t r, uint8_t* out) const {
-    const uint8_t* __restrict in = p_.xq + r * p_.x_stride;
+    const uint8_t* __restrict in = p_.xq + r * p_.act.x_stride;
     uint8_t* __restrict to = out;  // without it, writing bytes might change this->p_
-    const int32_t offset = p_.act_symmetric ? V::kOffset : V::kOffset - 128;
+    const int32_t offset = p_.act.symmetric ? V::kOffset : V::kOffset - 128;
     const int64_t k = p_.k;
     for (int64_t i = 0; i < k; ++i) to[i] = static_cast<uint8_t>(in[i] + offset);
     return {p_.xq_scale[r], (p_.xq_zero_point ? p_.xq_zero_point[r] : 0) + offset};

@@ -156,5 +156,40 @@ inline void fill(uint8_t* out, int64_t n, int32_t value) {
   std::memset(out, static_cast<uint8_t>(value), static_cast<size_t>(n));
 }
 
+struct RowScale {
+  float scale;
+  int32_t zero_point;  // of the stored activations
+};
+
+// Quantizes one row of activations as stored = q + offset for a symmetric q in -127..127, and q - 128 + offset for an
+// asymmetric one in 0..255: offset 0 stores int8, offset 128 uint8.
+template <class V, DType D>
+RowScale quantize_row_of(const ActivationArgs& act, const void* x, int64_t k, int32_t offset, uint8_t* out) {
+  using G = Granule<V, D>;
+  const bool is_static = act.scale != 0.0f;
+  const Stats stats = act.symmetric || is_static ? G::template stats<false>(x, act.inv_smooth, 0, k)
+                                                 : G::template stats<true>(x, act.inv_smooth, 0, k);
+  const Params params = is_static         ? static_params(stats, act.scale, act.zero_point)
+                        : act.symmetric ? symmetric_params(stats, 8)
+                                        : asymmetric_params(stats, 8);
+  const int32_t lo = act.symmetric ? -127 : 0, hi = act.symmetric ? 127 : 255;
+  const int32_t shift = act.symmetric ? offset : offset - 128;
+  if (stats.finite())
+    G::quantize(x, act.inv_smooth, 0, k, params, lo, hi, shift, out);
+  else
+    fill(out, k, shift);
+  return {params.scale, (stats.finite() ? params.zero_point : 0) + shift};
+}
+
+template <class V>
+RowScale quantize_row(const ActivationArgs& act, int64_t row, int64_t k, int32_t offset, uint8_t* out) {
+  const int64_t at = row * act.x_stride;
+  switch (act.x_dtype) {
+    case DType::kF32: return quantize_row_of<V, DType::kF32>(act, static_cast<const float*>(act.x) + at, k, offset, out);
+    case DType::kBF16: return quantize_row_of<V, DType::kBF16>(act, static_cast<const uint16_t*>(act.x) + at, k, offset, out);
+    default: return quantize_row_of<V, DType::kF16>(act, static_cast<const uint16_t*>(act.x) + at, k, offset, out);
+  }
+}
+
 }  // namespace
 }  // namespace qk

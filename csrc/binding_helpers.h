@@ -1,0 +1,63 @@
+// What the binding files share: pointers from Python integers, codes to enums, the GIL, the calling thread's workspace.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <memory>
+#include <new>
+#include <string>
+
+#include "args.h"
+#include "check.h"
+#include "layout.h"
+
+namespace qk {
+
+// Work above this takes longer than about 10 us, so other Python threads may run meanwhile.
+constexpr int64_t kReleaseGilBytes = 256 << 10;
+
+template <class T>
+T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+inline DType dtype(int code) {
+  QK_CHECK_GE(code, 0);
+  QK_CHECK_LE(code, 2);
+  return static_cast<DType>(code);
+}
+
+inline QKind kind(int code) {
+  QK_CHECK_GE(code, 0);
+  QK_CHECK_LE(code, 2);
+  return static_cast<QKind>(code);
+}
+
+template <class Call>
+void run_released(bool release, const Call& call) {
+  if (!release) return call();
+  pybind11::gil_scoped_release released;
+  call();
+}
+
+inline thread_local std::string last_kernel;  // "op.tier" of the newest call on this thread
+
+inline void note(const char* op, const char* isa) { (last_kernel = op).append(".").append(isa); }
+
+// Workspace of the calling thread; grows and is kept, so that a forward pass allocates nothing.
+inline uint8_t* scratch(int64_t bytes) {
+  struct Free {
+    void operator()(uint8_t* p) const { ::operator delete(p, std::align_val_t(kAlign)); }
+  };
+  thread_local std::unique_ptr<uint8_t, Free> buffer;
+  thread_local int64_t capacity = 0;
+  if (bytes > capacity) {
+    buffer.reset();
+    capacity = 0;
+    buffer.reset(static_cast<uint8_t*>(::operator new(static_cast<size_t>(bytes), std::align_val_t(kAlign))));
+    capacity = bytes;
+  }
+  return buffer.get();
+}
+
+}  // namespace qk

@@ -1,0 +1,255 @@
+// W4A8: int4 weights in groups along K times int8 activations; the equation stands at LinearW4A8Args.
+//
+// Activations are stored as int8 rows on every tier, the raw 4-bit codes are the unsigned operand: no zero point is
+// subtracted from any weight. Per row and group the sum of the activations is kept; the zero points meet it once a group.
+//
+//   chunk of rows, quantized first, then a barrier
+//     block of row tiles
+//       superblock of 64 columns
+//         group of K
+//           unpack the group's codes into a panel of bytes in L1 (W8 layout), once for all row tiles of the block
+//             column tile x row tile: int32 sums, then total += float(d) * scale, in the order of the groups
+//
+// Few rows (kDirectRows of the tier) skip the panel: codes are unpacked in registers, the weights being read once anyway.
+// K is never split between threads, so tiers and thread counts agree to the bit.
+//
+// A tier provides, beside what linear_w8a8_impl.h asks for: tile4 (as tile, u8 weights and s8 activations, depth in
+// lines of 4 k) and tile4_direct (rows <= kDirectRows, c [rows, 64], straight from packed lines of 8 k).
+#pragma once
+
+#include <cstring>
+
+#include "../args.h"
+#include "../layout.h"
+#include "linear_w8a8_impl.h"
+#include "quantize_rows.h"
+#include "threads.h"
+
+namespace qk {
+namespace {
+
+constexpr int64_t kPanelK = 512;  // deepest panel: 32 KiB
+constexpr int64_t kLineK = 2 * kPackK;
+constexpr int64_t kTotalsRows = 96;  // rows of a block: their float totals are 24 KiB a superblock
+
+inline int64_t w4a8_row_bytes(int64_t k, int64_t groups) {
+  return row_bytes(k) + round_up(groups * static_cast<int64_t>(sizeof(int32_t)), kAlign);
+}
+
+template <class V>
+int64_t linear_w4a8_scratch_bytes(int64_t m, int64_t k, int64_t groups, int threads) {
+  const int64_t copies = m <= kRedundantRows ? threads : 1, bytes = w4a8_row_bytes(k, groups);
+  return copies * chunk_rows(m, k) * (bytes + static_cast<int64_t>(sizeof(RowScale))) + V::kTileM * bytes;
+}
+
+template <class V>
+class LinearW4A8 {
+ public:
+  explicit LinearW4A8(const LinearW4A8Args& args)
+      : p_(args),
+        group_(args.group_size < args.k ? args.group_size : args.k),
+        groups_(args.k > 0 ? ceil_div(args.k, group_) : 1),
+        stride_(w4a8_row_bytes(args.k, groups_)) {}
+
+  void run() const {
+    if (p_.m == 0 || p_.n == 0) return;
+    const int64_t work = p_.m * round_up(p_.n, kBlockN) * padded_k(p_.k) / kMinMacsPerThread;
+    const int threads = work < p_.threads ? static_cast<int>(work < 1 ? 1 : work) : p_.threads;
+    const int64_t chunk = chunk_rows(p_.m, p_.k);
+    const bool redundant = p_.m <= kRedundantRows;
+    parallel(threads, [&](int thread, int team) {
+      const typename V::Session session;
+      const int64_t copy = redundant ? thread : 0;
+      uint8_t* q = p_.scratch + copy * chunk * stride_;
+      RowScale* scales = reinterpret_cast<RowScale*>(p_.scratch + (redundant ? threads : 1) * chunk * stride_) + copy * chunk;
+      for (int64_t row = 0; row < p_.m; row += chunk) {
+        const int64_t rows = p_.m - row < chunk ? p_.m - row : chunk;
+        if (redundant) {
+          quantize_rows(row, {0, rows}, q, scales);
+        } else {
+          quantize_rows(row, share(rows, thread, team), q, scales);
+          barrier(team);
+        }
+        gemm(row, rows, q, scales, thread, team);
+        if (row + chunk < p_.m) barrier(team);
+      }
+    });
+  }
+
+ private:
+  using F = typename V::F;
+  using I = typename V::I;
+
+  // A row of scratch: int8 activations, zeros up to row_bytes(k), then the sum of each group.
+  const int32_t* group_sums(const uint8_t* row) const { return reinterpret_cast<const int32_t*>(row + row_bytes(p_.k)); }
+
+  void quantize_rows(int64_t row, Range range, uint8_t* q, RowScale* scales) const {
+    for (int64_t r = range.begin; r < range.end; ++r) {
+      uint8_t* out = q + r * stride_;
+      scales[r] = quantize_row<V>(p_.act, row + r, p_.k, 0, out);
+      std::memset(out + p_.k, 0, static_cast<size_t>(row_bytes(p_.k) - p_.k));
+      const int8_t* a = reinterpret_cast<const int8_t*>(out);
+      int32_t* sums = reinterpret_cast<int32_t*>(out + row_bytes(p_.k));
+      for (int64_t g = 0; g < groups_; ++g) {
+        const int64_t end = (g + 1) * group_ < p_.k ? (g + 1) * group_ : p_.k;
+        int32_t sum = 0;
+        for (int64_t i = g * group_; i < end; ++i) sum += a[i];
+        sums[g] = sum;
+      }
+    }
+  }
+
+  void gemm(int64_t row, int64_t rows, const uint8_t* q, const RowScale* scales, int thread, int team) const {
+    const int64_t blocks = ceil_div(rows, kTotalsRows), superblocks = ceil_div(p_.n, kBlockN);
+    // Few superblocks a thread: share out (block, superblock) pairs; their panels are unpacked once each.
+    const Range mine = share(blocks * superblocks, thread, team);
+    for (int64_t u = mine.begin; u < mine.end; ++u) {
+      const Range block = share(rows, static_cast<int>(u / superblocks), static_cast<int>(blocks));
+      superblock(u % superblocks, row, block, q, scales);
+    }
+  }
+
+  // What the 64 columns of a superblock share within a group.
+  struct Group {
+    alignas(kAlign) float scale[kBlockN];
+    alignas(kAlign) float min[kBlockN];
+    alignas(kAlign) int32_t zero_point[kBlockN];
+    alignas(kAlign) int32_t code_sum[kBlockN];  // of the codes; asymmetric activations only
+  };
+
+  void load_floats(const void* packed, int64_t at, float* out) const {
+    for (int j = 0; j < kBlockN; j += V::kLanes)
+      V::store_f(out + j, p_.scale_type == ScaleType::kF32 ? V::template load<DType::kF32>(packed, at + j)
+                                                           : V::template load<DType::kF16>(packed, at + j));
+  }
+
+  void load_group(int64_t nb, int64_t g, Group& group) const {
+    const int64_t at = (nb * groups_ + g) * kBlockN;
+    load_floats(p_.weight_scale, at, group.scale);
+    if (p_.weight_min) load_floats(p_.weight_min, at, group.min);
+    for (int j = 0; j < kBlockN; ++j)
+      group.zero_point[j] = p_.weight_zero_point ? p_.weight_zero_point[at + j] : p_.weight_min ? 0 : 8;
+  }
+
+  // `lines` packed lines of 8 k to 2 * lines lines of 4 k, then zero lines up to the depth a tile works in.
+  static void unpack(const uint8_t* packed, int64_t lines, int64_t padded_lines, uint8_t* panel) {
+    constexpr int64_t kLine = kBlockN * kPackK;
+    for (int64_t l = 0; l < lines; ++l) {
+      const uint8_t* in = packed + l * kLine;
+      uint8_t* out = panel + 2 * l * kLine;
+      for (int64_t i = 0; i < kLine; ++i) out[i] = in[i] & 15;
+      for (int64_t i = 0; i < kLine; ++i) out[kLine + i] = in[i] >> 4;
+    }
+    if (padded_lines > lines) std::memset(panel + 2 * lines * kLine, 0, static_cast<size_t>(2 * (padded_lines - lines) * kLine));
+  }
+
+  void superblock(int64_t nb, int64_t row, Range block, const uint8_t* q, const RowScale* scales) const {
+    const int64_t rows = block.end - block.begin, tiles = ceil_div(rows, V::kTileM);
+    const bool direct = rows <= V::kDirectRows;
+    const uint8_t* a = q + block.begin * stride_;
+    const uint8_t* codes = p_.packed + nb * (padded_k(p_.k) / kLineK) * kBlockN * kPackK;
+    alignas(kAlign) float totals[kTotalsRows * kBlockN];
+    alignas(kAlign) uint8_t panel[kPanelK * kBlockN];
+    alignas(kAlign) int32_t sums[(kTotalsRows + V::kTileM) * kBlockN];
+    std::memset(totals, 0, static_cast<size_t>(rows * kBlockN) * sizeof(float));
+    Group group;
+    for (int64_t g = 0; g < (p_.k > 0 ? groups_ : 0); ++g) {
+      const int64_t begin = g * group_, end = begin + group_ < p_.k ? begin + group_ : p_.k;
+      load_group(nb, g, group);
+      if (!p_.act.symmetric) sum_codes(codes, begin, end, panel, group);
+      if (direct) {
+        V::tile4_direct(static_cast<int>(rows), a + begin, stride_, codes + begin / kLineK * kBlockN * kPackK,
+                        ceil_div(end - begin, kLineK), sums);
+        finish_group(g, end - begin, {0, rows}, a, scales + block.begin, sums, kBlockN, 0, group, totals);
+        continue;
+      }
+      for (int64_t k0 = begin; k0 < end; k0 += kPanelK) {
+        const int64_t depth = end - k0 < kPanelK ? end - k0 : kPanelK;
+        const int64_t steps = round_up(depth, V::kDepthAlign) / kPackK;
+        unpack(codes + k0 / kLineK * kBlockN * kPackK, ceil_div(depth, kLineK), steps / 2, panel);
+        int32_t* c = sums;
+        for (int j = 0; j < kBlockN; j += V::kTileN) {
+          for (int64_t t = 0; t < tiles; ++t) {
+            const Range tile = share(rows, static_cast<int>(t), static_cast<int>(tiles));
+            V::tile4(static_cast<int>(tile.end - tile.begin), a + tile.begin * stride_ + k0, stride_,
+                     reinterpret_cast<const int8_t*>(panel) + j * kPackK, steps, c, k0 > begin);
+            if (k0 + depth == end) finish_group(g, end - begin, tile, a, scales + block.begin, c, V::kTileN, j, group, totals);
+            if (end - begin > kPanelK) c += V::kTileM * V::kTileN;
+          }
+        }
+      }
+    }
+    for (int64_t r = 0; r < rows; ++r) finish_row(row + block.begin + r, scales[block.begin + r].scale, totals + r * kBlockN, nb);
+  }
+
+  // code_sum[j] = sum of the group's codes of column j: what a row of ones would give.
+  void sum_codes(const uint8_t* codes, int64_t begin, int64_t end, uint8_t* panel, Group& group) const {
+    std::memset(group.code_sum, 0, sizeof(group.code_sum));
+    for (int64_t k0 = begin; k0 < end; k0 += kPanelK) {
+      const int64_t depth = end - k0 < kPanelK ? end - k0 : kPanelK, lines = ceil_div(depth, kLineK);
+      unpack(codes + k0 / kLineK * kBlockN * kPackK, lines, lines, panel);
+      for (int64_t l = 0; l < 2 * lines; ++l)
+        for (int j = 0; j < kBlockN; ++j)
+          for (int i = 0; i < kPackK; ++i) group.code_sum[j] += panel[(l * kBlockN + j) * kPackK + i];
+    }
+  }
+
+  // totals += float(d) * scale (+ min * float(sum of a)) for the rows of a tile and columns [j, j + pitch) of c.
+  void finish_group(int64_t g, int64_t depth, Range tile, const uint8_t* a, const RowScale* scales, const int32_t* c,
+                    int pitch, int j, const Group& group, float* totals) const {
+    for (int64_t r = tile.begin; r < tile.end; ++r, c += pitch) {
+      // With x = stored - zp: sum(x * q) = sum(stored * q) - zp * sum(q), and sum(x) = sum(stored) - zp * depth.
+      const int32_t zp = scales[r].zero_point, stored = group_sums(a + r * stride_)[g];
+      const int32_t sum = stored - zp * static_cast<int32_t>(depth);
+      const I all = V::set_i(sum), x_zero = V::set_i(zp);
+      const F fsum = V::to_f(all);
+      float* total = totals + r * kBlockN + j;
+      for (int i = 0; i < pitch; i += V::kLanes) {
+        const int at = j + i;
+        I d = V::load_i(c + i);
+        if (zp != 0) d = V::sub_i(d, V::mul_i(x_zero, V::load_i(group.code_sum + at)));
+        if (!p_.weight_min) d = V::sub_i(d, V::mul_i(all, V::load_i(group.zero_point + at)));
+        F t = V::add(V::load_f(total + i), V::mul(V::to_f(d), V::load_f(group.scale + at)));
+        if (p_.weight_min) t = V::add(t, V::mul(V::load_f(group.min + at), fsum));
+        V::store_f(total + i, t);
+      }
+    }
+  }
+
+  void finish_row(int64_t row, float scale, const float* totals, int64_t nb) const {
+    switch (p_.y_dtype) {
+      case DType::kF32: return finish_row_as<DType::kF32>(row, scale, totals, nb);
+      case DType::kBF16: return finish_row_as<DType::kBF16>(row, scale, totals, nb);
+      default: return finish_row_as<DType::kF16>(row, scale, totals, nb);
+    }
+  }
+
+  template <DType D>
+  void finish_row_as(int64_t row, float scale, const float* totals, int64_t nb) const {
+    const int64_t n0 = nb * kBlockN, y = row * p_.y_stride + n0;
+    const int width = static_cast<int>(p_.n - n0 < kBlockN ? p_.n - n0 : kBlockN);
+    const F scale_x = V::set(scale);
+    for (int i = 0; i < width; i += V::kLanes) {
+      const int n = width - i < V::kLanes ? width - i : V::kLanes;
+      F v = V::mul(V::load_f(totals + i), scale_x);
+      if (p_.bias) v = V::add(v, n == V::kLanes ? V::load_f(p_.bias + n0 + i) : V::load_f_part(p_.bias + n0 + i, n));
+      if (n == V::kLanes)
+        V::template store<D>(p_.y, y + i, v);
+      else
+        V::template store_part<D>(p_.y, y + i, v, n);
+    }
+  }
+
+  const LinearW4A8Args& p_;
+  const int64_t group_, groups_, stride_;
+};
+
+// Returns the tier that ran.
+template <class V>
+const char* linear_w4a8(const LinearW4A8Args& args) {
+  LinearW4A8<V>(args).run();
+  return V::kIsa;
+}
+
+}  // namespace
+}  // namespace qk
