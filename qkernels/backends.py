@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import _C, reference
-from .checks import DTYPE_CODES, check_canonical, check_input, check_static_scale
+from .checks import DTYPE_CODES, check_canonical, check_input, check_static
 from .native import ALIGNMENT, native_linear_w8a8, pack_w8, run_native, unpack_w8
 from .scheme import MAX_INTEGER_K, Scheme
 
@@ -276,7 +276,7 @@ _W8A8_DTYPES = {
 }
 
 _Binding = tuple[int, int, int, int, Any, Any, int, int]
-"""Addresses of packed, colsum, weight_scale and bias; an _Extras or None; the native call; K, N.  Replaced as a whole."""
+"""Addresses of packed, colsum, weight_scale and bias; an _Extras or None; the native call; K; N.  Replaced whole."""
 _UNBOUND: _Binding = (-1, -1, -1, -1, None, None, 0, 0)
 
 
@@ -387,8 +387,7 @@ class PreparedW8A8(Prepared):
             self._packed_id = id(packed)
         scale, zero_point, smooth = (tensors.get(name) for name in ("act_scale", "act_zero_point", "inv_smooth"))
         addresses = tuple(_address(tensors.get(name)) for name in ("packed", "colsum", "weight_scale", "bias"))
-        if scale is not None:
-            check_static_scale(scale)
+        check_static(scale, zero_point)
         native = native_linear_w8a8(
             *addresses,
             rows,

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ._granules import check_positive
 from .scheme import Scheme
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "check_features",
     "check_input",
     "check_out_dtype",
+    "check_static",
     "row_stride",
 ]
 
@@ -79,17 +81,17 @@ def row_stride(x: Tensor) -> int | None:
     features = shape[-1]
     if strides[-1] != 1 and features != 1:
         return None
-    step = 0  # elements between rows; 0 until the first dimension that has more than one row
+    step: int | None = None  # elements between rows, once a dimension has more than one of them
     expected = 0
     for dim in range(len(shape) - 2, -1, -1):
         if shape[dim] == 1:
             continue
-        if step == 0:
+        if step is None:
             step = strides[dim]
         elif strides[dim] != expected:
             return None
         expected = strides[dim] * shape[dim]
-    if step == 0:
+    if step is None:
         return features
     return step if step >= features else None
 
@@ -185,18 +187,19 @@ def check_canonical(
         if name == "bias":
             stored = stored.to(torch.float32)
         checked[name] = stored.contiguous()
-    check_static_scale(checked.get("act_scale"))
+    check_static(checked.get("act_scale"), checked.get("act_zero_point"))
     return checked
 
 
-def check_static_scale(act_scale: Tensor | None) -> None:
-    """A static activation scale is a positive finite number (a meta tensor passes).
+def check_static(act_scale: Tensor | None, act_zero_point: Tensor | None) -> None:
+    """A static activation grid: a positive finite scale with a finite reciprocal, a zero point of 0..255.
+
+    Values on an accelerator or the meta device are not read.
 
     Raises:
-        ValueError: it is not.
+        ValueError: it is another one.
     """
-    if act_scale is None or act_scale.device.type == "meta":
-        return
-    value = float(act_scale)
-    if not 0.0 < value < float("inf"):
-        raise ValueError(f"act_scale: expected a positive finite number, got {value}")
+    if act_scale is not None and act_scale.device.type == "cpu":
+        check_positive("act_scale", act_scale)
+    if act_zero_point is not None and act_zero_point.device.type == "cpu" and not 0 <= int(act_zero_point) <= 255:
+        raise ValueError(f"act_zero_point: expected 0..255, got {int(act_zero_point)}")

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from . import _C, reference
 from .backends import Prepared, effective_weight, prepare, scheme_from_key
-from .checks import check_features, check_input, check_out_dtype, check_static_scale
+from .checks import check_features, check_input, check_out_dtype, check_static
 from .native import ALIGNMENT, native_linear_w8a8, pack_w8, run_native, unpack_w8
 from .scheme import MAX_INTEGER_K, Scheme
 from .tensor_ops import dequantize, quantize
@@ -75,7 +75,7 @@ def _linear_w8a8(
     check_out_dtype(out_dtype)
     if not 1 <= K <= MAX_INTEGER_K or N < 1:
         raise ValueError(f"N, K: expected N >= 1 and 1 <= K <= {MAX_INTEGER_K}, got N = {N}, K = {K}")
-    check_static_scale(act_scale)
+    check_static(act_scale, act_zero_point)
     device = packed.device
     if packed.data_ptr() % ALIGNMENT:
         packed = packed.clone()
