@@ -40,6 +40,24 @@ void int8_baseline(int64_t steps) {
 #undef QK_CHAIN
 }
 constexpr int64_t kBaselineOps = 8 * 8 * 2;
+
+void fp32_baseline(int64_t steps) {
+  const __m128 a = _mm_set1_ps(0.5f), b = _mm_set1_ps(1.0f);
+  __m128 c0 = b, c1 = b, c2 = b, c3 = b, c4 = b, c5 = b, c6 = b, c7 = b;
+#define QK_CHAIN(c) __asm__ volatile("mulps %1, %0\n\taddps %2, %0" : "+x"(c) : "x"(a), "x"(b))
+  for (int64_t i = 0; i < steps; ++i) {
+    QK_CHAIN(c0);
+    QK_CHAIN(c1);
+    QK_CHAIN(c2);
+    QK_CHAIN(c3);
+    QK_CHAIN(c4);
+    QK_CHAIN(c5);
+    QK_CHAIN(c6);
+    QK_CHAIN(c7);
+  }
+#undef QK_CHAIN
+}
+constexpr int64_t kBaselineFlops = 8 * 4 * 2;
 #else
 void int8_baseline(int64_t steps) {
   int32_t chain[16];
@@ -50,6 +68,16 @@ void int8_baseline(int64_t steps) {
   for (int j = 0; j < 16; ++j) sink += static_cast<uint32_t>(chain[j]);
 }
 constexpr int64_t kBaselineOps = 16 * 2;
+
+void fp32_baseline(int64_t steps) {
+  float chain[16];
+  for (int j = 0; j < 16; ++j) chain[j] = static_cast<float>(j);
+  for (int64_t i = 0; i < steps; ++i) {
+    for (int j = 0; j < 16; ++j) chain[j] = chain[j] * 0.5f + 1.0f;
+  }
+  for (int j = 0; j < 16; ++j) sink += static_cast<uint64_t>(chain[j]);
+}
+constexpr int64_t kBaselineFlops = 16 * 2;
 #endif
 
 uint64_t read_baseline(const uint8_t* data, int64_t bytes) {
@@ -67,7 +95,7 @@ uint64_t read_baseline(const uint8_t* data, int64_t bytes) {
 }  // namespace
 
 const LoopTable& loops_scalar() {
-  static constexpr LoopTable table{int8_baseline, kBaselineOps, nullptr, 0, read_baseline};
+  static constexpr LoopTable table{int8_baseline, kBaselineOps, fp32_baseline, kBaselineFlops, read_baseline};
   return table;
 }
 

@@ -52,13 +52,14 @@ def _roofline(axis: Any, result: dict[str, Any]) -> None:
     ceilings = result["ceilings"]
     reads = {int(name[5:]): value["best"] for name, value in ceilings.items() if name.startswith("read.")}
     memory = reads[max(reads)]
-    intensities = [0.5, 4096.0]
-    axis.plot(intensities, [memory * i / 1e9 for i in intensities], "k-", lw=1, label=f"memory {memory / 1e9:.0f} GB/s")
-    for name, value in ceilings.items():
-        if name.startswith(("int8.", "fp32.")):
-            style = "-" if name == f"int8.{result['isa']}" else ":"
-            axis.axhline(value["best"] / 1e9, color="k", ls=style, lw=1)
-            axis.text(0.55, value["best"] / 1e9 * 1.03, name.replace(".", " "), fontsize=7)
+    peak = ceilings[f"int8.{result['isa']}"]["best"]
+    float_peak = max(value["best"] for name, value in ceilings.items() if name.startswith("fp32."))
+    for top, style, name in ((peak, "k-", f"int8 {result['isa']}"), (float_peak, "k:", "fp32")):
+        ridge = top / memory  # operations a byte from which on the peak is the limit
+        left, right = min(0.5, ridge / 2), max(4096.0, ridge * 2)
+        axis.plot([left, ridge, right], [left * memory / 1e9, top / 1e9, top / 1e9], style, lw=1)
+        axis.text(right, top / 1e9 * 1.05, f"{name} {top / 1e9:.0f} GOPS", fontsize=7, ha="right")
+    axis.plot([], [], "k-", lw=1, label=f"memory {memory / 1e9:.0f} GB/s")
     itemsize = {"float32": 4, "bfloat16": 2, "float16": 2}[result["input_dtype"]]
     state = "cold" if any(row["state"] == "cold" for row in result["rows"]) else "warm"
     names = list(dict.fromkeys(row["contender"] for row in result["rows"]))
@@ -71,7 +72,7 @@ def _roofline(axis: Any, result: dict[str, Any]) -> None:
         marker = "o" if rows[0]["ours"] else "x"
         axis.plot(xs, [row["gops"] for row in rows], marker, ms=5, color=f"C{index % 10}", label=name)
     axis.set(xscale="log", yscale="log", xlabel="operations a byte", ylabel="GOPS", title=f"{_title(result)}, {state}")
-    axis.set_ylim(bottom=1)
+    axis.set_ylim(min(row["gops"] for row in result["rows"]) / 2, 2 * peak / 1e9)
     axis.legend(fontsize=7, loc="lower right")
 
 

@@ -1,0 +1,168 @@
+"""`qkernels bench`: what it computes from measurements, and one quick run of everything. No test looks at a speed."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from qkernels import _C, _bench
+from qkernels.bench import ceilings, contenders, grid, rivals, timing
+from qkernels.cli import main
+from qkernels.scheme import Scheme
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class Fake:
+    """A sampler that takes `seconds` a call and writes down what it was asked for."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self.counts: list[int] = []
+
+    def sample(self, count: int) -> float:
+        self.counts.append(count)
+        return self.seconds * count
+
+
+def test_interleave_repeats_short_calls_and_samples_long_ones_less() -> None:
+    short, long = Fake(1e-6), Fake(1.0)
+    first, second = timing.interleave([short, long], rounds=10, seconds=3.0, warm=False)
+    assert first.median == pytest.approx(1e-6)
+    assert first.samples == 10
+    assert short.counts[-1] == 300
+    assert (second.median, second.samples) == (1.0, 3)
+
+
+def test_interleave_warm_makes_an_untimed_call_before_each_sample() -> None:
+    sampler = Fake(1e-3)
+    timing.interleave([sampler], rounds=4, seconds=1.0, warm=True)
+    assert len(sampler.counts) == 3 + 2 * 4
+
+
+def test_rotation_takes_copies_in_turn_across_samples() -> None:
+    seen: list[int] = []
+
+    def call(index: int) -> Callable[[], None]:
+        return lambda: seen.append(index)
+
+    rotation = timing.Rotation([call(0), call(1), call(2)])
+    rotation.sample(2)
+    rotation.sample(2)
+    assert seen == [0, 1, 2, 0]
+
+
+def test_limit_is_the_larger_of_memory_and_compute() -> None:
+    assert ceilings.limit_seconds(100, 10, bandwidth=10, peak=10) == 10
+    assert ceilings.limit_seconds(10, 100, bandwidth=10, peak=5) == 20
+
+
+@pytest.mark.parametrize(("preset", "weights"), [("w8a8", 30 * 100), ("w4a8", 30 * 50 + 30 * 2)])
+def test_traffic_counts_each_byte_once(preset: str, weights: int) -> None:
+    scheme = Scheme.resolve(preset)
+    assert grid.traffic(scheme, 100, 30, 7, 4) == weights + 8 * 30 + 7 * 100 * 4 + 7 * 30 * 4
+
+
+@pytest.mark.parametrize("tier", _C.info()["usable"])
+def test_ceilings_peaks_of_every_tier(tier: str) -> None:
+    operations, seconds = _bench.peak(tier, "int8", 1000, 1)
+    assert operations > 0
+    assert seconds > 0
+    assert operations % 1000 == 0
+
+
+def test_ceilings_reject_nonsense() -> None:
+    with pytest.raises(ValueError, match="no loops for 'sse9'"):
+        _bench.peak("sse9", "int8", 1, 1)
+    with pytest.raises(ValueError, match="int8 or fp32"):
+        _bench.peak("scalar", "int3", 1, 1)
+    with pytest.raises(ValueError, match="aligned"):
+        _bench.read("scalar", 1, 512, 1, 1)
+    with pytest.raises(ValueError, match="multiple of 512"):
+        _bench.read("scalar", 64, 100, 1, 1)
+
+
+def test_contender_that_is_wrong_is_reported_and_not_timed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(contenders.Layer, "output", lambda self: self.calls[0]() + 1)
+    assert main(["bench", "--quick", "--rows", "3", "--rivals"]) == 1
+    text = capsys.readouterr().out
+    assert "w8a8 layer: NOT EXACT at K=256 N=128 M=3, so not timed" in text
+    assert "w8a8 gemm" in text
+    assert "\nw8a8 layer  " not in text
+
+
+def test_bench_quick_run_writes_json_and_plots(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    result, plot = tmp_path / "result.json", tmp_path / "roofline.png"
+    arguments = ["bench", "--quick", "--schemes", "w8a8", "w4a16", "--json", str(result), "--plot", str(plot)]
+    assert main([*arguments, "--rivals", "fp32", "bf16", "quantize_dynamic-onednn"]) == 0
+    data = json.loads(result.read_text())
+    names = {row["contender"] for row in data["rows"]}
+    assert {"w8a8 gemm", "w8a8 quantize+gemm", "w8a8 layer", "w4a16 layer", "fp32", "bf16"} <= names
+    assert data["isa"] == _C.info()["isa"]
+    assert data["threads"] == torch.get_num_threads()
+    assert data["versions"]["torch"].startswith(torch.__version__.split("+")[0])
+    for row in data["rows"]:
+        assert row["median"] > 0
+        assert row["percent_of_limit"] == pytest.approx(100 * row["limit"] / row["median"])
+        assert row["exact"] in ((True,) if row["contender"].startswith("w8a8") else (None,))
+        assert row["relative_error"] < (0.2 if row["contender"].startswith("w4") else 0.05)
+    for picture in (plot, tmp_path / "roofline-w8a8.png", tmp_path / "roofline-w4a16.png"):
+        assert picture.read_bytes().startswith(b"\x89PNG")
+    assert "% limit" in capsys.readouterr().out
+
+
+def test_bench_rejects_unknown_rivals_and_shapes(capsys: pytest.CaptureFixture) -> None:
+    assert main(["bench", "--quick", "--rivals", "mkl"]) == 2
+    assert "quantize_dynamic-x86" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["bench", "--shapes", "768"])
+    assert "expected KxN" in capsys.readouterr().err
+
+
+FAKE_ZENTORCH = """
+import torch
+library = torch.library.Library("zentorch", "DEF")
+library.define("zentorch_weight_prepack_for_dynamic_qlinear(Tensor weight) -> Tensor")
+library.define(
+    "zentorch_dynamic_qlinear(Tensor x, Tensor weight, Tensor scale, Tensor? bias, *, bool is_weight_prepacked) -> Tensor"
+)
+library.impl("zentorch_weight_prepack_for_dynamic_qlinear", lambda weight: weight.clone(), "CPU")
+
+def qlinear(x, weight, scales, bias, *, is_weight_prepacked):
+    if x.shape[0] == 13:
+        raise ValueError("unlucky")
+    return x @ (weight.float() * scales[:, None]).T + bias
+
+library.impl("zentorch_dynamic_qlinear", qlinear, "CPU")
+print("libraries print")
+"""
+
+
+def test_rival_in_another_interpreter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "zentorch.py").write_text(FAKE_ZENTORCH)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    rival = rivals.Zentorch(Path(sys.executable))
+    try:
+        weight, bias, x = torch.randn(8, 16), torch.randn(8), torch.randn(3, 16)
+        rival.build(weight, bias, 2)
+        rival.bind(x)
+        torch.testing.assert_close(rival.output(), torch.nn.functional.linear(x, weight, bias), rtol=0, atol=0.1)
+        assert rival.sampler(cold=True).sample(5) > 0
+        rival.bind(torch.randn(13, 16))
+        with pytest.raises(RuntimeError, match="ValueError: unlucky"):
+            rival.output()
+    finally:
+        rival.close()
+
+
+def test_microbenchmarks_run() -> None:
+    command = [sys.executable, "-m", "pytest", "bench", "--benchmark-disable", "-q", "-k", "768-768-1 or token"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
