@@ -12,6 +12,9 @@ PYTEST_ARGS ?=
 DEMO_ARGS ?=
 BENCH_ARGS ?= --json bench-results.json --plot bench-roofline.png
 
+# The CUDA module takes minutes to compile and is of no use to a CPU build of torch; make test-gpu builds it.
+export QKERNELS_CUDA ?= 0
+
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(wildcard cmake/*/* csrc/*.* csrc/*/*.*)
@@ -19,11 +22,9 @@ CXX_FILES = $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh
 
 .PHONY: demo test lint format test-gpu bench clean
 
-demo: export QKERNELS_CUDA ?= 0
 demo: $(VENV)/installed-demo
 	$(BIN)/qkernels demo $(DEMO_ARGS)
 
-test: export QKERNELS_CUDA ?= 0
 test: $(VENV)/installed-test lint
 	$(BIN)/python -m pytest -m "not gpu" $(PYTEST_ARGS)
 
@@ -42,7 +43,6 @@ test-gpu: export QKERNELS_CUDA = 1
 test-gpu: $(VENV)/installed-gpu
 	$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
 
-bench: export QKERNELS_CUDA ?= 0
 bench: $(VENV)/installed-bench
 	$(BIN)/qkernels bench $(BENCH_ARGS)
 

@@ -130,9 +130,8 @@ FAKE_ZENTORCH = """
 import torch
 library = torch.library.Library("zentorch", "DEF")
 library.define("zentorch_weight_prepack_for_dynamic_qlinear(Tensor weight) -> Tensor")
-library.define(
-    "zentorch_dynamic_qlinear(Tensor x, Tensor weight, Tensor scale, Tensor? bias, *, bool is_weight_prepacked) -> Tensor"
-)
+arguments = "Tensor x, Tensor weight, Tensor scales, Tensor? bias, *, bool is_weight_prepacked"
+library.define(f"zentorch_dynamic_qlinear({arguments}) -> Tensor")
 library.impl("zentorch_weight_prepack_for_dynamic_qlinear", lambda weight: weight.clone(), "CPU")
 
 def qlinear(x, weight, scales, bias, *, is_weight_prepacked):
