@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from io import FileIO
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +20,7 @@ from .report import Report
 from .sharing import linear_over
 from .survey import Layer, dress, is_quantized, survey
 
-__all__ = ["Targets", "check_model", "fill_model"]
+__all__ = ["Reader", "Targets", "check_model", "fill_model"]
 
 Slot = tuple[nn.Module, str]
 """A module and the key of one of its parameters or buffers."""
@@ -138,22 +140,82 @@ def _check_complete(model: nn.Module, replaced: set[int], filled: dict[int, str]
                 missing.append(f"{prefix}.{key}" if prefix else key)
     if missing:
         raise ValueError(
-            f"directory: holds no tensor for {missing[0]!r} of the model ({len(missing)} are missing); it is not "
-            "the architecture that "
-            "was saved, or a large buffer that only the architecture itself can make (build it outside the meta device)"
+            f"directory: holds no tensor for {missing[0]!r} of the model ({len(missing)} are missing); it is not the "
+            "architecture that was saved, or a large buffer that only the architecture itself can make (build it "
+            "outside the meta device)"
         )
+
+
+class Reader:
+    """Tensors by name from the files of a directory whose headers were checked.
+
+    Files are read, not mapped: they may change or vanish afterwards, and no page of them counts as memory of this
+    process.
+    """
+
+    def __init__(self, directory: Path, manifest: Manifest) -> None:
+        self._directory = directory
+        self._manifest = manifest
+        self._files: dict[str, tuple[FileIO, int]] = {}
+        self._scratch: torch.Tensor | None = None
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for file, _ in self._files.values():
+            file.close()
+        self._files.clear()
+
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor `name`, on the CPU, in memory of its own."""
+        info = self._manifest.headers[name]
+        return self._into(torch.empty(info.nbytes, dtype=torch.uint8), name)
+
+    def lend(self, name: str) -> torch.Tensor:
+        """The weight `name` in memory that the next call uses again: packing copies it anyway."""
+        if self._scratch is None:
+            weights = [f"{layer}.weight" for layer in self._manifest.layers]
+            sizes = [self._manifest.headers[w].nbytes for w in weights if w in self._manifest.headers]
+            self._scratch = torch.empty(max(sizes, default=0), dtype=torch.uint8)
+        return self._into(self._scratch[: self._manifest.headers[name].nbytes], name)
+
+    def reclaim(self, module: nn.Module) -> None:
+        """Give a layer that kept the lent memory a copy of it."""
+        if self._scratch is None or not isinstance(module, (QuantEmbedding, QuantLinear)):
+            return
+        lent: object = self._scratch.untyped_storage()._cdata
+        for key, tensor in module._buffers.items():
+            if tensor is not None and tensor.numel() and tensor.untyped_storage()._cdata == lent:
+                module._buffers[key] = tensor.clone()
+                module._moved()
+
+    def _into(self, raw: torch.Tensor, name: str) -> torch.Tensor:
+        label, info = self._manifest.tensors[name], self._manifest.headers[name]
+        if label not in self._files:
+            opened = (self._directory / label).open("rb", buffering=0)
+            self._files[label] = (opened, 8 + int.from_bytes(opened.read(8), "little"))
+        file, start = self._files[label]
+        file.seek(start + info.begin)
+        view, done = memoryview(raw.numpy()), 0  # type: ignore[arg-type]
+        while done < info.nbytes:
+            count = file.readinto(view[done : done + (64 << 20)])
+            if not count:
+                raise ValueError(f"{label}: cut short while it was being read")
+            done += count
+        return raw.view(info.dtype).view(info.shape)
 
 
 def fill_model(
     model: nn.Module,
     manifest: Manifest,
     targets: Targets,
-    read: Callable[[str], torch.Tensor],
+    reader: Reader,
     *,
     device: torch.device | str | None,
     progress: Progress,
 ) -> Report:
-    """Replace the layers and fill the slots, one by one; `read` gives a stored tensor on the CPU."""
+    """Replace the layers and fill the slots, one by one."""
     before = take_snapshot(model)
     total = len(targets.layers) + len(targets.slots)
     made: dict[str, nn.Module] = {}
@@ -169,8 +231,12 @@ def fill_model(
             entry, layer = manifest.layers[name], targets.layers[name]
             where = place(layer.weight)
             stored = {s: f"{name}.{s}" for s in entry.specs()}
-            tensors = {s: read(full).to(where) for s, full in stored.items() if full in manifest.headers}
+            present = {s: full for s, full in stored.items() if full in manifest.headers}
+            tensors = {
+                s: (reader.lend if s == "weight" else reader.read)(full).to(where) for s, full in present.items()
+            }
             new = _make_layer(entry, tensors, layer, None if entry.shares is None else made[entry.shares])
+            reader.reclaim(new)
             dress(new, layer)
             made[name] = new
             for parent, key in layer.sites:
@@ -181,7 +247,7 @@ def fill_model(
         for name, slots in targets.slots.items():
             old = _tensor_at(slots[0])
             if old is not None:
-                _fill(slots, old, read(name).to(place(old)))
+                _fill(slots, old, reader.read(name).to(place(old)))
             done += 1
             step(done, total, name)
     adapt_parents(model, is_quantized)

@@ -14,7 +14,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import nn
 
 from ._atomic import replacing
@@ -23,15 +22,11 @@ from ._safetensors import sha256_of, write_tensors
 from .nn import QuantEmbedding, QuantLinear
 from .progress import Progress, tracking
 from .report import Report
-from .restore import check_model, fill_model
+from .restore import Reader, check_model, fill_model
 from .sharing import owners
 from .survey import origin, storage_key
 
 __all__ = ["MANIFEST", "load", "save"]
-
-SMALL_BYTES = 1 << 20
-"""Tensors of quantized layers up to this size are kept between the two passes over the model; larger ones are
-unpacked again."""
 
 MAX_LOOSE_BUFFER_BYTES = 1 << 16
 """Non-persistent buffers (rotary frequencies) up to this size are stored, so that a model on the meta device can be
@@ -150,46 +145,12 @@ def load(
         for name, facts in manifest.files.items():
             if sha256_of(source / name) != facts["sha256"]:
                 raise ValueError(f"{name}: its SHA-256 is not the one {MANIFEST} gives; the file is damaged")
-    with _Reader(source, manifest) as reader:
+    with Reader(source, manifest) as reader:
         _check_small_tensors(manifest, reader)
-        return fill_model(model, manifest, targets, reader.read, device=device, progress=progress)
+        return fill_model(model, manifest, targets, reader, device=device, progress=progress)
 
 
-class _Reader:
-    """Tensors by name from the files of a directory, each a copy in memory of its own."""
-
-    def __init__(self, directory: Path, manifest: Manifest) -> None:
-        self._directory = directory
-        self._manifest = manifest
-        self._name: str | None = None
-        self._file: safe_open | None = None
-
-    def __enter__(self) -> _Reader:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._close()
-
-    def _close(self) -> None:
-        if self._file is not None:
-            self._file.__exit__(None, None, None)
-        self._file, self._name = None, None
-
-    def read(self, name: str) -> torch.Tensor:
-        """The tensor `name`, on the CPU."""
-        wanted = self._manifest.tensors[name]
-        if self._file is None or self._name != wanted:
-            self._close()
-            self._file = safe_open(str(self._directory / wanted), framework="pt", device="cpu").__enter__()
-            self._name = wanted
-        tensor: torch.Tensor = self._file.get_tensor(name)
-        info = self._manifest.headers[name]
-        if tensor.dtype != info.dtype or tuple(tensor.shape) != info.shape:
-            raise ValueError(f"{wanted}: {name!r} changed while it was being read")
-        return tensor.clone()
-
-
-def _check_small_tensors(manifest: Manifest, reader: _Reader) -> None:
+def _check_small_tensors(manifest: Manifest, reader: Reader) -> None:
     """Scales, zero points and the like of every layer: read once beforehand, because they are small and say much."""
     for name, entry in manifest.layers.items():
         for suffix in entry.specs():
@@ -255,11 +216,7 @@ def _layer_tensors(
         if name not in wanted:
             continue
         full = f"{prefix}.{name}" if prefix else name
-        shape = tuple(tensor.shape)
-        if tensor.nbytes <= SMALL_BYTES:
-            found.append(_Tensor(full, tensor.dtype, shape, partial(_same, tensor.detach().clone())))
-        else:
-            found.append(_Tensor(full, tensor.dtype, shape, partial(_unpacked, module, name)))
+        found.append(_Tensor(full, tensor.dtype, tuple(tensor.shape), partial(_unpacked, module, name)))
     return found
 
 
