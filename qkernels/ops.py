@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 
 from . import _C, reference
-from .backends import Prepared, effective_weight, prepare, scheme_from_key
+from .backends import Prepared, prepare
 from .checks import check_features, check_input, check_out_dtype, check_static
 from .native import ALIGNMENT, native_linear_w8a8, pack_w8, run_native, unpack_w8
+from .prepared import effective_weight, input_gradient, scheme_from_key
 from .scheme import MAX_INTEGER_K, Scheme
 from .tensor_ops import dequantize, quantize
 
@@ -259,14 +260,7 @@ _operator(
 )
 
 
-# -- gradients ------------------------------------------------------------------------------------------------------
-#
-# The rounding of activations has gradient one inside its range, so y = x @ W^T + b with the dequantized W (smoothing
-# included) is what is differentiated.  Weights are constants; a float32 product, cast once to the dtype of x.
-
-
-def _input_gradient(grad: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
-    return (grad.to(torch.float32) @ weight).to(dtype)
+# -- gradients (see prepared.py) ---------------------------------------------------------------------------------------
 
 
 def _setup_w8a8(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -278,7 +272,7 @@ def _setup_w8a8(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward_w8a8(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     packed, weight_scale, inv_smooth = ctx.saved_tensors
     weight = torch.ops.qkernels.dequantize_w8(packed, weight_scale, inv_smooth, *ctx.sizes, torch.float32)
-    return (_input_gradient(grad, weight, ctx.dtype), *(None,) * 12)
+    return (input_gradient(grad, weight, ctx.dtype), *(None,) * 12)
 
 
 def _setup_quantized(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -289,7 +283,7 @@ def _setup_quantized(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward_quantized(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     weight = torch.ops.qkernels.dequantize_quantized(*ctx.saved_tensors, ctx.scheme, ctx.features, torch.float32)
-    return (_input_gradient(grad, weight, ctx.dtype), *(None,) * 11)
+    return (input_gradient(grad, weight, ctx.dtype), *(None,) * 11)
 
 
 def _vmap_rows(name: str) -> Any:
