@@ -23,6 +23,7 @@ from .qtensor import QTensor, dequantize, quantize
 from .report import LayerReport, Report
 from .scheme import Scheme
 from .serialization import load, save
+from .smooth import smooth_
 
 __all__ = [
     "LayerReport",
@@ -41,4 +42,5 @@ __all__ = [
     "quantize_",
     "quantize_dynamic",
     "save",
+    "smooth_",
 ]

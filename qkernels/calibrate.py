@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from . import _rounding as rounding
-from .observe import run_batches, take_batches
+from .observe import Call, run_batches, take_batches
 from .patterns import compile_patterns, unmatched_message
 from .progress import Progress, tracking
 from .ranges import Histogram, check_method, choose_range
@@ -147,11 +147,13 @@ class Statistics:
         layers: by qualified name.
         method: how :meth:`range` cuts outliers off unless told otherwise; see :data:`qkernels.ranges.METHODS`.
         percentile: for method "percentile".
+        example: the first call of the model that was watched, or None.
     """
 
     layers: dict[str, LayerStats]
     method: str = "minmax"
     percentile: float = 99.99
+    example: Call | None = None
 
     @property
     def seen(self) -> list[str]:
@@ -292,15 +294,16 @@ def calibrate(
     with tracking(progress, total=0, what="calibrating") as step:
         passes = 0
 
-        def count(module: nn.Module, args: Any, output: Any) -> None:
+        def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             nonlocal passes
             passes += 1
+            stats.example = stats.example or Call(args, kwargs)
             step(passes, 0, "")
 
         try:
             for name, (module, _) in modules.items():
                 handles.append(module.register_forward_pre_hook(watch(stats.layers[name]), with_kwargs=True))
-            handles.append(model.register_forward_hook(count))
+            handles.append(model.register_forward_hook(count, with_kwargs=True))
             yield stats
         finally:
             for handle in handles:

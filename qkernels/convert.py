@@ -15,17 +15,18 @@ from torch import nn
 
 from .account import account, take_snapshot
 from .calibrate import Statistics, collect
-from .hooks import Quantizer, Smoothing, Target, find_algorithm, find_smoother
+from .hooks import Quantizer, Target, find_algorithm, find_smoother
 from .journal import Journal
 from .nn import QuantEmbedding, QuantLinear
 from .observe import take_batches
 from .parents import adapt_parents
 from .plan import DEFAULT_EXCLUDE, make_plan
 from .progress import Progress, tracking
-from .reference import quantize_weight
 from .report import Report
+from .rows import quantize_rows
 from .scheme import Scheme
 from .sharing import linear_over, owners
+from .smoothed import attached
 from .survey import (
     Layer,
     conv1d_class,
@@ -38,10 +39,7 @@ from .survey import (
     undress,
 )
 
-__all__ = ["DEFAULT_EXCLUDE", "dequantize_", "quantize_", "quantize_rows"]
-
-CHUNK_ELEMENTS = 1 << 18
-"""Weights are quantized in slices of rows of at most this many elements: temporaries stay in the cache (1 MiB fp32)."""
+__all__ = ["DEFAULT_EXCLUDE", "dequantize_", "quantize_"]
 
 
 def quantize_(
@@ -107,12 +105,11 @@ def quantize_(
     expected = sum(layer.weight.numel() * layer.weight.element_size() for layer in chosen)
     with Journal(expected=expected) as journal, torch.no_grad():
         targets = [Target(x.name, x.module, x.scheme, x.kind == "conv1d") for x in chosen if x.scheme is not None]
-        smoothing = None
         if smoother is not None and smooth is not None:
             smoothing = smoother(model, targets, batches if stats is None else stats, smooth)
             journal.on_failure(smoothing.undo)
         activations = _static_activations(model, static, batches if stats is None else stats, progress)
-        builder = _Builder(None if rounder is None else rounder(model, targets, batches), smoothing, activations)
+        builder = _Builder(None if rounder is None else rounder(model, targets, batches), activations)
         targets.clear()  # they hold the float layers
         with tracking(progress, total=len(chosen), what="quantizing") as step:
             for index, layer in enumerate(chosen):
@@ -130,11 +127,9 @@ class _Builder:
     def __init__(
         self,
         quantizer: Quantizer | None,
-        smoothing: Smoothing | None,
         activations: Mapping[str, dict[str, torch.Tensor]],
     ) -> None:
         self._quantizer = quantizer or (lambda _, weight, scheme: quantize_rows(weight, scheme))
-        self._smoothing = smoothing
         self._activations = activations
 
     def build(self, layer: Layer) -> nn.Module:
@@ -159,22 +154,14 @@ class _Builder:
         bias = layer.module._parameters.get("bias")
         own: dict[str, torch.Tensor | None] = {"bias": None if bias is None else bias.detach()}
         own.update(self._activations.get(layer.name, {}))
-        inv_smooth = None if self._smoothing is None else self._smoothing.inv_smooth(layer.name)
-        if inv_smooth is None:
+        own["inv_smooth"] = attached(layer.module)
+        if own["inv_smooth"] is None:
             owner = layer.table or layer.same_as
-            if owner is not None and (owner is layer.table or self._unsmoothed(layer, owner)):
+            if owner is not None:
                 return linear_over(owner.module, own, scheme, weight.dtype)
-        own["inv_smooth"] = inv_smooth
-        source = weight if self._smoothing is None else self._smoothing.weight(layer.name, weight)
         rows, columns = layer.shape
         return QuantLinear(
-            columns, rows, {**own, **self._quantizer(layer.name, source, scheme)}, scheme, dtype=weight.dtype
-        )
-
-    def _unsmoothed(self, layer: Layer, owner: Layer) -> bool:
-        return self._smoothing is None or (
-            self._smoothing.inv_smooth(owner.name) is None
-            and self._smoothing.weight(layer.name, layer.weight) is layer.weight
+            columns, rows, {**own, **self._quantizer(layer.name, weight, scheme)}, scheme, dtype=weight.dtype
         )
 
 
@@ -182,29 +169,6 @@ def _check_flags(**flags: object) -> None:
     for name, value in flags.items():
         if not isinstance(value, bool):
             raise TypeError(f"{name}: expected True or False, got {value!r}")
-
-
-def quantize_rows(weight: torch.Tensor, scheme: Scheme) -> dict[str, torch.Tensor]:
-    """`reference.quantize_weight` in slices of rows: the same bits, and temporaries of a few MiB whatever the layer.
-
-    Args:
-        weight: `[N, K]`, any strides.
-        scheme: the weight part of it counts.
-    """
-    rows, columns = weight.shape
-    step = max(1, CHUNK_ELEMENTS // max(columns, 1))
-    if rows <= step:
-        return quantize_weight(weight, scheme)
-    whole: dict[str, torch.Tensor] = {}
-    for start in range(0, rows, step):
-        part = quantize_weight(weight[start : start + step], scheme)
-        for name, tensor in part.items():
-            if name not in whole:
-                whole[name] = tensor.new_empty((rows, *tensor.shape[1:]))
-            if tensor.dtype != whole[name].dtype:  # one slice needs fp32 scales, so the layer does
-                return quantize_rows(weight, scheme.replace(scale_dtype=torch.float32))
-            whole[name][start : start + step] = tensor
-    return whole
 
 
 def _static_activations(

@@ -63,13 +63,8 @@ was."""
 
 
 class Smoothing(Protocol):
-    """What a smoother found out, and has folded into the model so far."""
-
-    def weight(self, name: str, weight: torch.Tensor) -> torch.Tensor:
-        """The weight `[N, K]` to quantize instead of `weight`."""
-
-    def inv_smooth(self, name: str) -> torch.Tensor | None:
-        """Factors fp32 `[K]` to multiply the activations of this layer by at run time, or None."""
+    """What a smoother has done: the model in place is smoothed, computes what it did, and layers that multiply their input
+    at run time carry the factors (`qkernels.smoothed`)."""
 
     def undo(self) -> None:
         """Take back, to the bit, whatever was folded into the model."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,7 +12,26 @@ from torch import nn
 
 from .progress import Progress, tracking
 
-__all__ = ["evaluating", "run_batches", "take_batches"]
+__all__ = ["Call", "call_model", "evaluating", "run_batches", "take_batches"]
+
+
+@dataclass(frozen=True)
+class Call:
+    """A batch that is a whole call: positional arguments and keywords."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+def call_model(model: nn.Module, batch: Any) -> Any:
+    """`model(t)`, `model(*t)` or `model(**m)` for a tensor, a tuple or a mapping; a `Call` is repeated as it was."""
+    if isinstance(batch, torch.Tensor):
+        return model(batch)
+    if isinstance(batch, Call):
+        return model(*batch.args, **batch.kwargs)
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    return model(*batch)
 
 
 def take_batches(calibration: Any) -> list[Any]:
@@ -55,10 +75,5 @@ def run_batches(model: nn.Module, batches: Sequence[Any], *, progress: Progress 
     """`model(t)`, `model(*t)` or `model(**m)` for every tensor, tuple or mapping; in eval mode, without gradients."""
     with evaluating(model), tracking(progress, total=len(batches), what="calibrating") as step:
         for index, batch in enumerate(batches):
-            if isinstance(batch, torch.Tensor):
-                model(batch)
-            elif isinstance(batch, Mapping):
-                model(**batch)
-            else:
-                model(*batch)
+            call_model(model, batch)
             step(index + 1, len(batches), "")

@@ -15,6 +15,7 @@ from .journal import Site
 from .nn import QuantEmbedding, QuantLinear
 from .parents import reads_weight
 from .scheme import MAX_INTEGER_K, Scheme
+from .smoothed import forget_hook
 
 __all__ = [
     "Layer",
@@ -248,6 +249,7 @@ def dress(new: nn.Module, layer: Layer) -> None:
     standard = {*_FRESH, "in_features", "out_features", "nf", "nx", "num_embeddings", "embedding_dim"}
     extras = [k for k in old.__dict__ if k not in standard and k not in new.__dict__ and not hasattr(type(new), k)]
     _carry(old, new, extras)
+    forget_hook(new)  # the factor is a tensor of the quantized layer
     new.__dict__[_ORIGIN] = {"kind": layer.kind, "extras": extras}
 
 
