@@ -24,7 +24,7 @@ DOCUMENTS = [
     "An eight-bit integer takes a quarter of the memory of a float.",
     "The museum is closed on Mondays and on public holidays.",
 ]
-QUESTIONS = ["When can I get to the plane at night?", "How can I make my model smaller?"]
+QUESTIONS = ["When can I get to the plane at night?", "How much memory do small numbers need?"]
 
 
 def embed(model: torch.nn.Module, tokenizer, texts: list[str]) -> torch.Tensor:
