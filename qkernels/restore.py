@@ -162,7 +162,7 @@ class Reader:
     def __enter__(self) -> Reader:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *error: object) -> None:
         for file, _ in self._files.values():
             file.close()
         self._files.clear()

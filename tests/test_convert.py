@@ -7,15 +7,15 @@ import copy
 
 import pytest
 import torch
-from helpers import assert_bits_equal, seeded
+from helpers import assert_bits_equal, hazard_rows, seeded
 from torch import nn
 from torch.nn.utils import prune
 from toys import IDS, Toy, all_tensors, assert_unchanged, snapshot, toy
 
 import qkernels as qk
 from qkernels import reference
-from qkernels.convert import quantize_rows
 from qkernels.nn import QuantEmbedding, QuantLinear
+from qkernels.rows import quantize_rows
 
 # -- selection -----------------------------------------------------------------------------------------------------
 
@@ -412,7 +412,7 @@ def test_quantize_non_contiguous_and_viewed_weights():
 
 
 def test_quantize_rows_in_slices_equals_the_whole(monkeypatch):
-    monkeypatch.setattr("qkernels.convert.CHUNK_ELEMENTS", 100)
+    monkeypatch.setattr("qkernels.rows.CHUNK_ELEMENTS", 100)
     w = seeded(37, 40)
     for scheme in (
         "w8a8",
@@ -425,6 +425,19 @@ def test_quantize_rows_in_slices_equals_the_whole(monkeypatch):
             values[20:23] *= scale
             for name, tensor in reference.quantize_weight(values, scheme).items():
                 assert_bits_equal(quantize_rows(values, scheme)[name], tensor, name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_quantize_rows_by_the_kernel_equals_the_reference(dtype):
+    w = hazard_rows(77)
+    w = torch.nan_to_num(w, 0.0, 0.0, 0.0).to(dtype)
+    w = torch.nan_to_num(w, 0.0, 0.0, 0.0)  # overflows of float16
+    for values in (w, w.t().contiguous().t(), w[:, ::2]):
+        for name, tensor in reference.quantize_weight(values, qk.Scheme()).items():
+            assert_bits_equal(quantize_rows(values, qk.Scheme())[name], tensor, name)
+    w[3, 4] = float("nan")
+    with pytest.raises(ValueError, match="NaN"):
+        quantize_rows(w, qk.Scheme())
 
 
 def test_quantize_progress_is_called_for_every_layer():
