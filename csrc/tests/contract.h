@@ -1,4 +1,4 @@
-// The contract of W8A8 and of quantize, written down once more in the plainest C++: what smoke.cpp compares with.
+// The contract of W8A8, W4A8 and quantize, written down once more in the plainest C++: what smoke.cpp compares with.
 // Independent of the kernels' own headers on purpose; slow on purpose.
 #pragma once
 
@@ -120,6 +120,39 @@ inline float linear(const Row& x, const int8_t* weight, float weight_scale, cons
   y = y * weight_scale;
   if (bias != nullptr) y = y + *bias;
   return y;
+}
+
+// One output channel's groups of `size` codes: w = scale * (q - zero_point), or scale * q + minimum.
+struct Groups {
+  int64_t size;
+  bool has_minimum;
+  std::vector<float> scale, minimum;
+  std::vector<int32_t> zero_point;
+};
+
+// One element of y over int4 codes: the groups in order, multiply and add apart.
+inline float linear(const Row& x, const uint8_t* codes, const Groups& groups, const float* bias) {
+  volatile float total = 0.0f;
+  for (size_t g = 0; g < groups.scale.size(); ++g) {
+    int64_t sum = 0, activations = 0;
+    const size_t begin = g * static_cast<size_t>(groups.size);
+    for (size_t i = begin; i < begin + static_cast<size_t>(groups.size) && i < x.q.size(); ++i) {
+      const int64_t a = x.q[i] - x.zero_point;
+      sum += a * codes[i];
+      activations += a;
+    }
+    volatile float term = static_cast<float>(static_cast<int32_t>(sum - groups.zero_point[g] * activations));
+    term = term * groups.scale[g];
+    total = total + term;
+    if (groups.has_minimum) {
+      term = static_cast<float>(static_cast<int32_t>(activations));
+      term = groups.minimum[g] * term;
+      total = total + term;
+    }
+  }
+  total = total * x.scale;
+  if (bias != nullptr) total = total + *bias;
+  return total;
 }
 
 }  // namespace contract

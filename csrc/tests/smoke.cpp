@@ -74,6 +74,45 @@ bool same(DType dtype, const void* base, int64_t at, float expected) {
   return static_cast<const uint16_t*>(base)[at] == half;
 }
 
+// Rows by number: 2 tiny, 3 zero, 4 with a NaN, 5 with an infinity, 6 an outlier; the rest normal.
+std::vector<uint8_t> make_rows(DType dtype, int64_t m, int64_t k, std::mt19937& random) {
+  std::normal_distribution<float> normal;
+  auto x = buffer<uint8_t>(m * k * bytes_of(dtype));
+  for (int64_t r = 0; r < m; ++r) {
+    for (int64_t i = 0; i < k; ++i) {
+      float value = normal(random);
+      if (r == 2) value *= 1e-36f;
+      if (r == 3) value = 0.0f;
+      if (r == 4 && i == k / 2) value = std::numeric_limits<float>::quiet_NaN();
+      if (r == 5 && i == k - 1) value = -std::numeric_limits<float>::infinity();
+      if (r == 6 && i == 0) value = 1e4f;
+      store(dtype, x.data(), r * k + i, value);
+    }
+  }
+  return x;
+}
+
+qk::ActivationArgs activations(const void* x, DType dtype, int64_t k, bool symmetric, bool dynamic) {
+  return {x, dtype, k, symmetric, dynamic ? 0.0f : 0.02f, dynamic || symmetric ? 0 : 117, nullptr};
+}
+
+contract::Row quantized(const qk::ActivationArgs& act, int64_t r, int64_t k) {
+  std::vector<float> row(static_cast<size_t>(k));
+  for (int64_t i = 0; i < k; ++i) row[static_cast<size_t>(i)] = load(act.x_dtype, act.x, r * act.x_stride + i);
+  return contract::quantize(row, act.symmetric, act.scale, act.zero_point);
+}
+
+// Whether y [row, column] is what the contract says; tells what it is if not.
+bool check_value(DType dtype, const void* y, int64_t n, int64_t r, int64_t j, float expected, const std::string& what) {
+  ++checks;
+  if (same(dtype, y, r * n + j, expected)) return true;
+  char where[112];
+  std::snprintf(where, sizeof(where), " row %lld column %lld: got %.9g, expected %.9g", static_cast<long long>(r),
+                static_cast<long long>(j), load(dtype, y, r * n + j), expected);
+  fail(what + where);
+  return false;
+}
+
 struct Case {
   int64_t m, n, k;
   DType dtype;
@@ -107,21 +146,8 @@ void check_linear(const Case& c, std::mt19937& random) {
   qk::unpack_w8(packed.get(), c.n, c.k, unpacked.data(), c.threads);
   if (unpacked != weight) fail("unpack_w8 does not give back what pack_w8 was given");
 
-  // Rows by number: 2 tiny, 3 zero, 4 with a NaN, 5 with an infinity, 6 an outlier; the rest normal.
-  auto x = buffer<uint8_t>(c.m * c.k * bytes_of(c.dtype));
+  const auto x = make_rows(c.dtype, c.m, c.k, random);
   auto y = buffer<uint8_t>(c.m * c.n * bytes_of(c.dtype), 0xAB);
-  for (int64_t r = 0; r < c.m; ++r) {
-    for (int64_t i = 0; i < c.k; ++i) {
-      float value = normal(random);
-      if (r == 2) value *= 1e-36f;
-      if (r == 3) value = 0.0f;
-      if (r == 4 && i == c.k / 2) value = std::numeric_limits<float>::quiet_NaN();
-      if (r == 5 && i == c.k - 1) value = -std::numeric_limits<float>::infinity();
-      if (r == 6 && i == 0) value = 1e4f;
-      store(c.dtype, x.data(), r * c.k + i, value);
-    }
-  }
-
   qk::LinearW8A8Args args{};
   args.packed = packed.get();
   args.colsum = colsum.data();
@@ -130,13 +156,8 @@ void check_linear(const Case& c, std::mt19937& random) {
   args.n = c.n;
   args.k = c.k;
   args.has_minus128 = has_minus128;
-  args.act_symmetric = c.symmetric;
-  args.act_scale = c.dynamic ? 0.0f : 0.02f;
-  args.act_zero_point = c.dynamic || c.symmetric ? 0 : 117;
-  args.x = x.data();
-  args.x_dtype = c.dtype;
+  args.act = activations(x.data(), c.dtype, c.k, c.symmetric, c.dynamic);
   args.m = c.m;
-  args.x_stride = c.k;
   args.y = y.data();
   args.y_dtype = c.dtype;
   args.y_stride = c.n;
@@ -147,19 +168,92 @@ void check_linear(const Case& c, std::mt19937& random) {
   args.scratch = scratch.get();
   table.linear_w8a8(args);
 
-  std::vector<float> row(static_cast<size_t>(c.k));
   for (int64_t r = 0; r < c.m; ++r) {
-    for (int64_t i = 0; i < c.k; ++i) row[static_cast<size_t>(i)] = load(c.dtype, x.data(), r * c.k + i);
-    const contract::Row q = contract::quantize(row, c.symmetric, args.act_scale, args.act_zero_point);
-    for (int64_t j = 0; j < c.n; ++j, ++checks) {
+    const contract::Row q = quantized(args.act, r, c.k);
+    for (int64_t j = 0; j < c.n; ++j) {
       const float expected = contract::linear(q, weight.data() + j * c.k, scale[static_cast<size_t>(j)],
                                               c.bias ? &bias[static_cast<size_t>(j)] : nullptr);
-      if (!same(c.dtype, y.data(), r * c.n + j, expected)) {
-        char where[96];
-        std::snprintf(where, sizeof(where), " row %lld column %lld: got %.9g, expected %.9g", static_cast<long long>(r),
-                      static_cast<long long>(j), load(c.dtype, y.data(), r * c.n + j), expected);
-        return fail("linear_w8a8 " + c.name(table.isa) + where);
+      if (!check_value(c.dtype, y.data(), c.n, r, j, expected, "linear_w8a8 " + c.name(table.isa))) return;
+    }
+  }
+}
+
+enum class Offset { kNone, kZeroPoint, kMinimum };  // of the int4 groups
+
+void check_w4(const Case& c, int64_t group_size, Offset offset, qk::ScaleType type, std::mt19937& random) {
+  std::uniform_int_distribution<int> level(0, 15);
+  std::normal_distribution<float> normal;
+  const int64_t group = group_size < c.k ? group_size : c.k, groups = group > 0 ? qk::ceil_div(c.k, group) : 0;
+  const int64_t row_bytes = qk::ceil_div(c.k, 2), element = type == qk::ScaleType::kF16 ? 2 : 4;
+  const DType stored = type == qk::ScaleType::kF16 ? DType::kF16 : DType::kF32;
+  auto codes = buffer<uint8_t>(c.n * c.k), weight = buffer<uint8_t>(c.n * row_bytes);
+  for (int64_t i = 0; i < c.n * c.k; ++i) {
+    const int q = level(random);
+    codes[static_cast<size_t>(i)] = static_cast<uint8_t>(q);
+    const int64_t at = i / c.k * row_bytes + i % c.k / 2;
+    weight[static_cast<size_t>(at)] |= static_cast<uint8_t>(i % c.k % 2 ? q << 4 : q);
+  }
+  auto scale = buffer<uint8_t>(c.n * groups * element), minimum = buffer<uint8_t>(c.n * groups * element);
+  auto zero_point = buffer<uint8_t>(c.n * groups);
+  auto bias = buffer<float>(c.n);
+  for (int64_t i = 0; i < c.n * groups; ++i) {
+    store(stored, scale.data(), i, 0.02f + 0.01f * std::fabs(normal(random)));
+    store(stored, minimum.data(), i, 0.1f * normal(random));
+    zero_point[static_cast<size_t>(i)] = static_cast<uint8_t>(level(random));
+  }
+  for (float& b : bias) b = normal(random);
+
+  auto packed = aligned<uint8_t>(qk::packed_w4_bytes(c.n, c.k));
+  qk::pack_w4(weight.data(), c.n, c.k, packed.get(), c.threads);
+  auto unpacked = buffer<uint8_t>(c.n * row_bytes);
+  qk::unpack_w4(packed.get(), c.n, c.k, unpacked.data(), c.threads);
+  if (unpacked != weight) fail("unpack_w4 does not give back what pack_w4 was given");
+  const int64_t elements = qk::packed_group_elements(c.n, groups);
+  auto packed_scale = aligned<uint8_t>(elements * element), packed_minimum = aligned<uint8_t>(elements * element);
+  auto packed_zero_point = aligned<uint8_t>(elements);
+  qk::pack_groups(scale.data(), element, c.n, groups, packed_scale.get());
+  qk::pack_groups(minimum.data(), element, c.n, groups, packed_minimum.get());
+  qk::pack_groups(zero_point.data(), 1, c.n, groups, packed_zero_point.get());
+
+  const auto x = make_rows(c.dtype, c.m, c.k, random);
+  auto y = buffer<uint8_t>(c.m * c.n * bytes_of(c.dtype), 0xAB);
+  qk::LinearW4A8Args args{};
+  args.packed = packed.get();
+  args.weight_scale = packed_scale.get();
+  args.weight_zero_point = offset == Offset::kZeroPoint ? packed_zero_point.get() : nullptr;
+  args.weight_min = offset == Offset::kMinimum ? packed_minimum.get() : nullptr;
+  args.scale_type = type;
+  args.bias = c.bias ? bias.data() : nullptr;
+  args.n = c.n;
+  args.k = c.k;
+  args.group_size = group_size;
+  args.act = activations(x.data(), c.dtype, c.k, c.symmetric, c.dynamic);
+  args.m = c.m;
+  args.y = y.data();
+  args.y_dtype = c.dtype;
+  args.y_stride = c.n;
+  args.threads = c.threads;
+  const qk::KernelTable& table = qk::kernels();
+  auto scratch = aligned<uint8_t>(table.linear_w4a8_scratch_bytes(c.m, c.k, groups < 1 ? 1 : groups, c.threads));
+  args.scratch = scratch.get();
+  table.linear_w4a8(args);
+
+  const std::string what = "linear_w4a8 " + c.name(table.isa) + " group=" + std::to_string(group_size) +
+                           " offset=" + std::to_string(static_cast<int>(offset));
+  for (int64_t r = 0; r < c.m; ++r) {
+    const contract::Row q = quantized(args.act, r, c.k);
+    for (int64_t j = 0; j < c.n; ++j) {
+      contract::Groups g{group, offset == Offset::kMinimum, {}, {}, {}};
+      for (int64_t i = j * groups; i < (j + 1) * groups; ++i) {
+        g.scale.push_back(load(stored, scale.data(), i));
+        g.minimum.push_back(load(stored, minimum.data(), i));
+        g.zero_point.push_back(offset == Offset::kZeroPoint ? zero_point[static_cast<size_t>(i)]
+                               : offset == Offset::kMinimum ? 0
+                                                            : 8);
       }
+      const float expected =
+          contract::linear(q, codes.data() + j * c.k, g, c.bias ? &bias[static_cast<size_t>(j)] : nullptr);
+      if (!check_value(c.dtype, y.data(), c.n, r, j, expected, what)) return;
     }
   }
 }
@@ -237,6 +331,18 @@ void check_tier() {
         for (int threads = 1; threads <= 3; threads += 2)
           check_linear({s[0], s[1], s[2], dtype, symmetric, dynamic, threads == 1, mode == 0 && threads == 3, threads},
                        random);
+      }
+    }
+  }
+  const int64_t grouped[][4] = {{1, 65, 64, 32}, {7, 66, 70, 32},  {9, 3, 129, 128}, {13, 64, 40, 8},
+                                {5, 10, 33, 64}, {34, 70, 96, 32}, {2, 1, 1, 128},   {7, 130, 256, 128}};
+  for (const auto& s : grouped) {
+    for (Offset offset : {Offset::kNone, Offset::kZeroPoint, Offset::kMinimum}) {
+      for (int mode = 0; mode < 4; ++mode) {
+        const DType dtype = mode == 1 ? DType::kBF16 : mode == 2 ? DType::kF16 : DType::kF32;
+        const qk::ScaleType type = mode == 3 ? qk::ScaleType::kF32 : qk::ScaleType::kF16;
+        check_w4({s[0], s[1], s[2], dtype, mode % 2 == 0, mode != 2, mode != 0, false, 1 + mode % 2}, s[3], offset,
+                 type, random);
       }
     }
   }
