@@ -214,6 +214,16 @@ def test_quantize_scheme_typo_lists_the_presets(tmp_path: Path, capsys: pytest.C
     assert "w8a9" in message
 
 
+def test_quantize_with_asymmetric_activations(bert: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["quantize", str(bert), "-o", str(tmp_path / "out"), "--asymmetric-activations", "--json"]) == 0
+    layers = json.loads(capsys.readouterr().out)["report"]["layers"]
+    wanted = qkernels.Scheme(activation_symmetric=False).name
+    assert {layer["scheme"] for layer in layers if layer["scheme"]} == {wanted}
+    out = str(tmp_path / "other")
+    message = fails(capsys, "quantize", str(bert), "-o", out, "--scheme", "w8a16", "--asymmetric-activations")
+    assert "activation_symmetric" in message
+
+
 def test_quantize_refuses_what_is_no_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = str(tmp_path / "out")
     assert "existing directory" in fails(capsys, "quantize", str(tmp_path / "nowhere"), "-o", out)

@@ -15,7 +15,7 @@ from qkernels.commands.common import (
     positive_int,
     write_json,
 )
-from qkernels.commands.quantize import DTYPES, add_scheme_options, parse_dtype, quantize_model
+from qkernels.commands.quantize import DTYPES, add_scheme_options, chosen_scheme, parse_dtype, quantize_model
 
 
 def add_parser(subparsers: Any) -> None:
@@ -50,10 +50,9 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from qkernels import hf
-    from qkernels.scheme import Scheme
 
     if args.scheme is not None:
-        Scheme.resolve(args.scheme)
+        chosen_scheme(args)
     apply_threads(args)
     hf.find_gguf(args.model, args.gguf_file)
     if hf.is_quantized(args.model):

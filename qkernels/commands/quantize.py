@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 import time
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from qkernels.commands.common import add_json_option, add_threads_option, apply_threads, write_json
+from qkernels.scheme import Scheme
 
 REPORT_FILE = "qkernels_report.json"
 DTYPES = ("float32", "bfloat16", "float16", "auto")
@@ -43,6 +45,11 @@ def add_scheme_options(parser: argparse.ArgumentParser, *, default: str | None =
     shown = default or "none: run the model as it is"
     parser.add_argument("--scheme", default=default, help=f"w8a8, w8a16, w4a8 or w4a16 (default: {shown})")
     parser.add_argument(
+        "--asymmetric-activations",
+        action="store_true",
+        help="8-bit inputs with a zero point: more exact where inputs are one-sided or skewed",
+    )
+    parser.add_argument(
         "--embeddings", action="store_true", help="also quantize embeddings, and an output head tied to one"
     )
     parser.add_argument(
@@ -69,15 +76,26 @@ def quantize_model(model: Any, args: argparse.Namespace) -> Any:
         options["include"] = tuple(args.include)
     if args.exclude:
         options["exclude"] = tuple(args.exclude)
-    return qkernels.quantize_(model, args.scheme, **options)
+    return qkernels.quantize_(model, chosen_scheme(args), **options)
+
+
+def chosen_scheme(args: argparse.Namespace) -> Scheme:
+    """The scheme that the options name.
+
+    Raises:
+        ValueError: no such preset, or one whose inputs are not quantized and so cannot be asymmetric.
+    """
+    scheme = Scheme.resolve(args.scheme)
+    if args.asymmetric_activations:
+        scheme = dataclasses.replace(scheme, activation_symmetric=False)
+    return scheme
 
 
 def run(args: argparse.Namespace) -> int:
     """Quantize and store; print the report."""
     from qkernels import hf
-    from qkernels.scheme import Scheme
 
-    Scheme.resolve(args.scheme)  # a typo must not cost the time to load a model
+    chosen_scheme(args)  # a typo must not cost the time to load a model
     if hf.find_gguf(args.model, args.gguf_file) is None and hf.is_quantized(args.model):
         raise ValueError(f"model directory: {args.model} is quantized already")
     target = hf.check_output(args.output, force=args.force)
