@@ -131,6 +131,10 @@ class PreparedW8A8(Prepared):
         self._packed_id = id(self.tensors["packed"])
         self._binding = _UNBOUND
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle: addresses mean nothing elsewhere."""
+        return {**self.__dict__, "_binding": _UNBOUND}
+
     def _bind(self) -> _Binding:
         """The binding for what is resident now; ``_UNBOUND`` where that is not what a kernel can read."""
         tensors = self.resident()

@@ -187,9 +187,10 @@ class QuantLinear(QuantModule):
         """Hold the tensors of ``prepared`` as buffers; from then on both look at the same dictionary."""
         for name in self._resident_names():
             self._buffers.pop(name, None)
+            self._non_persistent_buffers_set.discard(name)
         self._buffers["bias"] = None
         self._buffers.update(prepared.tensors)
-        self._non_persistent_buffers_set.update(prepared.names)
+        self._non_persistent_buffers_set.update(prepared.resident())
         prepared.tensors = self._buffers
         self.__dict__["_prepared"] = prepared
 
@@ -228,6 +229,7 @@ class QuantLinear(QuantModule):
                     raise complaint
                 value = value.detach().to(device=self._device(), dtype=torch.float32).contiguous()
             self._buffers["bias"] = value
+            self._non_persistent_buffers_set.add("bias")
             self._prepared.moved()
             return
         super().__setattr__(name, value)

@@ -95,7 +95,8 @@ class QuantModule(nn.Module):
         probe = fn(torch.empty(0, dtype=self.dtype, device=device))
         if probe.is_floating_point():
             self.dtype = probe.dtype
-        held = {name: self._buffers.pop(name) for name in self._resident_names() if name in self._buffers}
+        buffers = self._buffers
+        held = {name: buffers.pop(name) for name in self._resident_names() if buffers.get(name) is not None}
         try:
             super()._apply(fn, recurse)
         finally:

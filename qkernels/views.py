@@ -91,7 +91,7 @@ class DequantizedWeight(Tensor):
                 return func(*args, **kwargs)
         if func is Tensor.requires_grad_ and not any((*args[1:], *kwargs.values())) and len(args) + len(kwargs) > 1:
             return args[0]
-        if _writes(func) and args and isinstance(args[0], cls):
+        if _writes(func) and isinstance((*args, *kwargs.values(), None)[0], cls):
             raise RuntimeError(
                 "weight: read-only, built from integers on demand; load a state dict, or dequantize the layer first"
             )
