@@ -41,13 +41,14 @@ struct Avx2 : YmmVerbs {
   static constexpr const char* kIsa = "avx2";
   static constexpr int kTileM = 4, kTileN = 16, kOffset = 0, kSliceK = 512;
   static constexpr int kDepthAlign = 8, kMaxBlockTiles = 16, kDirectRows = 1;
+  static constexpr bool kFusesGroups = false;
   static constexpr int64_t kBlockBytes = 384 << 10;
   struct Session {
     Session() {}
   };
 
   template <class Dot, int kRows>
-  static void tile_rows(const uint8_t* a, int64_t lda, const int8_t* b, int64_t steps, int32_t* c, bool accumulate) {
+  QK_NOINLINE static void tile_rows(const uint8_t* a, int64_t lda, const int8_t* b, int64_t steps, int32_t* c, bool accumulate) {
     __m256i c00, c01, c10, c11, c20, c21, c30, c31;
     const auto init = [&](int r, __m256i& x0, __m256i& x1) {
       x0 = accumulate ? load_i(c + r * kTileN) : _mm256_setzero_si256();
@@ -83,7 +84,7 @@ struct Avx2 : YmmVerbs {
   }
 
   template <class Dot>
-  static void tile_one_with(const uint8_t* a, const int8_t* b, int64_t steps, int32_t* c) {
+  QK_NOINLINE static void tile_one_with(const uint8_t* a, const int8_t* b, int64_t steps, int32_t* c) {
     __m256i c0, c1, c2, c3, c4, c5, c6, c7;
     c0 = c1 = c2 = c3 = c4 = c5 = c6 = c7 = _mm256_setzero_si256();
     const __m256i ones = _mm256_set1_epi16(1);
@@ -139,7 +140,7 @@ struct Avx2 : YmmVerbs {
   }
 
   template <int kRows>
-  static void tile4_rows(const uint8_t* a, int64_t lda, const int8_t* b, int64_t steps, int32_t* c, bool accumulate) {
+  QK_NOINLINE static void tile4_rows(const uint8_t* a, int64_t lda, const int8_t* b, int64_t steps, int32_t* c, bool accumulate) {
     __m256i c00, c01, c10, c11, c20, c21, c30, c31;
     const __m256i ones = _mm256_set1_epi16(1), zero = _mm256_setzero_si256();
     if (!accumulate) __builtin_memset(c, 0, sizeof(int32_t) * kRows * kTileN);

@@ -30,13 +30,14 @@ struct AvxVnni : YmmVerbs {
   static constexpr const char* kIsa = "avxvnni";
   static constexpr int kTileM = 6, kTileN = 16, kOffset = 128, kSliceK = 1024;
   static constexpr int kDepthAlign = 8, kMaxBlockTiles = 16, kDirectRows = 1;
+  static constexpr bool kFusesGroups = false;
   static constexpr int64_t kBlockBytes = 384 << 10;
   struct Session {
     Session() {}
   };
 
   template <class W, int kRows>
-  static void tile_rows(const uint8_t* a, int64_t lda, const int8_t* b, int64_t steps, int32_t* c, bool accumulate) {
+  QK_NOINLINE static void tile_rows(const uint8_t* a, int64_t lda, const int8_t* b, int64_t steps, int32_t* c, bool accumulate) {
     __m256i c00, c01, c10, c11, c20, c21, c30, c31, c40, c41, c50, c51;
     const auto init = [&](int r, __m256i& x0, __m256i& x1) {
       x0 = accumulate ? load_i(c + r * kTileN) : _mm256_setzero_si256();

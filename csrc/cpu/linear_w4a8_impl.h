@@ -14,7 +14,8 @@
 // K is never split between threads, so tiers and thread counts agree to the bit.
 //
 // A tier provides, beside what linear_w8a8_impl.h asks for: tile4 (as tile, u8 weights and s8 activations, depth in
-// lines of 4 k) and tile4_direct (rows <= kDirectRows, c [rows, 64], straight from packed lines of 8 k).
+// lines of 4 k), tile4_direct (rows <= kDirectRows, c [rows, 64], straight from packed lines of 8 k), and, where
+// kFusesGroups, tile4_group (a group's sums go to the float totals without a stop in memory).
 #pragma once
 
 #include <cstring>
@@ -49,7 +50,8 @@ class LinearW4A8 {
       : p_(args),
         group_(args.group_size < args.k ? args.group_size : args.k),
         groups_(args.k > 0 ? ceil_div(args.k, group_) : 1),
-        stride_(w4a8_row_bytes(args.k, groups_)) {}
+        stride_(w4a8_row_bytes(args.k, groups_)),
+        fuses_(args.act.symmetric && !args.weight_zero_point && !args.weight_min && group_ <= kPanelK) {}
 
   void run() const {
     if (p_.m == 0 || p_.n == 0) return;
@@ -167,6 +169,12 @@ class LinearW4A8 {
         const int64_t depth = end - k0 < kPanelK ? end - k0 : kPanelK;
         const int64_t steps = round_up(depth, V::kDepthAlign) / kPackK;
         unpack(codes + k0 / kLineK * kBlockN * kPackK, ceil_div(depth, kLineK), steps / 2, panel);
+        if constexpr (V::kFusesGroups) {
+          if (fuses_) {
+            fused_group(g, tiles, rows, a, begin, steps, panel, group, totals);
+            continue;
+          }
+        }
         int32_t* c = sums;
         for (int j = 0; j < kBlockN; j += V::kTileN) {
           for (int64_t t = 0; t < tiles; ++t) {
@@ -180,6 +188,18 @@ class LinearW4A8 {
       }
     }
     for (int64_t r = 0; r < rows; ++r) finish_row(row + block.begin + r, scales[block.begin + r].scale, totals + r * kBlockN, nb);
+  }
+
+  // A group of one panel whose zero points are all 8: the accumulators start at -8 * sum(a) and end in the totals.
+  void fused_group(int64_t g, int64_t tiles, int64_t rows, const uint8_t* a, int64_t begin, int64_t steps,
+                   const uint8_t* panel, const Group& group, float* totals) const {
+    for (int64_t t = 0; t < tiles; ++t) {
+      const Range tile = share(rows, static_cast<int>(t), static_cast<int>(tiles));
+      int32_t start[V::kTileM];
+      for (int64_t r = tile.begin; r < tile.end; ++r) start[r - tile.begin] = -8 * group_sums(a + r * stride_)[g];
+      V::tile4_group(static_cast<int>(tile.end - tile.begin), a + tile.begin * stride_ + begin, stride_,
+                     reinterpret_cast<const int8_t*>(panel), steps, start, group.scale, totals + tile.begin * kBlockN);
+    }
   }
 
   // code_sum[j] = sum of the group's codes of column j: what a row of ones would give.
@@ -242,6 +262,7 @@ class LinearW4A8 {
 
   const LinearW4A8Args& p_;
   const int64_t group_, groups_, stride_;
+  const bool fuses_;
 };
 
 // Returns the tier that ran.

@@ -4,22 +4,13 @@
 #include "../layout.h"
 #include "verbs_zmm.h"
 
+// c += sum of four u8 x s8 products, per 32-bit lane (VPDPBUSD, not the saturating VPDPBUSDS). Inline assembly over
+// accumulators that are variables of their own, and macros rather than lambdas that take references to them: g++ 12 keeps
+// the accumulators in memory when they stand in an array or are captured, which costs a factor of 2.
+#define QK_DOT4(c, u8, s8) asm("vpdpbusd %2, %1, %0" : "+v"(c) : "v"(u8), "v"(s8))
+
 namespace qk {
 namespace {
-
-// c += sum of four u8 x s8 products, per 32-bit lane (VPDPBUSD, not the saturating VPDPBUSDS). Inline assembly with
-// every accumulator a variable of its own: g++ 12 spills and copies the accumulators when they stand in an array and
-// the intrinsic is used, which costs a factor of 2.5.
-inline void dot4(__m512i& c, __m512i u8, __m512i s8) { asm("vpdpbusd %2, %1, %0" : "+v"(c) : "v"(u8), "v"(s8)); }
-
-// Which operand of the instruction the weights are: signed bytes (W8, activations offset to unsigned), or unsigned 4-bit
-// codes (W4, activations signed).
-struct SignedWeights {
-  static void dot(__m512i& c, __m512i a, __m512i w) { dot4(c, a, w); }
-};
-struct UnsignedWeights {
-  static void dot(__m512i& c, __m512i a, __m512i w) { dot4(c, w, a); }
-};
 
 inline __m512i broadcast4(const uint8_t* p) {
   int32_t v;
@@ -33,81 +24,146 @@ struct Avx512Vnni : ZmmVerbs {
   static constexpr const char* kIsa = "avx512vnni";
   static constexpr int kTileM = 6, kTileN = 64, kOffset = 128, kSliceK = 4096;
   static constexpr int kDepthAlign = 8, kMaxBlockTiles = 16, kDirectRows = 4;
+  static constexpr bool kFusesGroups = true;
   static constexpr int64_t kBlockBytes = 384 << 10;
   struct Session {
     Session() {}
   };
 
-  template <class W, int kRows>
-  static void tile_rows(const uint8_t* a, int64_t lda, const int8_t* b, int64_t steps, int32_t* c, bool accumulate) {
-    __m512i c00, c01, c02, c03, c10, c11, c12, c13, c20, c21, c22, c23;
-    __m512i c30, c31, c32, c33, c40, c41, c42, c43, c50, c51, c52, c53;
-    const auto init = [&](int r, __m512i& x0, __m512i& x1, __m512i& x2, __m512i& x3) {
-      const __m512i zero = _mm512_setzero_si512();
-      x0 = accumulate ? load_i(c + r * kTileN) : zero;
-      x1 = accumulate ? load_i(c + r * kTileN + 16) : zero;
-      x2 = accumulate ? load_i(c + r * kTileN + 32) : zero;
-      x3 = accumulate ? load_i(c + r * kTileN + 48) : zero;
-    };
-    const auto save = [&](int r, __m512i x0, __m512i x1, __m512i x2, __m512i x3) {
-      store_i(c + r * kTileN, x0);
-      store_i(c + r * kTileN + 16, x1);
-      store_i(c + r * kTileN + 32, x2);
-      store_i(c + r * kTileN + 48, x3);
-    };
-    init(0, c00, c01, c02, c03);
-    if constexpr (kRows > 1) init(1, c10, c11, c12, c13);
-    if constexpr (kRows > 2) init(2, c20, c21, c22, c23);
-    if constexpr (kRows > 3) init(3, c30, c31, c32, c33);
-    if constexpr (kRows > 4) init(4, c40, c41, c42, c43);
-    if constexpr (kRows > 5) init(5, c50, c51, c52, c53);
-    const uint8_t* a3 = a + 3 * lda;
-    const auto step = [&](int64_t k) __attribute__((always_inline)) {
-      const int8_t* bk = b + k * kBlockN * kPackK;
-      const __m512i b0 = _mm512_load_si512(bk), b1 = _mm512_load_si512(bk + 64), b2 = _mm512_load_si512(bk + 128),
-                    b3 = _mm512_load_si512(bk + 192);
-      const auto row = [&](const uint8_t* ar, __m512i& x0, __m512i& x1, __m512i& x2,
-                           __m512i& x3) __attribute__((always_inline)) {
-        const __m512i v = broadcast4(ar + k * kPackK);
-        W::dot(x0, v, b0);
-        W::dot(x1, v, b1);
-        W::dot(x2, v, b2);
-        W::dot(x3, v, b3);
-      };
-      row(a, c00, c01, c02, c03);
-      if constexpr (kRows > 1) row(a + lda, c10, c11, c12, c13);
-      if constexpr (kRows > 2) row(a + 2 * lda, c20, c21, c22, c23);
-      if constexpr (kRows > 3) row(a3, c30, c31, c32, c33);
-      if constexpr (kRows > 4) row(a3 + lda, c40, c41, c42, c43);
-      if constexpr (kRows > 5) row(a3 + 2 * lda, c50, c51, c52, c53);
-    };
-    for (int64_t k = 0; k < steps; k += 2) {
-      step(k);
-      step(k + 1);
-    }
-    save(0, c00, c01, c02, c03);
-    if constexpr (kRows > 1) save(1, c10, c11, c12, c13);
-    if constexpr (kRows > 2) save(2, c20, c21, c22, c23);
-    if constexpr (kRows > 3) save(3, c30, c31, c32, c33);
-    if constexpr (kRows > 4) save(4, c40, c41, c42, c43);
-    if constexpr (kRows > 5) save(5, c50, c51, c52, c53);
+// One row of a step: four dot products. The unsigned operand is the activations (W8) or the raw codes (W4).
+#define QK_ROW(r, address)                              \
+  if constexpr (kRows > r) {                            \
+    const __m512i v = broadcast4((address) + k * kPackK); \
+    if constexpr (kUnsignedWeights) {                   \
+      QK_DOT4(c##r##0, b0, v);                          \
+      QK_DOT4(c##r##1, b1, v);                          \
+      QK_DOT4(c##r##2, b2, v);                          \
+      QK_DOT4(c##r##3, b3, v);                          \
+    } else {                                            \
+      QK_DOT4(c##r##0, v, b0);                          \
+      QK_DOT4(c##r##1, v, b1);                          \
+      QK_DOT4(c##r##2, v, b2);                          \
+      QK_DOT4(c##r##3, v, b3);                          \
+    }                                                   \
+  }
+#define QK_INIT(r)                                                                  \
+  __m512i c##r##0 = zero, c##r##1 = zero, c##r##2 = zero, c##r##3 = zero;           \
+  if (kRows > r && accumulate) {                                                    \
+    c##r##0 = load_i(c + r * kTileN);                                               \
+    c##r##1 = load_i(c + r * kTileN + 16);                                          \
+    c##r##2 = load_i(c + r * kTileN + 32);                                          \
+    c##r##3 = load_i(c + r * kTileN + 48);                                          \
+  }
+#define QK_SAVE(r)                            \
+  if constexpr (kRows > r) {                  \
+    store_i(c + r * kTileN, c##r##0);         \
+    store_i(c + r * kTileN + 16, c##r##1);    \
+    store_i(c + r * kTileN + 32, c##r##2);    \
+    store_i(c + r * kTileN + 48, c##r##3);    \
   }
 
-  // Four column vectors are too few chains for the latency, so odd steps have accumulators of their own.
-  static void tile_one(const uint8_t* a, const int8_t* b, int64_t steps, int32_t* c, bool /*minus128*/) {
+  template <bool kUnsignedWeights, int kRows>
+  QK_NOINLINE static void tile_rows(const uint8_t* a, int64_t lda, const int8_t* b, int64_t steps, int32_t* c,
+                                    bool accumulate) {
+    const __m512i zero = _mm512_setzero_si512();
+    const uint8_t* a3 = a + 3 * lda;
+    QK_INIT(0) QK_INIT(1) QK_INIT(2) QK_INIT(3) QK_INIT(4) QK_INIT(5)
+    for (int64_t k = 0; k < steps; ++k, b += kBlockN * kPackK) {
+      const __m512i b0 = _mm512_load_si512(b), b1 = _mm512_load_si512(b + 64), b2 = _mm512_load_si512(b + 128),
+                    b3 = _mm512_load_si512(b + 192);
+      QK_ROW(0, a)
+      QK_ROW(1, a + lda)
+      QK_ROW(2, a + 2 * lda)
+      QK_ROW(3, a3)
+      QK_ROW(4, a3 + lda)
+      QK_ROW(5, a3 + 2 * lda)
+    }
+    QK_SAVE(0) QK_SAVE(1) QK_SAVE(2) QK_SAVE(3) QK_SAVE(4) QK_SAVE(5)
+  }
+
+  // The same over a whole group of 4-bit weights with one zero point: total [rows, 64] += float(start + sum) * scale [64],
+  // start [rows] being minus the zero point times the sum of the row's activations.
+#define QK_START(r) \
+  __m512i c##r##0 = _mm512_set1_epi32(kRows > r ? start[r] : 0), c##r##1 = c##r##0, c##r##2 = c##r##0, c##r##3 = c##r##0;
+#define QK_TOTAL(r)                                                                                  \
+  if constexpr (kRows > r) {                                                                         \
+    float* t = total + r * kBlockN;                                                                  \
+    store_f(t, add(load_f(t), mul(to_f(c##r##0), s0)));                                              \
+    store_f(t + 16, add(load_f(t + 16), mul(to_f(c##r##1), s1)));                                    \
+    store_f(t + 32, add(load_f(t + 32), mul(to_f(c##r##2), s2)));                                    \
+    store_f(t + 48, add(load_f(t + 48), mul(to_f(c##r##3), s3)));                                    \
+  }
+  template <int kRows>
+  QK_NOINLINE static void group_rows(const uint8_t* a, int64_t lda, const int8_t* b, int64_t steps, const int32_t* start,
+                                     const float* scale, float* total) {
+    constexpr bool kUnsignedWeights = true;
+    const uint8_t* a3 = a + 3 * lda;
+    QK_START(0) QK_START(1) QK_START(2) QK_START(3) QK_START(4) QK_START(5)
+    for (int64_t k = 0; k < steps; ++k, b += kBlockN * kPackK) {
+      const __m512i b0 = _mm512_load_si512(b), b1 = _mm512_load_si512(b + 64), b2 = _mm512_load_si512(b + 128),
+                    b3 = _mm512_load_si512(b + 192);
+      QK_ROW(0, a)
+      QK_ROW(1, a + lda)
+      QK_ROW(2, a + 2 * lda)
+      QK_ROW(3, a3)
+      QK_ROW(4, a3 + lda)
+      QK_ROW(5, a3 + 2 * lda)
+    }
+    const __m512 s0 = load_f(scale), s1 = load_f(scale + 16), s2 = load_f(scale + 32), s3 = load_f(scale + 48);
+    QK_TOTAL(0) QK_TOTAL(1) QK_TOTAL(2) QK_TOTAL(3) QK_TOTAL(4) QK_TOTAL(5)
+  }
+#undef QK_START
+#undef QK_TOTAL
+#undef QK_ROW
+#undef QK_INIT
+#undef QK_SAVE
+
+  template <bool kUnsignedWeights>
+  static void tile_of(int rows, const uint8_t* a, int64_t lda, const int8_t* b, int64_t steps, int32_t* c, bool accumulate) {
+    switch (rows) {
+      case 1: return tile_rows<kUnsignedWeights, 1>(a, lda, b, steps, c, accumulate);
+      case 2: return tile_rows<kUnsignedWeights, 2>(a, lda, b, steps, c, accumulate);
+      case 3: return tile_rows<kUnsignedWeights, 3>(a, lda, b, steps, c, accumulate);
+      case 4: return tile_rows<kUnsignedWeights, 4>(a, lda, b, steps, c, accumulate);
+      case 5: return tile_rows<kUnsignedWeights, 5>(a, lda, b, steps, c, accumulate);
+      default: return tile_rows<kUnsignedWeights, 6>(a, lda, b, steps, c, accumulate);
+    }
+  }
+  // b is 64-byte aligned.
+  static void tile(int rows, const uint8_t* a, int64_t lda, const int8_t* b, int64_t steps, int32_t* c, bool accumulate,
+                   bool /*minus128*/) {
+    tile_of<false>(rows, a, lda, b, steps, c, accumulate);
+  }
+  static void tile4(int rows, const uint8_t* a, int64_t lda, const int8_t* b, int64_t steps, int32_t* c, bool accumulate) {
+    tile_of<true>(rows, a, lda, b, steps, c, accumulate);
+  }
+
+  static void tile4_group(int rows, const uint8_t* a, int64_t lda, const int8_t* b, int64_t steps, const int32_t* start,
+                          const float* scale, float* total) {
+    switch (rows) {
+      case 1: return group_rows<1>(a, lda, b, steps, start, scale, total);
+      case 2: return group_rows<2>(a, lda, b, steps, start, scale, total);
+      case 3: return group_rows<3>(a, lda, b, steps, start, scale, total);
+      case 4: return group_rows<4>(a, lda, b, steps, start, scale, total);
+      case 5: return group_rows<5>(a, lda, b, steps, start, scale, total);
+      default: return group_rows<6>(a, lda, b, steps, start, scale, total);
+    }
+  }
+
+  // Four column vectors are too few chains for the latency, so odd steps have accumulators of their own. steps is even.
+  QK_NOINLINE static void tile_one(const uint8_t* a, const int8_t* b, int64_t steps, int32_t* c, bool /*minus128*/) {
     const __m512i zero = _mm512_setzero_si512();
     __m512i c0 = zero, c1 = zero, c2 = zero, c3 = zero, d0 = zero, d1 = zero, d2 = zero, d3 = zero;
-    for (int64_t k = 0; k < steps; k += 2) {
-      const int8_t* bk = b + k * kBlockN * kPackK;
+    for (int64_t k = 0; k < steps; k += 2, b += 2 * kBlockN * kPackK) {
       const __m512i v = broadcast4(a + k * kPackK), w = broadcast4(a + k * kPackK + kPackK);
-      dot4(c0, v, _mm512_load_si512(bk));
-      dot4(c1, v, _mm512_load_si512(bk + 64));
-      dot4(c2, v, _mm512_load_si512(bk + 128));
-      dot4(c3, v, _mm512_load_si512(bk + 192));
-      dot4(d0, w, _mm512_load_si512(bk + 256));
-      dot4(d1, w, _mm512_load_si512(bk + 320));
-      dot4(d2, w, _mm512_load_si512(bk + 384));
-      dot4(d3, w, _mm512_load_si512(bk + 448));
+      QK_DOT4(c0, v, _mm512_load_si512(b));
+      QK_DOT4(c1, v, _mm512_load_si512(b + 64));
+      QK_DOT4(c2, v, _mm512_load_si512(b + 128));
+      QK_DOT4(c3, v, _mm512_load_si512(b + 192));
+      QK_DOT4(d0, w, _mm512_load_si512(b + 256));
+      QK_DOT4(d1, w, _mm512_load_si512(b + 320));
+      QK_DOT4(d2, w, _mm512_load_si512(b + 384));
+      QK_DOT4(d3, w, _mm512_load_si512(b + 448));
     }
     store_i(c, add_i(c0, d0));
     store_i(c + 16, add_i(c1, d1));
@@ -115,67 +171,52 @@ struct Avx512Vnni : ZmmVerbs {
     store_i(c + 48, add_i(c3, d3));
   }
 
-  template <class W>
-  static void tile_of(int rows, const uint8_t* a, int64_t lda, const int8_t* b, int64_t steps, int32_t* c, bool accumulate) {
-    switch (rows) {
-      case 1: return tile_rows<W, 1>(a, lda, b, steps, c, accumulate);
-      case 2: return tile_rows<W, 2>(a, lda, b, steps, c, accumulate);
-      case 3: return tile_rows<W, 3>(a, lda, b, steps, c, accumulate);
-      case 4: return tile_rows<W, 4>(a, lda, b, steps, c, accumulate);
-      case 5: return tile_rows<W, 5>(a, lda, b, steps, c, accumulate);
-      default: return tile_rows<W, 6>(a, lda, b, steps, c, accumulate);
-    }
+// 16 columns of a line of 8 k: low nibbles are the first four k, high ones the other four. One row alone accumulates
+// them apart (into row 1's variables), since four chains are too few.
+#define QK_COLUMN(j)                                                                                                \
+  {                                                                                                                 \
+    const __m512i w = _mm512_load_si512(packed + 64 * j);                                                           \
+    const __m512i low = _mm512_and_si512(w, nibble), high = _mm512_and_si512(_mm512_srli_epi16(w, 4), nibble);      \
+    QK_DOT4(c0##j, low, v0);                                                                                        \
+    if constexpr (kRows == 1) QK_DOT4(c1##j, high, w0);                                                             \
+    if constexpr (kRows > 1) QK_DOT4(c0##j, high, w0);                                                              \
+    if constexpr (kRows > 1) QK_DOT4(c1##j, low, v1);                                                               \
+    if constexpr (kRows > 1) QK_DOT4(c1##j, high, w1);                                                              \
+    if constexpr (kRows > 2) QK_DOT4(c2##j, low, v2);                                                               \
+    if constexpr (kRows > 2) QK_DOT4(c2##j, high, w2);                                                              \
+    if constexpr (kRows > 3) QK_DOT4(c3##j, low, v3);                                                               \
+    if constexpr (kRows > 3) QK_DOT4(c3##j, high, w3);                                                              \
   }
+#define QK_SAVE(r)                             \
+  store_i(c + r * kBlockN, c##r##0);           \
+  store_i(c + r * kBlockN + 16, c##r##1);      \
+  store_i(c + r * kBlockN + 32, c##r##2);      \
+  store_i(c + r * kBlockN + 48, c##r##3);
 
-  // steps is even; b is 64-byte aligned.
-  static void tile(int rows, const uint8_t* a, int64_t lda, const int8_t* b, int64_t steps, int32_t* c, bool accumulate,
-                   bool /*minus128*/) {
-    tile_of<SignedWeights>(rows, a, lda, b, steps, c, accumulate);
-  }
-  static void tile4(int rows, const uint8_t* a, int64_t lda, const int8_t* b, int64_t steps, int32_t* c, bool accumulate) {
-    tile_of<UnsignedWeights>(rows, a, lda, b, steps, c, accumulate);
-  }
-
-  // A line of 8 k: the low nibbles of its 256 bytes are the first four k, the high ones the other four.
   template <int kRows>
-  static void direct_rows(const uint8_t* a, int64_t lda, const uint8_t* packed, int64_t lines, int32_t* c) {
+  QK_NOINLINE static void direct_rows(const uint8_t* a, int64_t lda, const uint8_t* packed, int64_t lines, int32_t* c) {
     const __m512i zero = _mm512_setzero_si512(), nibble = _mm512_set1_epi8(15);
     __m512i c00 = zero, c01 = zero, c02 = zero, c03 = zero, c10 = zero, c11 = zero, c12 = zero, c13 = zero;
     __m512i c20 = zero, c21 = zero, c22 = zero, c23 = zero, c30 = zero, c31 = zero, c32 = zero, c33 = zero;
-    for (int64_t l = 0; l < lines; ++l) {
-      const uint8_t *line = packed + l * kBlockN * kPackK, *x = a + l * 2 * kPackK;
-      const auto column = [&](int j, __m512i& x0, __m512i& x1, __m512i& x2, __m512i& x3) __attribute__((always_inline)) {
-        const __m512i w = _mm512_load_si512(line + 64 * j);
-        const __m512i low = _mm512_and_si512(w, nibble), high = _mm512_and_si512(_mm512_srli_epi16(w, 4), nibble);
-        dot4(x0, low, broadcast4(x));
-        if constexpr (kRows > 1) dot4(x1, low, broadcast4(x + lda));
-        if constexpr (kRows > 2) dot4(x2, low, broadcast4(x + 2 * lda));
-        if constexpr (kRows > 3) dot4(x3, low, broadcast4(x + 3 * lda));
-        dot4(kRows == 1 ? x1 : x0, high, broadcast4(x + kPackK));  // one row: a second chain hides the latency
-        if constexpr (kRows > 1) dot4(x1, high, broadcast4(x + lda + kPackK));
-        if constexpr (kRows > 2) dot4(x2, high, broadcast4(x + 2 * lda + kPackK));
-        if constexpr (kRows > 3) dot4(x3, high, broadcast4(x + 3 * lda + kPackK));
-      };
-      column(0, c00, c10, c20, c30);
-      column(1, c01, c11, c21, c31);
-      column(2, c02, c12, c22, c32);
-      column(3, c03, c13, c23, c33);
+    __m512i v0, w0, v1 = zero, w1 = zero, v2 = zero, w2 = zero, v3 = zero, w3 = zero;
+    for (int64_t l = 0; l < lines; ++l, packed += kBlockN * kPackK, a += 2 * kPackK) {
+      v0 = broadcast4(a);
+      w0 = broadcast4(a + kPackK);
+      if constexpr (kRows > 1) v1 = broadcast4(a + lda), w1 = broadcast4(a + lda + kPackK);
+      if constexpr (kRows > 2) v2 = broadcast4(a + 2 * lda), w2 = broadcast4(a + 2 * lda + kPackK);
+      if constexpr (kRows > 3) v3 = broadcast4(a + 3 * lda), w3 = broadcast4(a + 3 * lda + kPackK);
+      QK_COLUMN(0) QK_COLUMN(1) QK_COLUMN(2) QK_COLUMN(3)
     }
-    const auto save = [&](int r, __m512i x0, __m512i x1, __m512i x2, __m512i x3) {
-      store_i(c + r * kBlockN, x0);
-      store_i(c + r * kBlockN + 16, x1);
-      store_i(c + r * kBlockN + 32, x2);
-      store_i(c + r * kBlockN + 48, x3);
-    };
     if constexpr (kRows == 1) {
-      save(0, add_i(c00, c10), add_i(c01, c11), add_i(c02, c12), add_i(c03, c13));
-    } else {
-      save(0, c00, c01, c02, c03);
-      save(1, c10, c11, c12, c13);
-      if constexpr (kRows > 2) save(2, c20, c21, c22, c23);
-      if constexpr (kRows > 3) save(3, c30, c31, c32, c33);
+      c00 = add_i(c00, c10), c01 = add_i(c01, c11), c02 = add_i(c02, c12), c03 = add_i(c03, c13);
     }
+    QK_SAVE(0)
+    if constexpr (kRows > 1) { QK_SAVE(1) }
+    if constexpr (kRows > 2) { QK_SAVE(2) }
+    if constexpr (kRows > 3) { QK_SAVE(3) }
   }
+#undef QK_COLUMN
+#undef QK_SAVE
   static void tile4_direct(int rows, const uint8_t* a, int64_t lda, const uint8_t* packed, int64_t lines, int32_t* c) {
     switch (rows) {
       case 1: return direct_rows<1>(a, lda, packed, lines, c);
