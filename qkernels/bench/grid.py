@@ -58,7 +58,7 @@ def traffic(scheme: Scheme, k: int, n: int, m: int, itemsize: int) -> float:
     """Bytes that must move once: weights with their scales, the rows in, the result out."""
     weights = n * math.ceil(k * scheme.weight_bits / 8)
     if scheme.weight_granularity == "per_group":
-        weights += n * math.ceil(k / scheme.resolve_group_size(k)) * scheme.scale_dtype.itemsize
+        weights += n * math.ceil(k / scheme.resolve_group_size(k)) * (scheme.scale_dtype or torch.float16).itemsize
     return weights + 8 * n + m * k * itemsize + m * n * itemsize
 
 

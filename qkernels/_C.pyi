@@ -1,0 +1,132 @@
+"""The CPU kernels. Addresses are what ``Tensor.data_ptr()`` returns, 0 meaning absent; nothing keeps the tensors alive.
+
+Codes: dtypes 0 float32, 1 bfloat16, 2 float16; kinds of codes 0 int8, 1 uint8, 2 two 4-bit codes a byte, the first in
+the low nibble. Sizes are in elements unless named otherwise. ValueError where a size or code makes no sense.
+"""
+
+from typing import TypedDict, type_check_only
+
+@type_check_only
+class _Info(TypedDict):
+    isa: str
+    reason: str
+    compiled: list[str]
+    usable: list[str]
+
+def info() -> _Info:
+    """isa (the tier in use), reason, compiled and usable (tiers, the fastest last)."""
+
+def set_isa(name: str) -> None:
+    """Force a tier; ValueError, listing the valid names, if it is unknown or not usable here."""
+
+def last_kernel() -> str:
+    """What ran last on this thread, for example "w8a8.avx512vnni"; "" before the first call."""
+
+def packed_w8_bytes(N: int, K: int) -> int: ...
+def pack_w8(weight: int, N: int, K: int, packed: int, colsum: int, threads: int) -> bool:
+    """int8 ``[N, K]`` to the packed layout and int32 ``colsum [N]``; returns whether a -128 occurs."""
+
+def unpack_w8(packed: int, N: int, K: int, weight: int, threads: int) -> None: ...
+def packed_w4_bytes(N: int, K: int) -> int: ...
+def pack_w4(weight: int, N: int, K: int, packed: int, threads: int) -> None:
+    """uint8 ``[N, ceil(K / 2)]``, low nibble first, to the packed layout."""
+
+def unpack_w4(packed: int, N: int, K: int, weight: int, threads: int) -> None: ...
+def packed_group_elements(N: int, groups: int) -> int: ...
+def pack_groups(source: int, element_bytes: int, N: int, groups: int, packed: int) -> None:
+    """Scales, minima or zero points ``[N, groups]`` of 1, 2 or 4 bytes each to the order that kernels read."""
+
+def unpack_groups(packed: int, element_bytes: int, N: int, groups: int, target: int) -> None: ...
+
+class LinearW8A8:
+    """One layer's weights. ``act_scale`` 0.0: measured per row."""
+
+    def __init__(
+        self,
+        packed: int,
+        colsum: int,
+        weight_scale: int,
+        bias: int,
+        N: int,
+        K: int,
+        has_minus128: bool,
+        act_symmetric: bool,
+        act_scale: float,
+        act_zero_point: int,
+        inv_smooth: int,
+    ) -> None: ...
+    def run(
+        self, x: int, x_dtype: int, M: int, x_stride: int, y: int, y_dtype: int, y_stride: int, threads: int, /
+    ) -> None:
+        """Float rows in, float rows out; strides in elements between rows."""
+
+    def run_quantized(
+        self,
+        xq: int,
+        xq_stride: int,
+        x_scale: int,
+        x_zero_point: int,
+        M: int,
+        y: int,
+        y_dtype: int,
+        y_stride: int,
+        threads: int,
+        /,
+    ) -> None:
+        """The same over rows that are int8 (symmetric) or uint8 already."""
+
+class LinearW4A8:
+    """One layer's weights in groups along K; at most one of zero points and minima. Otherwise as LinearW8A8."""
+
+    def __init__(
+        self,
+        packed: int,
+        weight_scale: int,
+        weight_zero_point: int,
+        weight_min: int,
+        scale_dtype: int,
+        bias: int,
+        N: int,
+        K: int,
+        group_size: int,
+        act_symmetric: bool,
+        act_scale: float,
+        act_zero_point: int,
+        inv_smooth: int,
+    ) -> None: ...
+    def run(
+        self, x: int, x_dtype: int, M: int, x_stride: int, y: int, y_dtype: int, y_stride: int, threads: int, /
+    ) -> None: ...
+
+def quantize(
+    x: int,
+    x_dtype: int,
+    outer: int,
+    channels: int,
+    inner: int,
+    group: int,
+    out: int,
+    out_kind: int,
+    scale: int,
+    zero_point: int,
+    symmetric: bool,
+    static: bool,
+    threads: int,
+    /,
+) -> None:
+    """``x`` seen as ``[outer, channels, inner]``; a granule a channel, or with ``group`` > 0 groups along ``inner``."""
+
+def dequantize(
+    q: int,
+    q_kind: int,
+    outer: int,
+    channels: int,
+    inner: int,
+    group: int,
+    scale: int,
+    zero_point: int,
+    out: int,
+    out_dtype: int,
+    threads: int,
+    /,
+) -> None: ...
