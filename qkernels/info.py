@@ -6,6 +6,7 @@ import os
 import platform
 import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,7 @@ def _cuda() -> dict[str, Any]:
     }
 
 
-def _warnings(core: dict[str, Any], runtimes: list[str]) -> list[str]:
+def _warnings(core: Mapping[str, Any], runtimes: list[str]) -> list[str]:
     found = []
     if len(runtimes) > 1:
         found.append(
