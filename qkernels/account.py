@@ -64,7 +64,7 @@ def account(model: nn.Module, before: Snapshot, notes: Mapping[str, str | None])
                 reason=note,
             )
         )
-    return Report(tuple(entries), isa=_C.info()["isa"])
+    return Report(tuple(entries), isa=str(_C.info()["isa"]))
 
 
 def _shape(module: nn.Module) -> tuple[int, ...] | None:

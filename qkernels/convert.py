@@ -117,7 +117,7 @@ def quantize_(
                 journal.replace(layer.sites, layer.module, replacement)
                 layer.module = replacement  # the float layer is free now
                 step(index + 1, len(chosen), layer.name)
-        journal.on_failure(adapt_parents(model, is_quantized))
+        adapt_parents(model, is_quantized, on_failure=journal.on_failure)
         return account(model, before, {layer.name: layer.reason or layer.note for layer in plan.layers})
 
 
@@ -152,7 +152,7 @@ class _Builder:
         if scheme is None:
             raise ValueError(f"{layer.name}: expected a scheme")
         bias = layer.module._parameters.get("bias")
-        own: dict[str, torch.Tensor | None] = {"bias": None if bias is None else bias.detach()}
+        own: dict[str, torch.Tensor | None] = {"bias": None if bias is None else _alone(bias.detach())}
         own.update(self._activations.get(layer.name, {}))
         own["inv_smooth"] = attached(layer.module)
         if own["inv_smooth"] is None:
@@ -163,6 +163,11 @@ class _Builder:
         return QuantLinear(
             columns, rows, {**own, **self._quantizer(layer.name, weight, scheme)}, scheme, dtype=weight.dtype
         )
+
+
+def _alone(bias: torch.Tensor) -> torch.Tensor:
+    """The bias, or a copy where keeping it would keep a larger piece of memory that it is a view of."""
+    return bias.clone() if bias.untyped_storage().nbytes() > bias.nbytes else bias
 
 
 def _check_flags(**flags: object) -> None:
@@ -225,7 +230,7 @@ def dequantize_(model: nn.Module, *, dtype: torch.dtype | None = None) -> Report
             if module._buffers.get("inv_smooth") is None:
                 weights[layer.name] = new._parameters["weight"] if origin(module)["kind"] != "conv1d" else None
             journal.replace(layer.sites, module, new)
-        journal.on_failure(adapt_parents(model, is_quantized))
+        adapt_parents(model, is_quantized, on_failure=journal.on_failure)
         return account(model, before, {layer.name: "dequantized" for layer in layers})
 
 

@@ -161,16 +161,26 @@ class Journal:
         try:
             if kind is not None:
                 with _uninterrupted():
-                    for record in reversed(self._records):
-                        record.restore()
-                    for action in reversed(self._actions):
-                        action()
+                    steps = [record.restore for record in reversed(self._records)]
+                    _do_all([*steps, *reversed(self._actions)])
         finally:
             self._records.clear()
             self._actions.clear()
             self._parameters.clear()
             if self._file is not None:
                 self._file.close()
+
+
+def _do_all(steps: Sequence[Callable[[], None]]) -> None:
+    """Take every step, even after one has failed; the first failure is raised at the end."""
+    failed: Exception | None = None
+    for step in steps:
+        try:
+            step()
+        except Exception as error:
+            failed = failed or error
+    if failed is not None:
+        raise failed
 
 
 def _open_spill_file(size: int) -> IO[bytes]:

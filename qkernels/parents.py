@@ -24,37 +24,38 @@ def reads_weight(parent: nn.Module, key: str) -> str | None:
     return None
 
 
-def adapt_parents(model: nn.Module, is_quantized: Callable[[nn.Module], bool]) -> Callable[[], None]:
+def adapt_parents(
+    model: nn.Module,
+    is_quantized: Callable[[nn.Module], bool],
+    *,
+    on_failure: Callable[[Callable[[], None]], None] | None = None,
+) -> None:
     """Switch torch's fused encoder path off where a child is quantized, and on again where none is any more.
 
-    Returns:
-        A function that undoes it.
+    Args:
+        model: looked through as a whole.
+        is_quantized: tells our layers.
+        on_failure: is handed, before anything is switched, a function that undoes it.
     """
-    changed: list[tuple[nn.Module, str, object, bool]] = []
-
-    def switch(module: nn.Module, attribute: str, off: object, quantized: bool) -> None:
-        marked = _MARK in module.__dict__
-        if quantized == marked:
-            return
-        changed.append((module, attribute, module.__dict__.get(attribute), marked))
-        if quantized:
-            module.__dict__[_MARK] = module.__dict__.get(attribute)
-            module.__dict__[attribute] = off
-        else:
-            module.__dict__[attribute] = module.__dict__.pop(_MARK)
+    switched = {
+        nn.TransformerEncoderLayer: ("activation_relu_or_gelu", 0),
+        nn.TransformerEncoder: ("use_nested_tensor", False),
+    }
+    parents = [(m, *off) for m in model.modules() for kind, off in switched.items() if isinstance(m, kind)]
+    before = [(m, {k: m.__dict__[k] for k in (name, _MARK) if k in m.__dict__}, name) for m, name, _ in parents]
 
     def undo() -> None:
-        for module, attribute, value, marked in reversed(changed):
-            if marked:
-                module.__dict__[_MARK] = value_before[id(module)]
-            else:
-                module.__dict__.pop(_MARK, None)
-            module.__dict__[attribute] = value
+        for module, values, name in before:
+            for key in (name, _MARK):
+                module.__dict__.pop(key, None)
+            module.__dict__.update(values)
 
-    value_before = {id(m): m.__dict__[_MARK] for m in model.modules() if _MARK in m.__dict__}
-    for module in model.modules():
-        if isinstance(module, nn.TransformerEncoderLayer):
-            switch(module, "activation_relu_or_gelu", 0, any(is_quantized(m) for m in module.modules()))
-        elif isinstance(module, nn.TransformerEncoder):
-            switch(module, "use_nested_tensor", False, any(is_quantized(m) for m in module.modules()))
-    return undo
+    if on_failure is not None:
+        on_failure(undo)
+    for module, name, off in parents:
+        quantized = any(is_quantized(m) for m in module.modules())
+        if quantized and _MARK not in module.__dict__ and name in module.__dict__:
+            module.__dict__[_MARK] = module.__dict__[name]
+            module.__dict__[name] = off
+        elif not quantized and _MARK in module.__dict__:
+            module.__dict__[name] = module.__dict__.pop(_MARK)

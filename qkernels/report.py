@@ -243,7 +243,7 @@ def _rows(layers: Iterable[LayerReport]) -> list[list[str]]:
         rows.append(
             [
                 _group_name([m.name for m in members]),
-                "x".join(map(str, first.shape)) if first.shape is not None else first.type,
+                "x".join(map(str, first.shape)) if first.shape is not None else first.type.rpartition(".")[2],
                 str(len(members)),
                 first.scheme or "-",
                 first.kernel or "-",

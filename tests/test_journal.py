@@ -10,6 +10,7 @@ import threading
 import weakref
 
 import pytest
+import torch
 from helpers import assert_bits_equal, seeded
 from torch import nn
 from toys import assert_unchanged, snapshot, toy
@@ -143,3 +144,32 @@ def test_quantize_peak_memory_is_about_one_layer(scheme):
         pytest.skip("the peak cannot be reset here")
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) < 2.5
+
+
+def test_quantize_failure_of_one_restoration_does_not_stop_the_others(monkeypatch):
+    model = toy()
+    first, last = model.blocks[0]["up"], model.blocks[1]["down"]
+    real = journal._Record.restore
+
+    def restore(record):
+        if record._module is last:
+            raise OSError("unreadable")
+        real(record)
+
+    monkeypatch.setattr(journal._Record, "restore", restore)
+
+    def stop(done, total, name):
+        if done == total:
+            raise Boom
+
+    with pytest.raises(OSError, match="unreadable"):
+        qk.quantize_(model, progress=stop)
+    assert model.blocks[0]["up"] is first
+
+
+def test_quantize_releases_a_bias_that_is_a_view_of_a_checkpoint():
+    flat = torch.zeros(1 << 16)
+    model = nn.Sequential(nn.Linear(8, 8))
+    model[0].bias = nn.Parameter(flat[:8])
+    qk.quantize_(model)
+    assert model[0].bias.untyped_storage().nbytes() == 32
