@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .checks import check_canonical, check_input
 from .cpu_w8a8 import PreparedW8A8
-from .prepared import Prepared, autocast_input, scheme_key
+from .prepared import Prepared, autocast_input
 from .scheme import MAX_INTEGER_K, Scheme
 
 __all__ = ["CANDIDATES", "Prepared", "PreparedReference", "PreparedW8A8", "prepare", "register"]
@@ -67,7 +67,7 @@ class PreparedReference(Prepared):
             get("act_scale"),
             get("act_zero_point"),
             get("inv_smooth"),
-            scheme_key(self.scheme),
+            self.scheme_key,
             self.in_features,
             None,
         )
@@ -81,7 +81,7 @@ class PreparedReference(Prepared):
             get("weight_zero_point"),
             get("weight_min"),
             get("inv_smooth"),
-            scheme_key(self.scheme),
+            self.scheme_key,
             self.in_features,
             dtype,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
@@ -128,12 +129,12 @@ class PreparedW8A8(Prepared):
 
     def moved(self) -> None:
         """Drop the object that borrows addresses; the next call makes another."""
-        self._packed_id = id(self.tensors["packed"])
+        self._known_packed: Any = weakref.ref(self.tensors["packed"])
         self._binding = _UNBOUND
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle: addresses mean nothing elsewhere."""
-        return {**self.__dict__, "_binding": _UNBOUND}
+        return {**self.__dict__, "_binding": _UNBOUND, "_known_packed": None}
 
     def _bind(self) -> _Binding:
         """The binding for what is resident now; ``_UNBOUND`` where that is not what a kernel can read."""
@@ -151,9 +152,9 @@ class PreparedW8A8(Prepared):
             return _UNBOUND  # the operator says what is wrong
         if packed.data_ptr() % ALIGNMENT:
             return _UNBOUND  # memory of somebody else's making: the operator copies it
-        if id(packed) != self._packed_id:  # put there by somebody else: what it holds is not known
+        if self._known_packed is None or self._known_packed() is not packed:  # put there by somebody else
             self.has_minus128 = bool((packed == -128).any())
-            self._packed_id = id(packed)
+            self._known_packed = weakref.ref(packed)
         scale, zero_point, smooth = (tensors.get(name) for name in ("act_scale", "act_zero_point", "inv_smooth"))
         addresses = tuple(_address(tensors.get(name)) for name in ("packed", "colsum", "weight_scale", "bias"))
         check_static(scale, zero_point)

@@ -63,7 +63,7 @@ class Prepared(ABC):
     Attributes:
         tensors: what is resident, by name.  A module may own this very mapping and replace entries; every call
             looks at what is in it.
-        scheme, in_features, out_features: what the layer is.
+        scheme, in_features, out_features: what the layer is; scheme_key: the scheme as operators take it.
         reason: why no faster kernel serves it; "" where there is nothing to explain.
     """
 
@@ -78,6 +78,7 @@ class Prepared(ABC):
         self.in_features = in_features
         self.out_features = out_features
         self.reason = reason
+        self.scheme_key = scheme_key(scheme)
 
     @classmethod
     @abstractmethod
