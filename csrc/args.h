@@ -72,6 +72,34 @@ struct LinearW4A8Args {
   uint8_t* scratch;
 };
 
+// Weight-only Linear: y [M, N] = x [M, K] @ w [N, K]^T + bias, x and sums in floating point. One struct for both widths.
+//
+//   W8:  w[n, k] = scale[n] * q
+//   W4:  w[n, k] = scale[n, g] * (q - zero_point[n, g])         zero_point absent: 8
+//                  scale[n, g] * q + minimum[n, g]              with a minimum
+//                  scale[n, g] * codebook[q]                    with a codebook;  g = k / group_size
+struct LinearWxA16Args {
+  const uint8_t* packed;  // layout.h: W8 or W4
+  const void* weight_scale;  // W8: fp32 [N]; W4: packed groups of scale_type
+  ScaleType scale_type;
+  const uint8_t* weight_zero_point;  // W4: packed groups or nullptr
+  const void* weight_min;  // W4: packed groups or nullptr, of scale_type
+  const float* codebook;  // W4: [16] or nullptr
+  const float* bias;  // [N] or nullptr
+  const float* inv_smooth;  // [K], multiplied into x first, or nullptr
+  int64_t n, k, group_size;  // W4: group_size is a multiple of 8, or at least k
+
+  const void* x;
+  DType x_dtype;
+  int64_t m, x_stride;  // elements between rows
+  void* y;
+  DType y_dtype;
+  int64_t y_stride;  // elements between rows
+
+  int threads;
+  uint8_t* scratch;  // kernel workspace
+};
+
 // x seen as [outer, channels, inner], contiguous. One granule a channel, taken over outer and inner. With group > 0:
 // outer is 1, channels are rows, and each row has ceil(inner / group) granules along inner.
 struct QuantizeArgs {

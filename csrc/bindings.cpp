@@ -160,4 +160,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("quantize", &quantize);
   m.def("dequantize", &dequantize);
   bind_w4(m);
+  bind_weight_only(m);
 }

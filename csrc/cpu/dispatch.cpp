@@ -19,6 +19,7 @@ namespace {
 // What the processor has and the operating system saves and restores.
 struct Cpu {
   bool avx2 = false, avxvnni = false, avx512vnni = false, amx = false;
+  bool avx512bf16 = false;  // AVX512-BF16 and AVX512-VBMI: no tier of its own
 };
 
 #if defined(__x86_64__)
@@ -38,8 +39,8 @@ Cpu detect() {
   Cpu cpu;
   unsigned a, b, c, d;
   if (!__get_cpuid(1, &a, &b, &c, &d)) return cpu;
-  const bool osxsave = bit(c, 27), avx = bit(c, 28), f16c = bit(c, 29);
-  if (!osxsave || !avx || !f16c) return cpu;
+  const bool osxsave = bit(c, 27), avx = bit(c, 28), f16c = bit(c, 29), fma = bit(c, 12);
+  if (!osxsave || !avx || !f16c || !fma) return cpu;
   unsigned xcr_low, xcr_high;
   __asm__("xgetbv" : "=a"(xcr_low), "=d"(xcr_high) : "c"(0));
   const bool os_ymm = (xcr_low & 0x6u) == 0x6u;
@@ -53,6 +54,7 @@ Cpu detect() {
   cpu.avxvnni = cpu.avx2 && bit(a71, 4);
   const bool avx512 = bit(b7, 16) && bit(b7, 17) && bit(b7, 30) && bit(b7, 31);  // F, DQ, BW, VL
   cpu.avx512vnni = cpu.avx2 && os_zmm && avx512 && bit(c7, 11);
+  cpu.avx512bf16 = cpu.avx512vnni && bit(c7, 1) && bit(a71, 5);
   cpu.amx = cpu.avx512vnni && os_tiles && bit(d7, 24) && bit(d7, 25) && request_amx_permission();
   return cpu;
 }
@@ -68,40 +70,43 @@ const Cpu& cpu() {
 struct Tier {
   const char* name;
   const KernelTable& (*table)();  // nullptr: not compiled into this build
+  const WeightOnlyTable& (*weight_only)();
   bool (*supported)(const Cpu&);
 };
 
 constexpr Tier kTiers[kMaxTiers] = {
-    {"scalar", kernels_scalar, [](const Cpu&) { return true; }},
+    {"scalar", kernels_scalar, weight_only_scalar, [](const Cpu&) { return true; }},
 #ifdef QK_HAVE_AVX2
-    {"avx2", kernels_avx2, [](const Cpu& c) { return c.avx2; }},
+    {"avx2", kernels_avx2, weight_only_avx2, [](const Cpu& c) { return c.avx2; }},
 #else
-    {"avx2", nullptr, nullptr},
+    {"avx2", nullptr, nullptr, nullptr},
 #endif
 #ifdef QK_HAVE_AVXVNNI
-    {"avxvnni", kernels_avxvnni, [](const Cpu& c) { return c.avxvnni; }},
+    {"avxvnni", kernels_avxvnni, weight_only_avx2, [](const Cpu& c) { return c.avxvnni; }},
 #else
-    {"avxvnni", nullptr, nullptr},
+    {"avxvnni", nullptr, nullptr, nullptr},
 #endif
 #ifdef QK_HAVE_AVX512VNNI
-    {"avx512vnni", kernels_avx512vnni, [](const Cpu& c) { return c.avx512vnni; }},
+    {"avx512vnni", kernels_avx512vnni, weight_only_avx512, [](const Cpu& c) { return c.avx512vnni; }},
 #else
-    {"avx512vnni", nullptr, nullptr},
+    {"avx512vnni", nullptr, nullptr, nullptr},
 #endif
 #ifdef QK_HAVE_AMX
-    {"amx", kernels_amx, [](const Cpu& c) { return c.amx; }},
+    {"amx", kernels_amx, weight_only_avx512, [](const Cpu& c) { return c.amx; }},
 #else
-    {"amx", nullptr, nullptr},
+    {"amx", nullptr, nullptr, nullptr},
 #endif
 };
 
 bool usable(const Tier& tier) { return tier.table != nullptr && tier.supported(cpu()); }
 
 const KernelTable* active_table = nullptr;
+const WeightOnlyTable* active_weight_only = nullptr;
 char active_reason[96] = "";
 
 void set_active(const Tier& tier, const char* reason) {
   active_table = &tier.table();
+  active_weight_only = &tier.weight_only();
   std::strncpy(active_reason, reason, sizeof(active_reason) - 1);
 }
 
@@ -143,6 +148,15 @@ void force_isa(const char* name, const char* reason) {
 }
 
 const KernelTable& kernels() { return *active_table; }
+
+const WeightOnlyTable& weight_only_kernels(const LinearWxA16Args& args) {
+#ifdef QK_HAVE_AVX512BF16
+  const bool bf16 = args.x_dtype == DType::kBF16 && !args.inv_smooth && !args.codebook;
+  if (bf16 && cpu().avx512bf16 && active_weight_only == &weight_only_avx512()) return weight_only_avx512bf16();
+#endif
+  (void)args;
+  return *active_weight_only;
+}
 
 const char* isa_reason() { return active_reason; }
 

@@ -15,12 +15,27 @@ struct KernelTable {
   void (*dequantize)(const DequantizeArgs&);
 };
 
+// The weight-only kernels. They may fuse multiply-adds, so they are compiled apart from the rest, and several tiers share
+// one table.
+struct WeightOnlyTable {
+  const char* suffix;  // "+bf16" for the bf16 dot product; appended to the tier's name
+  void (*linear_w8a16)(const LinearWxA16Args&);
+  void (*linear_w4a16)(const LinearWxA16Args&);
+  int64_t (*scratch_bytes)(int64_t m, int64_t k, int64_t group_size, int threads);  // group_size >= 1
+};
+
 // Defined by kernels_<tier>.cpp, for the tiers this build was compiled with.
 const KernelTable& kernels_scalar();
 const KernelTable& kernels_avx2();
 const KernelTable& kernels_avxvnni();
 const KernelTable& kernels_avx512vnni();
 const KernelTable& kernels_amx();
+
+// Defined by weight_only_<features>.cpp, likewise.
+const WeightOnlyTable& weight_only_scalar();
+const WeightOnlyTable& weight_only_avx2();
+const WeightOnlyTable& weight_only_avx512();
+const WeightOnlyTable& weight_only_avx512bf16();
 
 constexpr int kMaxTiers = 5;
 
@@ -36,6 +51,7 @@ TierList usable_tiers();  // compiled, and the processor and operating system su
 void force_isa(const char* name, const char* reason);
 
 const KernelTable& kernels();  // the tier in use
+const WeightOnlyTable& weight_only_kernels(const LinearWxA16Args& args);  // of that tier, best for the activations
 const char* isa_reason();  // why this tier
 
 // Reads QKERNELS_ISA; called once when the module loads. Throws as force_isa does.

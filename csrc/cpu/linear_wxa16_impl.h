@@ -1,0 +1,313 @@
+// Weight-only Linear, W8A16 and W4A16: y [M, N] = x [M, K] @ w [N, K]^T + bias with w = scale * (q - zero_point) and so on
+// (LinearWxA16Args in args.h), x in fp32, bf16 or fp16.
+//
+// Sums are fp32, multiply-adds fused. No operand is narrowed: fp16 is widened, integers of 8 or 4 bits are exact in fp32
+// and in bf16, and the bf16 dot product only ever meets bf16 activations. K is never split between threads and the order
+// of the additions depends on M, K, group and tier alone, so results repeat to the bit with any number of threads.
+//
+// A tier V provides, over the verbs of verbs_*.h:
+//   kUnitK                      consecutive k that one 32-bit lane of an activation holds: 1 (fp32) or 2 (a bf16 pair)
+//   kTileM, kTileN              rows and columns of the register tile; kTileN divides the 64 columns of a superblock
+//   kStreamRows                 up to this many rows, weights are decoded in registers and never stored
+//   kScaledPanel                whether a decoded panel holds weights (fp32), or integers whose scale comes later (bf16)
+//   kTables                     whether decoding looks 4-bit values up in a table anyway, so that a codebook costs nothing
+//   copy_row<D>(...)            a row of x as units of kUnitK elements
+//   make_table<W>(codebook)     operand of the decoders
+//   stream<W>(rows, ...)        c [rows, 64] += (x @ q^T) * scale + sums * offset, over the lines of one piece of K
+//   panel<W>(...)               decodes one piece of K for the tiles
+//   tile(rows, ...)             c [rows, kTileN] += (x @ panel) [* scale + sums * offset]
+//
+// M <= kStreamRows reads each weight once, as one sequential stream for each thread:
+//
+//   superblock of 64 columns: piece of K (one group, or 256 k): column part: line of the packed weight
+//
+// Larger M decodes each slice of a superblock once for many rows:
+//
+//   chunk of rows (their copies <= kCopyBytes): block of row tiles (sums stay in L1 or L2)
+//     superblock: slice of K (panel stays in L2): column tile (its part of the panel stays in L1) x row tile
+//
+// The (superblock, row tile) pairs of a block are shared out contiguously. Within a group, 4-bit values count as q - 8;
+// what is left of a zero point or minimum is an offset per group and column, times the sum of that group's activations.
+// An infinite activation may therefore give NaN where separate products would give an infinity.
+#pragma once
+
+#include <cstring>
+
+#include "../args.h"
+#include "../layout.h"
+#include "threads.h"
+#include "weights_wxa16.h"
+
+namespace qk {
+namespace {
+
+constexpr int64_t kCopyBytes = 4 << 20;  // activations copied at a time
+constexpr int64_t kBlockRows = 192;  // rows that share one decoded panel: 48 KiB of sums
+constexpr int64_t kSliceDepth = 256;  // k of a panel: 64 KiB in fp32
+constexpr int64_t kUnitPad = 16;  // units; keeps rows of a power-of-two K from falling on one cache set
+constexpr int64_t kMacsPerThread = 64 << 10;  // below this, another thread costs more than it saves
+constexpr int64_t kMaxSegments = kSliceDepth / 8 + 1;
+
+// Per row: K units (or half as many), then the sums of the groups' activations.
+inline int64_t row_units(int64_t k, int64_t group) {
+  return padded_k(k) + kUnitPad + round_up(ceil_div(k, group), kUnitPad);
+}
+
+inline int64_t copied_rows(int64_t m, int64_t k, int64_t group) {
+  int64_t rows = kCopyBytes / (4 * row_units(k, group)) / 12 * 12;
+  rows = rows < 96 ? 96 : rows;
+  return m < rows ? m : rows;
+}
+
+inline int64_t thread_floats() { return (kSliceDepth + kBlockRows) * kBlockN; }
+
+inline int64_t linear_wxa16_scratch_bytes(int64_t m, int64_t k, int64_t group, int threads) {
+  const int64_t copies = m <= kMaxStreamRows ? threads : 1;
+  return 4 * (copies * copied_rows(m, k, group) * row_units(k, group) + threads * thread_floats());
+}
+
+template <class V, class W>
+class LinearWxA16 {
+ public:
+  explicit LinearWxA16(const LinearWxA16Args& args)
+      : p_(args),
+        group_(W::kBits == 4 && args.group_size < args.k ? args.group_size : args.k < 1 ? 1 : args.k),
+        groups_(ceil_div(args.k, group_)),
+        stride_(row_units(args.k, group_)),
+        has_offset_(W::kBits == 4 && (args.weight_zero_point || args.weight_min)),
+        table_(V::template make_table<W>(args.codebook)) {}
+
+  void run() const {
+    if (p_.m == 0 || p_.n == 0) return;
+    const int64_t work = p_.m * round_up(p_.n, kBlockN) * padded_k(p_.k) / kMacsPerThread;
+    const int threads = work < p_.threads ? static_cast<int>(work < 1 ? 1 : work) : p_.threads;
+    const int64_t chunk = copied_rows(p_.m, p_.k, group_);
+    const bool stream = p_.m <= V::kStreamRows;  // then each thread copies the rows for itself: no barrier
+    uint32_t* const copies = reinterpret_cast<uint32_t*>(p_.scratch);
+    float* const work_areas = reinterpret_cast<float*>(copies + (stream ? threads : 1) * chunk * stride_);
+    parallel(threads, [&](int thread, int team) {
+      uint32_t* x = copies + (stream ? thread * chunk * stride_ : 0);
+      float* area = work_areas + thread * thread_floats();
+      if (stream) {
+        copy_rows(0, {0, p_.m}, x);
+        const Range mine = share(ceil_div(p_.n, kBlockN), thread, team);
+        for (int64_t nb = mine.begin; nb < mine.end; ++nb) stream_superblock(nb, x, area);
+        return;
+      }
+      for (int64_t row = 0; row < p_.m; row += chunk) {
+        const int64_t rows = p_.m - row < chunk ? p_.m - row : chunk;
+        copy_rows(row, share(rows, thread, team), x);
+        barrier(team);
+        product(row, rows, x, area, thread, team);
+        if (row + chunk < p_.m) barrier(team);  // the next chunk overwrites x
+      }
+    });
+  }
+
+ private:
+  static constexpr int64_t kLineK = W::kBits == 4 ? 8 : 4;  // k of a 256-byte line
+  static constexpr int64_t kLineBytes = kBlockN * 4;
+  static constexpr int64_t kLineUnits = kLineK / V::kUnitK;
+
+  const uint8_t* line(int64_t nb, int64_t k) const {
+    return p_.packed + (nb * (padded_k(p_.k) / kLineK) + k / kLineK) * kLineBytes;
+  }
+
+  // ---- activations -------------------------------------------------------------------------------------------
+
+  void copy_rows(int64_t row, Range range, uint32_t* x) const {
+    for (int64_t r = range.begin; r < range.end; ++r) {
+      uint32_t* units = x + r * stride_;
+      const int64_t from = (row + r) * p_.x_stride;
+      switch (p_.x_dtype) {
+        case DType::kF32: copy_row<DType::kF32>(static_cast<const float*>(p_.x) + from, units); break;
+        case DType::kBF16: copy_row<DType::kBF16>(static_cast<const uint16_t*>(p_.x) + from, units); break;
+        default: copy_row<DType::kF16>(static_cast<const uint16_t*>(p_.x) + from, units); break;
+      }
+    }
+  }
+
+  template <DType D>
+  void copy_row(const void* x, uint32_t* units) const {
+    V::template copy_row<D>(x, p_.inv_smooth, p_.k, units);  // padding meets zero units, so its weights do not matter
+    if (!has_offset_) return;
+    float* sums = group_sums(units);
+    for (int64_t g = 0; g < groups_; ++g) {
+      const int64_t end = (g + 1) * group_ < p_.k ? (g + 1) * group_ : p_.k;
+      auto sum = V::set(0.0f);
+      for (int64_t k = g * group_; k < end; k += V::kLanes) {
+        const int n = static_cast<int>(end - k < V::kLanes ? end - k : V::kLanes);
+        auto v = n == V::kLanes ? V::template load<D>(x, k) : V::template load_part<D>(x, k, n);
+        if (p_.inv_smooth) v = V::mul(v, V::load_f_part(p_.inv_smooth + k, n));
+        sum = V::add(sum, v);
+      }
+      sums[g] = V::reduce_add(sum);
+    }
+  }
+
+  float* group_sums(uint32_t* units) const { return reinterpret_cast<float*>(units + padded_k(p_.k) + kUnitPad); }
+  const float* group_sums(const uint32_t* units) const {
+    return reinterpret_cast<const float*>(units + padded_k(p_.k) + kUnitPad);
+  }
+
+  // ---- scales ------------------------------------------------------------------------------------------------
+
+  // scale and offset of the 64 columns for one group, so that w = (q - 8) * scale + offset.
+  void group_params(int64_t nb, int64_t g, float* scale, float* offset) const {
+    const int64_t at = (nb * groups_ + g) * kBlockN;
+    if (p_.scale_type == ScaleType::kF32)
+      group_params<DType::kF32>(at, scale, offset);
+    else
+      group_params<DType::kF16>(at, scale, offset);
+  }
+
+  template <DType D>
+  void group_params(int64_t at, float* scale, float* offset) const {
+    for (int i = 0; i < kBlockN; i += V::kLanes) {
+      const auto s = V::template load<D>(p_.weight_scale, at + i);
+      V::store_f(scale + i, s);
+      if (p_.weight_zero_point)
+        V::store_f(offset + i, V::mul(s, V::to_f(V::sub_i(V::set_i(8), V::load_u8(p_.weight_zero_point + at + i)))));
+      else if (p_.weight_min)
+        V::store_f(offset + i, V::add(V::template load<D>(p_.weight_min, at + i), V::mul(s, V::set(8.0f))));
+    }
+  }
+
+  // ---- few rows ----------------------------------------------------------------------------------------------
+
+  void stream_superblock(int64_t nb, const uint32_t* x, float* area) const {
+    if constexpr (V::kStreamRows > 0) {
+      alignas(kAlign) float scale[kBlockN], offset[kBlockN];
+      const int rows = static_cast<int>(p_.m);
+      float* c = area;
+      std::memset(c, 0, static_cast<size_t>(rows * kBlockN) * sizeof(float));
+      const int64_t step = W::kBits == 4 ? group_ : kSliceDepth;
+      for (int64_t k = 0, g = 0; k < p_.k; k += step, ++g) {
+        const int64_t end = k + step < p_.k ? k + step : p_.k;
+        if (W::kBits == 4) group_params(nb, g, scale, offset);
+        V::template stream<W>(rows, x + k / V::kUnitK, stride_, line(nb, k), ceil_div(end - k, kLineK), table_, c,
+                              Scaling{W::kBits == 4 ? scale : nullptr, has_offset_ ? offset : nullptr,
+                                      has_offset_ ? group_sums(x) + g : nullptr, stride_});
+      }
+      epilogue(0, {0, rows}, nb, c);
+    }
+  }
+
+  // ---- many rows ---------------------------------------------------------------------------------------------
+
+  void product(int64_t row, int64_t rows, const uint32_t* x, float* area, int thread, int team) const {
+    const int64_t tiles = ceil_div(rows, V::kTileM), superblocks = ceil_div(p_.n, kBlockN);
+    const int64_t blocks = ceil_div(tiles, kBlockRows / V::kTileM);
+    for (int64_t b = 0; b < blocks; ++b) {
+      const Range block = share(tiles, static_cast<int>(b), static_cast<int>(blocks));
+      const int64_t width = block.end - block.begin;
+      const Range mine = share(superblocks * width, thread, team);
+      for (int64_t u = mine.begin; u < mine.end;) {
+        const int64_t nb = u / width, first = u % width;
+        const int64_t last = width - first < mine.end - u ? width : first + (mine.end - u);
+        superblock(nb, row, rows, tiles, {block.begin + first, block.begin + last}, x, area);
+        u += last - first;
+      }
+    }
+  }
+
+  // A piece of a slice that lies in one group.
+  struct Segment {
+    int64_t unit, units, group;
+    bool ends_group;
+  };
+
+  void superblock(int64_t nb, int64_t row, int64_t rows, int64_t tiles, Range range, const uint32_t* x,
+                  float* area) const {
+    float *panel = area, *c = area + kSliceDepth * kBlockN;
+    const Range mine = {share(rows, static_cast<int>(range.begin), static_cast<int>(tiles)).begin,
+                        share(rows, static_cast<int>(range.end - 1), static_cast<int>(tiles)).end};
+    std::memset(c, 0, static_cast<size_t>((mine.end - mine.begin) * kBlockN) * sizeof(float));
+    alignas(kAlign) float scale[kMaxSegments][kBlockN], offset[kMaxSegments][kBlockN];
+    Segment segments[kMaxSegments];
+    for (int64_t k0 = 0; k0 < p_.k; k0 += kSliceDepth) {
+      const int64_t k1 = k0 + kSliceDepth < p_.k ? k0 + kSliceDepth : p_.k;
+      const int64_t units = round_up(k1 - k0, kLineK) / V::kUnitK;
+      int count = 0;
+      for (int64_t k = k0; k < k1; ++count) {
+        const int64_t g = k / group_, next = (g + 1) * group_ < p_.k ? (g + 1) * group_ : p_.k, end = next < k1 ? next : k1;
+        Segment& s = segments[count];
+        s = {(k - k0) / V::kUnitK, round_up(end - k, kLineK) / V::kUnitK, g, end == next};
+        if (W::kBits == 4) group_params(nb, g, scale[count], offset[count]);
+        V::template panel<W>(line(nb, k), s.units / kLineUnits, table_, scale[count], has_offset_ ? offset[count] : nullptr,
+                             panel + s.unit * V::kTileN, units * V::kTileN);
+        k = end;
+      }
+      if (V::kScaledPanel || W::kBits == 8) {
+        segments[0] = {0, units, 0, false};
+        count = 1;
+      }
+      const bool scaled = !V::kScaledPanel && W::kBits == 4;
+      for (int64_t j = 0; j < kBlockN; j += V::kTileN) {
+        const float* column_panel = panel + j * units;
+        for (int64_t t = range.begin; t < range.end; ++t) {
+          const Range r = share(rows, static_cast<int>(t), static_cast<int>(tiles));
+          const uint32_t* a = x + r.begin * stride_ + k0 / V::kUnitK;
+          for (int i = 0; i < count; ++i) {
+            const Segment& s = segments[i];
+            const bool offsets = scaled && has_offset_ && s.ends_group;
+            V::tile(static_cast<int>(r.end - r.begin), a + s.unit, stride_, column_panel + s.unit * V::kTileN, s.units,
+                    c + (r.begin - mine.begin) * kBlockN + j,
+                    Scaling{scaled ? scale[i] + j : nullptr, offsets ? offset[i] + j : nullptr,
+                            offsets ? group_sums(x + r.begin * stride_) + s.group : nullptr, stride_});
+          }
+        }
+      }
+    }
+    epilogue(row, mine, nb, c);
+  }
+
+  // ---- epilogue ----------------------------------------------------------------------------------------------
+
+  void epilogue(int64_t row, Range rows, int64_t nb, const float* c) const {
+    switch (p_.y_dtype) {
+      case DType::kF32: return epilogue_as<DType::kF32>(row, rows, nb, c);
+      case DType::kBF16: return epilogue_as<DType::kBF16>(row, rows, nb, c);
+      default: return epilogue_as<DType::kF16>(row, rows, nb, c);
+    }
+  }
+
+  template <DType D>
+  void epilogue_as(int64_t row, Range rows, int64_t nb, const float* c) const {
+    constexpr int kW = V::kLanes;
+    const int64_t n0 = nb * kBlockN;
+    const int width = static_cast<int>(p_.n - n0 < kBlockN ? p_.n - n0 : kBlockN);
+    for (int64_t r = rows.begin; r < rows.end; ++r, c += kBlockN) {
+      const int64_t y = (row + r) * p_.y_stride + n0;
+      for (int i = 0; i < width; i += kW) {
+        const int lanes = width - i < kW ? width - i : kW;
+        auto v = V::load_f(c + i);
+        if (W::kBits == 8) v = V::mul(v, V::load_f_part(static_cast<const float*>(p_.weight_scale) + n0 + i, lanes));
+        if (p_.bias) v = V::add(v, V::load_f_part(p_.bias + n0 + i, lanes));
+        if (lanes == kW)
+          V::template store<D>(p_.y, y + i, v);
+        else
+          V::template store_part<D>(p_.y, y + i, v, lanes);
+      }
+    }
+  }
+
+  const LinearWxA16Args& p_;
+  const int64_t group_, groups_, stride_;
+  const bool has_offset_;
+  const typename V::Table table_;
+};
+
+template <class V>
+void linear_w8a16(const LinearWxA16Args& args) {
+  LinearWxA16<V, W8>(args).run();
+}
+
+template <class V>
+void linear_w4a16(const LinearWxA16Args& args) {
+  if (args.codebook && !V::kTables) return LinearWxA16<V, W4Codebook>(args).run();
+  LinearWxA16<V, W4>(args).run();
+}
+
+}  // namespace
+}  // namespace qk

@@ -1,0 +1,179 @@
+// Register kernels of the weight-only Linear for tiers with vectors; linear_wxa16_impl.h says what each is for.
+//
+// A tier's verbs T add to verbs_*.h:
+//   Raw, load_raw(p)            kLanes columns x 4 bytes of a packed line
+//   Value                       kLanes columns x one unit of weights
+//   decode<W, unit>(raw, table) unit u of a line
+//   broadcast(p)                one unit of an activation row, in every column
+//   mac(c, value, x)            c += value * x: one fused multiply-add, or one bf16 dot product
+//   fma(a, b, c)                a * b + c
+//   load_value, store_value     panel elements
+//   kTileVecs                   vectors of columns in the tile
+//   stream_vecs(rows)           vectors of columns decoded side by side, so that accumulators fit the registers
+//
+// Loops over registers are unrolled by templates: g++ 12 keeps an array in registers only where every index is a
+// constant when it first looks.
+#pragma once
+
+#include <cstdint>
+
+#include "../layout.h"
+#include "weights_wxa16.h"
+
+#define QK_INLINE __attribute__((always_inline))
+
+namespace qk {
+namespace {
+
+template <int kValue>
+struct Int {
+  static constexpr int value = kValue;
+};
+
+template <int kCount, int kAt = 0, class Body>
+QK_INLINE inline void unroll(const Body& body) {
+  if constexpr (kAt < kCount) {
+    body(Int<kAt>());
+    unroll<kCount, kAt + 1>(body);
+  }
+}
+
+template <class T>
+struct WeightTiles : T {
+  using F = typename T::F;
+  using Table = typename T::Table;
+  using T::kLanes, T::kUnitK;
+  static constexpr int kTileN = T::kTileVecs * kLanes;
+
+  template <class W>
+  static constexpr int line_units() {
+    return (W::kBits == 4 ? 8 : 4) / kUnitK;
+  }
+
+  // c [kRows, kVecs * kLanes] (rows of 64) += what `acc` holds, scaled.
+  template <int kRows, int kVecs>
+  QK_INLINE static void add_scaled(const F (&acc)[kRows][kVecs], float* c, const Scaling& s) {
+    unroll<kVecs>([&](auto v) QK_INLINE {
+      const int at = v.value * kLanes;
+      unroll<kRows>([&](auto r) QK_INLINE {
+        float* to = c + r.value * kBlockN + at;
+        F sum = T::load_f(to);
+        sum = s.scale ? T::fma(acc[r.value][v.value], T::load_f(s.scale + at), sum) : T::add(acc[r.value][v.value], sum);
+        if (s.offset) sum = T::fma(T::set(s.sums[r.value * s.sum_stride]), T::load_f(s.offset + at), sum);
+        T::store_f(to, sum);
+      });
+    });
+  }
+
+  // Two sets of accumulators where one row alone has too few chains for the latency of the multiply-add.
+  template <class W, int kRows, int kVecs>
+  static void stream_part(const uint32_t* x, int64_t ldx, const uint8_t* w, int64_t lines, const Table& table, float* c,
+                          const Scaling& scaling) {
+    constexpr int kUnits = line_units<W>(), kSets = kRows * kVecs < 8 ? 2 : 1;
+    F acc[kSets][kRows][kVecs];
+    unroll<kSets>([&](auto i) QK_INLINE {
+      unroll<kRows>([&](auto r) QK_INLINE { unroll<kVecs>([&](auto v) QK_INLINE { acc[i.value][r.value][v.value] = T::set(0.0f); }); });
+    });
+    const Table local = table;
+    for (int64_t i = 0; i < lines; ++i, w += kBlockN * 4, x += kUnits) {
+      unroll<kVecs>([&](auto v) QK_INLINE {
+        const auto raw = T::load_raw(w + v.value * kLanes * 4);
+        unroll<kUnits>([&](auto u) QK_INLINE {
+          const auto value = T::template decode<W, u.value>(raw, local);
+          unroll<kRows>([&](auto r) QK_INLINE {
+            T::mac(acc[u.value % kSets][r.value][v.value], value, T::broadcast(x + r.value * ldx + u.value));
+          });
+        });
+      });
+    }
+    if constexpr (kSets == 2) {
+      unroll<kRows>([&](auto r) QK_INLINE {
+        unroll<kVecs>([&](auto v) QK_INLINE {
+          acc[0][r.value][v.value] = T::add(acc[0][r.value][v.value], acc[1][r.value][v.value]);
+        });
+      });
+    }
+    add_scaled<kRows, kVecs>(acc[0], c, scaling);
+  }
+
+  template <class W, int kRows>
+  static void stream_rows(const uint32_t* x, int64_t ldx, const uint8_t* w, int64_t lines, const Table& table, float* c,
+                          const Scaling& s) {
+    constexpr int kVecs = T::stream_vecs(kRows), kPart = kVecs * kLanes;
+    for (int j = 0; j < kBlockN; j += kPart)
+      stream_part<W, kRows, kVecs>(x, ldx, w + j * 4, lines, table, c + j,
+                                   {s.scale ? s.scale + j : nullptr, s.offset ? s.offset + j : nullptr, s.sums, s.sum_stride});
+  }
+
+  template <class W>
+  static void stream(int rows, const uint32_t* x, int64_t ldx, const uint8_t* w, int64_t lines, const Table& table,
+                     float* c, const Scaling& s) {
+    switch (rows) {
+      case 1: return stream_rows<W, 1>(x, ldx, w, lines, table, c, s);
+      case 2: return stream_rows<W, 2>(x, ldx, w, lines, table, c, s);
+      case 3: return stream_rows<W, 3>(x, ldx, w, lines, table, c, s);
+      case 4: return stream_rows<W, 4>(x, ldx, w, lines, table, c, s);
+      default: break;
+    }
+    if constexpr (T::kStreamRows > 4) {
+      if (rows == 5) return stream_rows<W, 5>(x, ldx, w, lines, table, c, s);
+      return stream_rows<W, 6>(x, ldx, w, lines, table, c, s);
+    }
+  }
+
+  // panel [64 / kTileN][units][kTileN]; `pitch` floats from one block of columns to the next.
+  template <class W>
+  static void panel(const uint8_t* w, int64_t lines, const Table& table, const float* scale, const float* offset,
+                    float* out, int64_t pitch) {
+    constexpr int kUnits = line_units<W>();
+    const Table local = table;
+    for (int64_t i = 0; i < lines; ++i, w += kBlockN * 4, out += kUnits * kTileN) {
+      unroll<kBlockN / kLanes>([&](auto v) QK_INLINE {
+        constexpr int kAt = v.value * kLanes;
+        float* to = out + kAt / kTileN * pitch + kAt % kTileN;
+        const auto raw = T::load_raw(w + kAt * 4);
+        unroll<kUnits>([&](auto u) QK_INLINE {
+          auto value = T::template decode<W, u.value>(raw, local);
+          if constexpr (T::kScaledPanel && W::kBits == 4) {
+            const F s = T::load_f(scale + kAt);
+            value = offset ? T::fma(value, s, T::load_f(offset + kAt)) : T::mul(value, s);
+          }
+          T::store_value(to + u.value * kTileN, value);
+        });
+      });
+    }
+  }
+
+  template <int kRows>
+  static void tile_rows(const uint32_t* a, int64_t lda, const float* b, int64_t units, float* c, const Scaling& s) {
+    constexpr int kVecs = T::kTileVecs;
+    F acc[kRows][kVecs];
+    unroll<kRows>([&](auto r) QK_INLINE { unroll<kVecs>([&](auto v) QK_INLINE { acc[r.value][v.value] = T::set(0.0f); }); });
+    const uint32_t* a3 = a + 3 * lda;  // two pointers and lda, 2 * lda address six rows
+    for (int64_t i = 0; i < units; ++i, b += kTileN) {
+      typename T::Value w[kVecs];
+      unroll<kVecs>([&](auto v) QK_INLINE { w[v.value] = T::load_value(b + v.value * kLanes); });
+      unroll<kRows>([&](auto r) QK_INLINE {
+        const auto x = T::broadcast(r.value < 3 ? a + r.value * lda + i : a3 + (r.value - 3) * lda + i);
+        unroll<kVecs>([&](auto v) QK_INLINE { T::mac(acc[r.value][v.value], w[v.value], x); });
+      });
+    }
+    add_scaled<kRows, kVecs>(acc, c, s);
+  }
+
+  static void tile(int rows, const uint32_t* a, int64_t lda, const float* b, int64_t units, float* c, const Scaling& s) {
+    switch (rows) {
+      case 1: return tile_rows<1>(a, lda, b, units, c, s);
+      case 2: return tile_rows<2>(a, lda, b, units, c, s);
+      case 3: return tile_rows<3>(a, lda, b, units, c, s);
+      case 4: return tile_rows<4>(a, lda, b, units, c, s);
+      case 5: return tile_rows<5>(a, lda, b, units, c, s);
+      default: return tile_rows<6>(a, lda, b, units, c, s);
+    }
+  }
+};
+
+}  // namespace
+}  // namespace qk
+
+#undef QK_INLINE

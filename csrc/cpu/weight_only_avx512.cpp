@@ -1,0 +1,70 @@
+// Weight-only kernels of the tiers with 512-bit registers.
+#include "dispatch.h"
+#include "linear_wxa16_impl.h"
+#include "tiles_wxa16.h"
+#include "verbs_zmm.h"
+
+namespace qk {
+namespace {
+
+// 6 x 64 tile: 24 accumulators, 4 weight registers, 1 for the broadcast activation, of 32.
+struct Avx512 : ZmmVerbs {
+  static constexpr int kUnitK = 1, kTileM = 6, kTileVecs = 4, kStreamRows = 6;
+  static constexpr bool kScaledPanel = true, kTables = true;
+  static constexpr int stream_vecs(int /*rows*/) { return 4; }
+
+  using Raw = __m512i;
+  using Value = F;
+  struct Table {
+    F value;
+  };
+  template <class W>
+  static Table make_table(const float* codebook) {
+    if (codebook) return {load_f(codebook)};
+    return {_mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7)};
+  }
+
+  static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+  static float reduce_add(F v) { return _mm512_reduce_add_ps(v); }
+  static F broadcast(const uint32_t* x) { return _mm512_castsi512_ps(_mm512_set1_epi32(static_cast<int32_t>(*x))); }
+  static void mac(F& c, F w, F x) { c = _mm512_fmadd_ps(w, x, c); }
+  static F load_value(const float* p) { return _mm512_load_ps(p); }
+  static void store_value(float* p, F v) { _mm512_store_ps(p, v); }
+  static Raw load_raw(const uint8_t* p) { return _mm512_load_si512(p); }
+
+  // Byte u, sign extended; nibble u as the index of vpermps, which ignores all bits but the lowest four.
+  template <class W, int u>
+  static F decode(Raw raw, const Table& table) {
+    if constexpr (W::kBits == 8) {
+      return _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(raw, 24 - 8 * u), 24));
+    } else {
+      constexpr int kShift = u < 4 ? 8 * u : 8 * (u - 4) + 4;
+      return _mm512_permutexvar_ps(_mm512_srli_epi32(raw, kShift), table.value);
+    }
+  }
+
+  template <DType D>
+  static void copy_row(const void* x, const float* inv_smooth, int64_t k, uint32_t* units) {
+    float* out = reinterpret_cast<float*>(units);
+    for (int64_t i = 0; i < padded_k(k); i += kLanes) {
+      F v = set(0.0f);
+      if (i < k) {
+        const int n = static_cast<int>(k - i < kLanes ? k - i : kLanes);
+        v = load_part<D>(x, i, n);
+        if (inv_smooth) v = mul(v, load_f_part(inv_smooth + i, n));
+      }
+      store_f(out + i, v);
+    }
+  }
+};
+
+using Kernels = WeightTiles<Avx512>;
+
+}  // namespace
+
+const WeightOnlyTable& weight_only_avx512() {
+  static constexpr WeightOnlyTable table = {"", linear_w8a16<Kernels>, linear_w4a16<Kernels>, linear_wxa16_scratch_bytes};
+  return table;
+}
+
+}  // namespace qk
