@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 import tempfile
@@ -29,6 +30,8 @@ def replacing(directory: Path, *, drop: Callable[[Path], Collection[str]]) -> It
         target.parent.mkdir(parents=True, exist_ok=True)
         if target.exists() and not target.is_dir():
             raise NotADirectoryError(f"expected a directory, {target} is a file")
+        for place in (target.parent, target):
+            _refuse_read_only(place)
         stage = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
         fresh = stage / "new"
         fresh.mkdir()
@@ -43,6 +46,12 @@ def replacing(directory: Path, *, drop: Callable[[Path], Collection[str]]) -> It
     finally:
         if stage is not None:
             shutil.rmtree(stage, ignore_errors=True)
+
+
+def _refuse_read_only(directory: Path) -> None:
+    """A directory whose mode lets nobody write is meant to stay as it is, also by those whom modes do not stop."""
+    if directory.exists() and not directory.stat().st_mode & 0o222:
+        raise PermissionError(errno.EACCES, f"{directory} is read-only")
 
 
 def _exchange(fresh: Path, target: Path, aside: Path) -> None:

@@ -153,7 +153,7 @@ def _extent(tensor: torch.Tensor) -> tuple[object, int, int] | None:
         return ("sparse", id(tensor)), 0, values.numel() * values.element_size()
     try:
         storage: object = (str(tensor.device), tensor.untyped_storage()._cdata)
-    except (RuntimeError, NotImplementedError):  # tensor subclasses without a storage of their own
+    except RuntimeError:  # tensor subclasses without a storage of their own
         return ("opaque", id(tensor)), 0, tensor.numel() * item
     first = int(tensor.storage_offset()) * item
     last = first + item * (
