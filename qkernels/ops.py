@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from . import _C, reference
-from .backends import Prepared, prepare
+from .backends import Prepared, prepare, register
 from .checks import check_features, check_input, check_out_dtype, check_static
 from .native import ALIGNMENT, native_linear_w8a8, pack_w8, run_native, unpack_w8
 from .prepared import effective_weight, input_gradient, scheme_from_key
@@ -304,6 +304,18 @@ for _name, _backward, _setup in (
     torch.library.register_autograd(f"qkernels::{_name}", _backward, setup_context=_setup, lib=_LIBRARY)
     if hasattr(torch.library, "register_vmap"):
         torch.library.register_vmap(f"qkernels::{_name}", _vmap_rows(_name), lib=_LIBRARY)
+
+
+# -- GPUs -----------------------------------------------------------------------------------------------------------
+#
+# Each is asked before the one registered earlier: the CUDA module, then Triton, then what serves the CPU.
+
+from .cuda_w8a8 import PreparedCudaW8A8, register_operators  # noqa: E402  needs the operators above
+from .triton.layer import PreparedTritonW8A8  # noqa: E402
+
+_CUDA_LIBRARY = register_operators()
+register(PreparedTritonW8A8)
+register(PreparedCudaW8A8)
 
 
 # -- functions ------------------------------------------------------------------------------------------------------

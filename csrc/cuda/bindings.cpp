@@ -27,14 +27,14 @@ DType dtype_of(int code) {
 }
 
 W8A8Config config_of(const py::tuple& values) {
-  QK_CHECK_EQ(values.size(), size_t{4});
+  QK_CHECK_EQ(values.size(), size_t{5});
   return W8A8Config{static_cast<W8A8Kernel>(values[0].cast<int>()), values[1].cast<int>(), values[2].cast<int>(),
-                    values[3].cast<int>()};
+                    values[3].cast<int>(), values[4].cast<int>()};
 }
 
 py::tuple select(int64_t m, int64_t n, int64_t k, int capability, int sms) {
   const W8A8Config c = select_w8a8(m, n, k, capability, sms);
-  return py::make_tuple(static_cast<int>(c.kernel), c.tile, c.split, c.deep);
+  return py::make_tuple(static_cast<int>(c.kernel), c.tile, c.split, c.share, c.deep);
 }
 
 void quantize_rows_at(Address x, int x_dtype, int64_t m, int64_t k, int64_t x_stride, Address q, int64_t q_stride,
@@ -72,6 +72,24 @@ void gemm_at(Address xq, int64_t x_stride, Address x_scale, Address x_zero_point
   a.m = static_cast<int32_t>(m), a.n = static_cast<int32_t>(n), a.k = static_cast<int32_t>(k);
   a.y = pointer<void>(y), a.y_dtype = dtype_of(y_dtype), a.y_stride = y_stride;
   gemm_w8a8(a, config_of(config), dependent, stream_of(stream));
+}
+
+// A whole layer: quantize into `workspace` (workspace_bytes of it, 16-byte aligned), then multiply.
+//   workspace: q [M, activation_stride(K)] bytes, scale [M] fp32, zero_point [M] int32 (asymmetric only)
+int64_t workspace_bytes(int64_t m, int64_t k) { return m * (activation_stride(k) + 8); }
+
+void linear_at(Address x, int x_dtype, int64_t m, int64_t k, int64_t x_stride, Address workspace, bool symmetric,
+               Address inv_smooth, Address static_scale, Address static_zero_point, Address packed, Address colsum,
+               Address weight_scale, Address bias, int64_t n, Address y, int y_dtype, Address stream) {
+  const int64_t q_stride = activation_stride(k);
+  const Address scale = workspace + static_cast<Address>(m * q_stride);
+  const Address zero_point = symmetric ? 0 : scale + static_cast<Address>(m * 4);
+  const int capability = device_capability();
+  const bool dependent = capability >= 90;
+  quantize_rows_at(x, x_dtype, m, k, x_stride, workspace, q_stride, scale, zero_point, inv_smooth, static_scale,
+                   static_zero_point, true, dependent, stream);
+  gemm_at(workspace, q_stride, scale, zero_point, packed, colsum, weight_scale, bias, m, n, k, y, y_dtype, n,
+          select(m, n, k, capability, multiprocessors()), dependent, stream);
 }
 
 void quantize_at(Address x, int x_dtype, int64_t outer, int64_t channels, int64_t inner, int64_t group, Address q,
@@ -133,6 +151,11 @@ PYBIND11_MODULE(_cuda, m) {
         py::arg("packed"), py::arg("colsum"), py::arg("weight_scale"), py::arg("bias"), py::arg("m"), py::arg("n"),
         py::arg("k"), py::arg("y"), py::arg("y_dtype"), py::arg("y_stride"), py::arg("config"), py::arg("dependent"),
         py::arg("stream"));
+  m.def("workspace_bytes", &workspace_bytes, py::arg("m"), py::arg("k"));
+  m.def("linear_w8a8", &linear_at, py::arg("x"), py::arg("x_dtype"), py::arg("m"), py::arg("k"), py::arg("x_stride"),
+        py::arg("workspace"), py::arg("symmetric"), py::arg("inv_smooth"), py::arg("static_scale"),
+        py::arg("static_zero_point"), py::arg("packed"), py::arg("colsum"), py::arg("weight_scale"), py::arg("bias"),
+        py::arg("n"), py::arg("y"), py::arg("y_dtype"), py::arg("stream"));
   m.def("quantize", &quantize_at, py::arg("x"), py::arg("x_dtype"), py::arg("outer"), py::arg("channels"),
         py::arg("inner"), py::arg("group"), py::arg("q"), py::arg("kind"), py::arg("scale"), py::arg("zero_point"),
         py::arg("symmetric"), py::arg("is_static"), py::arg("stats"), py::arg("stream"));

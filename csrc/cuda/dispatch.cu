@@ -22,21 +22,21 @@ int attribute(cudaDeviceAttr which, std::atomic<int> (&known)[64]) {
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// wgmma, few tokens: the smallest n that holds them (256 tokens at most), and K split until the chip is full.
+// wgmma, few tokens: the smallest n that holds them (128 tokens at most), and K split until the chip is full.
 W8A8Config select_stream(int64_t m, int64_t n, int64_t k, int sms) {
-  W8A8Config c = {W8A8Kernel::kStream, 8, 1, 0};
-  while (c.tile < m && c.tile < 256) c.tile *= 2;
+  W8A8Config c = {W8A8Kernel::kStream, 8, 1, 1, 0};
+  while (c.tile < m && c.tile < 128) c.tile *= 2;
   const int64_t tiles = ceil_div(n, 128) * ceil_div(m, c.tile);
   while (c.split < 8 && tiles * c.split * 2 <= sms && slabs(k) >= c.split * 4) c.split *= 2;
-  c.deep = tiles * c.split <= sms || c.tile == 256 ? 1 : 0;
+  c.deep = tiles * c.split <= sms ? 1 : 0;
   return c;
 }
 
 // wgmma, many tokens: the tile width that leaves the least of the last wave empty; ties go to the widest.
 W8A8Config select_tiled(int64_t m, int64_t n, int sms) {
-  W8A8Config best = {W8A8Kernel::kTiled, 256, 2, 0};
+  W8A8Config best = {W8A8Kernel::kTiled, 256, 1, 2, 0};
   int64_t least = 0;
-  for (const int tile : {256, 224, 192, 128}) {
+  for (const int tile : {256, 224, 128}) {
     const int64_t clusters = sms / 2, tiles = ceil_div(m, 256) * ceil_div(n, tile);
     // Cost of one cluster: columns of channels it computes, with an eighth more a tile for fill and epilogue, and more
     // shared-memory traffic the narrower the tile.
@@ -68,7 +68,7 @@ bool has_sm90a() {
 
 W8A8Config select_w8a8(int64_t m, int64_t n, int64_t k, int capability, int sms) {
   if (capability == 90 && has_sm90a()) return m <= 256 ? select_stream(m, n, k, sms) : select_tiled(m, n, sms);
-  return W8A8Config{W8A8Kernel::kMma, m <= 16 ? 16 : m <= 64 ? 64 : 128, 1, 0};
+  return W8A8Config{W8A8Kernel::kMma, m <= 16 ? 16 : m <= 64 ? 64 : 128, 1, 1, 0};
 }
 
 void gemm_w8a8(const GemmW8A8Args& args, const W8A8Config& config, bool dependent, cudaStream_t stream) {

@@ -89,6 +89,13 @@ __global__ void __launch_bounds__(kThreads) gemm_mma_kernel(const GemmW8A8Args a
   // (chunk, chunk + 1) for two blocks of eight tokens.
   const int a_row = warp_n * S::kBlocksN * 16 + (lane & 15), a_chunk = lane >> 4;
   const int b_row = warp_m * S::kBlocksM * 8 + (lane & 7) + ((lane >> 4) << 3), b_chunk = (lane >> 3) & 1;
+  TokenTerms even[S::kBlocksM], odd[S::kBlocksM];  // wanted at the end, and far away
+#pragma unroll
+  for (int j = 0; j < S::kBlocksM; ++j) {
+    const int m = m0 + (warp_m * S::kBlocksM + j) * 8 + 2 * (lane & 3);
+    even[j] = load_token(e, m);
+    odd[j] = load_token(e, m + 1);
+  }
   for (int kb = 0; kb < slab_count; ++kb) {
     ptx::cp_async_wait<S::kStages - 2>();
     __syncthreads();  // slab kb has landed for everybody, and everybody is done with the stage refilled below
@@ -145,7 +152,7 @@ __global__ void __launch_bounds__(kThreads) gemm_mma_kernel(const GemmW8A8Args a
     const ChannelTerms low = load_channel(e, n + (lane >> 2)), high = load_channel(e, n + (lane >> 2) + 8);
 #pragma unroll
     for (int j = 0; j < S::kBlocksM; ++j) {
-      store_channels_by_tokens(e, acc[i][j], n, m0 + (warp_m * S::kBlocksM + j) * 8, low, high, lane);
+      store_channels_by_tokens(e, acc[i][j], n, m0 + (warp_m * S::kBlocksM + j) * 8, low, high, even[j], odd[j], lane);
     }
   }
 }

@@ -1,8 +1,8 @@
 // W8A8 GEMM for up to a few hundred tokens on sm_90a: limited by how fast the weights stream in.
 //
-// Weights are the 64-row wgmma operand, tokens the n operand (8..256), so no lane multiplies padding beyond 8 tokens:
+// Weights are the 64-row wgmma operand, tokens the n operand (8..128), so no lane multiplies padding beyond 8 tokens:
 //
-//   CTA (s, j, i) of cluster (j, i):  channels 128j .. 128j+127,  tokens kTokens*i ..,  slabs of K's s-th part
+//   CTA:  channels 128j .. 128j+127,  tokens kTokens*i ..,  part s of K's slabs
 //
 //   warps 0-3   wgmma m64 n kTokens k32 on channels   0.. 63       warp 8   producer: one lane starts the copies
 //   warps 4-7                              channels  64..127
@@ -11,9 +11,16 @@
 // (tensor map, kept in L2). The first stages' weights are requested before griddepcontrol.wait, so they travel while
 // the quantizer that makes the activations still runs: weights are the caller's constants.
 //
-// K is split over the `split` CTAs of a cluster where the channels alone give too few CTAs. Each leaves its int32 sums
-// in its shared memory as [token block][thread] int4; after a cluster barrier CTA r adds up and writes token blocks
-// r, r + split, ... reading the others through distributed shared memory. int32 sums are exact in any order.
+// Clusters of `split` x `share` CTAs:
+//
+//   split   K is divided where the channels alone give too few CTAs. When all are through their part, the CTA that owns
+//           token block j (8 tokens; owner j % split) receives the int32 sums of the others by st.async into its free
+//           stages, counted by an mbarrier, and writes the block. int32 sums are exact in any order.
+//   share   neighbours in channels need the same tokens: each fetches a part of the tile and multicasts it. At 64
+//   tokens
+//           and more the L2 would otherwise deliver more activations than weights.
+//
+// The producer's idle lanes bring the tokens' scales to shared memory, so that the epilogue waits for nothing.
 #include "epilogue.cuh"
 #include "host.h"
 #include "launch.h"
@@ -29,61 +36,98 @@ constexpr int kThreads = kConsumers + 32;
 constexpr int kConsumerWarps = kConsumers / 32;
 constexpr int kWeightBytes = kChannels * kSlabK;
 constexpr int kAlignment = 1024;  // of a swizzle atom
+constexpr int kBlockBytes = kConsumers * 16;  // sums of 8 tokens x 128 channels, [thread] int4
+constexpr int kMaxCluster = 8;
 
 template <int kTokens_, int kStages_, int kPerSm_>
 struct Shape {
   static constexpr int kTokens = kTokens_, kStages = kStages_, kPerSm = kPerSm_;
+  static constexpr int kBlocks = kTokens / 8;
   static constexpr int kTokenBytes = kTokens * kSlabK;
   static constexpr int kStageBytes = kWeightBytes + kTokenBytes;
   static constexpr int kSharedBytes = kStages * kStageBytes + kAlignment;
-  static_assert(kStages * kStageBytes >= kConsumers * kTokens * 2, "the sums of a split reuse the stages");
+  static_assert(kStages * kStageBytes >= (kBlocks + kMaxCluster) * kBlockBytes, "received sums reuse the stages");
   // An SM has 228 KB; each CTA costs 1 KB and the barriers besides.
-  static_assert(kPerSm * (kSharedBytes + 1024 + 2 * kStages * 8) <= 228 * 1024, "shared memory");
+  static_assert(kPerSm * (kSharedBytes + 1024 + 2 * kStages * 8 + 8 + kTokens * 8) <= 228 * 1024, "shared memory");
+};
+
+struct Clusters {
+  int split, share;
 };
 
 template <typename S>
 __global__ void __launch_bounds__(kThreads, S::kPerSm)
-    gemm_stream_kernel(const __grid_constant__ CUtensorMap x_map, const GemmW8A8Args a, const Epilogue e, int split) {
+    gemm_stream_kernel(const __grid_constant__ CUtensorMap x_map, const GemmW8A8Args a, const Epilogue e,
+                       const Clusters c) {
   extern __shared__ uint8_t shared[];
-  __shared__ __align__(8) uint64_t full_barriers[S::kStages], empty_barriers[S::kStages];
+  __shared__ __align__(8) uint64_t full_barriers[S::kStages], empty_barriers[S::kStages], sums_barrier;
+  __shared__ TokenTerms token_terms[S::kTokens];
   const uint32_t base = (ptx::smem_u32(shared) + kAlignment - 1) / kAlignment * kAlignment;
   const uint32_t full = ptx::smem_u32(full_barriers), empty = ptx::smem_u32(empty_barriers);
+  const uint32_t sums = ptx::smem_u32(&sums_barrier);
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
-  const int part = blockIdx.x;  // of K; gridDim.x is one cluster
+  // The rank of CTA (part, member) in its cluster is part + split * member.
+  const int part = blockIdx.x, member = blockIdx.y % c.share;
+  const bool clustered = c.split * c.share > 1;
   const int n0 = blockIdx.y * kChannels, m0 = blockIdx.z * S::kTokens;
   const int slab_count = static_cast<int>(slabs(a.k));
-  const int first = slab_count * part / split, count = slab_count * (part + 1) / split - first;
+  const int first = slab_count * part / c.split, count = slab_count * (part + 1) / c.split - first;
+  const int blocks_used = (min(S::kTokens, a.m - m0) + 7) / 8;
 
   if (threadIdx.x == 0) {
     for (int s = 0; s < S::kStages; ++s) {
       ptx::mbarrier_init(full + 8 * s, 1);
-      ptx::mbarrier_init(empty + 8 * s, kConsumerWarps);
+      ptx::mbarrier_init(empty + 8 * s, kConsumerWarps * c.share);  // everybody who reads what this CTA multicasts
     }
+    ptx::mbarrier_init(sums, 1);
     ptx::fence_mbarrier_init();
+    const int owned = (blocks_used - part + c.split - 1) / c.split;
+    if (c.split > 1 && owned > 0) ptx::mbarrier_arrive_expect_tx(sums, owned * (c.split - 1) * kBlockBytes);
   }
   __syncthreads();
+  if (clustered) ptx::cluster_arrive_relaxed();
 
   if (warp == kConsumerWarps) {
-    if (ptx::elect_one()) {
+    const bool leader = lane == 0;
+    const int64_t rows = packed_rows(a.n);
+    const uint32_t weight_bytes =
+        max(0, min(kChannels, static_cast<int>(rows) - n0)) * kSlabK;  // 0: beyond the last channel
+    const int ahead = min(count, S::kStages);
+    const auto load_weights = [&](int i) {
+      const int s = i % S::kStages;
+      ptx::mbarrier_arrive_expect_tx(full + 8 * s, weight_bytes + S::kTokenBytes);
+      if (weight_bytes > 0) {
+        ptx::bulk_load(base + s * S::kStageBytes, a.packed + ((first + i) * rows + n0) * kSlabK, weight_bytes,
+                       full + 8 * s, ptx::kEvictFirst);
+      }
+    };
+    const int slice = S::kTokens / c.share;  // tokens this CTA fetches
+    uint32_t mask = 0;
+    for (int j = 0; j < c.share; ++j) mask |= 1u << (part + c.split * j);
+    const auto load_tokens = [&](int i) {
+      const int s = i % S::kStages;
+      const uint32_t target = base + s * S::kStageBytes + kWeightBytes + member * slice * kSlabK;
+      if (c.share > 1) {
+        ptx::tensor_load_2d_multicast(target, &x_map, (first + i) * kSlabK, m0 + member * slice, full + 8 * s,
+                                      static_cast<uint16_t>(mask), ptx::kEvictLast);
+      } else {
+        ptx::tensor_load_2d(target, &x_map, (first + i) * kSlabK, m0, full + 8 * s, ptx::kEvictLast);
+      }
+    };
+    if (leader) {
       ptx::prefetch_tensor_map(&x_map);
-      const int64_t rows = packed_rows(a.n);
-      const uint32_t weight_bytes = static_cast<uint32_t>(min(int64_t(kChannels), rows - n0)) * kSlabK;
-      const int8_t* weights = a.packed + (int64_t(first) * rows + n0) * kSlabK;
-      const auto load_weights = [&](int i) {
-        const int s = i % S::kStages;
-        ptx::mbarrier_arrive_expect_tx(full + 8 * s, weight_bytes + S::kTokenBytes);
-        ptx::bulk_load(base + s * S::kStageBytes, weights + i * rows * kSlabK, weight_bytes, full + 8 * s,
-                       ptx::kEvictFirst);
-      };
-      const auto load_tokens = [&](int i) {
-        const int s = i % S::kStages;
-        ptx::tensor_load_2d(base + s * S::kStageBytes + kWeightBytes, &x_map, (first + i) * kSlabK, m0, full + 8 * s,
-                            ptx::kEvictLast);
-      };
-      const int ahead = min(count, S::kStages);
       for (int i = 0; i < ahead; ++i) load_weights(i);
-      ptx::grid_dependency_wait();
+    }
+    __syncwarp();
+    if (clustered) ptx::cluster_wait();  // the barriers a multicast completes on exist everywhere
+    ptx::grid_dependency_wait();
+    if (leader) {
       for (int i = 0; i < ahead; ++i) load_tokens(i);
+    }
+    __syncwarp();
+    for (int m = lane; m < S::kTokens; m += 32) token_terms[m] = load_token(e, m0 + m);
+    ptx::named_barrier_arrive(1, kThreads);
+    if (leader) {
       for (int i = ahead; i < count; ++i) {
         ptx::mbarrier_wait(empty + 8 * (i % S::kStages), (i / S::kStages - 1) & 1);
         load_weights(i);
@@ -92,10 +136,8 @@ __global__ void __launch_bounds__(kThreads, S::kPerSm)
       ptx::grid_launch_dependents();
     }
     __syncwarp();
-    if (split > 1) {
-      ptx::cluster_arrive();
-      ptx::cluster_wait();
-      ptx::cluster_arrive();
+    if (c.split > 1) {
+      ptx::cluster_arrive_relaxed();
       ptx::cluster_wait();
     }
     return;
@@ -108,6 +150,7 @@ __global__ void __launch_bounds__(kThreads, S::kPerSm)
   int32_t acc[S::kTokens / 2];
 #pragma unroll
   for (int i = 0; i < S::kTokens / 2; ++i) acc[i] = 0;
+  if (clustered) ptx::cluster_wait();
   for (int i = 0; i < count; ++i) {
     const int s = i % S::kStages;
     ptx::mbarrier_wait(full + 8 * s, (i / S::kStages) & 1);
@@ -119,86 +162,105 @@ __global__ void __launch_bounds__(kThreads, S::kPerSm)
     for (int k = 0; k < kSlabK / 32; ++k) WgmmaS8<S::kTokens>::run(acc, weights + 2 * k, tokens + 2 * k, 1);
     ptx::wgmma_commit();
     ptx::wgmma_wait<1>();  // the previous slab's products are done: its stage is free
-    if (i > 0 && lane == 0) ptx::mbarrier_arrive(empty + 8 * ((i - 1) % S::kStages));
+    // Only arrivals that a producer waits for, so none is under way when its target has left.
+    if (i > 0 && i - 1 + S::kStages < count) {
+      const uint32_t barrier = empty + 8 * ((i - 1) % S::kStages);
+      if (c.share == 1) {
+        if (lane == 0) ptx::mbarrier_arrive(barrier);
+      } else if (lane < c.share) {
+        ptx::mbarrier_arrive_cluster(barrier, part + c.split * lane);
+      }
+    }
   }
   ptx::wgmma_wait<0>();
-  ptx::grid_dependency_wait();
 
-  if (split == 1) {
-#pragma unroll
-    for (int j = 0; j < S::kTokens / 8; ++j) {
-      const int32_t d[4] = {acc[4 * j], acc[4 * j + 1], acc[4 * j + 2], acc[4 * j + 3]};
-      store_channels_by_tokens(e, d, n, m0 + 8 * j, low, high, lane);
-    }
-    return;
-  }
-  ptx::named_barrier(1, kConsumers);  // both warpgroups are done with the stages
   const uint32_t mine = base + threadIdx.x * 16;
+  if (c.split > 1) {
+    ptx::cluster_arrive_relaxed();  // every stage of every CTA has been read
+    ptx::cluster_wait();
+    // Owner j % split receives block j of CTA `part` in place [j / split][part].
+    uint32_t place = mine + part * kBlockBytes;
+    int owner = 0;
 #pragma unroll
-  for (int j = 0; j < S::kTokens / 8; ++j) {
-    asm volatile("st.shared.v4.s32 [%0], {%1,%2,%3,%4};" ::"r"(mine + j * kConsumers * 16), "r"(acc[4 * j]),
-                 "r"(acc[4 * j + 1]), "r"(acc[4 * j + 2]), "r"(acc[4 * j + 3])
-                 : "memory");
-  }
-  ptx::cluster_arrive();
-  ptx::cluster_wait();
-  for (int j = part; j < S::kTokens / 8 && m0 + 8 * j < a.m; j += split) {
-    int32_t d[4] = {0, 0, 0, 0};
-#pragma unroll 4
-    for (int r = 0; r < split; ++r) {
-      const int4 v = ptx::load_cluster(mine + j * kConsumers * 16, r);
-      d[0] += v.x, d[1] += v.y, d[2] += v.z, d[3] += v.w;
+    for (int j = 0; j < S::kBlocks; ++j) {
+      if (j < blocks_used && owner != part) {
+        ptx::store_async_cluster(place, sums, owner + c.split * member, acc[4 * j], acc[4 * j + 1], acc[4 * j + 2],
+                                 acc[4 * j + 3]);
+      }
+      if (++owner == c.split) owner = 0, place += c.split * kBlockBytes;
     }
-    store_channels_by_tokens(e, d, n, m0 + 8 * j, low, high, lane);
+    if (part < blocks_used) ptx::mbarrier_wait(sums, 0);
   }
-  ptx::cluster_arrive();  // nobody leaves while its sums are being read
-  ptx::cluster_wait();
+  ptx::grid_dependency_wait();
+  ptx::named_barrier(1, kThreads);  // the tokens' terms are there
+  uint32_t place = mine;
+  int owner = 0;
+#pragma unroll
+  for (int j = 0; j < S::kBlocks; ++j) {
+    if (j < blocks_used && owner == part) {
+      int32_t d[4] = {acc[4 * j], acc[4 * j + 1], acc[4 * j + 2], acc[4 * j + 3]};
+      for (int r = 0; r < c.split; ++r) {
+        if (r != part) {
+          const int4 v = ptx::load_shared(place + r * kBlockBytes);
+          d[0] += v.x, d[1] += v.y, d[2] += v.z, d[3] += v.w;
+        }
+      }
+      const int token = 8 * j + 2 * (lane & 3);
+      store_channels_by_tokens(e, d, n, m0 + 8 * j, low, high, token_terms[token], token_terms[token + 1], lane);
+    }
+    if (++owner == c.split) owner = 0, place += c.split * kBlockBytes;
+  }
 }
 
 template <typename S>
-void run(const GemmW8A8Args& args, int split, bool dependent, cudaStream_t stream) {
+void run(const GemmW8A8Args& args, const W8A8Config& c, bool dependent, cudaStream_t stream) {
   static std::atomic<uint64_t> allowed{0};
   allow_shared_memory(reinterpret_cast<const void*>(gemm_stream_kernel<S>), S::kSharedBytes, allowed);
-  const CUtensorMap map = byte_matrix_map(args.xq, args.m, args.k, args.x_stride, S::kTokens);
+  const CUtensorMap map =
+      byte_matrix_map(args.xq, args.m, args.k, args.x_stride, static_cast<uint32_t>(S::kTokens / c.share));
   LaunchShape shape;
-  shape.grid = dim3(static_cast<unsigned>(split), blocks(args.n, kChannels), blocks(args.m, S::kTokens));
+  shape.grid =
+      dim3(static_cast<unsigned>(c.split), blocks(args.n, kChannels * c.share) * c.share, blocks(args.m, S::kTokens));
   shape.block = dim3(kThreads);
   shape.shared_bytes = S::kSharedBytes;
-  shape.cluster = split;
+  shape.cluster_x = c.split;
+  shape.cluster_y = c.share;
   shape.dependent = dependent;
-  launch(gemm_stream_kernel<S>, shape, stream, "gemm_w8a8_stream", map, args, make_epilogue(args), split);
+  launch(gemm_stream_kernel<S>, shape, stream, "gemm_w8a8_stream", map, args, make_epilogue(args),
+         Clusters{c.split, c.share});
 }
 
 }  // namespace
 
 void gemm_w8a8_stream(const GemmW8A8Args& args, const W8A8Config& c, bool dependent, cudaStream_t stream) {
-  if (c.split < 1 || c.split > 8) {
-    throw std::invalid_argument("stream kernel: expected a split of 1..8, got " + std::to_string(c.split));
+  const bool shares = c.share == 1 || c.share == 2 || c.share == 4 || c.share == 8;
+  if (c.split < 1 || !shares || c.split * c.share > kMaxCluster || c.tile / 8 < c.share) {
+    throw std::invalid_argument("stream kernel: expected clusters of at most 8 CTAs and 8 tokens a CTA, got split " +
+                                std::to_string(c.split) + ", share " + std::to_string(c.share) + ", tile " +
+                                std::to_string(c.tile));
   }
   // The instances: tokens, stages, CTAs per multiprocessor.
   switch (c.tile * 2 + (c.deep ? 1 : 0)) {
     case 8 * 2:
-      return run<Shape<8, 6, 2>>(args, c.split, dependent, stream);
+      return run<Shape<8, 6, 2>>(args, c, dependent, stream);
     case 8 * 2 + 1:
-      return run<Shape<8, 12, 1>>(args, c.split, dependent, stream);
+      return run<Shape<8, 12, 1>>(args, c, dependent, stream);
     case 16 * 2:
-      return run<Shape<16, 6, 2>>(args, c.split, dependent, stream);
+      return run<Shape<16, 6, 2>>(args, c, dependent, stream);
     case 16 * 2 + 1:
-      return run<Shape<16, 12, 1>>(args, c.split, dependent, stream);
+      return run<Shape<16, 12, 1>>(args, c, dependent, stream);
     case 32 * 2:
-      return run<Shape<32, 5, 2>>(args, c.split, dependent, stream);
+      return run<Shape<32, 5, 2>>(args, c, dependent, stream);
     case 32 * 2 + 1:
-      return run<Shape<32, 10, 1>>(args, c.split, dependent, stream);
+      return run<Shape<32, 10, 1>>(args, c, dependent, stream);
     case 64 * 2:
-      return run<Shape<64, 4, 2>>(args, c.split, dependent, stream);
+      return run<Shape<64, 4, 2>>(args, c, dependent, stream);
     case 64 * 2 + 1:
-      return run<Shape<64, 9, 1>>(args, c.split, dependent, stream);
+      return run<Shape<64, 9, 1>>(args, c, dependent, stream);
     case 128 * 2:
-      return run<Shape<128, 3, 2>>(args, c.split, dependent, stream);
+      return run<Shape<128, 3, 2>>(args, c, dependent, stream);
     case 128 * 2 + 1:
-      return run<Shape<128, 6, 1>>(args, c.split, dependent, stream);
-    case 256 * 2 + 1:
-      return run<Shape<256, 4, 1>>(args, c.split, dependent, stream);
+      return run<Shape<128, 6, 1>>(args, c, dependent, stream);
     default:
       throw std::invalid_argument("stream kernel: no instance with " + std::to_string(c.tile) + " tokens" +
                                   (c.deep ? ", deep" : ""));

@@ -11,13 +11,16 @@
 //      +-----------+                     consumers write the last one out. Warps 9-11 only hand their registers over.
 //
 // A 128 x 256 tile reads 48 bytes of shared-memory fill a cycle at the s8 peak (32 with multicast), half of what a
-// 128 x 128 one does. Narrower instances (224, 192, 128) exist for the quantization of waves alone: with 1024 tokens
+// 128 x 128 one does. Narrower instances (224, 128) exist for the quantization of waves alone: with 1024 tokens
 // and 14336 channels, 512 tiles of 224 channels fill 132 multiprocessors 3.9 times, 448 of 256 only 3.4 times.
 //
 // The grid is persistent: cluster c takes tiles c, c + clusters, ... in an order that walks the tokens of a group of
 // kGroup token tiles before it moves to the next channels, so a wave's operands fit in the L2.
 //
 // Epilogue: fragment -> fp32 steps -> 16-bit pairs -> stmatrix into 2 KB per warp -> 16-byte stores of whole sectors.
+// Its scales are requested before the tile's first slab: a thread keeps those of its two tokens and brings those of two
+// channels, which go through shared memory when the sums are ready. The warpgroups share nothing in it and need not
+// arrive together.
 #include "epilogue.cuh"
 #include "host.h"
 #include "launch.h"
@@ -45,9 +48,10 @@ struct Shape {
   static constexpr int kWeightBytes = kChannels * kSlabK;
   static constexpr int kStageBytes = kTokenBytes + kWeightBytes;
   static constexpr int kSharedBytes = kStages * kStageBytes + kConsumerWarps * kStripeBytes + kAlignment;
+  static constexpr int kTermBytes = 2 * kChannels * static_cast<int>(sizeof(ChannelTerms));
   static constexpr int kPart = kChannels / kCluster;  // channels one CTA of the cluster fetches
   static_assert(kPart % kAtomRows == 0, "whole swizzle atoms");
-  static_assert(kSharedBytes + 2 * kStages * 8 <= 227 * 1024, "shared memory");
+  static_assert(kSharedBytes + kTermBytes + 2 * kStages * 8 <= 227 * 1024, "shared memory");
 };
 
 // Tiles of the output, in clusters of kCluster token tiles.
@@ -68,58 +72,96 @@ __device__ __forceinline__ Place place_of(int at, const Tiles& tiles) {
   return Place{first + inside % rows, inside / rows};
 }
 
-// Writes a warp's 16 tokens x kChannels channels. `stripe` is this warp's staging memory.
+// The terms of a tile's channels, by kind: those of two neighbours are read at once.
 template <int kChannels>
-__device__ __forceinline__ void store_tile(const Epilogue& e, const int32_t (&acc)[kChannels / 2], int m0, int n0,
-                                           uint32_t stripe, int lane) {
+struct TileTerms {
+  float scale[kChannels], bias[kChannels];
+  int32_t colsum[kChannels];
+
+  __device__ __forceinline__ void put(int n, const ChannelTerms& c) {
+    scale[n] = c.scale, bias[n] = c.bias, colsum[n] = c.colsum;
+  }
+  // Channels n and n + 1, n even.
+  template <bool kZero>
+  __device__ __forceinline__ void get(int n, ChannelTerms& even, ChannelTerms& odd) const {
+    const float2 s = *reinterpret_cast<const float2*>(scale + n), b = *reinterpret_cast<const float2*>(bias + n);
+    even.scale = s.x, even.bias = b.x, odd.scale = s.y, odd.bias = b.y;
+    if (kZero) {
+      const int2 c = *reinterpret_cast<const int2*>(colsum + n);
+      even.colsum = c.x, odd.colsum = c.y;
+    }
+  }
+};
+
+// Where a warp's 16 tokens x kChannels channels go: tokens m0 + g and m0 + g + 8 with their terms, channels from n0.
+struct Corner {
+  int m0, n0;
+  TokenTerms upper, lower;
+};
+
+// The four values of a lane in block j (8 channels): (upper, even), (upper, odd), (lower, even), (lower, odd).
+template <int kChannels, bool kZero>
+__device__ __forceinline__ void finish_block(const int32_t (&acc)[kChannels / 2], int j, const Corner& at,
+                                             const TileTerms<kChannels>& terms, int t, float (&v)[4]) {
+  ChannelTerms even, odd;
+  terms.template get<kZero>(8 * j + 2 * t, even, odd);
+  v[0] = finish<kZero>(acc[4 * j], at.upper, even);
+  v[1] = finish<kZero>(acc[4 * j + 1], at.upper, odd);
+  v[2] = finish<kZero>(acc[4 * j + 2], at.lower, even);
+  v[3] = finish<kZero>(acc[4 * j + 3], at.lower, odd);
+}
+
+// fp32: a quad of lanes writes the eight channels of a block, one 32-byte sector.
+template <int kChannels, bool kZero>
+__device__ __forceinline__ void store_f32_tile(const Epilogue& e, const int32_t (&acc)[kChannels / 2], const Corner& at,
+                                               const TileTerms<kChannels>& terms, int lane) {
   const int g = lane >> 2, t = lane & 3;
-  const TokenTerms upper = load_token(e, m0 + g), lower = load_token(e, m0 + g + 8);
-  // stmatrix: lane l addresses row l % 16 of the stripe, chunk (8 channels) l / 16 of a pair of chunks.
-  const int put_row = lane & 15, put_chunk = lane >> 4;
+#pragma unroll
+  for (int j = 0; j < kChannels / 8; ++j) {
+    float v[4];
+    finish_block<kChannels, kZero>(acc, j, at, terms, t, v);
+    const int n = at.n0 + 8 * j + 2 * t;
+    store_f32(e, at.m0 + g, n, v[0]);
+    store_f32(e, at.m0 + g, n + 1, v[1]);
+    store_f32(e, at.m0 + g + 8, n, v[2]);
+    store_f32(e, at.m0 + g + 8, n + 1, v[3]);
+  }
+}
+
+// 16-bit outputs go through `stripe`, 16 tokens x kStripe channels of this warp's shared memory, chunk c (8 channels)
+// of row r at place c ^ (r % 8).
+template <int kChannels, DType kOut, bool kZero>
+__device__ __forceinline__ void store_half_tile(const Epilogue& e, const int32_t (&acc)[kChannels / 2],
+                                                const Corner& at, const TileTerms<kChannels>& terms, uint32_t stripe,
+                                                int lane) {
+  const int put_row = lane & 15, put_chunk = lane >> 4;  // stmatrix: the row whose address this lane gives
   const int get_row = lane >> 3, get_chunk = lane & 7;
+  const int n = at.n0 + get_chunk * 8;
+  uint16_t* y = static_cast<uint16_t*>(e.y) + int64_t(at.m0 + get_row) * e.y_stride + n;
 #pragma unroll
   for (int c = 0; c < kChannels; c += kStripe) {
-    if (n0 + c >= e.n) break;
 #pragma unroll
-    for (int pair = 0; pair < kStripe / 16; ++pair) {
-      if (c + 16 * pair >= kChannels) break;
-      uint32_t words[4];
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int j = (c + 16 * pair) / 8 + half, n = n0 + 8 * j + 2 * t;
-        const ChannelTerms even = load_channel(e, n), odd = load_channel(e, n + 1);
-        const float v0 = finish(acc[4 * j], upper, even, e), v1 = finish(acc[4 * j + 1], upper, odd, e);
-        const float v2 = finish(acc[4 * j + 2], lower, even, e), v3 = finish(acc[4 * j + 3], lower, odd, e);
-        if (e.y_dtype == DType::kF32) {
-          store_f32(e, m0 + g, n, v0);
-          store_f32(e, m0 + g, n + 1, v1);
-          store_f32(e, m0 + g + 8, n, v2);
-          store_f32(e, m0 + g + 8, n + 1, v3);
-        }
-        words[2 * half] = pack_pair(e.y_dtype, v0, v1);
-        words[2 * half + 1] = pack_pair(e.y_dtype, v2, v3);
-      }
+    for (int pair = 0; pair < kStripe / 16 && c + 16 * pair < kChannels; ++pair) {
+      float v[4], w[4];
+      finish_block<kChannels, kZero>(acc, c / 8 + 2 * pair, at, terms, lane & 3, v);
+      finish_block<kChannels, kZero>(acc, c / 8 + 2 * pair + 1, at, terms, lane & 3, w);
       const int chunk = 2 * pair + put_chunk;
-      ptx::stmatrix_x4(stripe + put_row * kStripe * 2 + ((chunk ^ (put_row & 7)) << 4), words[0], words[1], words[2],
-                       words[3]);
+      ptx::stmatrix_x4(stripe + put_row * kStripe * 2 + ((chunk ^ (put_row & 7)) << 4), pack_pair(kOut, v[0], v[1]),
+                       pack_pair(kOut, v[2], v[3]), pack_pair(kOut, w[0], w[1]), pack_pair(kOut, w[2], w[3]));
     }
-    if (e.y_dtype == DType::kF32) continue;
     __syncwarp();
 #pragma unroll
     for (int pass = 0; pass < 4; ++pass) {
-      const int row = pass * 4 + get_row, m = m0 + row, n = n0 + c + get_chunk * 8;
-      uint32_t v[4];
-      asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];"
-                   : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
-                   : "r"(stripe + row * kStripe * 2 + ((get_chunk ^ (row & 7)) << 4))
-                   : "memory");
-      if (c + get_chunk * 8 < kChannels && m < e.m) {
-        if (e.vectors && n + 8 <= e.n) {
-          *reinterpret_cast<uint4*>(static_cast<uint16_t*>(e.y) + int64_t(m) * e.y_stride + n) =
-              make_uint4(v[0], v[1], v[2], v[3]);
+      const int row = pass * 4 + get_row;
+      const int4 v = ptx::load_shared(stripe + row * kStripe * 2 + ((get_chunk ^ (row & 7)) << 4));
+      if (c + get_chunk * 8 < kChannels && at.m0 + row < e.m) {
+        if (e.vectors && n + c + 8 <= e.n) {
+          *reinterpret_cast<int4*>(y + pass * 4 * e.y_stride + c) = v;
         } else {
-#pragma unroll
-          for (int i = 0; i < 4; ++i) store_pair(e, m, n + 2 * i, v[i]);
+          store_pair(e, at.m0 + row, n + c, v.x);
+          store_pair(e, at.m0 + row, n + c + 2, v.y);
+          store_pair(e, at.m0 + row, n + c + 4, v.z);
+          store_pair(e, at.m0 + row, n + c + 6, v.w);
         }
       }
     }
@@ -127,12 +169,13 @@ __device__ __forceinline__ void store_tile(const Epilogue& e, const int32_t (&ac
   }
 }
 
-template <typename S>
+template <typename S, DType kOut>
 __global__ void __launch_bounds__(kThreads, 1)
     gemm_tiled_kernel(const __grid_constant__ CUtensorMap x_map, const GemmW8A8Args a, const Epilogue e,
                       const Tiles tiles) {
   extern __shared__ uint8_t shared[];
   __shared__ __align__(8) uint64_t full_barriers[S::kStages], empty_barriers[S::kStages];
+  __shared__ __align__(8) TileTerms<S::kChannels> all_terms[2];  // of each warpgroup
   const uint32_t base = (ptx::smem_u32(shared) + kAlignment - 1) / kAlignment * kAlignment;
   const uint32_t full = ptx::smem_u32(full_barriers), empty = ptx::smem_u32(empty_barriers);
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
@@ -148,7 +191,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     ptx::fence_mbarrier_init();
   }
   if constexpr (S::kCluster > 1) {
-    ptx::cluster_arrive();
+    ptx::cluster_arrive_relaxed();
     ptx::cluster_wait();
   } else {
     __syncthreads();
@@ -170,28 +213,35 @@ __global__ void __launch_bounds__(kThreads, 1)
         const int own = max(0, min(S::kPart, inside - rank * S::kPart));
         const int8_t* weights = a.packed + (int64_t(n0) + rank * S::kPart) * kSlabK;
         for (int kb = 0; kb < slab_count; ++kb) {
-          ptx::mbarrier_wait_cluster(empty + 8 * stage, parity);
+          ptx::mbarrier_wait(empty + 8 * stage, parity);
           const uint32_t barrier = full + 8 * stage, tokens = base + stage * S::kStageBytes;
           const uint32_t target = tokens + kTokenBytes + rank * S::kPart * kSlabK;
           ptx::mbarrier_arrive_expect_tx(barrier, kTokenBytes + inside * kSlabK);
-          ptx::tensor_load_2d(tokens, &x_map, kb * kSlabK, m0, barrier, ptx::kEvictLast);
+          ptx::tensor_load_2d(tokens, &x_map, kb * kSlabK, m0, barrier, ptx::kEvictNormal);
           if (own > 0) {
             const int8_t* source = weights + int64_t(kb) * rows * kSlabK;
             if constexpr (S::kCluster > 1) {
-              ptx::bulk_load_multicast(target, source, own * kSlabK, barrier, (1 << S::kCluster) - 1, ptx::kEvictLast);
+              ptx::bulk_load_multicast(target, source, own * kSlabK, barrier, (1 << S::kCluster) - 1,
+                                       ptx::kEvictNormal);
             } else {
-              ptx::bulk_load(target, source, own * kSlabK, barrier, ptx::kEvictLast);
+              ptx::bulk_load(target, source, own * kSlabK, barrier, ptx::kEvictNormal);
             }
           }
           if (++stage == S::kStages) stage = 0, parity ^= 1;
         }
       }
       ptx::grid_launch_dependents();
+      // Stay until the last arrivals of the other CTA are here.
+      for (int s = 0; s < S::kStages; ++s) {
+        ptx::mbarrier_wait(empty + 8 * stage, parity);
+        if (++stage == S::kStages) stage = 0, parity ^= 1;
+      }
     }
     __syncwarp();
   } else {
     ptx::registers_increase<kConsumerRegisters>();
-    const int group = warp >> 2;
+    const int group = warp >> 2, member = threadIdx.x & 127;
+    TileTerms<S::kChannels>& terms = all_terms[group];
     const uint32_t stripe = base + S::kStages * S::kStageBytes + warp * kStripeBytes;
     const auto release = [&](int s) {
       if (lane < S::kCluster) ptx::mbarrier_arrive_cluster(empty + 8 * s, lane);
@@ -200,6 +250,12 @@ __global__ void __launch_bounds__(kThreads, 1)
     uint32_t parity = 0;
     for (int at = first; at < tile_count; at += step) {
       const Place place = place_of<S::kCluster>(at, tiles);
+      Corner corner;
+      corner.m0 = (place.row * S::kCluster + rank) * kTokens + warp * 16, corner.n0 = place.column * S::kChannels;
+      corner.upper = load_token(e, corner.m0 + (lane >> 2)), corner.lower = load_token(e, corner.m0 + (lane >> 2) + 8);
+      ChannelTerms own[S::kChannels > 128 ? 2 : 1];
+#pragma unroll
+      for (int i = 0; i * 128 < S::kChannels; ++i) own[i] = load_channel(e, corner.n0 + i * 128 + member);
       int32_t acc[S::kChannels / 2];
       int previous = 0;
       for (int kb = 0; kb < slab_count; ++kb) {
@@ -220,20 +276,29 @@ __global__ void __launch_bounds__(kThreads, 1)
       }
       ptx::wgmma_wait<0>();
       release(previous);
-      const int m0 = (place.row * S::kCluster + rank) * kTokens + warp * 16, n0 = place.column * S::kChannels;
-      if (m0 < a.m) store_tile<S::kChannels>(e, acc, m0, n0, stripe, lane);
+#pragma unroll
+      for (int i = 0; i * 128 < S::kChannels; ++i) {
+        if (i * 128 + member < S::kChannels) terms.put(i * 128 + member, own[i]);
+      }
+      ptx::named_barrier(1 + group, 128);
+      if (corner.m0 < a.m) {
+        if constexpr (kOut == DType::kF32) {
+          store_f32_tile<S::kChannels, true>(e, acc, corner, terms, lane);
+        } else if (e.x_zero_point) {
+          store_half_tile<S::kChannels, kOut, true>(e, acc, corner, terms, stripe, lane);
+        } else {
+          store_half_tile<S::kChannels, kOut, false>(e, acc, corner, terms, stripe, lane);
+        }
+      }
+      ptx::named_barrier(1 + group, 128);  // nobody writes the next tile's terms over these
     }
-  }
-  if constexpr (S::kCluster > 1) {  // a CTA's barriers must outlive the other's last arrivals
-    ptx::cluster_arrive();
-    ptx::cluster_wait();
   }
 }
 
-template <typename S>
-void run(const GemmW8A8Args& args, bool dependent, cudaStream_t stream) {
+template <typename S, DType kOut>
+void run_typed(const GemmW8A8Args& args, bool dependent, cudaStream_t stream) {
   static std::atomic<uint64_t> allowed{0};
-  allow_shared_memory(reinterpret_cast<const void*>(gemm_tiled_kernel<S>), S::kSharedBytes, allowed);
+  allow_shared_memory(reinterpret_cast<const void*>(gemm_tiled_kernel<S, kOut>), S::kSharedBytes, allowed);
   const CUtensorMap map = byte_matrix_map(args.xq, args.m, args.k, args.x_stride, kTokens);
   Tiles tiles;
   tiles.rows = static_cast<int>(blocks(args.m, kTokens * S::kCluster));
@@ -243,22 +308,32 @@ void run(const GemmW8A8Args& args, bool dependent, cudaStream_t stream) {
   shape.grid = dim3(static_cast<unsigned>((count < clusters ? count : clusters) * S::kCluster));
   shape.block = dim3(kThreads);
   shape.shared_bytes = S::kSharedBytes;
-  shape.cluster = S::kCluster;
+  shape.cluster_x = S::kCluster;
   shape.dependent = dependent;
-  launch(gemm_tiled_kernel<S>, shape, stream, "gemm_w8a8_tiled", map, args, make_epilogue(args), tiles);
+  launch(gemm_tiled_kernel<S, kOut>, shape, stream, "gemm_w8a8_tiled", map, args, make_epilogue(args), tiles);
+}
+
+template <typename S>
+void run(const GemmW8A8Args& args, bool dependent, cudaStream_t stream) {
+  switch (args.y_dtype) {
+    case DType::kF32:
+      return run_typed<S, DType::kF32>(args, dependent, stream);
+    case DType::kBF16:
+      return run_typed<S, DType::kBF16>(args, dependent, stream);
+    case DType::kF16:
+      return run_typed<S, DType::kF16>(args, dependent, stream);
+  }
 }
 
 }  // namespace
 
 void gemm_w8a8_tiled(const GemmW8A8Args& args, const W8A8Config& c, bool dependent, cudaStream_t stream) {
   // The instances: channels, stages, cluster.
-  switch (c.tile * 4 + c.split) {
+  switch (c.tile * 4 + c.share) {
     case 128 * 4 + 1:
       return run<Shape<128, 6, 1>>(args, dependent, stream);
     case 128 * 4 + 2:
       return run<Shape<128, 6, 2>>(args, dependent, stream);
-    case 192 * 4 + 2:
-      return run<Shape<192, 5, 2>>(args, dependent, stream);
     case 224 * 4 + 2:
       return run<Shape<224, 4, 2>>(args, dependent, stream);
     case 256 * 4 + 1:
@@ -267,7 +342,7 @@ void gemm_w8a8_tiled(const GemmW8A8Args& args, const W8A8Config& c, bool depende
       return run<Shape<256, 4, 2>>(args, dependent, stream);
     default:
       throw std::invalid_argument("tiled kernel: no instance with " + std::to_string(c.tile) +
-                                  " channels in clusters of " + std::to_string(c.split));
+                                  " channels in clusters of " + std::to_string(c.share));
   }
 }
 

@@ -31,7 +31,7 @@ inline void allow_shared_memory(const void* kernel, size_t bytes, std::atomic<ui
 struct LaunchShape {
   dim3 grid, block;
   size_t shared_bytes = 0;
-  int cluster = 1;  // CTAs along x
+  int cluster_x = 1, cluster_y = 1;  // CTAs of a cluster
   bool dependent = false;  // programmatic dependent launch
 };
 
@@ -45,10 +45,10 @@ void launch(void (*kernel)(Params...), const LaunchShape& shape, cudaStream_t st
   config.stream = stream;
   cudaLaunchAttribute attributes[2];
   unsigned count = 0;
-  if (shape.cluster > 1) {
+  if (shape.cluster_x * shape.cluster_y > 1) {
     attributes[count].id = cudaLaunchAttributeClusterDimension;
-    attributes[count].val.clusterDim.x = static_cast<unsigned>(shape.cluster);
-    attributes[count].val.clusterDim.y = 1;
+    attributes[count].val.clusterDim.x = static_cast<unsigned>(shape.cluster_x);
+    attributes[count].val.clusterDim.y = static_cast<unsigned>(shape.cluster_y);
     attributes[count].val.clusterDim.z = 1;
     ++count;
   }

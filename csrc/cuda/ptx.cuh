@@ -100,11 +100,13 @@ __device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.
 __device__ __forceinline__ void mbarrier_arrive(uint32_t bar) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(bar) : "memory");
 }
-// One arrival at the barrier of the same offset in CTA `rank` of the cluster ("mapa", "mbarrier.arrive").
+// One arrival at the barrier of the same offset in CTA `rank` of the cluster ("mapa", "mbarrier.arrive"). It releases
+// nothing to the other CTAs: an arrival that does is a fence of the whole GPU, hundreds of cycles. Enough for "I have
+// read this stage", since those reads are over when wgmma's wait returns.
 __device__ __forceinline__ void mbarrier_arrive_cluster(uint32_t bar, uint32_t rank) {
   asm volatile(
       "{\n.reg .b32 remote;\nmapa.shared::cluster.u32 remote, %0, %1;\n"
-      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n}" ::"r"(bar),
+      "mbarrier.arrive.shared::cluster.b64 _, [remote];\n}" ::"r"(bar),
       "r"(rank)
       : "memory");
 }
@@ -121,19 +123,11 @@ __device__ __forceinline__ void mbarrier_wait(uint32_t bar, uint32_t parity) {
       "r"(parity)
       : "memory");
 }
-// As above, acquiring what the other CTAs of the cluster did before their arrivals.
-__device__ __forceinline__ void mbarrier_wait_cluster(uint32_t bar, uint32_t parity) {
-  asm volatile(
-      "{\n.reg .pred done;\nQK_WAIT_%=:\n"
-      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
-      "@done bra QK_DONE_%=;\nbra QK_WAIT_%=;\nQK_DONE_%=:\n}" ::"r"(bar),
-      "r"(parity)
-      : "memory");
-}
 
 // ---- Bulk copies (sm_90) -------------------------------------------------------------------------------------------
 
 // L2 policies as "createpolicy" encodes them: weights are read once, activations by every CTA.
+constexpr uint64_t kEvictNormal = 0x1000000000000000ull;
 constexpr uint64_t kEvictFirst = 0x12F0000000000000ull;
 constexpr uint64_t kEvictLast = 0x14F0000000000000ull;
 
@@ -162,6 +156,15 @@ __device__ __forceinline__ void tensor_load_2d(uint32_t dst, const void* map, in
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
       "[%0], [%1, {%2, %3}], [%4], %5;" ::"r"(dst),
       "l"(map), "r"(c0), "r"(c1), "r"(bar), "l"(policy)
+      : "memory");
+}
+// The same box to the same offset of every CTA in `cta_mask`, completing on each one's own barrier.
+__device__ __forceinline__ void tensor_load_2d_multicast(uint32_t dst, const void* map, int32_t c0, int32_t c1,
+                                                         uint32_t bar, uint16_t cta_mask, uint64_t policy) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint "
+      "[%0], [%1, {%2, %3}], [%4], %5, %6;" ::"r"(dst),
+      "l"(map), "r"(c0), "r"(c1), "r"(bar), "h"(cta_mask), "l"(policy)
       : "memory");
 }
 __device__ __forceinline__ void prefetch_tensor_map(const void* map) {
@@ -200,24 +203,41 @@ __device__ __forceinline__ void registers_increase() {
 __device__ __forceinline__ void named_barrier(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
+// "bar.arrive": counts as a thread of the barrier without waiting for the others.
+__device__ __forceinline__ void named_barrier_arrive(int id, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
 __device__ __forceinline__ uint32_t cluster_rank() {
   uint32_t r;
   asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(r));
   return r;
 }
+// "barrier.cluster": the plain arrival publishes this thread's writes to the cluster (a fence of the whole GPU in
+// SASS), the relaxed one only says that it got here.
 __device__ __forceinline__ void cluster_arrive() {
   asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
 }
+__device__ __forceinline__ void cluster_arrive_relaxed() {
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+}
 __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
-// "ld.shared::cluster": 16 bytes at this CTA's address `address`, read in CTA `rank`.
-__device__ __forceinline__ int4 load_cluster(uint32_t address, uint32_t rank) {
-  int4 v;
+// "st.async": 16 bytes to address `address` in CTA `rank`, completing 16 bytes of that CTA's barrier `bar`.
+__device__ __forceinline__ void store_async_cluster(uint32_t address, uint32_t bar, uint32_t rank, int32_t x, int32_t y,
+                                                    int32_t z, int32_t w) {
   asm volatile(
-      "{\n.reg .b32 remote;\nmapa.shared::cluster.u32 remote, %4, %5;\n"
-      "ld.shared::cluster.v4.s32 {%0,%1,%2,%3}, [remote];\n}"
-      : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-      : "r"(address), "r"(rank)
+      "{\n.reg .b32 remote, signal;\nmapa.shared::cluster.u32 remote, %0, %2;\n"
+      "mapa.shared::cluster.u32 signal, %1, %2;\n"
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.s32 [remote], {%3,%4,%5,%6}, [signal];\n}" ::"r"(
+          address),
+      "r"(bar), "r"(rank), "r"(x), "r"(y), "r"(z), "r"(w)
       : "memory");
+}
+__device__ __forceinline__ int4 load_shared(uint32_t address) {
+  int4 v;
+  asm volatile("ld.shared.v4.s32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "r"(address)
+               : "memory");
   return v;
 }
 // "griddepcontrol.wait": returns once the grids this one depends on are complete and their writes visible; at once

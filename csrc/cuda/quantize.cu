@@ -87,7 +87,8 @@ __global__ void __launch_bounds__(kThreads) round_kernel(const T* __restrict__ x
   const Granules& g = job.granules;
   for (int64_t at = blockIdx.x; at < g.count; at += gridDim.x) {
     const Grid grid = grid_of(job, at);
-    if (!job.is_static && blockIdx.y == 0 && threadIdx.x == 0) {
+    // A given scale stays, but becomes NaN where the values are not finite: others may still read it, to no effect.
+    if (blockIdx.y == 0 && threadIdx.x == 0 && (!job.is_static || isnan(grid.scale))) {
       job.scale[at] = grid.scale;
       if (job.zero_point) job.zero_point[at] = grid.zero;
     }

@@ -20,7 +20,8 @@ namespace qk::cuda {
 namespace {
 
 constexpr int kVector = 8;  // values a thread loads and stores at once
-constexpr int kWarps = 32;  // most warps of a CTA
+constexpr int kWarps = 32;  // most warps of a CTA of the scalar kernel
+constexpr int kMostThreads = 512;  // of the vector kernel
 
 // Bits of the largest |x| (symmetric), or of the largest x and the largest -x, both at least 0 (asymmetric).
 struct Extremes {
@@ -77,19 +78,50 @@ __device__ __forceinline__ void store_terms(const QuantizeRowsArgs& a, int64_t r
   if (!kSymmetric) a.zero_point[row] = grid.zero;
 }
 
-__device__ __forceinline__ void load_vector(const float* p, float (&v)[kVector]) {
-  const float4 a = reinterpret_cast<const float4*>(p)[0], b = reinterpret_cast<const float4*>(p)[1];
-  v[0] = a.x, v[1] = a.y, v[2] = a.z, v[3] = a.w, v[4] = b.x, v[5] = b.y, v[6] = b.z, v[7] = b.w;
-}
+// Eight values as they lie in memory: four words of 16-bit values, eight of fp32.
 template <typename T>
-__device__ __forceinline__ void load_vector(const T* p, float (&v)[kVector]) {
-  const uint4 raw = *reinterpret_cast<const uint4*>(p);
-  const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
+struct Vector {
+  uint4 words[sizeof(T) / 2];
+
+  __device__ __forceinline__ void load(const T* p) {
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const uint16_t low = static_cast<uint16_t>(words[i]), high = static_cast<uint16_t>(words[i] >> 16);
-    v[2 * i] = widen(*reinterpret_cast<const T*>(&low));
-    v[2 * i + 1] = widen(*reinterpret_cast<const T*>(&high));
+    for (int i = 0; i < static_cast<int>(sizeof(T) / 2); ++i) words[i] = reinterpret_cast<const uint4*>(p)[i];
+  }
+  __device__ __forceinline__ void clear() {
+#pragma unroll
+    for (int i = 0; i < static_cast<int>(sizeof(T) / 2); ++i) words[i] = make_uint4(0, 0, 0, 0);
+  }
+  // Forgets that these words were widened before: keeping the floats would take twice the registers.
+  __device__ __forceinline__ void forget() {
+    uint32_t* w = reinterpret_cast<uint32_t*>(words);
+#pragma unroll
+    for (int i = 0; i < static_cast<int>(sizeof(T) * 2); ++i) asm volatile("" : "+r"(w[i]));
+  }
+  __device__ __forceinline__ void widened(float (&v)[kVector]) const {
+    const uint32_t* w = reinterpret_cast<const uint32_t*>(words);
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) {
+      if constexpr (sizeof(T) == 4) {
+        v[i] = __uint_as_float(w[i]);
+      } else {
+        const uint16_t half = static_cast<uint16_t>(i % 2 ? w[i / 2] >> 16 : w[i / 2]);
+        v[i] = widen(*reinterpret_cast<const T*>(&half));
+      }
+    }
+  }
+};
+
+// The eight values at k, smoothed where there are factors (which come from the L1 the second time).
+template <bool kSmooth, typename T>
+__device__ __forceinline__ void smoothed(const QuantizeRowsArgs& a, const Vector<T>& x, int64_t k,
+                                         float (&v)[kVector]) {
+  x.widened(v);
+  if (kSmooth && k < a.k) {
+    const float4* s = reinterpret_cast<const float4*>(a.inv_smooth + k);
+    const float4 s0 = __ldg(s), s1 = __ldg(s + 1);
+    const float factors[kVector] = {s0.x, s0.y, s0.z, s0.w, s1.x, s1.y, s1.z, s1.w};
+#pragma unroll
+    for (int j = 0; j < kVector; ++j) v[j] = __fmul_rn(v[j], factors[j]);
   }
 }
 
@@ -97,55 +129,52 @@ __device__ __forceinline__ uint32_t pack_bytes(int32_t a, int32_t b, int32_t c, 
   return __byte_perm(__byte_perm(a, b, 0x0040), __byte_perm(c, d, 0x0040), 0x5410);
 }
 
-// blockDim.x threads share a row, blockDim.y rows share a CTA (1 unless blockDim.x is a warp).
-template <typename T, int kVectors, bool kSymmetric>
-__global__ void __launch_bounds__(1024) quantize_rows_kernel(const QuantizeRowsArgs a) {
+// blockDim.x threads share a row, blockDim.y rows share a CTA (1 unless blockDim.x is a warp). The row stays in
+// registers as it came, half the registers of its floats: the more threads a multiprocessor holds, the more loads are
+// under way while others wait at their barrier or write.
+template <typename T, int kVectors, bool kSymmetric, bool kSmooth>
+__global__ void __launch_bounds__(kMostThreads, kVectors <= 4 && !(kSmooth && kVectors == 4) ? 2 : 1)
+    quantize_rows_kernel(const QuantizeRowsArgs a) {
   ptx::grid_dependency_wait();
   ptx::grid_launch_dependents();
   const int64_t row = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
   if (row >= a.m) return;
   const T* x = static_cast<const T*>(a.x) + row * a.x_stride;
-  float v[kVectors][kVector];
+  const int step = blockDim.x * kVector, start = threadIdx.x * kVector;
+  Vector<T> raw[kVectors];
+#pragma unroll
+  for (int i = 0; i < kVectors; ++i) {
+    const int k = i * step + start;
+    if (k < a.k) {
+      raw[i].load(x + k);
+    } else {
+      raw[i].clear();
+    }
+  }
   Extremes extremes;
 #pragma unroll
   for (int i = 0; i < kVectors; ++i) {
-    const int64_t k = (int64_t(i) * blockDim.x + threadIdx.x) * kVector;
-    if (k < a.k) {
-      load_vector(x + k, v[i]);
-    } else {
+    float v[kVector];
+    smoothed<kSmooth>(a, raw[i], i * step + start, v);
 #pragma unroll
-      for (int j = 0; j < kVector; ++j) v[i][j] = 0.0f;
-    }
-  }
-  if (a.inv_smooth) {
-#pragma unroll
-    for (int i = 0; i < kVectors; ++i) {
-      const int64_t k = (int64_t(i) * blockDim.x + threadIdx.x) * kVector;
-      if (k < a.k) {
-        float s[kVector];
-        load_vector(a.inv_smooth + k, s);
-#pragma unroll
-        for (int j = 0; j < kVector; ++j) v[i][j] = __fmul_rn(v[i][j], s[j]);
-      }
-    }
-  }
-#pragma unroll
-  for (int i = 0; i < kVectors; ++i) {
-#pragma unroll
-    for (int j = 0; j < kVector; ++j) extremes.template add<kSymmetric>(v[i][j]);
+    for (int j = 0; j < kVector; ++j) extremes.template add<kSymmetric>(v[j]);
   }
   const Grid grid = row_grid<kSymmetric>(a, reduce<kSymmetric>(extremes));
   if (threadIdx.x == 0) store_terms<kSymmetric>(a, row, grid);
   const int32_t shift = stored_shift<kSymmetric>(a);
+  int8_t* q = a.q + row * a.q_stride;
 #pragma unroll
   for (int i = 0; i < kVectors; ++i) {
-    const int64_t k = (int64_t(i) * blockDim.x + threadIdx.x) * kVector;
+    const int k = i * step + start;
     if (k >= a.k) break;
-    int32_t q[kVector];
+    float v[kVector];
+    raw[i].forget();
+    smoothed<kSmooth>(a, raw[i], k, v);
+    int32_t code[kVector];
 #pragma unroll
-    for (int j = 0; j < kVector; ++j) q[j] = to_code(v[i][j], grid) + shift;
-    *reinterpret_cast<uint2*>(a.q + row * a.q_stride + k) =
-        make_uint2(pack_bytes(q[0], q[1], q[2], q[3]), pack_bytes(q[4], q[5], q[6], q[7]));
+    for (int j = 0; j < kVector; ++j) code[j] = to_code(v[j], grid) + shift;
+    *reinterpret_cast<uint2*>(q + k) =
+        make_uint2(pack_bytes(code[0], code[1], code[2], code[3]), pack_bytes(code[4], code[5], code[6], code[7]));
   }
 }
 
@@ -172,12 +201,21 @@ __global__ void __launch_bounds__(1024) quantize_rows_scalar_kernel(const Quanti
   }
 }
 
+template <typename T, bool kSymmetric, bool kSmooth>
+void run_vectors(const QuantizeRowsArgs& a, int64_t each, const LaunchShape& shape, cudaStream_t stream) {
+  const char* name = "quantize_rows";
+  if (each <= 1) return launch(quantize_rows_kernel<T, 1, kSymmetric, kSmooth>, shape, stream, name, a);
+  if (each <= 2) return launch(quantize_rows_kernel<T, 2, kSymmetric, kSmooth>, shape, stream, name, a);
+  if (each <= 4) return launch(quantize_rows_kernel<T, 4, kSymmetric, kSmooth>, shape, stream, name, a);
+  return launch(quantize_rows_kernel<T, 8, kSymmetric, kSmooth>, shape, stream, name, a);
+}
+
 template <typename T, bool kSymmetric>
 void run(const QuantizeRowsArgs& a, cudaStream_t stream) {
   const auto aligned = [](const void* p, int64_t bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; };
   const bool vectors = a.k % kVector == 0 && a.x_stride % kVector == 0 && a.q_stride % kVector == 0 &&
                        aligned(a.x, 16) && aligned(a.q, kVector) && aligned(a.inv_smooth, 16) &&
-                       a.k <= 1024 * 4 * kVector;
+                       a.k <= kMostThreads * 8 * kVector;
   LaunchShape shape;
   shape.dependent = a.dependent;
   if (!vectors) {
@@ -190,14 +228,13 @@ void run(const QuantizeRowsArgs& a, cudaStream_t stream) {
   const int64_t per_row = a.k / kVector;
   const int wanted = a.m <= 2 * multiprocessors() ? 1 : 4;
   int64_t threads = (per_row + wanted - 1) / wanted;
-  threads = threads <= 32 ? 32 : threads >= 1024 ? 1024 : (threads + 31) / 32 * 32;
+  threads = threads <= 32 ? 32 : threads >= kMostThreads ? kMostThreads : (threads + 31) / 32 * 32;
   const int64_t each = (per_row + threads - 1) / threads;
   const int rows = threads == 32 ? 4 : 1;
   shape.block = dim3(static_cast<unsigned>(threads), rows);
   shape.grid = dim3(blocks(a.m, rows));
-  if (each <= 1) return launch(quantize_rows_kernel<T, 1, kSymmetric>, shape, stream, "quantize_rows", a);
-  if (each <= 2) return launch(quantize_rows_kernel<T, 2, kSymmetric>, shape, stream, "quantize_rows", a);
-  return launch(quantize_rows_kernel<T, 4, kSymmetric>, shape, stream, "quantize_rows", a);
+  return a.inv_smooth ? run_vectors<T, kSymmetric, true>(a, each, shape, stream)
+                      : run_vectors<T, kSymmetric, false>(a, each, shape, stream);
 }
 
 template <typename T>

@@ -56,12 +56,15 @@ enum class W8A8Kernel : int32_t {
 struct W8A8Config {
   W8A8Kernel kernel;
   int32_t tile;
-  int32_t split;  // kStream: CTAs that share K.  kTiled: CTAs of a cluster that share a weight tile
+  int32_t split;  // kStream: CTAs that share the sum over K
+  int32_t share;  // CTAs that share a tile by multicast: of tokens for kStream, of weights for kTiled
   int32_t deep;  // kStream: 1 fills an SM's shared memory with stages, 0 leaves room for a second CTA
 };
 
 QK_HOST_DEVICE constexpr int64_t packed_rows(int64_t n) { return (n + kAtomRows - 1) / kAtomRows * kAtomRows; }
 QK_HOST_DEVICE constexpr int64_t slabs(int64_t k) { return (k + kSlabK - 1) / kSlabK; }
 constexpr int64_t packed_w8_bytes(int64_t n, int64_t k) { return slabs(k) * packed_rows(n) * kSlabK; }
+// Bytes between the rows of quantized activations: what a tensor map asks for.
+QK_HOST_DEVICE constexpr int64_t activation_stride(int64_t k) { return (k + 15) / 16 * 16; }
 
 }  // namespace qk::cuda

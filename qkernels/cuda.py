@@ -1,0 +1,305 @@
+"""Calls of the CUDA module: from tensors that were checked to addresses, on NVIDIA GPUs.
+
+``qkernels._cuda`` is optional and imports without a GPU.  It takes addresses, sizes and a stream; every launch is on
+torch's current stream of the tensors' device, nothing in it allocates or synchronises, so calls can be captured into
+CUDA graphs.  Which kernel runs is chosen in ``csrc/cuda/dispatch.cu`` by architecture and shape: ``wgmma`` on compute
+capability 9.0, ``mma.sync`` on 8.x and what comes after.  Results equal :mod:`qkernels.reference` bit for bit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .checks import DTYPE_CODES, row_stride
+
+_cuda: Any
+try:
+    from . import _cuda  # type: ignore[attr-defined,no-redef]  # built only where a CUDA compiler was found
+except ImportError:  # built without CUDA
+    _cuda = None
+
+__all__ = [
+    "MINIMUM_CAPABILITY",
+    "PACKED_ALIGNMENT",
+    "capability",
+    "gemm_w8a8",
+    "kernel_name",
+    "linear_w8a8",
+    "pack_w8",
+    "packed_w8_bytes",
+    "quantize_rows",
+    "unavailable",
+    "unpack_w8",
+]
+
+MINIMUM_CAPABILITY = 80
+"""10 * major + minor: int8 tensor cores with ``mma.sync.m16n8k32`` and asynchronous copies."""
+
+Config = tuple[int, int, int, int, int]
+"""(kernel, tile, split, share, deep) of ``csrc/cuda/w8a8.h``."""
+
+_KERNELS = ("mma", "wgmma.stream", "wgmma.tiled")
+_ACTIVATION_ALIGNMENT = 16
+PACKED_ALIGNMENT = 128
+"""Bytes; packed weights begin at a multiple of it."""
+
+
+# -- what there is ----------------------------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=64)
+def capability(index: int) -> int:
+    """10 * major + minor of a CUDA device."""
+    major, minor = torch.cuda.get_device_capability(index)
+    return 10 * major + minor
+
+
+def unavailable(device: torch.device) -> str:
+    """Why the CUDA module cannot serve a device; "" where it can."""
+    if device.type != "cuda":
+        return f"no CUDA kernel for device {device.type}"
+    if _cuda is None:
+        return "no CUDA kernel: this installation was built without nvcc"
+    found = capability(device.index or 0)
+    if found < MINIMUM_CAPABILITY:
+        return f"no CUDA kernel for compute capability {found // 10}.{found % 10} (8.0 and up)"
+    return ""
+
+
+def kernel_name(rows: int, out_features: int, in_features: int, device: torch.device) -> str:
+    """The kernel that multiplies ``rows`` tokens, such as ``w8a8.cuda.wgmma.tiled.256``."""
+    index = device.index or 0
+    sms = torch.cuda.get_device_properties(index).multi_processor_count
+    kernel, tile, split, share, _ = _cuda.select_w8a8(rows, out_features, in_features, capability(index), sms)
+    parts = [f"w8a8.cuda.{_KERNELS[kernel]}.{tile}"]
+    parts += [f"split{split}"] if split > 1 else []
+    parts += [f"share{share}"] if share > 1 else []
+    return ".".join(parts)
+
+
+def _stream(device: torch.device) -> int:
+    return torch.cuda.current_stream(device).cuda_stream
+
+
+def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Launches go to the current device: make it that of the tensors."""
+    if device.index is None or device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(device)
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def packed_w8_bytes(rows: int, features: int) -> int:
+    """Bytes of a packed weight ``[rows, features]``."""
+    return _cuda.packed_w8_bytes(rows, features)
+
+
+# -- weights ----------------------------------------------------------------------------------------------------------
+
+
+def pack_w8(weight: Tensor, packed: Tensor | None = None, colsum: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Canonical weight to the layout of the CUDA kernels, on the GPU.
+
+    Args:
+        weight: int8 ``[N, K]``, contiguous, on a CUDA device.
+        packed, colsum: written in place where given.
+
+    Returns:
+        packed int8 ``[ceil(K / 128) * ceil(N / 8) * 1024]`` and colsum int32 ``[N]``, the sum of each row.
+    """
+    rows, features = weight.shape
+    if packed is None:
+        packed = torch.empty(_cuda.packed_w8_bytes(rows, features), dtype=torch.int8, device=weight.device)
+    if colsum is None:
+        colsum = torch.empty(rows, dtype=torch.int32, device=weight.device)
+    with _on(weight.device):
+        _cuda.pack_w8(weight.data_ptr(), rows, features, packed.data_ptr(), colsum.data_ptr(), _stream(weight.device))
+    return packed, colsum
+
+
+def unpack_w8(packed: Tensor, rows: int, features: int) -> Tensor:
+    """The canonical int8 ``[rows, features]`` that :func:`pack_w8` packed, without loss."""
+    weight = torch.empty((rows, features), dtype=torch.int8, device=packed.device)
+    with _on(packed.device):
+        _cuda.unpack_w8(packed.data_ptr(), rows, features, weight.data_ptr(), _stream(packed.device))
+    return weight
+
+
+# -- the two steps, one by one ----------------------------------------------------------------------------------------
+
+
+def quantize_rows(
+    x: Tensor,
+    *,
+    symmetric: bool = True,
+    scale: Tensor | None = None,
+    zero_point: Tensor | None = None,
+    inv_smooth: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """:func:`qkernels.reference.quantize_activations` of ``x [M, K]`` on the GPU.
+
+    Args:
+        x: float32, bfloat16 or float16, rows of contiguous values.
+        symmetric, scale, zero_point, inv_smooth: as there; tensors on the GPU.
+
+    Returns:
+        q: int8 (symmetric) or uint8 ``[M, K]``, its rows 16-byte aligned; scale float32 ``[M]``; zero points int32
+        ``[M]`` or None.
+    """
+    rows, features = x.shape
+    stride = -(-features // _ACTIVATION_ALIGNMENT) * _ACTIVATION_ALIGNMENT
+    dtype = torch.int8 if symmetric else torch.uint8
+    q = torch.empty((rows, stride), dtype=dtype, device=x.device)
+    scales = torch.empty(rows, dtype=torch.float32, device=x.device)
+    zeros = None if symmetric else torch.empty(rows, dtype=torch.int32, device=x.device)
+    step = row_stride(x)
+    if step is None:
+        x, step = x.contiguous(), features
+    with _on(x.device):
+        _cuda.quantize_rows(
+            x.data_ptr(),
+            DTYPE_CODES[x.dtype],
+            rows,
+            features,
+            step,
+            q.data_ptr(),
+            stride,
+            scales.data_ptr(),
+            _address(zeros),
+            _address(inv_smooth),
+            _address(scale),
+            _address(zero_point),
+            False,
+            False,
+            _stream(x.device),
+        )
+    return q[:, :features], scales, zeros
+
+
+def gemm_w8a8(
+    q: Tensor,
+    x_scale: Tensor,
+    x_zero_point: Tensor | None,
+    tensors: Mapping[str, Tensor | None],
+    *,
+    out_dtype: torch.dtype,
+    config: Config | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """:func:`qkernels.reference.linear_w8a8_prequantized` over a packed weight.
+
+    Args:
+        q: int8, or uint8 with zero points, ``[M, K]``; x_scale float32 ``[M]``; x_zero_point int32 ``[M]`` or None.
+        tensors: ``packed``, ``colsum``, ``weight_scale`` and perhaps ``bias``, as a layer holds them.
+        config: a kernel and its tile; None: the module's own choice.
+        out: written where given, ``[M, N]`` with contiguous rows.
+
+    Raises:
+        ValueError: no such kernel.
+    """
+    rows, features = q.shape
+    weight_scale, packed = tensors.get("weight_scale"), tensors.get("packed")
+    if weight_scale is None or packed is None:
+        raise ValueError(f"tensors: expected packed and weight_scale, got {', '.join(tensors)}")
+    if q.dtype == torch.uint8:
+        q = (q ^ 128).view(torch.int8)  # the kernels read q - 128
+    if q.stride(-1) != 1 or q.stride(0) % _ACTIVATION_ALIGNMENT or q.data_ptr() % _ACTIVATION_ALIGNMENT:
+        q = _aligned_rows(q)
+    channels, device = weight_scale.numel(), q.device
+    out = torch.empty((rows, channels), dtype=out_dtype, device=device) if out is None else out
+    if config is None:
+        sms = torch.cuda.get_device_properties(device).multi_processor_count
+        config = _cuda.select_w8a8(rows, channels, features, capability(device.index or 0), sms)
+    with _on(device):
+        _cuda.gemm_w8a8(
+            q.data_ptr(),
+            max(q.stride(0), -(-features // _ACTIVATION_ALIGNMENT) * _ACTIVATION_ALIGNMENT),
+            x_scale.data_ptr(),
+            _address(x_zero_point),
+            packed.data_ptr(),
+            _address(tensors.get("colsum")),
+            weight_scale.data_ptr(),
+            _address(tensors.get("bias")),
+            rows,
+            channels,
+            features,
+            out.data_ptr(),
+            DTYPE_CODES[out_dtype],
+            out.stride(0),
+            config,
+            False,
+            _stream(device),
+        )
+    return out
+
+
+def _aligned_rows(q: Tensor) -> Tensor:
+    """``q [M, K]`` as bytes whose rows begin at multiples of 16."""
+    rows, features = q.shape
+    stride = -(-features // _ACTIVATION_ALIGNMENT) * _ACTIVATION_ALIGNMENT
+    copy = q.new_empty((rows, stride))[:, :features]
+    return copy.copy_(q)
+
+
+# -- a whole layer ----------------------------------------------------------------------------------------------------
+
+
+def linear_w8a8(
+    x: Tensor,
+    packed: Tensor,
+    colsum: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    rows: int,
+    features: int,
+    symmetric: bool,
+    act_scale: Tensor | None,
+    act_zero_point: Tensor | None,
+    inv_smooth: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """Checked tensors through quantizer and GEMM: two launches, one workspace from torch's allocator.
+
+    Arguments as those of ``torch.ops.qkernels.linear_w8a8``; static scales are read on the GPU.
+    """
+    step: int | None = features
+    if not x.is_contiguous():
+        step = row_stride(x)
+        if step is None or x.is_neg():
+            x, step = x.resolve_neg().contiguous(), features
+    shape, device = x.shape, x.device
+    out = x.new_empty((*shape[:-1], rows), dtype=out_dtype)
+    count = x.numel() // features
+    if count:
+        with _on(device):
+            workspace = torch.empty(_cuda.workspace_bytes(count, features), dtype=torch.int8, device=device)
+            _cuda.linear_w8a8(
+                x.data_ptr(),
+                DTYPE_CODES[x.dtype],
+                count,
+                features,
+                step,
+                workspace.data_ptr(),
+                symmetric,
+                _address(inv_smooth),
+                _address(act_scale),
+                _address(act_zero_point),
+                packed.data_ptr(),
+                colsum.data_ptr(),
+                weight_scale.data_ptr(),
+                _address(bias),
+                rows,
+                out.data_ptr(),
+                DTYPE_CODES[out_dtype],
+                _stream(device),
+            )
+    return out

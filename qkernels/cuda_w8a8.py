@@ -1,0 +1,226 @@
+"""8-bit weights and activations on a GPU: layers on the CUDA module, and its operators under torch's dispatcher."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from . import cuda
+from .checks import DTYPE_CODES, check_input, check_out_dtype
+from .cpu_w8a8 import PreparedW8A8
+from .prepared import Prepared, autocast_input, effective_weight, function_transform
+from .scheme import MAX_INTEGER_K, Scheme
+
+__all__ = ["PreparedCudaW8A8", "register_operators"]
+
+_dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
+_jit_trace = getattr(torch._C, "_get_tracing_state", lambda: True)
+_autocast = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
+
+
+def _require(name: str, tensor: Tensor | None, dtype: torch.dtype, numel: int, device: torch.device) -> None:
+    if tensor is None:
+        return
+    if tensor.dtype != dtype:
+        raise TypeError(f"{name}: expected dtype {dtype}, got {tensor.dtype}")
+    if tensor.numel() != numel or not tensor.is_contiguous() or tensor.device != device:
+        raise ValueError(
+            f"{name}: expected {numel} contiguous elements on {device}, got shape {tuple(tensor.shape)}, "
+            f"strides {tensor.stride()} on {tensor.device}"
+        )
+
+
+def _linear_w8a8(
+    x: Tensor,
+    packed: Tensor,
+    colsum: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    N: int,
+    K: int,
+    has_minus128: bool,
+    act_symmetric: bool,
+    act_scale: Tensor | None,
+    act_zero_point: Tensor | None,
+    inv_smooth: Tensor | None,
+    out_dtype: torch.dtype | None,
+) -> Tensor:
+    """``torch.ops.qkernels.linear_w8a8`` on CUDA tensors; static scales are not read back."""
+    device = packed.device
+    reason = cuda.unavailable(device)
+    if reason:
+        raise ValueError(f"packed: {reason}")
+    check_input(x, K, device, "x")
+    check_out_dtype(out_dtype)
+    if not 1 <= K <= MAX_INTEGER_K or N < 1:
+        raise ValueError(f"N, K: expected N >= 1 and 1 <= K <= {MAX_INTEGER_K}, got N = {N}, K = {K}")
+    _require("packed", packed, torch.int8, cuda.packed_w8_bytes(N, K), device)
+    _require("colsum", colsum, torch.int32, N, device)
+    _require("weight_scale", weight_scale, torch.float32, N, device)
+    _require("bias", bias, torch.float32, N, device)
+    _require("act_scale", act_scale, torch.float32, 1, device)
+    _require("act_zero_point", act_zero_point, torch.int32, 1, device)
+    _require("inv_smooth", inv_smooth, torch.float32, K, device)
+    if act_scale is not None and not act_symmetric and act_zero_point is None:
+        raise ValueError("act_zero_point: expected a tensor beside act_scale with act_symmetric=False, got None")
+    if packed.data_ptr() % cuda.PACKED_ALIGNMENT:
+        packed = packed.clone()
+    return cuda.linear_w8a8(
+        x,
+        packed,
+        colsum,
+        weight_scale,
+        bias,
+        N,
+        K,
+        act_symmetric,
+        act_scale,
+        None if act_symmetric else act_zero_point,
+        inv_smooth,
+        out_dtype or x.dtype,
+    )
+
+
+def _dequantize_w8(
+    packed: Tensor, weight_scale: Tensor, inv_smooth: Tensor | None, N: int, K: int, dtype: torch.dtype
+) -> Tensor:
+    """``torch.ops.qkernels.dequantize_w8`` on CUDA tensors."""
+    _require("packed", packed, torch.int8, cuda.packed_w8_bytes(N, K), packed.device)
+    tensors = {"weight": cuda.unpack_w8(packed, N, K), "weight_scale": weight_scale}
+    if inv_smooth is not None:
+        tensors["inv_smooth"] = inv_smooth
+    return effective_weight(tensors, Scheme(), K, dtype)
+
+
+class PreparedCudaW8A8(Prepared):
+    """8-bit weights per output channel and 8-bit activations on a GPU, by the CUDA kernels.
+
+    Resident: ``packed`` and ``colsum`` (see :func:`qkernels.cuda.pack_w8`) and the small canonical tensors.
+    """
+
+    names = PreparedW8A8.names
+
+    @classmethod
+    def objection(cls, scheme: Scheme, in_features: int, out_features: int, device: torch.device) -> str:
+        """What keeps the CUDA kernels from a layer."""
+        if device.type != "cuda":  # nothing to add to what the CPU's kernels say
+            return PreparedW8A8.objection(scheme, in_features, out_features, device) or cuda.unavailable(device)
+        if scheme.weight_bits != 8 or scheme.activation_bits != 8:
+            return f"no CUDA kernel for scheme {scheme.name}"
+        if scheme.weight_granularity != "per_channel":
+            return f"no CUDA kernel for group-wise 8-bit weights (scheme {scheme.name})"
+        if in_features == 0 or out_features == 0:
+            return f"no CUDA kernel for an empty weight [{out_features}, {in_features}]"
+        return cuda.unavailable(device)
+
+    @classmethod
+    def from_canonical(
+        cls, canonical: Mapping[str, Tensor], scheme: Scheme, in_features: int, reason: str = ""
+    ) -> PreparedCudaW8A8:
+        """Packs the weight."""
+        packed, colsum = cuda.pack_w8(canonical["weight"])
+        tensors: dict[str, Any] = {"packed": packed, "colsum": colsum, "bias": None}
+        tensors.update((name, tensor) for name, tensor in canonical.items() if name != "weight")
+        return cls(tensors, scheme, in_features, canonical["weight"].shape[0], reason)
+
+    @property
+    def kernel(self) -> str:
+        """``"w8a8.cuda.sm"`` and the compute capability; ``cuda.kernel_name`` knows more for a number of rows."""
+        return f"w8a8.cuda.sm{cuda.capability(self.device.index or 0)}"
+
+    def run(self, x: Tensor) -> Tensor:
+        """See :meth:`Prepared.run`.  Plain eager calls go straight to the binding."""
+        if (
+            type(x) is Tensor
+            and x.is_cuda
+            and not x.requires_grad
+            and not _dispatch_modes()
+            and function_transform() is None
+            and _jit_trace() is None
+            and not _autocast()
+            and forward_ad._current_level < 0
+        ):
+            tensors = self.tensors
+            packed, scale = tensors["packed"], tensors["weight_scale"]
+            if (
+                type(packed) is Tensor
+                and packed.device == x.device
+                and x.dtype in DTYPE_CODES
+                and x.dim()
+                and x.shape[-1] == self.in_features
+                and packed.data_ptr() % cuda.PACKED_ALIGNMENT == 0
+            ):
+                get = tensors.get
+                return cuda.linear_w8a8(
+                    x,
+                    packed,
+                    tensors["colsum"],
+                    scale,
+                    get("bias"),
+                    self.out_features,
+                    self.in_features,
+                    self.scheme.activation_symmetric,
+                    get("act_scale"),
+                    get("act_zero_point"),
+                    get("inv_smooth"),
+                    x.dtype,
+                )
+        return self.around(x)
+
+    def call(self, x: Tensor, tensors: Mapping[str, Tensor | None]) -> Tensor:
+        """Through ``torch.ops.qkernels.linear_w8a8``."""
+        x = autocast_input(x)
+        check_input(x, self.in_features, self.device)
+        get = tensors.get
+        return torch.ops.qkernels.linear_w8a8(
+            x,
+            get("packed"),
+            get("colsum"),
+            get("weight_scale"),
+            get("bias"),
+            self.out_features,
+            self.in_features,
+            True,
+            self.scheme.activation_symmetric,
+            get("act_scale"),
+            get("act_zero_point"),
+            get("inv_smooth"),
+            None,
+        )
+
+    def weight_of(self, tensors: Mapping[str, Tensor | None], dtype: torch.dtype) -> Tensor:
+        """Through ``torch.ops.qkernels.dequantize_w8``."""
+        get = tensors.get
+        return torch.ops.qkernels.dequantize_w8(
+            get("packed"), get("weight_scale"), get("inv_smooth"), self.out_features, self.in_features, dtype
+        )
+
+    def canonical(self) -> dict[str, Tensor]:
+        """Unpacks the weight; the small tensors are the resident ones."""
+        tensors = self.resident()
+        canonical = {"weight": cuda.unpack_w8(tensors.pop("packed"), self.out_features, self.in_features)}
+        del tensors["colsum"]
+        canonical.update(tensors)
+        return canonical
+
+    def load(self, canonical: Mapping[str, Tensor]) -> None:
+        """Packs into the resident memory."""
+        with torch.no_grad():
+            for name, tensor in canonical.items():
+                if name != "weight":
+                    self.tensors[name].copy_(tensor)
+        if "weight" in canonical:
+            weight = canonical["weight"].detach().to(self.device).contiguous()
+            cuda.pack_w8(weight, self.tensors["packed"], self.tensors["colsum"])
+
+
+def register_operators() -> torch.library.Library:
+    """CUDA implementations of operators that :mod:`qkernels.ops` defines.  The library must be kept alive."""
+    library = torch.library.Library("qkernels", "IMPL", "CUDA")
+    library.impl("linear_w8a8", _linear_w8a8)
+    library.impl("dequantize_w8", _dequantize_w8)
+    return library
