@@ -158,8 +158,9 @@ def stream(
     first, last = streamer.times[1], streamer.times[-1]
     prefill, decode = first - streamer.times[0], last - first
     new_tokens = len(streamer.times) - 1
+    answer = output[0] if model.config.is_encoder_decoder else output[0, length:]
     return {
-        "text": tokenizer.decode(output[0, length:], skip_special_tokens=True),
+        "text": tokenizer.decode(answer, skip_special_tokens=True),
         "prompt_tokens": length,
         "new_tokens": new_tokens,
         "prefill_seconds": prefill,

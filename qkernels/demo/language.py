@@ -19,6 +19,7 @@ from qkernels.demo.timing import interleaved
 from qkernels.demo.variants import BUILD_STEPS, FLOAT, build
 
 WINDOW = 1024  # tokens per perplexity window
+WINDOWS, QUICK_WINDOWS = 20, 4  # scored: 20,480 tokens, or 4,096 with --quick
 NEW_TOKENS = 32  # per greedy continuation
 DECODE_CONTEXT = 64  # tokens in the cache when decoding is timed
 DECODE_STEPS = 8  # decoded per timed call
@@ -116,8 +117,7 @@ def run_smollm(*, quick: bool) -> ModelResult:
     result.add_sizes(variants)
 
     ids = tokenizer(held_out_text(), return_tensors="pt")["input_ids"][0]
-    if quick:
-        ids = ids[: 4 * WINDOW]
+    ids = ids[: WINDOW * (QUICK_WINDOWS if quick else WINDOWS)]
     scores: dict[str, TextScore] = {}
     windows = math.ceil(ids.numel() / WINDOW)
     with tqdm(desc=f"SmolLM2: perplexity over {ids.numel()} tokens", total=windows * len(variants), leave=False) as bar:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 
 from qkernels.demo.result import ModelResult
 
 MISSING = "-"
+NOTE_WIDTH = 110  # characters
 
 
 def format_grid(rows: Sequence[Sequence[str]]) -> str:
@@ -41,7 +43,7 @@ def format_result(result: ModelResult) -> str:
         )
     head = f"{result.name}, {result.parameters / 1e6:.1f} M parameters"
     text = f"{head}\n{format_grid(rows)}"
-    return f"{text}\n({result.note})" if result.note else text
+    return f"{text}\n{textwrap.fill(f'({result.note})', NOTE_WIDTH)}" if result.note else text
 
 
 def ours(result: ModelResult) -> list[str]:
