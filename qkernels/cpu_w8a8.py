@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import weakref
 from collections.abc import Mapping
 from typing import Any
 
@@ -129,12 +128,27 @@ class PreparedW8A8(Prepared):
 
     def moved(self) -> None:
         """Drop the object that borrows addresses; the next call makes another."""
-        self._known_packed: Any = weakref.ref(self.tensors["packed"])
+        # Which tensor has_minus128 speaks of, and where it was when last seen (0: not seen yet).
+        self._known_packed = (id(self.tensors["packed"]), 0)
         self._binding = _UNBOUND
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle: addresses mean nothing elsewhere."""
-        return {**self.__dict__, "_binding": _UNBOUND, "_known_packed": None}
+        return {**self.__dict__, "_binding": _UNBOUND}
+
+    def _know(self, packed: Tensor) -> None:
+        """Make ``has_minus128`` speak of ``packed``, which may have been put there by somebody else."""
+        place = packed.data_ptr()
+        if self._known_packed not in ((id(packed), 0), (id(packed), place)):
+            self.has_minus128 = bool((packed == -128).any())
+        self._known_packed = (id(packed), place)
+
+    def around(self, x: Tensor) -> Tensor:
+        """See :meth:`Prepared.around`."""
+        packed = self.tensors["packed"]
+        if type(packed) is Tensor and packed.device.type == "cpu":
+            self._know(packed)
+        return super().around(x)
 
     def _bind(self) -> _Binding:
         """The binding for what is resident now; ``_UNBOUND`` where that is not what a kernel can read."""
@@ -152,9 +166,7 @@ class PreparedW8A8(Prepared):
             return _UNBOUND  # the operator says what is wrong
         if packed.data_ptr() % ALIGNMENT:
             return _UNBOUND  # memory of somebody else's making: the operator copies it
-        if self._known_packed is None or self._known_packed() is not packed:  # put there by somebody else
-            self.has_minus128 = bool((packed == -128).any())
-            self._known_packed = weakref.ref(packed)
+        self._know(packed)
         scale, zero_point, smooth = (tensors.get(name) for name in ("act_scale", "act_zero_point", "inv_smooth"))
         addresses = tuple(_address(tensors.get(name)) for name in ("packed", "colsum", "weight_scale", "bias"))
         check_static(scale, zero_point)
