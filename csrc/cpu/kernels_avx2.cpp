@@ -41,7 +41,7 @@ struct Avx2 : YmmVerbs {
   static constexpr const char* kIsa = "avx2";
   static constexpr int kTileM = 4, kTileN = 16, kOffset = 0, kSliceK = 512;
   static constexpr int kDepthAlign = 8, kMaxBlockTiles = 16, kDirectRows = 1;
-  static constexpr bool kFusesGroups = false;
+  static constexpr bool kFusesGroups = false, kPrefetchesSlices = true;
   static constexpr int64_t kBlockBytes = 384 << 10;
   struct Session {
     Session() {}
@@ -113,7 +113,7 @@ struct Avx2 : YmmVerbs {
     store_i(c + 56, c7);
   }
 
-  static void tile_one(const uint8_t* a, const int8_t* b, int64_t steps, int32_t* c, bool minus128) {
+  QK_NOINLINE static void tile_one(const uint8_t* a, const int8_t* b, int64_t steps, int32_t* c, bool minus128) {
     if (minus128)
       tile_one_with<Widened>(a, b, steps, c);
     else
@@ -180,7 +180,7 @@ struct Avx2 : YmmVerbs {
     }
   }
 
-  static void tile4_direct(int /*rows: 1*/, const uint8_t* a, int64_t /*lda*/, const uint8_t* packed, int64_t lines,
+  QK_NOINLINE static void tile4_direct(int /*rows: 1*/, const uint8_t* a, int64_t /*lda*/, const uint8_t* packed, int64_t lines,
                            int32_t* c) {
     const __m256i nibble = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1), zero = _mm256_setzero_si256();
     __builtin_memset(c, 0, sizeof(int32_t) * kBlockN);

@@ -30,7 +30,7 @@ struct AvxVnni : YmmVerbs {
   static constexpr const char* kIsa = "avxvnni";
   static constexpr int kTileM = 6, kTileN = 16, kOffset = 128, kSliceK = 1024;
   static constexpr int kDepthAlign = 8, kMaxBlockTiles = 16, kDirectRows = 1;
-  static constexpr bool kFusesGroups = false;
+  static constexpr bool kFusesGroups = false, kPrefetchesSlices = true;
   static constexpr int64_t kBlockBytes = 384 << 10;
   struct Session {
     Session() {}
@@ -78,7 +78,7 @@ struct AvxVnni : YmmVerbs {
     if constexpr (kRows > 5) save(5, c50, c51);
   }
 
-  static void tile_one(const uint8_t* a, const int8_t* b, int64_t steps, int32_t* c, bool /*minus128*/) {
+  QK_NOINLINE static void tile_one(const uint8_t* a, const int8_t* b, int64_t steps, int32_t* c, bool /*minus128*/) {
     __m256i c0, c1, c2, c3, c4, c5, c6, c7;
     c0 = c1 = c2 = c3 = c4 = c5 = c6 = c7 = _mm256_setzero_si256();
     for (int64_t k = 0; k < steps; ++k) {
@@ -123,7 +123,7 @@ struct AvxVnni : YmmVerbs {
     tile_of<UnsignedWeights>(rows, a, lda, b, steps, c, accumulate);
   }
 
-  static void tile4_direct(int /*rows: 1*/, const uint8_t* a, int64_t /*lda*/, const uint8_t* packed, int64_t lines,
+  QK_NOINLINE static void tile4_direct(int /*rows: 1*/, const uint8_t* a, int64_t /*lda*/, const uint8_t* packed, int64_t lines,
                            int32_t* c) {
     const __m256i nibble = _mm256_set1_epi8(15);
     __m256i c0, c1, c2, c3, c4, c5, c6, c7;

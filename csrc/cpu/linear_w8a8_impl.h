@@ -6,6 +6,7 @@
 //   kSliceK           depth of a K slice, so that kTileN columns of it stay in the cache they are meant for
 //   kBlockBytes       activations of a block of row tiles, at most kMaxBlockTiles of them
 //   kDepthAlign       a tile's depth is rounded up to this; both operands are padded with zeros up to 64
+//   kPrefetchesSlices whether the next slice is asked for while one is worked on
 //   Session           constructed in each thread around its tiles
 //   tile(rows, ...)   c [rows, kTileN] (+)= a [rows, 4 * steps] * b, b being a slice of the packed superblock
 //   tile_one(...)     the same for one row and all 64 columns: M = 1 reads the weights as one sequential stream
@@ -162,7 +163,7 @@ class LinearW8A8 {
       int32_t* c = sums;
       for (int j = 0; j < columns.count; j += V::kTileN) {
         const int8_t* b = weights + k0 * kBlockN + j * kPackK;
-        if (V::kTileN < kBlockN) {  // this tile jumps over lines, which the hardware prefetcher does not follow
+        if (V::kPrefetchesSlices) {  // this tile jumps over lines, which the hardware prefetcher does not follow
           const int8_t* ahead = weights + (k0 + V::kSliceK) * kBlockN + j * V::kSliceK;
           for (int64_t i = 0; i < V::kSliceK * V::kTileN; i += kAlign) __builtin_prefetch(ahead + i);
         }

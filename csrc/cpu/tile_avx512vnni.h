@@ -24,7 +24,7 @@ struct Avx512Vnni : ZmmVerbs {
   static constexpr const char* kIsa = "avx512vnni";
   static constexpr int kTileM = 6, kTileN = 64, kOffset = 128, kSliceK = 4096;
   static constexpr int kDepthAlign = 8, kMaxBlockTiles = 16, kDirectRows = 4;
-  static constexpr bool kFusesGroups = true;
+  static constexpr bool kFusesGroups = true, kPrefetchesSlices = false;
   static constexpr int64_t kBlockBytes = 384 << 10;
   struct Session {
     Session() {}
