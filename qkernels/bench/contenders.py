@@ -26,12 +26,14 @@ class Contender(ABC):
         name: of the row.
         bytes_per_weight: what one weight takes in memory; decides how many copies make a cold rotation.
         most_copies: more than these take too long to make.
+        input_itemsize: bytes of one value that it reads; None: of the dtype of the run.
     """
 
     name: str
     ours: ClassVar[bool] = False
     bytes_per_weight: float = 1.0
     most_copies: int = MAX_COPIES
+    input_itemsize: int | None = None
 
     @abstractmethod
     def build(self, weight: Tensor, bias: Tensor, copies: int) -> None:
@@ -177,6 +179,8 @@ class FusedW8A8(_NativeW8A8):
 
 class GemmW8A8(_NativeW8A8):
     """GEMM + epilogue over activations that are int8 already."""
+
+    input_itemsize = 1
 
     def __init__(self, scheme: Scheme) -> None:
         super().__init__(scheme)

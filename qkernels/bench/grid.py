@@ -34,7 +34,8 @@ _SUSPICIOUS_ERROR = 0.05
 class Row:
     """One contender at one shape, number of rows and state of the cache. Times in seconds.
 
-    ``exact``: equal to the reference to the last bit; None where no exact result is defined (every rival).
+    ``limit`` and ``percent_of_limit`` are those of the scheme; a rival is measured against W8A8's, whatever it computes
+    in. ``exact``: equal to the reference to the last bit; None where no exact result is defined (every rival).
     """
 
     contender: str
@@ -54,12 +55,16 @@ class Row:
     rotated_bytes: int
 
 
-def traffic(scheme: Scheme, k: int, n: int, m: int, itemsize: int) -> float:
-    """Bytes that must move once: weights with their scales, the rows in, the result out."""
+def traffic(scheme: Scheme, k: int, n: int, m: int, itemsize: int, input_itemsize: int | None = None) -> float:
+    """Bytes that must move once: weights with their scales, the rows in, the result out.
+
+    Args:
+        itemsize: bytes of one value of the result, and of the rows where ``input_itemsize`` is None.
+    """
     weights = n * math.ceil(k * scheme.weight_bits / 8)
     if scheme.weight_granularity == "per_group":
         weights += n * math.ceil(k / scheme.resolve_group_size(k)) * (scheme.scale_dtype or torch.float16).itemsize
-    return weights + 8 * n + m * k * itemsize + m * n * itemsize
+    return weights + 8 * n + m * k * (input_itemsize or itemsize) + m * n * itemsize
 
 
 def run_grid(args: argparse.Namespace) -> int:
@@ -160,7 +165,7 @@ def _run_shape(
             ceilings.refresh()
             for contender, timing in zip(timed, timings, strict=True):
                 scheme = getattr(contender, "scheme", None) or Scheme.resolve("w8a8")
-                moved = traffic(scheme, k, n, m, dtype.itemsize)
+                moved = traffic(scheme, k, n, m, dtype.itemsize, contender.input_itemsize)
                 bandwidth = ceilings.bandwidth(None if state == "cold" else int(moved))
                 limit = limit_seconds(moved, 2.0 * m * n * k, bandwidth, _peak(ceilings, scheme))
                 error, exact = checks[contender.name]
