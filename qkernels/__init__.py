@@ -15,9 +15,12 @@ from . import (
     ops,
 )
 from ._version import __version__
+from .awq import AWQ, MSE
 from .calibrate import calibrate
 from .compat import quantize_dynamic
 from .convert import dequantize_, quantize_
+from .gptq import GPTQ
+from .hqq import HQQ
 from .info import info
 from .qtensor import QTensor, dequantize, quantize
 from .report import LayerReport, Report
@@ -26,6 +29,10 @@ from .serialization import load, save
 from .smooth import smooth_
 
 __all__ = [
+    "AWQ",
+    "GPTQ",
+    "HQQ",
+    "MSE",
     "LayerReport",
     "QTensor",
     "Report",

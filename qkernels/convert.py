@@ -15,7 +15,7 @@ from torch import nn
 
 from .account import account, take_snapshot
 from .calibrate import Statistics, collect
-from .hooks import Quantizer, Target, find_algorithm, find_smoother
+from .hooks import Algorithm, Quantizer, Target, find_algorithm, find_smoother
 from .journal import Journal
 from .nn import QuantEmbedding, QuantLinear
 from .observe import take_batches
@@ -52,7 +52,7 @@ def quantize_(
     embeddings: bool = False,
     calibration: Iterable[Any] | None = None,
     smooth: float | str | None = None,
-    algorithm: str = "rtn",
+    algorithm: str | Algorithm = "rtn",
     strict: bool = True,
     progress: Progress = None,
 ) -> Report:
@@ -75,7 +75,8 @@ def quantize_(
             (`model(*t)`) or mappings (`model(**m)`); or, for static schemes and smoothing, the statistics that
             `qk.calibrate` gathered.
         smooth: None, or SmoothQuant's alpha (0..1), or "auto".
-        algorithm: how weights are rounded: "rtn", or another registered name.
+        algorithm: how weights are rounded: "rtn" (to nearest), "mse" (range of least error), "hqq", or with calibration
+            "gptq" or "awq"; or one of them with its knobs: `qk.GPTQ(act_order=False)`.
         strict: raise where False would leave a layer and say so in the report: patterns that match nothing, weights
             that are not finite or hold no data, nothing to quantize.
         progress: None (a bar on a terminal), True, False, or a callable `(done, total, name)`.
@@ -108,8 +109,12 @@ def quantize_(
         if smoother is not None and smooth is not None:
             smoothing = smoother(model, targets, batches if stats is None else stats, smooth)
             journal.on_failure(smoothing.undo)
-        activations = _static_activations(model, static, batches if stats is None else stats, progress)
-        builder = _Builder(None if rounder is None else rounder(model, targets, batches), activations)
+        data = batches if stats is None else stats
+        quantizer = None if rounder is None else rounder(model, targets, data)
+        if quantizer is not None and hasattr(quantizer, "undo"):
+            journal.on_failure(quantizer.undo)
+        activations = _static_activations(model, static, data, progress)
+        builder = _Builder(quantizer, activations)
         targets.clear()  # they hold the float layers
         with tracking(progress, total=len(chosen), what="quantizing") as step:
             for index, layer in enumerate(chosen):

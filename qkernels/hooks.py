@@ -57,22 +57,23 @@ Quantizer = Callable[[str, torch.Tensor, Scheme], Mapping[str, torch.Tensor]]
 """`quantizer(name, weight [N, K], scheme)` gives the canonical tensors of one layer (without the bias, unless it
 changes it)."""
 
-Algorithm = Callable[[nn.Module, Sequence[Target], Sequence[Any] | None], Quantizer]
-"""`algorithm(model, targets, calibration)` runs once, before any layer is replaced. It must leave the model as it
-was."""
+Algorithm = Callable[[nn.Module, Sequence[Target], Any], Quantizer]
+"""`algorithm(model, targets, calibration)` runs once, before any layer is replaced; calibration is a list of batches,
+statistics gathered before, or None. It leaves the model as it was, or returns a quantizer with a method `undo` that
+puts it back."""
 
 
 class Smoothing(Protocol):
-    """What a smoother has done: the model in place is smoothed, computes what it did, and layers that multiply their input
-    at run time carry the factors (`qkernels.smoothed`)."""
+    """What a smoother has done: the model in place is smoothed and computes what it did; layers that multiply their
+    input at run time carry the factors (`qkernels.smoothed`)."""
 
     def undo(self) -> None:
         """Take back, to the bit, whatever was folded into the model."""
 
 
 Smoother = Callable[[nn.Module, Sequence[Target], Any, float | str], Smoothing]
-"""`smoother(model, targets, calibration, alpha)`: calibration is a list of batches, or statistics gathered before; alpha is a
-number in 0..1 or "auto"."""
+"""`smoother(model, targets, calibration, alpha)`: calibration is a list of batches, or statistics gathered before;
+alpha is a number in 0..1 or "auto"."""
 
 _algorithms: dict[str, Algorithm] = {}
 _smoothers: list[Smoother] = []
@@ -95,10 +96,12 @@ def algorithm_names() -> list[str]:
     return ["rtn", *sorted(_algorithms)]
 
 
-def find_algorithm(name: str) -> Algorithm | None:
-    """The algorithm called `name`; None for "rtn". Raises TypeError or ValueError, listing the names there are."""
+def find_algorithm(name: str | Algorithm) -> Algorithm | None:
+    """The algorithm called `name`, or the one given; None for "rtn". Raises TypeError or ValueError, listing names."""
     if not isinstance(name, str):
-        raise TypeError(f"algorithm: expected a name, got {type(name).__name__}")
+        if not callable(name) or isinstance(name, type):
+            raise TypeError(f"algorithm: expected a name, or an algorithm such as GPTQ(), got {name!r}")
+        return name
     if name not in algorithm_names():
         raise ValueError(f"algorithm: expected one of {', '.join(algorithm_names())}, got {name!r}")
     return _algorithms.get(name)

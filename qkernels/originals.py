@@ -45,7 +45,7 @@ class Originals:
         if self._file is None:
             self._file = tempfile.TemporaryFile()  # noqa: SIM115  lives as long as this object
         self._copies[module, parameter] = self._file.seek(0, 2)
-        self._file.write(memoryview(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
+        self._file.write(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
 
     def on_restore(self, action: Callable[[], None]) -> None:
         """Also call ``action``; the latest first, after the parameters."""

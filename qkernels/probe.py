@@ -90,7 +90,7 @@ class _Trace:
 @contextlib.contextmanager
 def quiescent(model: nn.Module) -> Iterator[None]:
     """Eval mode, no gradients, and no key-value cache among the outputs (it holds what folding rescales)."""
-    changed = []
+    changed: list[Any] = []
     for module in model.modules():
         config = module.__dict__.get("config")
         if config is not None and getattr(config, "use_cache", None) is True and all(config is not c for c in changed):

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from . import reference
-from .calibrate import Statistics, calibrate
+from .calibrate import LayerStats, Statistics, calibrate
 from .hooks import Smoothing, Target, register_smoother
 from .observe import call_model, run_batches, take_batches
 from .originals import Originals
@@ -32,7 +32,16 @@ from .scheme import Scheme
 from .smoothed import attach, attached, detach
 from .survey import Layer, is_conv1d, survey
 
-__all__ = ["SmoothReport", "SmoothedGroup", "apply_scales", "smooth_"]
+__all__ = [
+    "SmoothReport",
+    "SmoothedGroup",
+    "Smoother",
+    "apply_scales",
+    "example_of",
+    "loss",
+    "over_channels",
+    "smooth_",
+]
 
 FLOOR = 1e-5  # below this, a feature's largest magnitude counts as this much
 STEPS = 10  # alpha="auto" tries 0, 1 / STEPS, ..., 1
@@ -126,7 +135,7 @@ def smooth_(
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     resolved = Scheme.resolve(scheme)
     layers = _choose(model, include, exclude)
-    work = _Smoother(model, alpha, fold)
+    work = Smoother(model, alpha, fold)
     schemes = {layer.name: resolved for layer in layers}
     if isinstance(stats, Statistics):
         example = stats.example if verify is None else verify
@@ -176,13 +185,20 @@ def _check(alpha: float | str, fold: str) -> None:
         raise ValueError(f"fold: expected 'auto' or 'runtime', got {fold!r}")
 
 
-class _Smoother:
-    """One smoothing of one model; `undo` takes everything back to the bit."""
+class Smoother:
+    """One smoothing of one model; `undo` takes everything back to the bit. Other searches for scales derive from it."""
+
+    nothing = "alpha='auto' found no better one than none"
+    runtime = True  # whether layers without a producer get a factor at run time
 
     def __init__(self, model: nn.Module, alpha: float | str, fold: str) -> None:
         _check(alpha, fold)
         self.model, self.alpha, self.fold = model, alpha, fold
         self.originals = Originals(model)
+
+    def wants(self, scheme: Scheme) -> bool:
+        """Whether layers of this scheme are to be scaled."""
+        return not scheme.weight_only
 
     def undo(self) -> None:
         """Take back what was done to the model."""
@@ -191,7 +207,7 @@ class _Smoother:
     def run(self, stats: Statistics, example: Any, schemes: Mapping[str, Scheme], progress: Progress) -> SmoothReport:
         """Smooth every group that holds a layer of `schemes` whose activations are quantized."""
         modules = {layer.name: layer.module for layer in _scalable(self.model)}
-        wanted = {name for name, scheme in schemes.items() if not scheme.weight_only}
+        wanted = {name for name, scheme in schemes.items() if self.wants(scheme)}
         stats.require(name for name in wanted if name in modules)
         groups = find_groups(self.model, modules, example, producers=self.fold == "auto")
         before = _outputs(self.model, example)
@@ -229,43 +245,47 @@ class _Smoother:
 
         mine = [name for name in names if name in wanted]
         if not mine:
-            return left("no layer of it has quantized activations")
+            return left("no layer of it gains by scaling")
         if "shares its weight" in group.reason:
             return left(group.reason)
         producer = group.producer
         reason = "fold='runtime'" if self.fold == "runtime" else group.reason
         if producer is not None and not _exact(producer):
-            producer, reason = None, f"{producer.name} is {producer.module.weight.dtype}: 1 + weight would be rounded"  # type: ignore[union-attr]
+            reason = f"{producer.name} holds 1 + weight in half precision, where scaling it would round"
+            producer = None
+        if producer is None and not self.runtime:
+            return left(reason)
         readers = group.layers if producer is not None else {name: group.layers[name] for name in mine}
         weights = [_weight(module) for module in readers.values()]
         layer = stats.layers[mine[0]]
-        alpha, scale = self._scale(layer, weights, producer, schemes[mine[0]])
+        alpha, scale = self.find_scale(layer, weights, producer, schemes[mine[0]])
         if scale is None:
-            return left("alpha='auto' found no better one than none")
+            return left(self.nothing)
         apply_scales(self.model, readers, producer, scale, self.originals)
         part = SmoothedGroup(tuple(readers), "runtime" if producer is None else "folded", None, alpha, reason)
         if producer is not None:
             part = SmoothedGroup(tuple(readers), "folded", producer.name, alpha, "")
         return part, scale, producer
 
-    def _scale(
-        self, layer: Any, weights: Sequence[Tensor], producer: Producer | None, scheme: Scheme
+    def find_scale(
+        self, layer: LayerStats, weights: Sequence[Tensor], producer: Producer | None, scheme: Scheme
     ) -> tuple[float, Tensor | None]:
+        """alpha, and s for every feature; no s where none is better."""
         act = layer.absmax
         weight = torch.stack([w.abs().amax(0).to(torch.float32) for w in weights]).amax(0)
         if producer is not None:
-            act, weight = _over_channels(act, producer), _over_channels(weight, producer)
+            act, weight = over_channels(act, producer), over_channels(weight, producer)
         exact = all(w.dtype == torch.float32 for w in weights)
         if not isinstance(self.alpha, str):
             return float(self.alpha), _factors(act, weight, float(self.alpha), exact=exact)
         rows = layer.sample.to(weights[0].device)
-        best, best_alpha, best_scale = _loss(rows, weights, scheme, None), 0.0, None
+        best, best_alpha, best_scale = loss(rows, weights, scheme, None), 0.0, None
         for step in range(STEPS + 1):
             alpha = step / STEPS
             scale = _factors(act, weight, alpha, exact=exact)
-            loss = _loss(rows, weights, scheme, scale)
-            if loss < best:
-                best, best_alpha, best_scale = loss, alpha, scale
+            found = loss(rows, weights, scheme, scale)
+            if found < best:
+                best, best_alpha, best_scale = found, alpha, scale
         return best_alpha, best_scale
 
     def _accuse(self, example: Any, changed: Sequence[tuple[Group, Producer | None, Tensor]], difference: float) -> str:
@@ -304,17 +324,18 @@ def _factors(act: Tensor, weight: Tensor, alpha: float, *, exact: bool) -> Tenso
     return torch.where(live, scale, torch.ones_like(scale))
 
 
-def _over_channels(values: Tensor, producer: Producer) -> Tensor:
+def over_channels(values: Tensor, producer: Producer) -> Tensor:
     """The largest value over all features that one channel of the producer is behind, for each of those features."""
     channel = producer.channel.to(values.device)
     largest = torch.zeros(int(channel.max()) + 1, device=values.device, dtype=values.dtype)
     return largest.scatter_reduce(0, channel, values, "amax", include_self=False)[channel]
 
 
-def _loss(rows: Tensor, weights: Sequence[Tensor], scheme: Scheme, scale: Tensor | None) -> float:
+def loss(rows: Tensor, weights: Sequence[Tensor], scheme: Scheme, scale: Tensor | None) -> float:
     """Squared error of the outputs of layers that share ``rows [M, K]``, quantized after smoothing by ``scale``."""
-    total = 0.0
     inv = None if scale is None else 1.0 / scale
+    if scheme.weight_only:
+        return sum(_product_loss(rows if inv is None else rows * inv, rows, w, scheme, scale) for w in weights)
     given: dict[str, Any] = {}
     if not scheme.activation_dynamic:
         smoothed = rows if inv is None else rows * inv
@@ -325,12 +346,14 @@ def _loss(rows: Tensor, weights: Sequence[Tensor], scheme: Scheme, scale: Tensor
     )
     x = codes.to(torch.float32) if zero is None else codes.to(torch.float32) - zero.unsqueeze(-1)
     x = x * step.unsqueeze(-1)
-    for weight in weights:
-        w = weight.to(torch.float32)
-        scaled = w if scale is None else w * scale
-        rounded = reference.dequantize_weight(reference.quantize_weight(scaled, scheme), scheme, w.shape[1])
-        total += float((x @ rounded.t() - rows @ w.t()).square().sum())
-    return total
+    return sum(_product_loss(x, rows, weight, scheme, scale) for weight in weights)
+
+
+def _product_loss(x: Tensor, rows: Tensor, weight: Tensor, scheme: Scheme, scale: Tensor | None) -> float:
+    w = weight.to(torch.float32)
+    scaled = w if scale is None else w * scale
+    rounded = reference.dequantize_weight(reference.quantize_weight(scaled, scheme), scheme, w.shape[1])
+    return float((x @ rounded.t() - rows @ w.t()).square().sum())
 
 
 def _exact(producer: Producer) -> bool:
@@ -452,7 +475,7 @@ def _layer_outputs(model: nn.Module, modules: Mapping[str, nn.Module], batch: An
 class _Done:
     """What `quantize_` needs of a smoothing that is in the model already."""
 
-    work: _Smoother
+    work: Smoother
     report: SmoothReport = field(repr=False)
 
     def undo(self) -> None:
@@ -460,14 +483,25 @@ class _Done:
         self.work.undo()
 
 
-def _smoother(model: nn.Module, targets: Sequence[Target], calibration: Any, alpha: float | str) -> Smoothing:
-    work = _Smoother(model, alpha, "auto")
-    stats = calibration if isinstance(calibration, Statistics) else _gather(model, calibration, False)
-    example = stats.example if isinstance(calibration, Statistics) else calibration[0]
+def example_of(calibration: Any) -> Any:
+    """A batch to try things out on: the first one, or the first call that statistics saw.
+
+    Raises:
+        ValueError: the statistics saw none.
+    """
+    example = calibration.example if isinstance(calibration, Statistics) else calibration[0]
     if example is None:
         raise ValueError("calibration: expected statistics that saw a call of the model")
+    return example
+
+
+def _smoother(model: nn.Module, targets: Sequence[Target], calibration: Any, alpha: float | str) -> Smoothing:
+    work = Smoother(model, alpha, "auto")
+    stats = calibration if isinstance(calibration, Statistics) else _gather(model, calibration, False)
     try:
-        return _Done(work, work.run(stats, example, {target.name: target.scheme for target in targets}, False))
+        return _Done(
+            work, work.run(stats, example_of(calibration), {target.name: target.scheme for target in targets}, False)
+        )
     except BaseException:
         work.undo()
         raise

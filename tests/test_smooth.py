@@ -331,7 +331,7 @@ def test_run_time_smoothing_is_taken_back_when_a_later_step_fails(monkeypatch):
     model, data = build("bert"), batches("bert")
     before, x = bits(model), output(model, data[0])
 
-    def fail(*args):
+    def fail(*args, **kwargs):
         raise OSError("disk full")
 
     monkeypatch.setattr("qkernels.convert.adapt_parents", fail)
@@ -347,7 +347,7 @@ def test_a_failed_quantize_keeps_an_earlier_smoothing(monkeypatch):
     qk.smooth_(model, data)
     before, x = bits(model), output(model, data[0])
 
-    def fail(*args):
+    def fail(*args, **kwargs):
         raise OSError("disk full")
 
     monkeypatch.setattr("qkernels.convert.adapt_parents", fail)

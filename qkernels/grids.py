@@ -1,0 +1,142 @@
+"""Grids of weights that are searched for, not only measured: rounding column by column, and the range of least error.
+
+Everything ends in the canonical tensors that :func:`qkernels.reference.weight_grid` would have made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import reference
+from ._rounding import quotient, split_groups
+from .scheme import Scheme
+
+__all__ = ["Grid", "codes_and_tensors", "joined", "search_range"]
+
+SMALLEST = 0.2  # of the full range
+NORM = 2.4  # exponent of the error that range searches add up: outliers count a little more than squared
+CHUNK_ELEMENTS = 1 << 20
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The grid of a weight ``[N, K]``, ready to round single columns.
+
+    Args:
+        scale: float32 ``[N, G]``; zero: the code of zero, float32 ``[N, G]``; low: minimum, or None.
+        group_size: columns per group.
+        bounds: smallest and largest code.
+        table: the code book, float32 ``[16]``, or None.
+    """
+
+    scale: Tensor
+    zero: Tensor
+    low: Tensor | None
+    group_size: int
+    bounds: tuple[int, int]
+    table: Tensor | None
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor], scheme: Scheme, in_features: int) -> Grid:
+        """The grid that canonical tensors describe."""
+        scale = tensors["weight_scale"].to(torch.float32)
+        scale = scale.unsqueeze(1) if scale.dim() == 1 else scale
+        low = zero = None
+        if "weight_min" in tensors:
+            low = tensors["weight_min"].to(torch.float32).reshape(scale.shape)
+        if "weight_zero_point" in tensors:
+            zero = tensors["weight_zero_point"].to(torch.float32).reshape(scale.shape)
+        if zero is None:
+            middle = 8.0 if scheme.weight_bits == 4 and low is None and scheme.codebook is None else 0.0
+            zero = torch.full_like(scale, middle)
+        table = None
+        if scheme.codebook is not None:
+            table = torch.tensor(scheme.codebook, dtype=torch.float32, device=scale.device)
+        bounds = (-127, 127) if scheme.weight_bits == 8 else (0, 15)
+        return cls(scale, zero, low, scheme.resolve_group_size(in_features), bounds, table)
+
+    def round_column(self, values: Tensor, column: int) -> tuple[Tensor, Tensor]:
+        """Codes (float32) and what they stand for, of ``values [N]`` in a column of the weight."""
+        group = column // self.group_size
+        scale, zero = self.scale[:, group], self.zero[:, group]
+        inv = quotient(1.0, scale)
+        if self.table is not None:
+            codes = (values * inv).unsqueeze(1).sub(self.table).abs().argmin(1)
+            return codes.to(torch.float32), self.table[codes] * scale
+        if self.low is not None:
+            low = self.low[:, group]
+            codes = ((values - low) * inv).round_().clamp_(*self.bounds)
+            return codes, codes * scale + low
+        codes = (values * inv).round_().add_(zero).clamp_(*self.bounds)
+        return codes, (codes - zero) * scale
+
+
+def codes_and_tensors(codes: Tensor, tensors: Mapping[str, Tensor], scheme: Scheme) -> dict[str, Tensor]:
+    """Canonical tensors of codes ``[N, K]`` on a grid."""
+    return {"weight": reference.weight_codes(codes.to(torch.int32), scheme), **tensors}
+
+
+def joined(parts: Sequence[Mapping[str, Tensor]], dim: int) -> dict[str, Tensor]:
+    """Grids of parts of a weight as one; float32 where one part needs it."""
+    result = {}
+    for name in parts[0]:
+        dtypes = {part[name].dtype for part in parts}
+        dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
+        result[name] = torch.cat([part[name].to(dtype) for part in parts], dim)
+    return result
+
+
+@torch.no_grad()
+def search_range(
+    w: Tensor, scheme: Scheme, *, importance: Tensor | None = None, smallest: float = SMALLEST, steps: int = 40
+) -> dict[str, Tensor]:
+    """The grid whose ranges, shrunk group by group, round ``w [N, K]`` with the least error.
+
+    Shrinking clips the largest weights of a group and rounds all others finer; the error is ``sum |w - w_hat|^2.4``.
+
+    Args:
+        importance: weight of each column's error, ``[K]``; None counts all alike.
+        smallest: the smallest share of the full range that is tried.
+        steps: how many shares are tried below the full one.
+
+    Returns:
+        What :func:`qkernels.reference.weight_grid` returns.
+    """
+    rows = max(1, CHUNK_ELEMENTS // max(w.shape[1], 1))
+    parts = [_search_rows(part, scheme, importance, smallest, steps) for part in w.split(rows)]
+    if not parts:
+        return reference.weight_grid(w, scheme)
+    return joined(parts, 0)
+
+
+def _search_rows(
+    w: Tensor, scheme: Scheme, importance: Tensor | None, smallest: float, steps: int
+) -> dict[str, Tensor]:
+    wide = w.to(torch.float32)
+    group_size = scheme.resolve_group_size(wide.shape[1])
+    best: dict[str, Tensor] = {}
+    least = torch.zeros(0)
+    for step in range(steps + 1):
+        share = 1.0 - (1.0 - smallest) * step / max(steps, 1)
+        tensors = reference.weight_grid(wide * share, scheme)
+        rounded = reference.dequantize_weight(
+            codes_and_tensors(reference.round_to_grid(wide, tensors, scheme), tensors, scheme), scheme, wide.shape[1]
+        )
+        error = (wide - rounded).abs_().pow_(NORM)
+        if importance is not None:
+            error = error * importance.to(error)
+        sums = split_groups(error, group_size).sum(-1) if group_size < wide.shape[1] else error.sum(-1, keepdim=True)
+        if not best:
+            best, least = tensors, sums
+            continue
+        better = sums < least
+        least = torch.where(better, sums, least)
+        for name, tensor in tensors.items():
+            old = best[name]
+            dtype = old.dtype if old.dtype == tensor.dtype else torch.float32
+            best[name] = torch.where(better.reshape(old.shape), tensor.to(dtype), old.to(dtype))
+    return best
