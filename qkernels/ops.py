@@ -6,6 +6,8 @@ or to the reference where no kernel exists.
 
     linear_w8a8       8-bit weights in the packed layout of the CPU kernels
     dequantize_w8     the float weight of that layout
+    linear_packed     4-bit weights, or floating-point activations, likewise (defined in :mod:`qkernels.cpu_packed`)
+    dequantize_packed  the float weight of those
     linear_quantized  any scheme, canonical tensors, by the reference
     dequantize_quantized   the float weight of those
     quantize, dequantize   tensors to integers and back (registered in :mod:`qkernels.tensor_ops`)
@@ -304,6 +306,14 @@ for _name, _backward, _setup in (
     torch.library.register_autograd(f"qkernels::{_name}", _backward, setup_context=_setup, lib=_LIBRARY)
     if hasattr(torch.library, "register_vmap"):
         torch.library.register_vmap(f"qkernels::{_name}", _vmap_rows(_name), lib=_LIBRARY)
+
+
+# -- 4-bit weights, and floating-point activations ------------------------------------------------------------------
+
+from . import cpu_packed  # noqa: E402  needs the library above
+
+cpu_packed.register_operators(_LIBRARY)
+register(cpu_packed.PreparedPacked)
 
 
 # -- GPUs -----------------------------------------------------------------------------------------------------------

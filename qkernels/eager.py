@@ -1,0 +1,29 @@
+"""Whether a call may go straight to a binding, past torch's dispatcher."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from .prepared import function_transform
+
+__all__ = ["is_plain"]
+
+# Where a release of torch does not know one of these questions, the dispatcher serves every call.
+_dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
+_jit_trace = getattr(torch._C, "_get_tracing_state", lambda: True)
+_autocast = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
+
+
+def is_plain(x: Tensor) -> bool:
+    """An ordinary tensor, with nobody listening: no gradient, transform, trace, mode or autocast."""
+    return (
+        type(x) is Tensor
+        and not x.requires_grad
+        and not _dispatch_modes()
+        and function_transform() is None
+        and _jit_trace() is None
+        and not _autocast()
+        and forward_ad._current_level < 0
+    )
