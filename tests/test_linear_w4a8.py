@@ -1,0 +1,105 @@
+"""W4A8 layers equal the reference on the bits: every tier, thread count, kind of group and hazard."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import DTYPES, assert_bits_equal, hazard_rows, seeded, strided
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qkernels import _C, reference
+from qkernels.nn import QuantLinear
+from qkernels.scheme import Scheme
+
+GRIDS = {
+    "symmetric": {},
+    "zero_point": {"weight_symmetric": False},
+    "minimum": {"weight_symmetric": False, "weight_zero": "float"},
+}
+
+
+def scheme(grid: str, group_size: int | None, **activations: object) -> Scheme:
+    groups = (
+        {"weight_granularity": "per_channel"}
+        if group_size is None
+        else {"weight_granularity": "per_group", "group_size": group_size}
+    )
+    return Scheme(weight_bits=4, **groups, **GRIDS[grid], **activations)
+
+
+def check(layer: QuantLinear, x: torch.Tensor, tier: str) -> None:
+    actual = layer(x)
+    assert _C.last_kernel() in (f"w4a8.{tier}", "w4a8.avx512vnni" if tier == "amx" else "")
+    assert_bits_equal(actual, reference.linear(x, layer.canonical(), layer.scheme, layer.in_features))
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("group_size", [8, 32, 128, None])
+def test_w4a8_every_grid_and_tail(isa: str, threads: int, grid: str, group_size: int | None) -> None:
+    for rows, n, k in [(1, 1, 1), (2, 3, 37), (3, 65, 136), (5, 64, 200), (17, 130, 300), (97, 70, 264)]:
+        layer = QuantLinear.from_float(seeded(n, k, seed=n), seeded(n, seed=k), scheme(grid, group_size))
+        check(layer, seeded(rows, k, seed=rows), isa)
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_w4a8_asymmetric_and_static_activations(isa: str, grid: str, dtype: torch.dtype) -> None:
+    x = (seeded(9, 200) + 0.7).to(dtype)
+    w = seeded(70, 200)
+    check(QuantLinear.from_float(w, None, scheme(grid, 32, activation_symmetric=False)), x, isa)
+    static = {"activation_granularity": "per_tensor", "activation_dynamic": False}
+    scale = torch.tensor(0.03)
+    check(QuantLinear.from_float(w, None, scheme(grid, 64, **static), act_scale=scale), x, isa)
+    zero = torch.tensor(90, dtype=torch.int32)
+    layer = QuantLinear.from_float(
+        w, None, scheme(grid, 64, activation_symmetric=False, **static), act_scale=scale, act_zero_point=zero
+    )
+    check(layer, x, isa)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_w4a8_hazard_rows(isa: str, threads: int, dtype: torch.dtype) -> None:
+    """NaN, Inf, zero, tiny and extreme rows; direct (few rows) and panel paths; any strides."""
+    layer = QuantLinear.from_float(seeded(67, 136), seeded(67), scheme("symmetric", 64), inv_smooth=seeded(136).exp())
+    x = hazard_rows(136).to(dtype)
+    check(layer, x, isa)
+    for row in x:
+        check(layer, row, isa)
+    check(layer, strided(x), isa)
+    check(layer, x[:0], isa)
+
+
+def test_w4a8_extremes_do_not_saturate(isa: str) -> None:
+    """Every product at its largest: the AVX2 tier adds eight pairs in 16 bits."""
+    layer = QuantLinear.from_float(torch.full((64, 4096), -1.0), None, scheme("symmetric", None))
+    layer.load_state_dict({**layer.state_dict(), "weight": torch.full((64, 2048), 0xFF, dtype=torch.uint8)})
+    for rows in (1, 7):
+        check(layer, torch.full((rows, 4096), -3.0), isa)
+        check(layer, torch.full((rows, 4096), 3.0), isa)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.integers(0, 20), st.integers(1, 140), st.integers(1, 400), st.sampled_from([8, 24, 32, 64, 128, 256, None]),
+    st.sampled_from(sorted(GRIDS)),
+)  # fmt: skip
+def test_w4a8_any_shape(rows: int, n: int, k: int, group_size: int | None, grid: str) -> None:
+    layer = QuantLinear.from_float(seeded(n, k), None, scheme(grid, group_size))
+    check(layer, seeded(rows, k), _C.info()["isa"])
+
+
+def test_w4a8_repeats_to_the_bit_across_threads_and_tiers() -> None:
+    layer = QuantLinear.from_float(seeded(200, 512), seeded(200), "w4a8")
+    x = seeded(33, 512)
+    before, tier = torch.get_num_threads(), _C.info()["isa"]
+    expected = layer(x)
+    try:
+        for name in _C.info()["usable"]:
+            _C.set_isa(name)
+            for count in (1, 2, 5):
+                torch.set_num_threads(count)
+                assert_bits_equal(layer(x), expected)
+    finally:
+        torch.set_num_threads(before)
+        _C.set_isa(tier)
