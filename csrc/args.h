@@ -72,7 +72,8 @@ struct LinearW4A8Args {
   uint8_t* scratch;
 };
 
-// Weight-only Linear: y [M, N] = x [M, K] @ w [N, K]^T + bias, x and sums in floating point. One struct for both widths.
+// Weight-only Linear: y [M, N] = x [M, K] @ w [N, K]^T + bias, x and sums in floating point. One struct for both
+// widths.
 //
 //   W8:  w[n, k] = scale[n] * q
 //   W4:  w[n, k] = scale[n, g] * (q - zero_point[n, g])         zero_point absent: 8

@@ -17,7 +17,8 @@ using qk::run_released;
 
 namespace {
 
-// One layer's weights, by borrowed pointers: the Python owner keeps the tensors alive and makes a new object when they move.
+// One layer's weights, by borrowed pointers: the Python owner keeps the tensors alive and makes a new object when they
+// move.
 class LinearW8A8 {
  public:
   LinearW8A8(uintptr_t packed, uintptr_t colsum, uintptr_t weight_scale, uintptr_t bias, int64_t n, int64_t k,
@@ -91,8 +92,18 @@ void check_view(int64_t outer, int64_t channels, int64_t inner, int64_t group, q
 void quantize(uintptr_t x, int x_dtype, int64_t outer, int64_t channels, int64_t inner, int64_t group, uintptr_t out,
               int out_kind, uintptr_t scale, uintptr_t zero_point, bool symmetric, bool is_static, int threads) {
   check_view(outer, channels, inner, group, kind(out_kind), threads);
-  const qk::QuantizeArgs args{pointer<const void>(x), dtype(x_dtype), outer, channels, inner, group, pointer<void>(out),
-                              kind(out_kind), pointer<float>(scale), pointer<int32_t>(zero_point), symmetric, is_static,
+  const qk::QuantizeArgs args{pointer<const void>(x),
+                              dtype(x_dtype),
+                              outer,
+                              channels,
+                              inner,
+                              group,
+                              pointer<void>(out),
+                              kind(out_kind),
+                              pointer<float>(scale),
+                              pointer<int32_t>(zero_point),
+                              symmetric,
+                              is_static,
                               threads};
   const qk::KernelTable& table = qk::kernels();
   run_released(outer * channels * inner > qk::kReleaseGilBytes, [&] { table.quantize(args); });
@@ -102,9 +113,17 @@ void quantize(uintptr_t x, int x_dtype, int64_t outer, int64_t channels, int64_t
 void dequantize(uintptr_t q, int q_kind, int64_t outer, int64_t channels, int64_t inner, int64_t group, uintptr_t scale,
                 uintptr_t zero_point, uintptr_t out, int out_dtype, int threads) {
   check_view(outer, channels, inner, group, kind(q_kind), threads);
-  const qk::DequantizeArgs args{pointer<const void>(q), kind(q_kind), outer, channels, inner, group,
-                                pointer<const float>(scale), pointer<const int32_t>(zero_point), pointer<void>(out),
-                                dtype(out_dtype), threads};
+  const qk::DequantizeArgs args{pointer<const void>(q),
+                                kind(q_kind),
+                                outer,
+                                channels,
+                                inner,
+                                group,
+                                pointer<const float>(scale),
+                                pointer<const int32_t>(zero_point),
+                                pointer<void>(out),
+                                dtype(out_dtype),
+                                threads};
   const qk::KernelTable& table = qk::kernels();
   run_released(outer * channels * inner > qk::kReleaseGilBytes, [&] { table.dequantize(args); });
   note("dequantize", table.isa);
@@ -132,25 +151,36 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_isa", [](const std::string& name) { qk::force_isa(name.c_str(), "forced by set_isa"); }, py::arg("name"));
   m.def("last_kernel", [] { return qk::last_kernel; });
 
-  m.def("packed_w8_bytes", [](int64_t n, int64_t k) {
-    QK_CHECK_GE(n, 0);
-    QK_CHECK_GE(k, 0);
-    return qk::packed_w8_bytes(n, k);
-  }, py::arg("N"), py::arg("K"));
-  m.def("pack_w8", [](uintptr_t weight, int64_t n, int64_t k, uintptr_t packed, uintptr_t colsum, int threads) {
-    QK_CHECK_GE(threads, 1);
-    QK_CHECK_LE(k, qk::kMaxK);
-    py::gil_scoped_release released;
-    return qk::pack_w8(pointer<const int8_t>(weight), n, k, pointer<int8_t>(packed), pointer<int32_t>(colsum), threads);
-  }, py::arg("weight"), py::arg("N"), py::arg("K"), py::arg("packed"), py::arg("colsum"), py::arg("threads"));
-  m.def("unpack_w8", [](uintptr_t packed, int64_t n, int64_t k, uintptr_t weight, int threads) {
-    QK_CHECK_GE(threads, 1);
-    py::gil_scoped_release released;
-    qk::unpack_w8(pointer<const int8_t>(packed), n, k, pointer<int8_t>(weight), threads);
-  }, py::arg("packed"), py::arg("N"), py::arg("K"), py::arg("weight"), py::arg("threads"));
+  m.def(
+      "packed_w8_bytes",
+      [](int64_t n, int64_t k) {
+        QK_CHECK_GE(n, 0);
+        QK_CHECK_GE(k, 0);
+        return qk::packed_w8_bytes(n, k);
+      },
+      py::arg("N"), py::arg("K"));
+  m.def(
+      "pack_w8",
+      [](uintptr_t weight, int64_t n, int64_t k, uintptr_t packed, uintptr_t colsum, int threads) {
+        QK_CHECK_GE(threads, 1);
+        QK_CHECK_LE(k, qk::kMaxK);
+        py::gil_scoped_release released;
+        return qk::pack_w8(pointer<const int8_t>(weight), n, k, pointer<int8_t>(packed), pointer<int32_t>(colsum),
+                           threads);
+      },
+      py::arg("weight"), py::arg("N"), py::arg("K"), py::arg("packed"), py::arg("colsum"), py::arg("threads"));
+  m.def(
+      "unpack_w8",
+      [](uintptr_t packed, int64_t n, int64_t k, uintptr_t weight, int threads) {
+        QK_CHECK_GE(threads, 1);
+        py::gil_scoped_release released;
+        qk::unpack_w8(pointer<const int8_t>(packed), n, k, pointer<int8_t>(weight), threads);
+      },
+      py::arg("packed"), py::arg("N"), py::arg("K"), py::arg("weight"), py::arg("threads"));
 
   py::class_<LinearW8A8>(m, "LinearW8A8")
-      .def(py::init<uintptr_t, uintptr_t, uintptr_t, uintptr_t, int64_t, int64_t, bool, bool, float, int32_t, uintptr_t>(),
+      .def(py::init<uintptr_t, uintptr_t, uintptr_t, uintptr_t, int64_t, int64_t, bool, bool, float, int32_t,
+                    uintptr_t>(),
            py::arg("packed"), py::arg("colsum"), py::arg("weight_scale"), py::arg("bias"), py::arg("N"), py::arg("K"),
            py::arg("has_minus128"), py::arg("act_symmetric"), py::arg("act_scale"), py::arg("act_zero_point"),
            py::arg("inv_smooth"))

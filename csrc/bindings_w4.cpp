@@ -17,9 +17,9 @@ qk::ScaleType scale_type(int code) {
 // Borrowed pointers, as LinearW8A8: the Python owner keeps the tensors alive and makes a new object when they move.
 class LinearW4A8 {
  public:
-  LinearW4A8(uintptr_t packed, uintptr_t weight_scale, uintptr_t weight_zero_point, uintptr_t weight_min, int scale_code,
-             uintptr_t bias, int64_t n, int64_t k, int64_t group_size, bool act_symmetric, float act_scale,
-             int32_t act_zero_point, uintptr_t inv_smooth) {
+  LinearW4A8(uintptr_t packed, uintptr_t weight_scale, uintptr_t weight_zero_point, uintptr_t weight_min,
+             int scale_code, uintptr_t bias, int64_t n, int64_t k, int64_t group_size, bool act_symmetric,
+             float act_scale, int32_t act_zero_point, uintptr_t inv_smooth) {
     QK_CHECK_GE(n, 0);
     QK_CHECK_GE(k, 0);
     QK_CHECK_LE(k, qk::kMaxK);
@@ -75,35 +75,53 @@ void check_groups(int64_t bytes, int64_t n, int64_t groups) {
 }  // namespace
 
 void bind_w4(py::module_& m) {
-  m.def("packed_w4_bytes", [](int64_t n, int64_t k) {
-    QK_CHECK_GE(n, 0);
-    QK_CHECK_GE(k, 0);
-    return qk::packed_w4_bytes(n, k);
-  }, py::arg("N"), py::arg("K"));
-  m.def("pack_w4", [](uintptr_t weight, int64_t n, int64_t k, uintptr_t packed, int threads) {
-    QK_CHECK_GE(threads, 1);
-    py::gil_scoped_release released;
-    qk::pack_w4(pointer<const uint8_t>(weight), n, k, pointer<uint8_t>(packed), threads);
-  }, py::arg("weight"), py::arg("N"), py::arg("K"), py::arg("packed"), py::arg("threads"));
-  m.def("unpack_w4", [](uintptr_t packed, int64_t n, int64_t k, uintptr_t weight, int threads) {
-    QK_CHECK_GE(threads, 1);
-    py::gil_scoped_release released;
-    qk::unpack_w4(pointer<const uint8_t>(packed), n, k, pointer<uint8_t>(weight), threads);
-  }, py::arg("packed"), py::arg("N"), py::arg("K"), py::arg("weight"), py::arg("threads"));
-  m.def("packed_group_elements", [](int64_t n, int64_t groups) {
-    check_groups(1, n, groups);
-    return qk::packed_group_elements(n, groups);
-  }, py::arg("N"), py::arg("groups"));
-  m.def("pack_groups", [](uintptr_t source, int64_t bytes, int64_t n, int64_t groups, uintptr_t packed) {
-    check_groups(bytes, n, groups);
-    py::gil_scoped_release released;
-    qk::pack_groups(pointer<const void>(source), bytes, n, groups, pointer<void>(packed));
-  }, py::arg("source"), py::arg("element_bytes"), py::arg("N"), py::arg("groups"), py::arg("packed"));
-  m.def("unpack_groups", [](uintptr_t packed, int64_t bytes, int64_t n, int64_t groups, uintptr_t target) {
-    check_groups(bytes, n, groups);
-    py::gil_scoped_release released;
-    qk::unpack_groups(pointer<const void>(packed), bytes, n, groups, pointer<void>(target));
-  }, py::arg("packed"), py::arg("element_bytes"), py::arg("N"), py::arg("groups"), py::arg("target"));
+  m.def(
+      "packed_w4_bytes",
+      [](int64_t n, int64_t k) {
+        QK_CHECK_GE(n, 0);
+        QK_CHECK_GE(k, 0);
+        return qk::packed_w4_bytes(n, k);
+      },
+      py::arg("N"), py::arg("K"));
+  m.def(
+      "pack_w4",
+      [](uintptr_t weight, int64_t n, int64_t k, uintptr_t packed, int threads) {
+        QK_CHECK_GE(threads, 1);
+        py::gil_scoped_release released;
+        qk::pack_w4(pointer<const uint8_t>(weight), n, k, pointer<uint8_t>(packed), threads);
+      },
+      py::arg("weight"), py::arg("N"), py::arg("K"), py::arg("packed"), py::arg("threads"));
+  m.def(
+      "unpack_w4",
+      [](uintptr_t packed, int64_t n, int64_t k, uintptr_t weight, int threads) {
+        QK_CHECK_GE(threads, 1);
+        py::gil_scoped_release released;
+        qk::unpack_w4(pointer<const uint8_t>(packed), n, k, pointer<uint8_t>(weight), threads);
+      },
+      py::arg("packed"), py::arg("N"), py::arg("K"), py::arg("weight"), py::arg("threads"));
+  m.def(
+      "packed_group_elements",
+      [](int64_t n, int64_t groups) {
+        check_groups(1, n, groups);
+        return qk::packed_group_elements(n, groups);
+      },
+      py::arg("N"), py::arg("groups"));
+  m.def(
+      "pack_groups",
+      [](uintptr_t source, int64_t bytes, int64_t n, int64_t groups, uintptr_t packed) {
+        check_groups(bytes, n, groups);
+        py::gil_scoped_release released;
+        qk::pack_groups(pointer<const void>(source), bytes, n, groups, pointer<void>(packed));
+      },
+      py::arg("source"), py::arg("element_bytes"), py::arg("N"), py::arg("groups"), py::arg("packed"));
+  m.def(
+      "unpack_groups",
+      [](uintptr_t packed, int64_t bytes, int64_t n, int64_t groups, uintptr_t target) {
+        check_groups(bytes, n, groups);
+        py::gil_scoped_release released;
+        qk::unpack_groups(pointer<const void>(packed), bytes, n, groups, pointer<void>(target));
+      },
+      py::arg("packed"), py::arg("element_bytes"), py::arg("N"), py::arg("groups"), py::arg("target"));
 
   py::class_<LinearW4A8>(m, "LinearW4A8")
       .def(py::init<uintptr_t, uintptr_t, uintptr_t, uintptr_t, int, uintptr_t, int64_t, int64_t, int64_t, bool, float,

@@ -23,8 +23,8 @@
 
 #include <cstdint>
 
-// Micro-kernels stay functions of their own: inlined into the blocked loops, their accumulators are spilled to make room
-// for what the loops keep in registers (a factor of 2 at six rows, g++ 12).
+// Micro-kernels stay functions of their own: inlined into the blocked loops, their accumulators are spilled to make
+// room for what the loops keep in registers (a factor of 2 at six rows, g++ 12).
 #define QK_NOINLINE __attribute__((noinline))
 
 namespace qk {

@@ -142,8 +142,8 @@ void force_isa(const char* name, const char* reason) {
     throw std::invalid_argument(message.str());
   }
   std::ostringstream message;
-  message << "unknown ISA '" << name << "'; valid names: scalar, avx2, avxvnni, avx512vnni, amx; usable here: "
-          << joined(usable_tiers());
+  message << "unknown ISA '" << name
+          << "'; valid names: scalar, avx2, avxvnni, avx512vnni, amx; usable here: " << joined(usable_tiers());
   throw std::invalid_argument(message.str());
 }
 

@@ -15,8 +15,8 @@ struct KernelTable {
   void (*dequantize)(const DequantizeArgs&);
 };
 
-// The weight-only kernels. They may fuse multiply-adds, so they are compiled apart from the rest, and several tiers share
-// one table.
+// The weight-only kernels. They may fuse multiply-adds, so they are compiled apart from the rest, and several tiers
+// share one table.
 struct WeightOnlyTable {
   const char* suffix;  // "+bf16" for the bf16 dot product; appended to the tier's name
   void (*linear_w8a16)(const LinearWxA16Args&);

@@ -96,7 +96,8 @@ struct Amx : ZmmVerbs {
   }
 
   // Codes are below 16, so they are the same bytes signed or unsigned.
-  static void tile4(int rows, const uint8_t* a, int64_t lda, const int8_t* b, int64_t steps, int32_t* c, bool accumulate) {
+  static void tile4(int rows, const uint8_t* a, int64_t lda, const int8_t* b, int64_t steps, int32_t* c,
+                    bool accumulate) {
     tile(rows, a, lda, b, steps, c, accumulate, false);
   }
   static void tile4_direct(int, const uint8_t*, int64_t, const uint8_t*, int64_t, int32_t*) {}  // kDirectRows = 0
@@ -113,8 +114,12 @@ const char* linear_w4a8_by_rows(const LinearW4A8Args& args) {
 }  // namespace
 
 const KernelTable& kernels_amx() {
-  static constexpr KernelTable table = {"amx", linear_w8a8_by_rows, linear_w8a8_scratch_bytes<Amx>,
-                                        linear_w4a8_by_rows, linear_w4a8_scratch_bytes<Amx>, quantize<Amx>,
+  static constexpr KernelTable table = {"amx",
+                                        linear_w8a8_by_rows,
+                                        linear_w8a8_scratch_bytes<Amx>,
+                                        linear_w4a8_by_rows,
+                                        linear_w4a8_scratch_bytes<Amx>,
+                                        quantize<Amx>,
                                         dequantize<Amx>};
   return table;
 }

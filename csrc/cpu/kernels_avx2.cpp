@@ -9,9 +9,9 @@ namespace qk {
 namespace {
 
 // vpmaddubsw multiplies u8 by s8 and adds pairs into int16 with saturation. Activations are stored signed, and the sign
-// moves to the weight: |a| * sign(w, a). With |a| <= 128 and |w| <= 127 a pair is at most 2 * 128 * 127 = 32512 < 32768,
-// so nothing saturates. (u8 x s8 directly would: 2 * 255 * 127.) A weight of -128 has no negative in int8, so such
-// weights, which only foreign checkpoints hold, take the path that widens to 16 bits first.
+// moves to the weight: |a| * sign(w, a). With |a| <= 128 and |w| <= 127 a pair is at most 2 * 128 * 127 = 32512 <
+// 32768, so nothing saturates. (u8 x s8 directly would: 2 * 255 * 127.) A weight of -128 has no negative in int8, so
+// such weights, which only foreign checkpoints hold, take the path that widens to 16 bits first.
 struct Signed {
   static __m256i dot4(__m256i a, __m256i abs_a, __m256i w, __m256i ones) {
     return _mm256_madd_epi16(_mm256_maddubs_epi16(abs_a, _mm256_sign_epi8(w, a)), ones);
@@ -20,8 +20,8 @@ struct Signed {
 struct Widened {
   static __m256i dot4(__m256i a, __m256i /*abs_a*/, __m256i w, __m256i /*ones*/) {
     const __m256i odd = _mm256_madd_epi16(_mm256_srai_epi16(a, 8), _mm256_srai_epi16(w, 8));
-    const __m256i even = _mm256_madd_epi16(_mm256_srai_epi16(_mm256_slli_epi16(a, 8), 8),
-                                           _mm256_srai_epi16(_mm256_slli_epi16(w, 8), 8));
+    const __m256i even =
+        _mm256_madd_epi16(_mm256_srai_epi16(_mm256_slli_epi16(a, 8), 8), _mm256_srai_epi16(_mm256_slli_epi16(w, 8), 8));
     return _mm256_add_epi32(odd, even);
   }
 };
@@ -48,7 +48,8 @@ struct Avx2 : YmmVerbs {
   };
 
   template <class Dot, int kRows>
-  QK_NOINLINE static void tile_rows(const uint8_t* a, int64_t lda, const int8_t* b, int64_t steps, int32_t* c, bool accumulate) {
+  QK_NOINLINE static void tile_rows(const uint8_t* a, int64_t lda, const int8_t* b, int64_t steps, int32_t* c,
+                                    bool accumulate) {
     __m256i c00, c01, c10, c11, c20, c21, c30, c31;
     const auto init = [&](int r, __m256i& x0, __m256i& x1) {
       x0 = accumulate ? load_i(c + r * kTileN) : _mm256_setzero_si256();
@@ -124,10 +125,14 @@ struct Avx2 : YmmVerbs {
   static void tile_with(int rows, const uint8_t* a, int64_t lda, const int8_t* b, int64_t steps, int32_t* c,
                         bool accumulate) {
     switch (rows) {
-      case 1: return tile_rows<Dot, 1>(a, lda, b, steps, c, accumulate);
-      case 2: return tile_rows<Dot, 2>(a, lda, b, steps, c, accumulate);
-      case 3: return tile_rows<Dot, 3>(a, lda, b, steps, c, accumulate);
-      default: return tile_rows<Dot, 4>(a, lda, b, steps, c, accumulate);
+      case 1:
+        return tile_rows<Dot, 1>(a, lda, b, steps, c, accumulate);
+      case 2:
+        return tile_rows<Dot, 2>(a, lda, b, steps, c, accumulate);
+      case 3:
+        return tile_rows<Dot, 3>(a, lda, b, steps, c, accumulate);
+      default:
+        return tile_rows<Dot, 4>(a, lda, b, steps, c, accumulate);
     }
   }
 
@@ -140,7 +145,8 @@ struct Avx2 : YmmVerbs {
   }
 
   template <int kRows>
-  QK_NOINLINE static void tile4_rows(const uint8_t* a, int64_t lda, const int8_t* b, int64_t steps, int32_t* c, bool accumulate) {
+  QK_NOINLINE static void tile4_rows(const uint8_t* a, int64_t lda, const int8_t* b, int64_t steps, int32_t* c,
+                                     bool accumulate) {
     __m256i c00, c01, c10, c11, c20, c21, c30, c31;
     const __m256i ones = _mm256_set1_epi16(1), zero = _mm256_setzero_si256();
     if (!accumulate) __builtin_memset(c, 0, sizeof(int32_t) * kRows * kTileN);
@@ -171,17 +177,22 @@ struct Avx2 : YmmVerbs {
       if constexpr (kRows > 3) widen(3, c30, c31);
     }
   }
-  static void tile4(int rows, const uint8_t* a, int64_t lda, const int8_t* b, int64_t steps, int32_t* c, bool accumulate) {
+  static void tile4(int rows, const uint8_t* a, int64_t lda, const int8_t* b, int64_t steps, int32_t* c,
+                    bool accumulate) {
     switch (rows) {
-      case 1: return tile4_rows<1>(a, lda, b, steps, c, accumulate);
-      case 2: return tile4_rows<2>(a, lda, b, steps, c, accumulate);
-      case 3: return tile4_rows<3>(a, lda, b, steps, c, accumulate);
-      default: return tile4_rows<4>(a, lda, b, steps, c, accumulate);
+      case 1:
+        return tile4_rows<1>(a, lda, b, steps, c, accumulate);
+      case 2:
+        return tile4_rows<2>(a, lda, b, steps, c, accumulate);
+      case 3:
+        return tile4_rows<3>(a, lda, b, steps, c, accumulate);
+      default:
+        return tile4_rows<4>(a, lda, b, steps, c, accumulate);
     }
   }
 
-  QK_NOINLINE static void tile4_direct(int /*rows: 1*/, const uint8_t* a, int64_t /*lda*/, const uint8_t* packed, int64_t lines,
-                           int32_t* c) {
+  QK_NOINLINE static void tile4_direct(int /*rows: 1*/, const uint8_t* a, int64_t /*lda*/, const uint8_t* packed,
+                                       int64_t lines, int32_t* c) {
     const __m256i nibble = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1), zero = _mm256_setzero_si256();
     __builtin_memset(c, 0, sizeof(int32_t) * kBlockN);
     for (int64_t l = 0; l < lines;) {
@@ -220,7 +231,12 @@ struct Avx2 : YmmVerbs {
 }  // namespace
 
 const KernelTable& kernels_avx2() {
-  static constexpr KernelTable table = {"avx2", linear_w8a8<Avx2>, linear_w8a8_scratch_bytes<Avx2>, linear_w4a8<Avx2>, linear_w4a8_scratch_bytes<Avx2>, quantize<Avx2>,
+  static constexpr KernelTable table = {"avx2",
+                                        linear_w8a8<Avx2>,
+                                        linear_w8a8_scratch_bytes<Avx2>,
+                                        linear_w4a8<Avx2>,
+                                        linear_w4a8_scratch_bytes<Avx2>,
+                                        quantize<Avx2>,
                                         dequantize<Avx2>};
   return table;
 }

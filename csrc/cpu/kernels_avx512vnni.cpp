@@ -8,8 +8,13 @@
 namespace qk {
 
 const KernelTable& kernels_avx512vnni() {
-  static constexpr KernelTable table = {"avx512vnni", linear_w8a8<Avx512Vnni>, linear_w8a8_scratch_bytes<Avx512Vnni>, linear_w4a8<Avx512Vnni>, linear_w4a8_scratch_bytes<Avx512Vnni>,
-                                        quantize<Avx512Vnni>, dequantize<Avx512Vnni>};
+  static constexpr KernelTable table = {"avx512vnni",
+                                        linear_w8a8<Avx512Vnni>,
+                                        linear_w8a8_scratch_bytes<Avx512Vnni>,
+                                        linear_w4a8<Avx512Vnni>,
+                                        linear_w4a8_scratch_bytes<Avx512Vnni>,
+                                        quantize<Avx512Vnni>,
+                                        dequantize<Avx512Vnni>};
   return table;
 }
 

@@ -9,7 +9,9 @@ namespace qk {
 namespace {
 
 // See kernels_avx512vnni.cpp for why this is assembly over separate variables.
-inline void dot4(__m256i& c, __m256i u8, __m256i s8) { asm("%{vex%} vpdpbusd %2, %1, %0" : "+x"(c) : "x"(u8), "x"(s8)); }
+inline void dot4(__m256i& c, __m256i u8, __m256i s8) {
+  asm("%{vex%} vpdpbusd %2, %1, %0" : "+x"(c) : "x"(u8), "x"(s8));
+}
 
 // The weights as the signed operand (W8) or, as raw 4-bit codes, the unsigned one (W4).
 struct SignedWeights {
@@ -37,7 +39,8 @@ struct AvxVnni : YmmVerbs {
   };
 
   template <class W, int kRows>
-  QK_NOINLINE static void tile_rows(const uint8_t* a, int64_t lda, const int8_t* b, int64_t steps, int32_t* c, bool accumulate) {
+  QK_NOINLINE static void tile_rows(const uint8_t* a, int64_t lda, const int8_t* b, int64_t steps, int32_t* c,
+                                    bool accumulate) {
     __m256i c00, c01, c10, c11, c20, c21, c30, c31, c40, c41, c50, c51;
     const auto init = [&](int r, __m256i& x0, __m256i& x1) {
       x0 = accumulate ? load_i(c + r * kTileN) : _mm256_setzero_si256();
@@ -104,14 +107,21 @@ struct AvxVnni : YmmVerbs {
   }
 
   template <class W>
-  static void tile_of(int rows, const uint8_t* a, int64_t lda, const int8_t* b, int64_t steps, int32_t* c, bool accumulate) {
+  static void tile_of(int rows, const uint8_t* a, int64_t lda, const int8_t* b, int64_t steps, int32_t* c,
+                      bool accumulate) {
     switch (rows) {
-      case 1: return tile_rows<W, 1>(a, lda, b, steps, c, accumulate);
-      case 2: return tile_rows<W, 2>(a, lda, b, steps, c, accumulate);
-      case 3: return tile_rows<W, 3>(a, lda, b, steps, c, accumulate);
-      case 4: return tile_rows<W, 4>(a, lda, b, steps, c, accumulate);
-      case 5: return tile_rows<W, 5>(a, lda, b, steps, c, accumulate);
-      default: return tile_rows<W, 6>(a, lda, b, steps, c, accumulate);
+      case 1:
+        return tile_rows<W, 1>(a, lda, b, steps, c, accumulate);
+      case 2:
+        return tile_rows<W, 2>(a, lda, b, steps, c, accumulate);
+      case 3:
+        return tile_rows<W, 3>(a, lda, b, steps, c, accumulate);
+      case 4:
+        return tile_rows<W, 4>(a, lda, b, steps, c, accumulate);
+      case 5:
+        return tile_rows<W, 5>(a, lda, b, steps, c, accumulate);
+      default:
+        return tile_rows<W, 6>(a, lda, b, steps, c, accumulate);
     }
   }
 
@@ -119,12 +129,13 @@ struct AvxVnni : YmmVerbs {
                    bool /*minus128*/) {
     tile_of<SignedWeights>(rows, a, lda, b, steps, c, accumulate);
   }
-  static void tile4(int rows, const uint8_t* a, int64_t lda, const int8_t* b, int64_t steps, int32_t* c, bool accumulate) {
+  static void tile4(int rows, const uint8_t* a, int64_t lda, const int8_t* b, int64_t steps, int32_t* c,
+                    bool accumulate) {
     tile_of<UnsignedWeights>(rows, a, lda, b, steps, c, accumulate);
   }
 
-  QK_NOINLINE static void tile4_direct(int /*rows: 1*/, const uint8_t* a, int64_t /*lda*/, const uint8_t* packed, int64_t lines,
-                           int32_t* c) {
+  QK_NOINLINE static void tile4_direct(int /*rows: 1*/, const uint8_t* a, int64_t /*lda*/, const uint8_t* packed,
+                                       int64_t lines, int32_t* c) {
     const __m256i nibble = _mm256_set1_epi8(15);
     __m256i c0, c1, c2, c3, c4, c5, c6, c7;
     c0 = c1 = c2 = c3 = c4 = c5 = c6 = c7 = _mm256_setzero_si256();
@@ -159,7 +170,12 @@ struct AvxVnni : YmmVerbs {
 }  // namespace
 
 const KernelTable& kernels_avxvnni() {
-  static constexpr KernelTable table = {"avxvnni", linear_w8a8<AvxVnni>, linear_w8a8_scratch_bytes<AvxVnni>, linear_w4a8<AvxVnni>, linear_w4a8_scratch_bytes<AvxVnni>, quantize<AvxVnni>,
+  static constexpr KernelTable table = {"avxvnni",
+                                        linear_w8a8<AvxVnni>,
+                                        linear_w8a8_scratch_bytes<AvxVnni>,
+                                        linear_w4a8<AvxVnni>,
+                                        linear_w4a8_scratch_bytes<AvxVnni>,
+                                        quantize<AvxVnni>,
                                         dequantize<AvxVnni>};
   return table;
 }

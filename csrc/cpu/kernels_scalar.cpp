@@ -39,7 +39,8 @@ struct Scalar : ScalarVerbs {
   }
 
   // Codes are below 16, so they are the same bytes signed or unsigned.
-  static void tile4(int rows, const uint8_t* a, int64_t lda, const int8_t* b, int64_t steps, int32_t* c, bool accumulate) {
+  static void tile4(int rows, const uint8_t* a, int64_t lda, const int8_t* b, int64_t steps, int32_t* c,
+                    bool accumulate) {
     tile(rows, a, lda, b, steps, c, accumulate, false);
   }
   static void tile4_direct(int, const uint8_t*, int64_t, const uint8_t*, int64_t, int32_t*) {}  // kDirectRows = 0
@@ -48,7 +49,12 @@ struct Scalar : ScalarVerbs {
 }  // namespace
 
 const KernelTable& kernels_scalar() {
-  static constexpr KernelTable table = {"scalar", linear_w8a8<Scalar>, linear_w8a8_scratch_bytes<Scalar>, linear_w4a8<Scalar>, linear_w4a8_scratch_bytes<Scalar>, quantize<Scalar>,
+  static constexpr KernelTable table = {"scalar",
+                                        linear_w8a8<Scalar>,
+                                        linear_w8a8_scratch_bytes<Scalar>,
+                                        linear_w4a8<Scalar>,
+                                        linear_w4a8_scratch_bytes<Scalar>,
+                                        quantize<Scalar>,
                                         dequantize<Scalar>};
   return table;
 }

@@ -1,7 +1,8 @@
 // W4A8: int4 weights in groups along K times int8 activations; the equation stands at LinearW4A8Args.
 //
 // Activations are stored as int8 rows on every tier, the raw 4-bit codes are the unsigned operand: no zero point is
-// subtracted from any weight. Per row and group the sum of the activations is kept; the zero points meet it once a group.
+// subtracted from any weight. Per row and group the sum of the activations is kept; the zero points meet it once a
+// group.
 //
 //   chunk of rows, quantized first, then a barrier
 //     block of row tiles
@@ -10,8 +11,8 @@
 //           unpack the group's codes into a panel of bytes in L1 (W8 layout), once for all row tiles of the block
 //             column tile x row tile: int32 sums, then total += float(d) * scale, in the order of the groups
 //
-// Few rows (kDirectRows of the tier) skip the panel: codes are unpacked in registers, the weights being read once anyway.
-// K is never split between threads, so tiers and thread counts agree to the bit.
+// Few rows (kDirectRows of the tier) skip the panel: codes are unpacked in registers, the weights being read once
+// anyway. K is never split between threads, so tiers and thread counts agree to the bit.
 //
 // A tier provides, beside what linear_w8a8_impl.h asks for: tile4 (as tile, u8 weights and s8 activations, depth in
 // lines of 4 k), tile4_direct (rows <= kDirectRows, c [rows, 64], straight from packed lines of 8 k), and, where
@@ -63,7 +64,8 @@ class LinearW4A8 {
       const typename V::Session session;
       const int64_t copy = redundant ? thread : 0;
       uint8_t* q = p_.scratch + copy * chunk * stride_;
-      RowScale* scales = reinterpret_cast<RowScale*>(p_.scratch + (redundant ? threads : 1) * chunk * stride_) + copy * chunk;
+      RowScale* scales =
+          reinterpret_cast<RowScale*>(p_.scratch + (redundant ? threads : 1) * chunk * stride_) + copy * chunk;
       for (int64_t row = 0; row < p_.m; row += chunk) {
         const int64_t rows = p_.m - row < chunk ? p_.m - row : chunk;
         if (redundant) {
@@ -83,7 +85,9 @@ class LinearW4A8 {
   using I = typename V::I;
 
   // A row of scratch: int8 activations, zeros up to row_bytes(k), then the sum of each group.
-  const int32_t* group_sums(const uint8_t* row) const { return reinterpret_cast<const int32_t*>(row + row_bytes(p_.k)); }
+  const int32_t* group_sums(const uint8_t* row) const {
+    return reinterpret_cast<const int32_t*>(row + row_bytes(p_.k));
+  }
 
   void quantize_rows(int64_t row, Range range, uint8_t* q, RowScale* scales) const {
     for (int64_t r = range.begin; r < range.end; ++r) {
@@ -142,7 +146,8 @@ class LinearW4A8 {
       for (int64_t i = 0; i < kLine; ++i) out[i] = in[i] & 15;
       for (int64_t i = 0; i < kLine; ++i) out[kLine + i] = in[i] >> 4;
     }
-    if (padded_lines > lines) std::memset(panel + 2 * lines * kLine, 0, static_cast<size_t>(2 * (padded_lines - lines) * kLine));
+    if (padded_lines > lines)
+      std::memset(panel + 2 * lines * kLine, 0, static_cast<size_t>(2 * (padded_lines - lines) * kLine));
   }
 
   void superblock(int64_t nb, int64_t row, Range block, const uint8_t* q, const RowScale* scales) const {
@@ -181,13 +186,15 @@ class LinearW4A8 {
             const Range tile = share(rows, static_cast<int>(t), static_cast<int>(tiles));
             V::tile4(static_cast<int>(tile.end - tile.begin), a + tile.begin * stride_ + k0, stride_,
                      reinterpret_cast<const int8_t*>(panel) + j * kPackK, steps, c, k0 > begin);
-            if (k0 + depth == end) finish_group(g, end - begin, tile, a, scales + block.begin, c, V::kTileN, j, group, totals);
+            if (k0 + depth == end)
+              finish_group(g, end - begin, tile, a, scales + block.begin, c, V::kTileN, j, group, totals);
             if (end - begin > kPanelK) c += V::kTileM * V::kTileN;
           }
         }
       }
     }
-    for (int64_t r = 0; r < rows; ++r) finish_row(row + block.begin + r, scales[block.begin + r].scale, totals + r * kBlockN, nb);
+    for (int64_t r = 0; r < rows; ++r)
+      finish_row(row + block.begin + r, scales[block.begin + r].scale, totals + r * kBlockN, nb);
   }
 
   // A group of one panel whose zero points are all 8: the accumulators start at -8 * sum(a) and end in the totals.
@@ -238,9 +245,12 @@ class LinearW4A8 {
 
   void finish_row(int64_t row, float scale, const float* totals, int64_t nb) const {
     switch (p_.y_dtype) {
-      case DType::kF32: return finish_row_as<DType::kF32>(row, scale, totals, nb);
-      case DType::kBF16: return finish_row_as<DType::kBF16>(row, scale, totals, nb);
-      default: return finish_row_as<DType::kF16>(row, scale, totals, nb);
+      case DType::kF32:
+        return finish_row_as<DType::kF32>(row, scale, totals, nb);
+      case DType::kBF16:
+        return finish_row_as<DType::kBF16>(row, scale, totals, nb);
+      default:
+        return finish_row_as<DType::kF16>(row, scale, totals, nb);
     }
   }
 

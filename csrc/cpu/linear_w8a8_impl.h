@@ -36,7 +36,8 @@ namespace {
 constexpr int64_t kChunkBytes = 4 << 20;  // quantized activations held at a time
 constexpr int64_t kMinChunkRows = 96;
 constexpr int64_t kRowPad = 64;  // bytes; keeps rows of a power-of-two K from falling on one cache set
-constexpr int64_t kRedundantRows = 4;  // up to this many rows, each thread quantizes all of them and no barrier is needed
+constexpr int64_t kRedundantRows =
+    4;  // up to this many rows, each thread quantizes all of them and no barrier is needed
 constexpr int64_t kMinMacsPerThread = 256 << 10;
 
 inline int64_t row_bytes(int64_t k) { return padded_k(k) + kRowPad; }
@@ -71,7 +72,8 @@ class LinearW8A8 {
       const typename V::Session session;
       const int64_t copy = redundant ? thread : 0;
       uint8_t* q = p_.scratch + copy * chunk * stride_;
-      RowScale* scales = reinterpret_cast<RowScale*>(p_.scratch + (redundant ? threads : 1) * chunk * stride_) + copy * chunk;
+      RowScale* scales =
+          reinterpret_cast<RowScale*>(p_.scratch + (redundant ? threads : 1) * chunk * stride_) + copy * chunk;
       for (int64_t row = 0; row < p_.m; row += chunk) {
         const int64_t rows = p_.m - row < chunk ? p_.m - row : chunk;
         if (redundant) {
@@ -170,8 +172,8 @@ class LinearW8A8 {
         for (int64_t t = range.begin; t < range.end; ++t) {
           const Range tile_rows = share(rows, static_cast<int>(t), static_cast<int>(tiles));
           const int64_t count = tile_rows.end - tile_rows.begin;
-          V::tile(static_cast<int>(count), q + tile_rows.begin * stride_ + k0, stride_, b, round_up(depth, V::kDepthAlign) / kPackK, c,
-                  k0 > 0, p_.has_minus128);
+          V::tile(static_cast<int>(count), q + tile_rows.begin * stride_ + k0, stride_, b,
+                  round_up(depth, V::kDepthAlign) / kPackK, c, k0 > 0, p_.has_minus128);
           if (last) epilogue<V::kTileN>(row, tile_rows, scales, c, columns, n0, j);
           if (p_.k > V::kSliceK) c += V::kTileM * V::kTileN;  // otherwise one tile's worth of L1 serves them all
         }
@@ -187,9 +189,12 @@ class LinearW8A8 {
   void epilogue(int64_t row, Range rows, const RowScale* scales, const int32_t* c, const Columns& columns, int64_t n0,
                 int j) const {
     switch (p_.y_dtype) {
-      case DType::kF32: return epilogue_as<DType::kF32>(row, rows, scales, c, kPitch, columns, n0, j);
-      case DType::kBF16: return epilogue_as<DType::kBF16>(row, rows, scales, c, kPitch, columns, n0, j);
-      default: return epilogue_as<DType::kF16>(row, rows, scales, c, kPitch, columns, n0, j);
+      case DType::kF32:
+        return epilogue_as<DType::kF32>(row, rows, scales, c, kPitch, columns, n0, j);
+      case DType::kBF16:
+        return epilogue_as<DType::kBF16>(row, rows, scales, c, kPitch, columns, n0, j);
+      default:
+        return epilogue_as<DType::kF16>(row, rows, scales, c, kPitch, columns, n0, j);
     }
   }
 

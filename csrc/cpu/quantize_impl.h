@@ -65,7 +65,8 @@ class Quantize {
         for (int64_t c = range.begin; c < range.end; ++c) row(c);
       });
     } else {
-      const int64_t per_block = p_.inner < kColumns ? kColumns / p_.inner : 1, blocks = ceil_div(p_.channels, per_block);
+      const int64_t per_block = p_.inner < kColumns ? kColumns / p_.inner : 1,
+                    blocks = ceil_div(p_.channels, per_block);
       parallel(threads, [&](int thread, int team) {
         const Range range = share(blocks, thread, team);
         for (int64_t b = range.begin; b < range.end; ++b) {
@@ -83,9 +84,7 @@ class Quantize {
   using G = Granule<V, D>;
 
   // x and q from element `at` on.
-  const void* x_at(int64_t at) const {
-    return static_cast<const char*>(p_.x) + at * (D == DType::kF32 ? 4 : 2);
-  }
+  const void* x_at(int64_t at) const { return static_cast<const char*>(p_.x) + at * (D == DType::kF32 ? 4 : 2); }
   uint8_t* q_at(int64_t at) const { return static_cast<uint8_t*>(p_.q) + at; }
 
   Stats stats(const void* x, int64_t begin, int64_t end) const {
@@ -178,7 +177,8 @@ class Quantize {
     for (int64_t o = 0; o < p_.outer; ++o) {
       const void* x = x_at(o * pitch + at);
       for (int64_t j = 0; j < width; j += kW) {
-        const auto v = width - j < kW ? V::template load_part<D>(x, j, static_cast<int>(width - j)) : V::template load<D>(x, j);
+        const auto v =
+            width - j < kW ? V::template load_part<D>(x, j, static_cast<int>(width - j)) : V::template load<D>(x, j);
         V::store_i(abs_bits + j, V::max_i(V::load_i(abs_bits + j), V::abs_bits(v)));
         V::store_f(lo + j, V::min(v, V::load_f(lo + j)));  // a NaN in v leaves the bound alone; abs_bits tells of it
         V::store_f(hi + j, V::max(v, V::load_f(hi + j)));
@@ -280,7 +280,8 @@ class Dequantize {
     const F scale = V::set(p_.scale[granule]);
     const I zp = V::set_i(zero_point(granule));
     int64_t i = 0;
-    for (; i + kW <= n; i += kW) V::template store<D>(p_.out, at + i, V::mul(V::to_f(V::sub_i(load(q + i), zp)), scale));
+    for (; i + kW <= n; i += kW)
+      V::template store<D>(p_.out, at + i, V::mul(V::to_f(V::sub_i(load(q + i), zp)), scale));
     if (i < n) {
       const int rest = static_cast<int>(n - i);
       V::template store_part<D>(p_.out, at + i, V::mul(V::to_f(V::sub_i(load_part(q + i, rest), zp)), scale), rest);
@@ -331,18 +332,24 @@ class Dequantize {
 template <class V>
 void quantize(const QuantizeArgs& args) {
   switch (args.x_dtype) {
-    case DType::kF32: return Quantize<V, DType::kF32>(args).run();
-    case DType::kBF16: return Quantize<V, DType::kBF16>(args).run();
-    default: return Quantize<V, DType::kF16>(args).run();
+    case DType::kF32:
+      return Quantize<V, DType::kF32>(args).run();
+    case DType::kBF16:
+      return Quantize<V, DType::kBF16>(args).run();
+    default:
+      return Quantize<V, DType::kF16>(args).run();
   }
 }
 
 template <class V>
 void dequantize(const DequantizeArgs& args) {
   switch (args.out_dtype) {
-    case DType::kF32: return Dequantize<V, DType::kF32>(args).run();
-    case DType::kBF16: return Dequantize<V, DType::kBF16>(args).run();
-    default: return Dequantize<V, DType::kF16>(args).run();
+    case DType::kF32:
+      return Dequantize<V, DType::kF32>(args).run();
+    case DType::kBF16:
+      return Dequantize<V, DType::kBF16>(args).run();
+    default:
+      return Dequantize<V, DType::kF16>(args).run();
   }
 }
 

@@ -1,6 +1,7 @@
 // Quantization of one contiguous granule, written once over the verbs of a tier. This is the contract's rounding:
 //
-//   symmetric:   absmax = max|x|; scale = absmax / levels; inv = levels / absmax; q = clamp(rne(x * inv), -levels, levels)
+//   symmetric:   absmax = max|x|; scale = absmax / levels; inv = levels / absmax; q = clamp(rne(x * inv), -levels,
+//   levels)
 //                absmax < 2^-100 counts as zero: scale 1, q 0
 //   asymmetric:  hi = max(x, 0); lo = min(x, 0); scale = hi / levels - lo / levels; inv = 1 / scale;
 //                zero_point = clamp(rne(-lo * inv), 0, levels); q = clamp(rne(x * inv) + zero_point, 0, levels)
@@ -32,7 +33,8 @@ struct Stats {
   bool finite() const { return abs_bits < kInfBits; }
 };
 
-// How to quantize one granule: q = clamp(rne(x * inv), q_lo - zp, q_hi - zp) + zp. inv = 0 makes every q the zero point.
+// How to quantize one granule: q = clamp(rne(x * inv), q_lo - zp, q_hi - zp) + zp. inv = 0 makes every q the zero
+// point.
 struct Params {
   float scale, inv;
   int32_t zero_point;
@@ -53,7 +55,8 @@ inline int32_t round_half_even(float v) {
   return static_cast<int32_t>(shifted - kMagic);
 }
 
-// bits: 8 or 4. int4's inverse is 1 / scale (its scale may be rounded to a storage dtype first), int8's levels / absmax.
+// bits: 8 or 4. int4's inverse is 1 / scale (its scale may be rounded to a storage dtype first), int8's levels /
+// absmax.
 inline Params symmetric_params(const Stats& stats, int bits) {
   if (!stats.finite()) return {float_from_bits(kNanBits), 0.0f, 0};
   const float absmax = float_from_bits(stats.abs_bits);
@@ -169,7 +172,7 @@ RowScale quantize_row_of(const ActivationArgs& act, const void* x, int64_t k, in
   const bool is_static = act.scale != 0.0f;
   const Stats stats = act.symmetric || is_static ? G::template stats<false>(x, act.inv_smooth, 0, k)
                                                  : G::template stats<true>(x, act.inv_smooth, 0, k);
-  const Params params = is_static         ? static_params(stats, act.scale, act.zero_point)
+  const Params params = is_static       ? static_params(stats, act.scale, act.zero_point)
                         : act.symmetric ? symmetric_params(stats, 8)
                                         : asymmetric_params(stats, 8);
   const int32_t lo = act.symmetric ? -127 : 0, hi = act.symmetric ? 127 : 255;
@@ -185,9 +188,12 @@ template <class V>
 RowScale quantize_row(const ActivationArgs& act, int64_t row, int64_t k, int32_t offset, uint8_t* out) {
   const int64_t at = row * act.x_stride;
   switch (act.x_dtype) {
-    case DType::kF32: return quantize_row_of<V, DType::kF32>(act, static_cast<const float*>(act.x) + at, k, offset, out);
-    case DType::kBF16: return quantize_row_of<V, DType::kBF16>(act, static_cast<const uint16_t*>(act.x) + at, k, offset, out);
-    default: return quantize_row_of<V, DType::kF16>(act, static_cast<const uint16_t*>(act.x) + at, k, offset, out);
+    case DType::kF32:
+      return quantize_row_of<V, DType::kF32>(act, static_cast<const float*>(act.x) + at, k, offset, out);
+    case DType::kBF16:
+      return quantize_row_of<V, DType::kBF16>(act, static_cast<const uint16_t*>(act.x) + at, k, offset, out);
+    default:
+      return quantize_row_of<V, DType::kF16>(act, static_cast<const uint16_t*>(act.x) + at, k, offset, out);
   }
 }
 

@@ -5,8 +5,8 @@
 #include "verbs_zmm.h"
 
 // c += sum of four u8 x s8 products, per 32-bit lane (VPDPBUSD, not the saturating VPDPBUSDS). Inline assembly over
-// accumulators that are variables of their own, and macros rather than lambdas that take references to them: g++ 12 keeps
-// the accumulators in memory when they stand in an array or are captured, which costs a factor of 2.
+// accumulators that are variables of their own, and macros rather than lambdas that take references to them: g++ 12
+// keeps the accumulators in memory when they stand in an array or are captured, which costs a factor of 2.
 #define QK_DOT4(c, u8, s8) asm("vpdpbusd %2, %1, %0" : "+v"(c) : "v"(u8), "v"(s8))
 
 namespace qk {
@@ -31,35 +31,35 @@ struct Avx512Vnni : ZmmVerbs {
   };
 
 // One row of a step: four dot products. The unsigned operand is the activations (W8) or the raw codes (W4).
-#define QK_ROW(r, address)                              \
-  if constexpr (kRows > r) {                            \
-    const __m512i v = broadcast4((address) + k * kPackK); \
-    if constexpr (kUnsignedWeights) {                   \
-      QK_DOT4(c##r##0, b0, v);                          \
-      QK_DOT4(c##r##1, b1, v);                          \
-      QK_DOT4(c##r##2, b2, v);                          \
-      QK_DOT4(c##r##3, b3, v);                          \
-    } else {                                            \
-      QK_DOT4(c##r##0, v, b0);                          \
-      QK_DOT4(c##r##1, v, b1);                          \
-      QK_DOT4(c##r##2, v, b2);                          \
-      QK_DOT4(c##r##3, v, b3);                          \
-    }                                                   \
+#define QK_ROW(r, address)                                                                                             \
+  if constexpr (kRows > r) {                                                                                           \
+    const __m512i v = broadcast4((address) + k * kPackK);                                                              \
+    if constexpr (kUnsignedWeights) {                                                                                  \
+      QK_DOT4(c##r##0, b0, v);                                                                                         \
+      QK_DOT4(c##r##1, b1, v);                                                                                         \
+      QK_DOT4(c##r##2, b2, v);                                                                                         \
+      QK_DOT4(c##r##3, b3, v);                                                                                         \
+    } else {                                                                                                           \
+      QK_DOT4(c##r##0, v, b0);                                                                                         \
+      QK_DOT4(c##r##1, v, b1);                                                                                         \
+      QK_DOT4(c##r##2, v, b2);                                                                                         \
+      QK_DOT4(c##r##3, v, b3);                                                                                         \
+    }                                                                                                                  \
   }
-#define QK_INIT(r)                                                                  \
-  __m512i c##r##0 = zero, c##r##1 = zero, c##r##2 = zero, c##r##3 = zero;           \
-  if (kRows > r && accumulate) {                                                    \
-    c##r##0 = load_i(c + r * kTileN);                                               \
-    c##r##1 = load_i(c + r * kTileN + 16);                                          \
-    c##r##2 = load_i(c + r * kTileN + 32);                                          \
-    c##r##3 = load_i(c + r * kTileN + 48);                                          \
+#define QK_INIT(r)                                                                                                     \
+  __m512i c##r##0 = zero, c##r##1 = zero, c##r##2 = zero, c##r##3 = zero;                                              \
+  if (kRows > r && accumulate) {                                                                                       \
+    c##r##0 = load_i(c + r * kTileN);                                                                                  \
+    c##r##1 = load_i(c + r * kTileN + 16);                                                                             \
+    c##r##2 = load_i(c + r * kTileN + 32);                                                                             \
+    c##r##3 = load_i(c + r * kTileN + 48);                                                                             \
   }
-#define QK_SAVE(r)                            \
-  if constexpr (kRows > r) {                  \
-    store_i(c + r * kTileN, c##r##0);         \
-    store_i(c + r * kTileN + 16, c##r##1);    \
-    store_i(c + r * kTileN + 32, c##r##2);    \
-    store_i(c + r * kTileN + 48, c##r##3);    \
+#define QK_SAVE(r)                                                                                                     \
+  if constexpr (kRows > r) {                                                                                           \
+    store_i(c + r * kTileN, c##r##0);                                                                                  \
+    store_i(c + r * kTileN + 16, c##r##1);                                                                             \
+    store_i(c + r * kTileN + 32, c##r##2);                                                                             \
+    store_i(c + r * kTileN + 48, c##r##3);                                                                             \
   }
 
   template <bool kUnsignedWeights, int kRows>
@@ -67,8 +67,8 @@ struct Avx512Vnni : ZmmVerbs {
                                     bool accumulate) {
     const __m512i zero = _mm512_setzero_si512();
     const uint8_t* a3 = a + 3 * lda;
-    QK_INIT(0) QK_INIT(1) QK_INIT(2) QK_INIT(3) QK_INIT(4) QK_INIT(5)
-    for (int64_t k = 0; k < steps; ++k, b += kBlockN * kPackK) {
+    QK_INIT(0)
+    QK_INIT(1) QK_INIT(2) QK_INIT(3) QK_INIT(4) QK_INIT(5) for (int64_t k = 0; k < steps; ++k, b += kBlockN * kPackK) {
       const __m512i b0 = _mm512_load_si512(b), b1 = _mm512_load_si512(b + 64), b2 = _mm512_load_si512(b + 128),
                     b3 = _mm512_load_si512(b + 192);
       QK_ROW(0, a)
@@ -81,25 +81,27 @@ struct Avx512Vnni : ZmmVerbs {
     QK_SAVE(0) QK_SAVE(1) QK_SAVE(2) QK_SAVE(3) QK_SAVE(4) QK_SAVE(5)
   }
 
-  // The same over a whole group of 4-bit weights with one zero point: total [rows, 64] += float(start + sum) * scale [64],
-  // start [rows] being minus the zero point times the sum of the row's activations.
-#define QK_START(r) \
-  __m512i c##r##0 = _mm512_set1_epi32(kRows > r ? start[r] : 0), c##r##1 = c##r##0, c##r##2 = c##r##0, c##r##3 = c##r##0;
-#define QK_TOTAL(r)                                                                                  \
-  if constexpr (kRows > r) {                                                                         \
-    float* t = total + r * kBlockN;                                                                  \
-    store_f(t, add(load_f(t), mul(to_f(c##r##0), s0)));                                              \
-    store_f(t + 16, add(load_f(t + 16), mul(to_f(c##r##1), s1)));                                    \
-    store_f(t + 32, add(load_f(t + 32), mul(to_f(c##r##2), s2)));                                    \
-    store_f(t + 48, add(load_f(t + 48), mul(to_f(c##r##3), s3)));                                    \
+  // The same over a whole group of 4-bit weights with one zero point: total [rows, 64] += float(start + sum) * scale
+  // [64], start [rows] being minus the zero point times the sum of the row's activations.
+#define QK_START(r)                                                                                                    \
+  __m512i c##r##0 = _mm512_set1_epi32(kRows > r ? start[r] : 0), c##r##1 = c##r##0, c##r##2 = c##r##0,                 \
+          c##r##3 = c##r##0;
+#define QK_TOTAL(r)                                                                                                    \
+  if constexpr (kRows > r) {                                                                                           \
+    float* t = total + r * kBlockN;                                                                                    \
+    store_f(t, add(load_f(t), mul(to_f(c##r##0), s0)));                                                                \
+    store_f(t + 16, add(load_f(t + 16), mul(to_f(c##r##1), s1)));                                                      \
+    store_f(t + 32, add(load_f(t + 32), mul(to_f(c##r##2), s2)));                                                      \
+    store_f(t + 48, add(load_f(t + 48), mul(to_f(c##r##3), s3)));                                                      \
   }
   template <int kRows>
-  QK_NOINLINE static void group_rows(const uint8_t* a, int64_t lda, const int8_t* b, int64_t steps, const int32_t* start,
-                                     const float* scale, float* total) {
+  QK_NOINLINE static void group_rows(const uint8_t* a, int64_t lda, const int8_t* b, int64_t steps,
+                                     const int32_t* start, const float* scale, float* total) {
     constexpr bool kUnsignedWeights = true;
     const uint8_t* a3 = a + 3 * lda;
-    QK_START(0) QK_START(1) QK_START(2) QK_START(3) QK_START(4) QK_START(5)
-    for (int64_t k = 0; k < steps; ++k, b += kBlockN * kPackK) {
+    QK_START(0)
+    QK_START(1) QK_START(2) QK_START(3) QK_START(4)
+        QK_START(5) for (int64_t k = 0; k < steps; ++k, b += kBlockN * kPackK) {
       const __m512i b0 = _mm512_load_si512(b), b1 = _mm512_load_si512(b + 64), b2 = _mm512_load_si512(b + 128),
                     b3 = _mm512_load_si512(b + 192);
       QK_ROW(0, a)
@@ -119,14 +121,21 @@ struct Avx512Vnni : ZmmVerbs {
 #undef QK_SAVE
 
   template <bool kUnsignedWeights>
-  static void tile_of(int rows, const uint8_t* a, int64_t lda, const int8_t* b, int64_t steps, int32_t* c, bool accumulate) {
+  static void tile_of(int rows, const uint8_t* a, int64_t lda, const int8_t* b, int64_t steps, int32_t* c,
+                      bool accumulate) {
     switch (rows) {
-      case 1: return tile_rows<kUnsignedWeights, 1>(a, lda, b, steps, c, accumulate);
-      case 2: return tile_rows<kUnsignedWeights, 2>(a, lda, b, steps, c, accumulate);
-      case 3: return tile_rows<kUnsignedWeights, 3>(a, lda, b, steps, c, accumulate);
-      case 4: return tile_rows<kUnsignedWeights, 4>(a, lda, b, steps, c, accumulate);
-      case 5: return tile_rows<kUnsignedWeights, 5>(a, lda, b, steps, c, accumulate);
-      default: return tile_rows<kUnsignedWeights, 6>(a, lda, b, steps, c, accumulate);
+      case 1:
+        return tile_rows<kUnsignedWeights, 1>(a, lda, b, steps, c, accumulate);
+      case 2:
+        return tile_rows<kUnsignedWeights, 2>(a, lda, b, steps, c, accumulate);
+      case 3:
+        return tile_rows<kUnsignedWeights, 3>(a, lda, b, steps, c, accumulate);
+      case 4:
+        return tile_rows<kUnsignedWeights, 4>(a, lda, b, steps, c, accumulate);
+      case 5:
+        return tile_rows<kUnsignedWeights, 5>(a, lda, b, steps, c, accumulate);
+      default:
+        return tile_rows<kUnsignedWeights, 6>(a, lda, b, steps, c, accumulate);
     }
   }
   // b is 64-byte aligned.
@@ -134,19 +143,26 @@ struct Avx512Vnni : ZmmVerbs {
                    bool /*minus128*/) {
     tile_of<false>(rows, a, lda, b, steps, c, accumulate);
   }
-  static void tile4(int rows, const uint8_t* a, int64_t lda, const int8_t* b, int64_t steps, int32_t* c, bool accumulate) {
+  static void tile4(int rows, const uint8_t* a, int64_t lda, const int8_t* b, int64_t steps, int32_t* c,
+                    bool accumulate) {
     tile_of<true>(rows, a, lda, b, steps, c, accumulate);
   }
 
   static void tile4_group(int rows, const uint8_t* a, int64_t lda, const int8_t* b, int64_t steps, const int32_t* start,
                           const float* scale, float* total) {
     switch (rows) {
-      case 1: return group_rows<1>(a, lda, b, steps, start, scale, total);
-      case 2: return group_rows<2>(a, lda, b, steps, start, scale, total);
-      case 3: return group_rows<3>(a, lda, b, steps, start, scale, total);
-      case 4: return group_rows<4>(a, lda, b, steps, start, scale, total);
-      case 5: return group_rows<5>(a, lda, b, steps, start, scale, total);
-      default: return group_rows<6>(a, lda, b, steps, start, scale, total);
+      case 1:
+        return group_rows<1>(a, lda, b, steps, start, scale, total);
+      case 2:
+        return group_rows<2>(a, lda, b, steps, start, scale, total);
+      case 3:
+        return group_rows<3>(a, lda, b, steps, start, scale, total);
+      case 4:
+        return group_rows<4>(a, lda, b, steps, start, scale, total);
+      case 5:
+        return group_rows<5>(a, lda, b, steps, start, scale, total);
+      default:
+        return group_rows<6>(a, lda, b, steps, start, scale, total);
     }
   }
 
@@ -173,24 +189,24 @@ struct Avx512Vnni : ZmmVerbs {
 
 // 16 columns of a line of 8 k: low nibbles are the first four k, high ones the other four. One row alone accumulates
 // them apart (into row 1's variables), since four chains are too few.
-#define QK_COLUMN(j)                                                                                                \
-  {                                                                                                                 \
-    const __m512i w = _mm512_load_si512(packed + 64 * j);                                                           \
-    const __m512i low = _mm512_and_si512(w, nibble), high = _mm512_and_si512(_mm512_srli_epi16(w, 4), nibble);      \
-    QK_DOT4(c0##j, low, v0);                                                                                        \
-    if constexpr (kRows == 1) QK_DOT4(c1##j, high, w0);                                                             \
-    if constexpr (kRows > 1) QK_DOT4(c0##j, high, w0);                                                              \
-    if constexpr (kRows > 1) QK_DOT4(c1##j, low, v1);                                                               \
-    if constexpr (kRows > 1) QK_DOT4(c1##j, high, w1);                                                              \
-    if constexpr (kRows > 2) QK_DOT4(c2##j, low, v2);                                                               \
-    if constexpr (kRows > 2) QK_DOT4(c2##j, high, w2);                                                              \
-    if constexpr (kRows > 3) QK_DOT4(c3##j, low, v3);                                                               \
-    if constexpr (kRows > 3) QK_DOT4(c3##j, high, w3);                                                              \
+#define QK_COLUMN(j)                                                                                                   \
+  {                                                                                                                    \
+    const __m512i w = _mm512_load_si512(packed + 64 * j);                                                              \
+    const __m512i low = _mm512_and_si512(w, nibble), high = _mm512_and_si512(_mm512_srli_epi16(w, 4), nibble);         \
+    QK_DOT4(c0##j, low, v0);                                                                                           \
+    if constexpr (kRows == 1) QK_DOT4(c1##j, high, w0);                                                                \
+    if constexpr (kRows > 1) QK_DOT4(c0##j, high, w0);                                                                 \
+    if constexpr (kRows > 1) QK_DOT4(c1##j, low, v1);                                                                  \
+    if constexpr (kRows > 1) QK_DOT4(c1##j, high, w1);                                                                 \
+    if constexpr (kRows > 2) QK_DOT4(c2##j, low, v2);                                                                  \
+    if constexpr (kRows > 2) QK_DOT4(c2##j, high, w2);                                                                 \
+    if constexpr (kRows > 3) QK_DOT4(c3##j, low, v3);                                                                  \
+    if constexpr (kRows > 3) QK_DOT4(c3##j, high, w3);                                                                 \
   }
-#define QK_SAVE(r)                             \
-  store_i(c + r * kBlockN, c##r##0);           \
-  store_i(c + r * kBlockN + 16, c##r##1);      \
-  store_i(c + r * kBlockN + 32, c##r##2);      \
+#define QK_SAVE(r)                                                                                                     \
+  store_i(c + r * kBlockN, c##r##0);                                                                                   \
+  store_i(c + r * kBlockN + 16, c##r##1);                                                                              \
+  store_i(c + r * kBlockN + 32, c##r##2);                                                                              \
   store_i(c + r * kBlockN + 48, c##r##3);
 
   template <int kRows>
@@ -211,18 +227,28 @@ struct Avx512Vnni : ZmmVerbs {
       c00 = add_i(c00, c10), c01 = add_i(c01, c11), c02 = add_i(c02, c12), c03 = add_i(c03, c13);
     }
     QK_SAVE(0)
-    if constexpr (kRows > 1) { QK_SAVE(1) }
-    if constexpr (kRows > 2) { QK_SAVE(2) }
-    if constexpr (kRows > 3) { QK_SAVE(3) }
+    if constexpr (kRows > 1) {
+      QK_SAVE(1)
+    }
+    if constexpr (kRows > 2) {
+      QK_SAVE(2)
+    }
+    if constexpr (kRows > 3) {
+      QK_SAVE(3)
+    }
   }
 #undef QK_COLUMN
 #undef QK_SAVE
   static void tile4_direct(int rows, const uint8_t* a, int64_t lda, const uint8_t* packed, int64_t lines, int32_t* c) {
     switch (rows) {
-      case 1: return direct_rows<1>(a, lda, packed, lines, c);
-      case 2: return direct_rows<2>(a, lda, packed, lines, c);
-      case 3: return direct_rows<3>(a, lda, packed, lines, c);
-      default: return direct_rows<4>(a, lda, packed, lines, c);
+      case 1:
+        return direct_rows<1>(a, lda, packed, lines, c);
+      case 2:
+        return direct_rows<2>(a, lda, packed, lines, c);
+      case 3:
+        return direct_rows<3>(a, lda, packed, lines, c);
+      default:
+        return direct_rows<4>(a, lda, packed, lines, c);
     }
   }
 };

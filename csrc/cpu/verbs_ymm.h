@@ -52,9 +52,7 @@ struct YmmVerbs {
   }
 
   // Lanes below n.
-  static I mask(int n) {
-    return _mm256_cmpgt_epi32(set_i(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
-  }
+  static I mask(int n) { return _mm256_cmpgt_epi32(set_i(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)); }
   static F load_f(const float* p) { return _mm256_loadu_ps(p); }
   static F load_f_part(const float* p, int n) { return _mm256_maskload_ps(p, mask(n)); }
   static void store_f(float* p, F v) { _mm256_storeu_ps(p, v); }
