@@ -71,6 +71,27 @@ def test_score_text_counts_each_window_without_its_first_token() -> None:
     assert score.choices.tolist() == [3] * 18
 
 
+def test_generation_is_timed_behind_an_unchanged_context(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = transformers.LlamaConfig(
+        vocab_size=200, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2
+    )
+    model = transformers.LlamaForCausalLM(config).eval()
+    lengths = []
+    forward = model.forward
+
+    def record(ids: torch.Tensor, past_key_values: object = None, **options: object) -> object:
+        lengths.append(0 if past_key_values is None else past_key_values.get_seq_length())
+        return forward(ids, past_key_values=past_key_values, **options)
+
+    monkeypatch.setattr(model, "forward", record)
+    result = ModelResult("tiny", 1)
+    language.time_generation(result, {"fp32": model}, vocabulary=200, quick=True)
+    assert len(result.latency_ms) == len(language.PREFILL_CASES) + len(language.DECODE_BATCHES)
+    assert all(row["fp32"] > 0 for row in result.latency_ms.values())
+    first = language.DECODE_CONTEXT
+    assert set(lengths) == {0, *range(first, first + language.DECODE_STEPS)}
+
+
 def test_score_text_rejects_a_text_of_one_token() -> None:
     with pytest.raises(ValueError, match="at least 2 tokens"):
         language.score_text(Uniform(), torch.tensor([1]))

@@ -151,11 +151,14 @@ def run_smollm(*, quick: bool) -> ModelResult:
         f"{NEW_TOKENS} tokens. The weights come from a 4-bit GGUF file (Q4_1), so they sit on a 4-bit grid already: "
         "fp32 here means that file, dequantized"
     )
-    _time(result, {variant.key: variant.model for variant in variants}, vocabulary=len(tokenizer), quick=quick)
+    time_generation(
+        result, {variant.key: variant.model for variant in variants}, vocabulary=len(tokenizer), quick=quick
+    )
     return result
 
 
-def _time(result: ModelResult, models: dict[str, Any], *, vocabulary: int, quick: bool) -> None:
+def time_generation(result: ModelResult, models: dict[str, Any], *, vocabulary: int, quick: bool) -> None:
+    """Fill `result.latency_ms` with prompts (prefill) and single tokens (decode) at several batch sizes."""
     generator = torch.Generator().manual_seed(0)
     limits: dict[str, Any] = {"seconds": 1.0 if quick else 10.0, "min_rounds": 3 if quick else 7}
     for batch, tokens in PREFILL_CASES:
@@ -194,6 +197,6 @@ def _decode(model: Any, ids: torch.Tensor) -> Callable[[], None]:
         with torch.inference_mode():
             for _ in range(DECODE_STEPS):
                 model(token, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            cache.crop(ids.shape[1])
+            cache.crop(-DECODE_STEPS)  # negative: remove so many from the end
 
     return call
