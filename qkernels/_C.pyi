@@ -98,6 +98,48 @@ class LinearW4A8:
         self, x: int, x_dtype: int, M: int, x_stride: int, y: int, y_dtype: int, y_stride: int, threads: int, /
     ) -> None: ...
 
+class LinearW8A16:
+    """int8 weights per channel, float activations."""
+
+    def __init__(self, packed: int, weight_scale: int, bias: int, N: int, K: int, inv_smooth: int = 0) -> None: ...
+    def run(
+        self, x: int, x_dtype: int, M: int, x_stride: int, y: int, y_dtype: int, y_stride: int, threads: int, /
+    ) -> None: ...
+
+class LinearW4A16:
+    """int4 weights in groups along K, float activations; at most one of zero points, minima and float32 codebook [16]."""
+
+    def __init__(
+        self,
+        packed: int,
+        weight_scale: int,
+        weight_zero_point: int,
+        weight_min: int,
+        scale_dtype: int,
+        codebook: int,
+        bias: int,
+        N: int,
+        K: int,
+        group_size: int,
+        inv_smooth: int = 0,
+    ) -> None: ...
+    def run(
+        self, x: int, x_dtype: int, M: int, x_stride: int, y: int, y_dtype: int, y_stride: int, threads: int, /
+    ) -> None: ...
+
+def embedding(
+    table: int,
+    packed: bool,
+    n: int,
+    k: int,
+    scale: int,
+    ids: int,
+    count: int,
+    out: int,
+    out_dtype: int,
+    threads: int,
+    /,
+) -> None: ...
 def quantize(
     x: int,
     x_dtype: int,
