@@ -107,7 +107,7 @@ class LinearW8A16:
     ) -> None: ...
 
 class LinearW4A16:
-    """int4 weights in groups along K, float activations; at most one of zero points, minima and codebook (float32 [16])."""
+    """int4 weights in groups along K, float activations; at most one of zero points, minima and codebook."""
 
     def __init__(
         self,
