@@ -109,9 +109,22 @@ struct QuantizeArgs {
   int64_t outer, channels, inner, group;
   void* q;
   QKind kind;
-  float* scale;  // [granules]; input when is_static
+  float* scale;  // [granules]; input when is_static, but for granules with NaN or Inf, whose scale becomes NaN
   int32_t* zero_point;  // [granules], or nullptr when symmetric; input when is_static
   bool symmetric, is_static;
+  int threads;
+};
+
+// out [count, K] = scale[id] * table[id]: rows of an int8 table [N, K], canonical or packed as a W8 weight (layout.h).
+struct EmbeddingArgs {
+  const int8_t* table;
+  bool packed;
+  int64_t n, k;
+  const float* scale;  // [N]
+  const int64_t* ids;  // [count], each in [0, N)
+  int64_t count;
+  void* out;
+  DType out_dtype;
   int threads;
 };
 

@@ -129,6 +129,30 @@ void dequantize(uintptr_t q, int q_kind, int64_t outer, int64_t channels, int64_
   note("dequantize", table.isa);
 }
 
+void embedding(uintptr_t table, bool packed, int64_t n, int64_t k, uintptr_t scale, uintptr_t ids, int64_t count,
+               uintptr_t out, int out_dtype, int threads) {
+  QK_CHECK_GE(k, 0);
+  QK_CHECK_GE(count, 0);
+  QK_CHECK_GE(threads, 1);
+  const qk::EmbeddingArgs args{pointer<const int8_t>(table),
+                               packed,
+                               n,
+                               k,
+                               pointer<const float>(scale),
+                               pointer<const int64_t>(ids),
+                               count,
+                               pointer<void>(out),
+                               dtype(out_dtype),
+                               threads};
+  for (int64_t i = 0; i < count; ++i)
+    if (args.ids[i] < 0 || args.ids[i] >= n)
+      throw py::index_error("index out of range: expected ids from 0 to " + std::to_string(n - 1) + ", got " +
+                            std::to_string(args.ids[i]));
+  const qk::KernelTable& table_of_isa = qk::kernels();
+  run_released(count * k > qk::kReleaseGilBytes, [&] { table_of_isa.embedding(args); });
+  note("embedding", table_of_isa.isa);
+}
+
 py::list names(const qk::TierList& tiers) {
   py::list result;
   for (int i = 0; i < tiers.count; ++i) result.append(tiers.names[i]);
@@ -189,6 +213,7 @@ PYBIND11_MODULE(_C, m) {
 
   m.def("quantize", &quantize);
   m.def("dequantize", &dequantize);
+  m.def("embedding", &embedding);
   bind_w4(m);
   bind_weight_only(m);
 }

@@ -72,6 +72,7 @@ def quantize(
     kind = _INT4 if layout.bits == 4 else _INT8 if layout.symmetric else _UINT8
     data = x.new_empty(layout.data_shape, dtype=torch.int8 if kind == _INT8 else torch.uint8)
     static = scale is not None
+    # A copy of what is given: the kernel marks granules that hold NaN or Inf in it.
     steps = (
         x.new_empty(layout.scale_shape, dtype=torch.float32) if scale is None else scale.detach().contiguous().clone()
     )
@@ -91,22 +92,9 @@ def quantize(
         static,
         torch.get_num_threads(),
     )
-    if static:
-        _mark_not_finite(x, layout, steps, zeros)
     if layout.bits == 8 and layout.signed != layout.symmetric:
         data = (data.view(torch.uint8) ^ 128).view(layout.dtype)
     return data, steps, None if zeros is None else zeros - shift
-
-
-def _mark_not_finite(x: Tensor, layout: Layout, scale: Tensor, zero_point: Tensor | None) -> None:
-    """A given scale is read and not written by the kernels: granules with a NaN or Inf get theirs here."""
-    finite = torch.isfinite(x)
-    if bool(finite.all()):
-        return
-    bad = layout.scale_from_lines(layout.split((~finite).to(torch.uint8)).amax(-1) > 0)
-    scale.masked_fill_(bad, torch.nan)
-    if zero_point is not None:
-        zero_point.masked_fill_(bad, 0)
 
 
 def dequantize(data: Tensor, scale: Tensor, zero_point: Tensor | None, layout: Layout, dtype: torch.dtype) -> Tensor:

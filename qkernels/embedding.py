@@ -16,9 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import reference
+from . import _C, reference
 from .backends import PreparedReference, PreparedW8A8
-from .checks import TensorSpec, check_canonical, check_out_dtype
+from .checks import DTYPE_CODES, TensorSpec, check_canonical, check_out_dtype
+from .eager import is_plain
 from .linear import QuantLinear
 from .module import QuantModule
 from .native import pack_w8, unpack_w8
@@ -26,6 +27,7 @@ from .scheme import Scheme
 
 __all__ = ["QuantEmbedding", "TiedQuantLinear"]
 
+_is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 _TABLE_SCHEME = Scheme(activation_bits=None)
 _TABLE_NAMES = ("weight", "weight_scale")
 
@@ -123,6 +125,8 @@ class QuantEmbedding(QuantModule):
             got = input.dtype if isinstance(input, Tensor) else type(input).__name__
             raise TypeError(f"input: expected an int32 or int64 tensor, got {got}")
         buffers = self._buffers
+        if not _is_dynamo_compiling() and is_plain(input) and input.is_cpu and self._readable():
+            return self._native_lookup(input)
         scale = F.embedding(input, buffers["weight_scale"].unsqueeze(1))  # checks the range of the ids
         if not self._packed:
             q = F.embedding(input, buffers["table"])
@@ -132,6 +136,29 @@ class QuantEmbedding(QuantModule):
             ids = input.to(torch.int64)
             q = packed[ids // 64, :, ids % 64].flatten(-2)[..., : self.embedding_dim]
         return (q.to(torch.float32) * scale).to(self.dtype)
+
+    def _readable(self) -> bool:
+        """Whether the resident tensors are what the native kernel reads."""
+        tensors = [self._buffers[name] for name in self._resident_names()]
+        return all(type(t) is Tensor and t.is_cpu and t.is_contiguous() for t in tensors)
+
+    def _native_lookup(self, input: Tensor) -> Tensor:
+        ids = input.to(torch.int64).contiguous()
+        out = torch.empty((*input.shape, self.embedding_dim), dtype=self.dtype)
+        table = self._buffers["packed" if self._packed else "table"]
+        _C.embedding(
+            table.data_ptr(),
+            self._packed,
+            self.num_embeddings,
+            self.embedding_dim,
+            self._buffers["weight_scale"].data_ptr(),
+            ids.data_ptr(),
+            ids.numel(),
+            out.data_ptr(),
+            DTYPE_CODES[self.dtype],
+            torch.get_num_threads(),
+        )
+        return out
 
     def shared_head(
         self,
@@ -171,12 +198,13 @@ class QuantEmbedding(QuantModule):
     @property
     def kernel(self) -> str:
         """What serves lookups."""
-        return "reference"
+        return f"embedding.{_C.info()['isa']}" if self._device().type == "cpu" else "reference"
 
     @property
     def reason(self) -> str:
-        """Why no faster kernel serves it."""
-        return "lookups are a gather and a product"
+        """Why no faster kernel serves it; "" where there is nothing to explain."""
+        device = self._device().type
+        return "" if device == "cpu" else f"no native lookup for device {device}"
 
     def canonical(self) -> dict[str, Tensor]:
         """``weight`` and ``weight_scale``, as in the state dict."""

@@ -253,3 +253,26 @@ def test_empty_embedding_loads():
     H.assert_bits_equal(layer(torch.arange(V)), source(torch.arange(V)))
     with pytest.raises(RuntimeError, match=r"weight: expected dtype torch.int8"):
         layer.load_state_dict(table().state_dict(), strict=False)
+
+
+def test_lookup_kernel_equals_a_gather_and_a_product(isa: str, threads: int) -> None:
+    """Canonical and packed tables, every dtype, odd widths, repeated and no ids."""
+    for rows, width in [(1, 1), (70, 37), (130, 200), (65, 515)]:
+        codes = torch.randint(-128, 128, (rows, width), dtype=torch.int8)
+        scale = torch.rand(rows) + 0.01
+        ids = torch.randint(0, rows, (3, 5))
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            layer = QuantEmbedding(rows, width, {"weight": codes, "weight_scale": scale}, dtype=dtype)
+            expected = (codes[ids].float() * scale[ids].unsqueeze(-1)).to(dtype)
+            H.assert_bits_equal(layer(ids), expected)
+            assert _C.last_kernel() == f"embedding.{isa}"
+            layer.shared_head()
+            H.assert_bits_equal(layer(ids.to(torch.int32)), expected)
+            assert layer(ids[:0]).shape == (0, 5, width)
+
+
+def test_lookup_kernel_refuses_ids_outside_the_table() -> None:
+    layer = QuantEmbedding(4, 8, {"weight": torch.ones(4, 8, dtype=torch.int8), "weight_scale": torch.ones(4)})
+    for bad in (4, -1):
+        with pytest.raises(IndexError, match=f"0 to 3, got {bad}"):
+            layer(torch.tensor([0, bad]))

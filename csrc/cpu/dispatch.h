@@ -13,6 +13,7 @@ struct KernelTable {
   int64_t (*linear_w4a8_scratch_bytes)(int64_t m, int64_t k, int64_t groups, int threads);
   void (*quantize)(const QuantizeArgs&);
   void (*dequantize)(const DequantizeArgs&);
+  void (*embedding)(const EmbeddingArgs&);
 };
 
 // The weight-only kernels. They may fuse multiply-adds, so they are compiled apart from the rest, and several tiers

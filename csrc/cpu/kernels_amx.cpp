@@ -120,7 +120,8 @@ const KernelTable& kernels_amx() {
                                         linear_w4a8_by_rows,
                                         linear_w4a8_scratch_bytes<Amx>,
                                         quantize<Amx>,
-                                        dequantize<Amx>};
+                                        dequantize<Amx>,
+                                        embedding<Amx>};
   return table;
 }
 

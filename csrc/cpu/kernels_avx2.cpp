@@ -237,7 +237,8 @@ const KernelTable& kernels_avx2() {
                                         linear_w4a8<Avx2>,
                                         linear_w4a8_scratch_bytes<Avx2>,
                                         quantize<Avx2>,
-                                        dequantize<Avx2>};
+                                        dequantize<Avx2>,
+                                        embedding<Avx2>};
   return table;
 }
 

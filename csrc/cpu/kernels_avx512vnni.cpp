@@ -14,7 +14,8 @@ const KernelTable& kernels_avx512vnni() {
                                         linear_w4a8<Avx512Vnni>,
                                         linear_w4a8_scratch_bytes<Avx512Vnni>,
                                         quantize<Avx512Vnni>,
-                                        dequantize<Avx512Vnni>};
+                                        dequantize<Avx512Vnni>,
+                                        embedding<Avx512Vnni>};
   return table;
 }
 

@@ -176,7 +176,8 @@ const KernelTable& kernels_avxvnni() {
                                         linear_w4a8<AvxVnni>,
                                         linear_w4a8_scratch_bytes<AvxVnni>,
                                         quantize<AvxVnni>,
-                                        dequantize<AvxVnni>};
+                                        dequantize<AvxVnni>,
+                                        embedding<AvxVnni>};
   return table;
 }
 

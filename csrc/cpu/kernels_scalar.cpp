@@ -55,7 +55,8 @@ const KernelTable& kernels_scalar() {
                                         linear_w4a8<Scalar>,
                                         linear_w4a8_scratch_bytes<Scalar>,
                                         quantize<Scalar>,
-                                        dequantize<Scalar>};
+                                        dequantize<Scalar>,
+                                        embedding<Scalar>};
   return table;
 }
 

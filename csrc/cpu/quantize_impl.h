@@ -97,7 +97,7 @@ class Quantize {
     return p_.symmetric ? symmetric_params(s, levels_.bits) : asymmetric_params(s, levels_.bits);
   }
   void publish(const Params& params, int64_t granule) const {
-    if (p_.is_static) return;
+    if (p_.is_static && params.scale == params.scale) return;  // only a granule marked NaN changes what was given
     p_.scale[granule] = params.scale;
     if (p_.zero_point) p_.zero_point[granule] = params.zero_point;
   }
@@ -328,6 +328,49 @@ class Dequantize {
 
   const DequantizeArgs& p_;
 };
+
+template <class V, DType D>
+void embedding_as(const EmbeddingArgs& p) {
+  const int64_t stride = padded_k(p.k);
+  parallel(threads_for(p.count * p.k, p.threads), [&](int thread, int team) {
+    const Range range = share(p.count, thread, team);
+    int8_t stage[kStage];
+    for (int64_t i = range.begin; i < range.end; ++i) {
+      const int64_t id = p.ids[i];
+      const auto scale = V::set(p.scale[id]);
+      const int8_t* row =
+          p.packed ? p.table + id / kBlockN * kBlockN * stride + id % kBlockN * kPackK : p.table + id * p.k;
+      for (int64_t k0 = 0; k0 < p.k; k0 += kStage) {
+        const int64_t n = p.k - k0 < kStage ? p.k - k0 : kStage;
+        const int8_t* q = row + k0;
+        if (p.packed) {  // four bytes of each 256-byte line
+          for (int64_t k = 0; k < n; k += kPackK) std::memcpy(stage + k, row + (k0 + k) * kBlockN, kPackK);
+          q = stage;
+        }
+        for (int64_t j = 0; j < n; j += V::kLanes) {
+          const int lanes = static_cast<int>(n - j < V::kLanes ? n - j : V::kLanes);
+          if (lanes == V::kLanes)
+            V::template store<D>(p.out, i * p.k + k0 + j, V::mul(V::to_f(V::load_i8(q + j)), scale));
+          else
+            V::template store_part<D>(p.out, i * p.k + k0 + j, V::mul(V::to_f(V::load_i8_part(q + j, lanes)), scale),
+                                      lanes);
+        }
+      }
+    }
+  });
+}
+
+template <class V>
+void embedding(const EmbeddingArgs& args) {
+  switch (args.out_dtype) {
+    case DType::kF32:
+      return embedding_as<V, DType::kF32>(args);
+    case DType::kBF16:
+      return embedding_as<V, DType::kBF16>(args);
+    default:
+      return embedding_as<V, DType::kF16>(args);
+  }
+}
 
 template <class V>
 void quantize(const QuantizeArgs& args) {
