@@ -25,6 +25,7 @@ from .info import info
 from .qtensor import QTensor, dequantize, quantize
 from .report import LayerReport, Report
 from .scheme import Scheme
+from .sensitivity import plan, sensitivity
 from .serialization import load, save
 from .smooth import smooth_
 
@@ -45,9 +46,11 @@ __all__ = [
     "load",
     "nn",
     "ops",
+    "plan",
     "quantize",
     "quantize_",
     "quantize_dynamic",
     "save",
+    "sensitivity",
     "smooth_",
 ]

@@ -32,7 +32,7 @@ __all__ = ["Group", "Producer", "find_groups", "output_tensors", "quiescent", "t
 BASE = 8  # digits are spelled in powers of two down to 2**-7
 MIN_ROWS = 8  # rows of a tensor below which a probe proves nothing
 NEAR_CALLS = 4  # earlier Linear calls that are tried as producers
-PROBE_ROWS = 256
+PROBE_ROWS = 64
 
 
 @dataclass(frozen=True)
