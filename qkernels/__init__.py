@@ -17,6 +17,7 @@ from . import (
 from ._version import __version__
 from .awq import AWQ, MSE
 from .calibrate import calibrate
+from .codebook import NF4, fit_codebook
 from .compat import quantize_dynamic
 from .convert import dequantize_, quantize_
 from .gptq import GPTQ
@@ -34,6 +35,7 @@ __all__ = [
     "GPTQ",
     "HQQ",
     "MSE",
+    "NF4",
     "LayerReport",
     "QTensor",
     "Report",
@@ -42,6 +44,7 @@ __all__ = [
     "calibrate",
     "dequantize",
     "dequantize_",
+    "fit_codebook",
     "info",
     "load",
     "nn",
