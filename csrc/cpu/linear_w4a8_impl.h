@@ -106,8 +106,11 @@ class LinearW4A8 {
   }
 
   void gemm(int64_t row, int64_t rows, const uint8_t* q, const RowScale* scales, int thread, int team) const {
-    const int64_t blocks = ceil_div(rows, kTotalsRows), superblocks = ceil_div(p_.n, kBlockN);
-    // Few superblocks a thread: share out (block, superblock) pairs; their panels are unpacked once each.
+    const int64_t superblocks = ceil_div(p_.n, kBlockN), most = ceil_div(rows, 2 * V::kTileM);
+    int64_t blocks = ceil_div(2 * team, superblocks);  // two pieces of work a thread even out the last ones
+    blocks = blocks < most ? blocks : most;
+    if (blocks < ceil_div(rows, kTotalsRows)) blocks = ceil_div(rows, kTotalsRows);
+    // A panel is unpacked once for each (block, superblock) pair.
     const Range mine = share(blocks * superblocks, thread, team);
     for (int64_t u = mine.begin; u < mine.end; ++u) {
       const Range block = share(rows, static_cast<int>(u / superblocks), static_cast<int>(blocks));
