@@ -33,8 +33,8 @@ class WeightOnly {
   }
 
  protected:
-  WeightOnly(int bits, uintptr_t packed, uintptr_t weight_scale, uintptr_t bias, int64_t n, int64_t k, int64_t group_size,
-             uintptr_t inv_smooth)
+  WeightOnly(int bits, uintptr_t packed, uintptr_t weight_scale, uintptr_t bias, int64_t n, int64_t k,
+             int64_t group_size, uintptr_t inv_smooth)
       : bits_(bits) {
     QK_CHECK_GE(n, 0);
     QK_CHECK_GE(k, 0);
@@ -61,8 +61,9 @@ class LinearW8A16 : public WeightOnly {
 
 class LinearW4A16 : public WeightOnly {
  public:
-  LinearW4A16(uintptr_t packed, uintptr_t weight_scale, uintptr_t weight_zero_point, uintptr_t weight_min, int scale_dtype,
-              uintptr_t codebook, uintptr_t bias, int64_t n, int64_t k, int64_t group_size, uintptr_t inv_smooth)
+  LinearW4A16(uintptr_t packed, uintptr_t weight_scale, uintptr_t weight_zero_point, uintptr_t weight_min,
+              int scale_dtype, uintptr_t codebook, uintptr_t bias, int64_t n, int64_t k, int64_t group_size,
+              uintptr_t inv_smooth)
       : WeightOnly(4, packed, weight_scale, bias, n, k, group_size, inv_smooth) {
     if (group_size < k) QK_CHECK_EQ(group_size % 8, 0);
     if (scale_dtype != 0) QK_CHECK_EQ(scale_dtype, 2);

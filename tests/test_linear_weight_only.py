@@ -6,11 +6,12 @@ float32 too, in another order, with a group's scale applied before or after its 
     |kernel - reference| <= (2 * K + 64) * u * sum_k |x_k| * B_k  +  (K + 64) * 2**-126 * (largest scale)
                             + one rounding of the output dtype on either side
 
-where B_k bounds every magnitude that enters the sums for weight k: 128 * |scale| for 8 bits; |scale| * (16 +
-zero_point) for 4 bits, whose kernels split q - zero_point into (q - 8) + (8 - zero_point); 16 * |scale| + |min| with a
-minimum; 16 * |scale| with a codebook (of magnitudes below 2 here).  Each of K products and additions rounds once on
-either side (2 * K); 64 covers the scale, the offset, the group sums and the bias.  The second term is what vdpbf16ps
-may flush to zero.
+where B_k is half of all magnitudes that enter the sums for weight k on both sides: 256 * |scale| for 8 bits, which some
+kernels split into (q + 128) - 128: 127 + 255 + 128 < 2 * 256; |scale| * (16 + zero_point) for 4 bits, split into
+(q - 8) + (8 - zero_point) or q - zero_point; 16 * |scale| + |min| with a minimum; 16 * |scale| with a codebook (of
+magnitudes below 2 here).  Each of K products and additions rounds once on either side (2 * K); 64 covers the scale, the
+offset, the group sums and the bias.  The second term is what vdpbf16ps may flush to zero, and what an activation below
+2**-114 may lose where kernels keep it times 2**-12.
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ class W8:
             self.k,
             pointer(t.get("inv_smooth")),
         )
-        self.bound = (t["weight_scale"].double() * 128)[:, None].expand(self.n, self.k)
+        self.bound = (t["weight_scale"].double() * 256)[:, None].expand(self.n, self.k)
         self.scale = float(t["weight_scale"].max()) if self.n else 0.0
 
     def reference(self, x: Tensor, out_dtype: torch.dtype) -> Tensor:
@@ -202,7 +203,7 @@ def layer(bits: int, n: int, k: int, **options: object) -> W8:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("m", [1, 2, 3, 4, 5, 6, 7, 13])
+@pytest.mark.parametrize("m", [1, 2, 3, 4, 5, 6, 7, 13, 67])
 @pytest.mark.parametrize("bits", [8, 4])
 def test_weight_only_rows(isa: str, bits: int, m: int, dtype: torch.dtype) -> None:
     subject = layer(bits, 130, 200)
@@ -219,7 +220,7 @@ def test_weight_only_rows(isa: str, bits: int, m: int, dtype: torch.dtype) -> No
 @pytest.mark.parametrize("bits", [8, 4])
 def test_weight_only_tails(isa: str, bits: int, n: int, k: int, dtype: torch.dtype) -> None:
     subject = layer(bits, n, k)
-    for m in (1, 3, 9):
+    for m in (1, 3, 9, 67):
         subject.check(seeded(m, k, seed=m).to(dtype))
 
 
@@ -229,7 +230,7 @@ def test_weight_only_tails(isa: str, bits: int, n: int, k: int, dtype: torch.dty
 def test_w4a16_groups(isa: str, group: int | None, grid: str, dtype: torch.dtype) -> None:
     for k in (300, 515):  # both end in a short group, or lie in one
         subject = layer(4, 70, k, group=group, grid=grid)
-        for m in (1, 2, 4, 8):
+        for m in (1, 2, 4, 67):
             subject.check(seeded(m, k, seed=m).to(dtype))
 
 
@@ -238,7 +239,7 @@ def test_w4a16_fp32_scales(isa: str, grid: str) -> None:
     subject = W4(66, 160, group=64, grid=grid, scale_dtype=torch.float32)
     assert subject.tensors["weight_scale"].dtype == torch.float32
     for dtype in DTYPES:
-        for m in (1, 7):
+        for m in (1, 7, 67):
             subject.check(seeded(m, 160).to(dtype))
 
 
@@ -248,7 +249,7 @@ def test_w4a16_zero_points_of_foreign_files(isa: str) -> None:
     subject.tensors["weight_zero_point"] = torch.arange(128, dtype=torch.uint8).reshape(64, 2) * 2
     subject.build()
     for dtype in DTYPES:
-        for m in (1, 8):
+        for m in (1, 8, 67):
             subject.check(seeded(m, 64).to(dtype))
 
 
@@ -282,7 +283,7 @@ def test_weight_only_every_code(isa: str, bits: int) -> None:
 def test_weight_only_same_bits_for_any_number_of_threads(isa: str, bits: int, dtype: torch.dtype) -> None:
     options = {} if bits == 8 else {"grid": "minimum"}
     subject = layer(bits, 64 * 5 + 5, 1100, **options)
-    for m in (1, 5, 203):
+    for m in (1, 5, 35, 203):
         x = seeded(m, 1100, seed=m).to(dtype)
         one = subject.run(x, threads=1)
         for threads in (2, 3):
@@ -294,10 +295,10 @@ def test_weight_only_row_does_not_depend_on_its_neighbours(isa: str, bits: int) 
     """Rows of one large product: where a row stands, and in which tile, makes no difference."""
     subject = layer(bits, 70, 300)
     for dtype in DTYPES:
-        x = seeded(29, 300).to(dtype)
+        x = seeded(90, 300).to(dtype)
         whole = subject.run(x)
         assert_bits_equal(subject.run(x.flip(0)).flip(0), whole)
-        assert_bits_equal(subject.run(x[3:17]), whole[3:17])
+        assert_bits_equal(subject.run(x[3:77]), whole[3:77])
 
 
 def test_weight_only_many_rows_and_long_k(isa: str) -> None:
@@ -312,7 +313,7 @@ def test_weight_only_many_rows_and_long_k(isa: str) -> None:
 def test_weight_only_strides(isa: str, bits: int) -> None:
     subject = layer(bits, 70, 90)
     for dtype in DTYPES:
-        for m in (1, 3, 11):
+        for m in (1, 3, 67):
             wide = torch.full((m, 101), math.nan, dtype=dtype)  # what lies between the rows must not be read into sums
             wide[:, :90] = seeded(m, 90).to(dtype)
             for out_dtype in DTYPES:
@@ -329,12 +330,12 @@ def test_weight_only_zero_rows_and_no_bias(isa: str) -> None:
     for bits in (8, 4):
         for grid in ("symmetric",) if bits == 8 else GRIDS:
             options = {} if bits == 8 else {"grid": grid}
-            x = torch.zeros(8, 100)
+            x = torch.zeros(67, 100)
             plain = layer(bits, 70, 100, bias=False, **options)
-            for rows in (1, 8):
+            for rows in (1, 8, 67):
                 assert bool((plain.check(x[:rows]) == 0).all())
             biased = layer(bits, 70, 100, **options)
-            for rows in (1, 8):
+            for rows in (1, 8, 67):
                 assert bool((biased.check(x[:rows]) == biased.tensors["bias"]).all())
 
 
@@ -343,7 +344,7 @@ def test_weight_only_zero_rows_and_no_bias(isa: str) -> None:
 def test_weight_only_nan_stays_in_its_row(isa: str, bits: int, dtype: torch.dtype) -> None:
     for grid in ("symmetric",) if bits == 8 else GRIDS:
         subject = layer(bits, 70, 100, **({} if bits == 8 else {"grid": grid}))
-        for m in (3, 9):
+        for m in (3, 9, 67):
             x = seeded(m, 100).to(dtype)
             clean = subject.run(x)
             for bad in (math.nan, math.inf, -math.inf):
@@ -361,8 +362,8 @@ def test_weight_only_magnitudes(isa: str, bits: int) -> None:
     subject = layer(bits, 70, 96, bias=False)
     for dtype in (torch.float32, torch.bfloat16):
         for exponent in (-149, -133, -126, -100, 60, 100):
-            x = (seeded(8, 96).sign() * 2.0**exponent).to(dtype)
-            for m in (1, 8):
+            x = (seeded(67, 96).sign() * 2.0**exponent).to(dtype)
+            for m in (1, 8, 67):
                 subject.check(x[:m])
 
 
@@ -384,7 +385,7 @@ def test_weight_only_ignores_flush_denormal(isa: str, bits: int) -> None:
 def test_weight_only_smoothing(isa: str, bits: int, grid: str) -> None:
     subject = layer(bits, 70, 203, smooth=True, **({} if bits == 8 else {"grid": grid}))
     for dtype in DTYPES:
-        for m in (1, 7):
+        for m in (1, 7, 67):
             subject.check(seeded(m, 203).to(dtype))
             assert not _C.last_kernel().endswith("+bf16")
 

@@ -1,25 +1,27 @@
-// Weight-only Linear, W8A16 and W4A16: y [M, N] = x [M, K] @ w [N, K]^T + bias with w = scale * (q - zero_point) and so on
-// (LinearWxA16Args in args.h), x in fp32, bf16 or fp16.
+// Weight-only Linear, W8A16 and W4A16: y [M, N] = x [M, K] @ w [N, K]^T + bias with w = scale * (q - zero_point) and so
+// on (LinearWxA16Args in args.h), x in fp32, bf16 or fp16.
 //
-// Sums are fp32, multiply-adds fused. No operand is narrowed: fp16 is widened, integers of 8 or 4 bits are exact in fp32
-// and in bf16, and the bf16 dot product only ever meets bf16 activations. K is never split between threads and the order
-// of the additions depends on M, K, group and tier alone, so results repeat to the bit with any number of threads.
+// Sums are fp32, multiply-adds fused. No operand is narrowed: fp16 is widened, integers of 8 or 4 bits are exact in
+// fp32 and in bf16, and the bf16 dot product only ever meets bf16 activations. K is never split between threads and the
+// order of the additions depends on M, K, group and tier alone, so results repeat to the bit with any number of
+// threads.
 //
 // A tier V provides, over the verbs of verbs_*.h:
 //   kUnitK                      consecutive k that one 32-bit lane of an activation holds: 1 (fp32) or 2 (a bf16 pair)
 //   kTileM, kTileN              rows and columns of the register tile; kTileN divides the 64 columns of a superblock
-//   kStreamRows                 up to this many rows, weights are decoded in registers and never stored
-//   kScaledPanel                whether a decoded panel holds weights (fp32), or integers whose scale comes later (bf16)
-//   kTables                     whether decoding looks 4-bit values up in a table anyway, so that a codebook costs nothing
-//   copy_row<D>(...)            a row of x as units of kUnitK elements
-//   make_table<W>(codebook)     operand of the decoders
-//   stream<W>(rows, ...)        c [rows, 64] += (x @ q^T) * scale + sums * offset, over the lines of one piece of K
-//   panel<W>(...)               decodes one piece of K for the tiles
-//   tile(rows, ...)             c [rows, kTileN] += (x @ panel) [* scale + sums * offset]
+//   kStreamRows                 rows that a decoded register of weights serves
+//   stream_max<W>()             rows up to which decoding anew for each kStreamRows of them beats a panel, measured
+//   kScaledPanel                whether a decoded panel holds weights (fp32), or integers whose scale comes later
+//   (bf16) kTables                     whether decoding looks 4-bit values up in a table anyway, so that a codebook
+//   costs nothing copy_row<D, W>(...)         a row of x as units of kUnitK elements; for streams, times what
+//   stream_bias says stream_bias<W>()            what streams see too much in every weight: W8 as q + bias, W4 as q - 8
+//   + bias make_table<W>(codebook)     operand of the decoders stream<W>(rows, ...)        c [rows, 64] += (x @ q^T) *
+//   scale + sums * offset, over the lines of one piece of K panel<W>(...)               decodes one piece of K for the
+//   tiles tile(rows, ...)             c [rows, kTileN] += (x @ panel) [* scale + sums * offset]
 //
-// M <= kStreamRows reads each weight once, as one sequential stream for each thread:
+// M <= stream_max decodes weights in registers and never stores them, one sequential stream for each thread:
 //
-//   superblock of 64 columns: piece of K (one group, or 256 k): column part: line of the packed weight
+//   superblock of 64 columns: piece of K (one group, or 256 k): row tile: column part: line of the packed weight
 //
 // Larger M decodes each slice of a superblock once for many rows:
 //
@@ -28,7 +30,8 @@
 //
 // The (superblock, row tile) pairs of a block are shared out contiguously. Within a group, 4-bit values count as q - 8;
 // what is left of a zero point or minimum is an offset per group and column, times the sum of that group's activations.
-// An infinite activation may therefore give NaN where separate products would give an infinity.
+// An infinite activation may therefore give NaN where separate products would give an infinity. Sums are scaled late,
+// so they overflow from |x| = 2^128 / (255 K) on. Streams may keep activations times 2^-12: exact down to 2^-114.
 #pragma once
 
 #include <cstring>
@@ -47,10 +50,12 @@ constexpr int64_t kSliceDepth = 256;  // k of a panel: 64 KiB in fp32
 constexpr int64_t kUnitPad = 16;  // units; keeps rows of a power-of-two K from falling on one cache set
 constexpr int64_t kMacsPerThread = 64 << 10;  // below this, another thread costs more than it saves
 constexpr int64_t kMaxSegments = kSliceDepth / 8 + 1;
+constexpr int64_t kRedundantRows =
+    4;  // up to this many, each thread copies the rows for itself and no barrier is needed
 
-// Per row: K units (or half as many), then the sums of the groups' activations.
+// Per row: K units (or half as many), then the sums of the activations of groups, or of slices where those are shorter.
 inline int64_t row_units(int64_t k, int64_t group) {
-  return padded_k(k) + kUnitPad + round_up(ceil_div(k, group), kUnitPad);
+  return padded_k(k) + kUnitPad + round_up(ceil_div(k, group < kSliceDepth ? group : kSliceDepth), kUnitPad);
 }
 
 inline int64_t copied_rows(int64_t m, int64_t k, int64_t group) {
@@ -62,7 +67,7 @@ inline int64_t copied_rows(int64_t m, int64_t k, int64_t group) {
 inline int64_t thread_floats() { return (kSliceDepth + kBlockRows) * kBlockN; }
 
 inline int64_t linear_wxa16_scratch_bytes(int64_t m, int64_t k, int64_t group, int threads) {
-  const int64_t copies = m <= kMaxStreamRows ? threads : 1;
+  const int64_t copies = m <= kRedundantRows ? threads : 1;
   return 4 * (copies * copied_rows(m, k, group) * row_units(k, group) + threads * thread_floats());
 }
 
@@ -71,10 +76,15 @@ class LinearWxA16 {
  public:
   explicit LinearWxA16(const LinearWxA16Args& args)
       : p_(args),
-        group_(W::kBits == 4 && args.group_size < args.k ? args.group_size : args.k < 1 ? 1 : args.k),
+        group_(W::kBits == 8              ? kSliceDepth
+               : args.group_size < args.k ? args.group_size
+               : args.k < 1               ? 1
+                                          : args.k),
         groups_(ceil_div(args.k, group_)),
         stride_(row_units(args.k, group_)),
-        has_offset_(W::kBits == 4 && (args.weight_zero_point || args.weight_min)),
+        streams_(args.m <= V::template stream_max<W>()),
+        bias_(streams_ ? V::template stream_bias<W>() : 0.0f),
+        has_offset_(args.weight_zero_point || args.weight_min || bias_ != 0.0f),
         table_(V::template make_table<W>(args.codebook)) {}
 
   void run() const {
@@ -82,23 +92,20 @@ class LinearWxA16 {
     const int64_t work = p_.m * round_up(p_.n, kBlockN) * padded_k(p_.k) / kMacsPerThread;
     const int threads = work < p_.threads ? static_cast<int>(work < 1 ? 1 : work) : p_.threads;
     const int64_t chunk = copied_rows(p_.m, p_.k, group_);
-    const bool stream = p_.m <= V::kStreamRows;  // then each thread copies the rows for itself: no barrier
+    const bool redundant = p_.m <= kRedundantRows;
     uint32_t* const copies = reinterpret_cast<uint32_t*>(p_.scratch);
-    float* const work_areas = reinterpret_cast<float*>(copies + (stream ? threads : 1) * chunk * stride_);
+    float* const work_areas = reinterpret_cast<float*>(copies + (redundant ? threads : 1) * chunk * stride_);
     parallel(threads, [&](int thread, int team) {
-      uint32_t* x = copies + (stream ? thread * chunk * stride_ : 0);
+      uint32_t* x = copies + (redundant ? thread * chunk * stride_ : 0);
       float* area = work_areas + thread * thread_floats();
-      if (stream) {
-        copy_rows(0, {0, p_.m}, x);
-        const Range mine = share(ceil_div(p_.n, kBlockN), thread, team);
-        for (int64_t nb = mine.begin; nb < mine.end; ++nb) stream_superblock(nb, x, area);
-        return;
-      }
       for (int64_t row = 0; row < p_.m; row += chunk) {
         const int64_t rows = p_.m - row < chunk ? p_.m - row : chunk;
-        copy_rows(row, share(rows, thread, team), x);
-        barrier(team);
-        product(row, rows, x, area, thread, team);
+        copy_rows(row, redundant ? Range{0, rows} : share(rows, thread, team), x);
+        if (!redundant) barrier(team);
+        if (streams_)
+          stream_product(rows, x, area, thread, team);
+        else
+          product(row, rows, x, area, thread, team);
         if (row + chunk < p_.m) barrier(team);  // the next chunk overwrites x
       }
     });
@@ -108,6 +115,11 @@ class LinearWxA16 {
   static constexpr int64_t kLineK = W::kBits == 4 ? 8 : 4;  // k of a 256-byte line
   static constexpr int64_t kLineBytes = kBlockN * 4;
   static constexpr int64_t kLineUnits = kLineK / V::kUnitK;
+
+  // Rows of a range of tiles: tiles differ by one row at most.
+  static Range rows_of(Range range, int64_t rows, int64_t tiles) {
+    return {range.begin * rows / tiles, range.end * rows / tiles};
+  }
 
   const uint8_t* line(int64_t nb, int64_t k) const {
     return p_.packed + (nb * (padded_k(p_.k) / kLineK) + k / kLineK) * kLineBytes;
@@ -120,16 +132,23 @@ class LinearWxA16 {
       uint32_t* units = x + r * stride_;
       const int64_t from = (row + r) * p_.x_stride;
       switch (p_.x_dtype) {
-        case DType::kF32: copy_row<DType::kF32>(static_cast<const float*>(p_.x) + from, units); break;
-        case DType::kBF16: copy_row<DType::kBF16>(static_cast<const uint16_t*>(p_.x) + from, units); break;
-        default: copy_row<DType::kF16>(static_cast<const uint16_t*>(p_.x) + from, units); break;
+        case DType::kF32:
+          copy_row<DType::kF32>(static_cast<const float*>(p_.x) + from, units);
+          break;
+        case DType::kBF16:
+          copy_row<DType::kBF16>(static_cast<const uint16_t*>(p_.x) + from, units);
+          break;
+        default:
+          copy_row<DType::kF16>(static_cast<const uint16_t*>(p_.x) + from, units);
+          break;
       }
     }
   }
 
   template <DType D>
   void copy_row(const void* x, uint32_t* units) const {
-    V::template copy_row<D>(x, p_.inv_smooth, p_.k, units);  // padding meets zero units, so its weights do not matter
+    // Padding becomes zero units, so the weights there do not matter.
+    V::template copy_row<D, W>(x, p_.inv_smooth, p_.k, streams_, units);
     if (!has_offset_) return;
     float* sums = group_sums(units);
     for (int64_t g = 0; g < groups_; ++g) {
@@ -152,7 +171,7 @@ class LinearWxA16 {
 
   // ---- scales ------------------------------------------------------------------------------------------------
 
-  // scale and offset of the 64 columns for one group, so that w = (q - 8) * scale + offset.
+  // scale and offset of the 64 columns for one group, so that w = (q - 8 + bias) * scale + offset.
   void group_params(int64_t nb, int64_t g, float* scale, float* offset) const {
     const int64_t at = (nb * groups_ + g) * kBlockN;
     if (p_.scale_type == ScaleType::kF32)
@@ -163,33 +182,53 @@ class LinearWxA16 {
 
   template <DType D>
   void group_params(int64_t at, float* scale, float* offset) const {
+    const auto zero = V::set_i(8 - static_cast<int32_t>(bias_));
     for (int i = 0; i < kBlockN; i += V::kLanes) {
       const auto s = V::template load<D>(p_.weight_scale, at + i);
       V::store_f(scale + i, s);
       if (p_.weight_zero_point)
-        V::store_f(offset + i, V::mul(s, V::to_f(V::sub_i(V::set_i(8), V::load_u8(p_.weight_zero_point + at + i)))));
+        V::store_f(offset + i, V::mul(s, V::to_f(V::sub_i(zero, V::load_u8(p_.weight_zero_point + at + i)))));
       else if (p_.weight_min)
-        V::store_f(offset + i, V::add(V::template load<D>(p_.weight_min, at + i), V::mul(s, V::set(8.0f))));
+        V::store_f(offset + i, V::add(V::template load<D>(p_.weight_min, at + i), V::mul(s, V::to_f(zero))));
+      else if (bias_ != 0.0f)
+        V::store_f(offset + i, V::mul(s, V::set(-bias_)));
     }
   }
 
   // ---- few rows ----------------------------------------------------------------------------------------------
 
-  void stream_superblock(int64_t nb, const uint32_t* x, float* area) const {
-    if constexpr (V::kStreamRows > 0) {
-      alignas(kAlign) float scale[kBlockN], offset[kBlockN];
-      const int rows = static_cast<int>(p_.m);
-      float* c = area;
-      std::memset(c, 0, static_cast<size_t>(rows * kBlockN) * sizeof(float));
-      const int64_t step = W::kBits == 4 ? group_ : kSliceDepth;
-      for (int64_t k = 0, g = 0; k < p_.k; k += step, ++g) {
-        const int64_t end = k + step < p_.k ? k + step : p_.k;
-        if (W::kBits == 4) group_params(nb, g, scale, offset);
-        V::template stream<W>(rows, x + k / V::kUnitK, stride_, line(nb, k), ceil_div(end - k, kLineK), table_, c,
-                              Scaling{W::kBits == 4 ? scale : nullptr, has_offset_ ? offset : nullptr,
-                                      has_offset_ ? group_sums(x) + g : nullptr, stride_});
+  void stream_product(int64_t rows, const uint32_t* x, float* area, int thread, int team) const {
+    if constexpr (V::template stream_max<W>() > 0) {
+      const int64_t tiles = ceil_div(rows, V::kStreamRows);
+      const Range mine = share(ceil_div(p_.n, kBlockN) * tiles, thread, team);
+      for (int64_t u = mine.begin; u < mine.end;) {
+        const int64_t nb = u / tiles, first = u % tiles,
+                      last = tiles - first < mine.end - u ? tiles : first + (mine.end - u);
+        stream_superblock(nb, rows, tiles, {first, last}, x, area);
+        u += last - first;
       }
-      epilogue(0, {0, rows}, nb, c);
+    }
+  }
+
+  void stream_superblock(int64_t nb, int64_t rows, int64_t tiles, Range range, const uint32_t* x, float* c) const {
+    if constexpr (V::template stream_max<W>() > 0) {
+      alignas(kAlign) float scale[kBlockN], offset[kBlockN];
+      const Range mine = rows_of(range, rows, tiles);
+      std::memset(c, 0, static_cast<size_t>((mine.end - mine.begin) * kBlockN) * sizeof(float));
+      for (int i = 0; i < kBlockN; ++i) offset[i] = -bias_;
+      for (int64_t g = 0; g < groups_; ++g) {
+        const int64_t k = g * group_, end = k + group_ < p_.k ? k + group_ : p_.k;
+        if (W::kBits == 4) group_params(nb, g, scale, offset);
+        for (int64_t t = range.begin; t < range.end; ++t) {
+          const Range r = rows_of({t, t + 1}, rows, tiles);
+          const uint32_t* from = x + r.begin * stride_;
+          V::template stream<W>(static_cast<int>(r.end - r.begin), from + k / V::kUnitK, stride_, line(nb, k),
+                                ceil_div(end - k, kLineK), table_, c + (r.begin - mine.begin) * kBlockN,
+                                Scaling{W::kBits == 4 ? scale : nullptr, has_offset_ ? offset : nullptr,
+                                        has_offset_ ? group_sums(from) + g : nullptr, stride_});
+        }
+      }
+      epilogue(0, mine, nb, c);
     }
   }
 
@@ -220,8 +259,7 @@ class LinearWxA16 {
   void superblock(int64_t nb, int64_t row, int64_t rows, int64_t tiles, Range range, const uint32_t* x,
                   float* area) const {
     float *panel = area, *c = area + kSliceDepth * kBlockN;
-    const Range mine = {share(rows, static_cast<int>(range.begin), static_cast<int>(tiles)).begin,
-                        share(rows, static_cast<int>(range.end - 1), static_cast<int>(tiles)).end};
+    const Range mine = rows_of(range, rows, tiles);
     std::memset(c, 0, static_cast<size_t>((mine.end - mine.begin) * kBlockN) * sizeof(float));
     alignas(kAlign) float scale[kMaxSegments][kBlockN], offset[kMaxSegments][kBlockN];
     Segment segments[kMaxSegments];
@@ -230,12 +268,13 @@ class LinearWxA16 {
       const int64_t units = round_up(k1 - k0, kLineK) / V::kUnitK;
       int count = 0;
       for (int64_t k = k0; k < k1; ++count) {
-        const int64_t g = k / group_, next = (g + 1) * group_ < p_.k ? (g + 1) * group_ : p_.k, end = next < k1 ? next : k1;
+        const int64_t g = k / group_, next = (g + 1) * group_ < p_.k ? (g + 1) * group_ : p_.k,
+                      end = next < k1 ? next : k1;
         Segment& s = segments[count];
         s = {(k - k0) / V::kUnitK, round_up(end - k, kLineK) / V::kUnitK, g, end == next};
         if (W::kBits == 4) group_params(nb, g, scale[count], offset[count]);
-        V::template panel<W>(line(nb, k), s.units / kLineUnits, table_, scale[count], has_offset_ ? offset[count] : nullptr,
-                             panel + s.unit * V::kTileN, units * V::kTileN);
+        V::template panel<W>(line(nb, k), s.units / kLineUnits, table_, scale[count],
+                             has_offset_ ? offset[count] : nullptr, panel + s.unit * V::kTileN, units * V::kTileN);
         k = end;
       }
       if (V::kScaledPanel || W::kBits == 8) {
@@ -246,7 +285,7 @@ class LinearWxA16 {
       for (int64_t j = 0; j < kBlockN; j += V::kTileN) {
         const float* column_panel = panel + j * units;
         for (int64_t t = range.begin; t < range.end; ++t) {
-          const Range r = share(rows, static_cast<int>(t), static_cast<int>(tiles));
+          const Range r = rows_of({t, t + 1}, rows, tiles);
           const uint32_t* a = x + r.begin * stride_ + k0 / V::kUnitK;
           for (int i = 0; i < count; ++i) {
             const Segment& s = segments[i];
@@ -266,9 +305,12 @@ class LinearWxA16 {
 
   void epilogue(int64_t row, Range rows, int64_t nb, const float* c) const {
     switch (p_.y_dtype) {
-      case DType::kF32: return epilogue_as<DType::kF32>(row, rows, nb, c);
-      case DType::kBF16: return epilogue_as<DType::kBF16>(row, rows, nb, c);
-      default: return epilogue_as<DType::kF16>(row, rows, nb, c);
+      case DType::kF32:
+        return epilogue_as<DType::kF32>(row, rows, nb, c);
+      case DType::kBF16:
+        return epilogue_as<DType::kBF16>(row, rows, nb, c);
+      default:
+        return epilogue_as<DType::kF16>(row, rows, nb, c);
     }
   }
 
@@ -294,6 +336,8 @@ class LinearWxA16 {
 
   const LinearWxA16Args& p_;
   const int64_t group_, groups_, stride_;
+  const bool streams_;
+  const float bias_;
   const bool has_offset_;
   const typename V::Table table_;
 };

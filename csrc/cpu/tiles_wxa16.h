@@ -3,13 +3,16 @@
 // A tier's verbs T add to verbs_*.h:
 //   Raw, load_raw(p)            kLanes columns x 4 bytes of a packed line
 //   Value                       kLanes columns x one unit of weights
-//   decode<W, unit>(raw, table) unit u of a line
+//   decode<W, unit>(raw, table) unit u of a line; stream_decode likewise, for streams (see stream_bias)
 //   broadcast(p)                one unit of an activation row, in every column
-//   mac(c, value, x)            c += value * x: one fused multiply-add, or one bf16 dot product
+//   mac(c, value, x)            c += value * x: one fused multiply-add, or one bf16 dot product; mac_at(c, value, p)
+//   with
+//                               the unit at p
 //   fma(a, b, c)                a * b + c
 //   load_value, store_value     panel elements
 //   kTileVecs                   vectors of columns in the tile
-//   stream_vecs(rows)           vectors of columns decoded side by side, so that accumulators fit the registers
+//   stream_vecs(rows)           vectors of columns that a stream decodes side by side, so that accumulators fit the
+//   registers kEmbedsBroadcast            mac_at is as cheap as mac, so activations need no registers
 //
 // Loops over registers are unrolled by templates: g++ 12 keeps an array in registers only where every index is a
 // constant when it first looks.
@@ -21,9 +24,15 @@
 #include "weights_wxa16.h"
 
 #define QK_INLINE __attribute__((always_inline))
+// Values loaded before this point are loaded again after it, rather than kept in (or spilled from) registers.
+#define QK_RELOAD() asm volatile("" : : : "memory")
 
 namespace qk {
 namespace {
+
+// Bytes of weights between a use and its prefetch. Column parts, and panels with their pauses, are no pattern that the
+// hardware follows: without it, four rows on AVX2 took 1.4 times as long with weights outside L2.
+constexpr int64_t kAhead = 4096;
 
 template <int kValue>
 struct Int {
@@ -58,7 +67,8 @@ struct WeightTiles : T {
       unroll<kRows>([&](auto r) QK_INLINE {
         float* to = c + r.value * kBlockN + at;
         F sum = T::load_f(to);
-        sum = s.scale ? T::fma(acc[r.value][v.value], T::load_f(s.scale + at), sum) : T::add(acc[r.value][v.value], sum);
+        sum =
+            s.scale ? T::fma(acc[r.value][v.value], T::load_f(s.scale + at), sum) : T::add(acc[r.value][v.value], sum);
         if (s.offset) sum = T::fma(T::set(s.sums[r.value * s.sum_stride]), T::load_f(s.offset + at), sum);
         T::store_f(to, sum);
       });
@@ -69,22 +79,48 @@ struct WeightTiles : T {
   template <class W, int kRows, int kVecs>
   static void stream_part(const uint32_t* x, int64_t ldx, const uint8_t* w, int64_t lines, const Table& table, float* c,
                           const Scaling& scaling) {
-    constexpr int kUnits = line_units<W>(), kSets = kRows * kVecs < 8 ? 2 : 1;
+    constexpr int kUnits = line_units<W>(), kSets = kRows * kVecs > 4 ? 1 : 2;
     F acc[kSets][kRows][kVecs];
     unroll<kSets>([&](auto i) QK_INLINE {
-      unroll<kRows>([&](auto r) QK_INLINE { unroll<kVecs>([&](auto v) QK_INLINE { acc[i.value][r.value][v.value] = T::set(0.0f); }); });
+      unroll<kRows>([&](auto r) QK_INLINE {
+        unroll<kVecs>([&](auto v) QK_INLINE { acc[i.value][r.value][v.value] = T::set(0.0f); });
+      });
     });
     const Table local = table;
-    for (int64_t i = 0; i < lines; ++i, w += kBlockN * 4, x += kUnits) {
-      unroll<kVecs>([&](auto v) QK_INLINE {
-        const auto raw = T::load_raw(w + v.value * kLanes * 4);
-        unroll<kUnits>([&](auto u) QK_INLINE {
-          const auto value = T::template decode<W, u.value>(raw, local);
-          unroll<kRows>([&](auto r) QK_INLINE {
-            T::mac(acc[u.value % kSets][r.value][v.value], value, T::broadcast(x + r.value * ldx + u.value));
+    const uint32_t* x3 = x + 3 * ldx;  // two pointers, ldx and 2 * ldx address six rows
+    for (int64_t i = 0; i < lines; ++i, w += kBlockN * 4, x += kUnits, x3 += kUnits) {
+      for (int b = 0; b < kVecs * kLanes * 4; b += static_cast<int>(kAlign)) __builtin_prefetch(w + kAhead + b);
+      if constexpr (T::kEmbedsBroadcast || kRows == 1) {
+        constexpr int kBlock =
+            T::kEmbedsBroadcast || kUnits < 4 ? kUnits : 4;  // units whose activations stay in registers
+        unroll<kUnits / kBlock>([&](auto b) QK_INLINE {
+          QK_RELOAD();
+          unroll<kVecs>([&](auto v) QK_INLINE {
+            if constexpr (T::kEmbedsBroadcast) QK_RELOAD();
+            const auto raw = T::load_raw(w + v.value * kLanes * 4);
+            unroll<kBlock>([&](auto j) QK_INLINE {
+              constexpr int u = b.value * kBlock + j.value;
+              const auto value = T::template stream_decode<W, u>(raw, local);
+              unroll<kRows>([&](auto r) QK_INLINE {
+                T::mac_at(acc[u % kSets][r.value][v.value], value,
+                          (r.value < 3 ? x + r.value * ldx : x3 + (r.value - 3) * ldx) + u);
+              });
+            });
           });
         });
-      });
+      } else {
+        unroll<kUnits>([&](auto u) QK_INLINE {
+          typename T::Value value[kVecs];
+          unroll<kVecs>([&](auto v) QK_INLINE {
+            value[v.value] = T::template stream_decode<W, u.value>(T::load_raw(w + v.value * kLanes * 4), local);
+          });
+          unroll<kRows>([&](auto r) QK_INLINE {
+            const auto unit = T::broadcast(x + r.value * ldx + u.value);
+            unroll<kVecs>([&](auto v)
+                              QK_INLINE { T::mac(acc[u.value % kSets][r.value][v.value], value[v.value], unit); });
+          });
+        });
+      }
     }
     if constexpr (kSets == 2) {
       unroll<kRows>([&](auto r) QK_INLINE {
@@ -101,19 +137,25 @@ struct WeightTiles : T {
                           const Scaling& s) {
     constexpr int kVecs = T::stream_vecs(kRows), kPart = kVecs * kLanes;
     for (int j = 0; j < kBlockN; j += kPart)
-      stream_part<W, kRows, kVecs>(x, ldx, w + j * 4, lines, table, c + j,
-                                   {s.scale ? s.scale + j : nullptr, s.offset ? s.offset + j : nullptr, s.sums, s.sum_stride});
+      stream_part<W, kRows, kVecs>(
+          x, ldx, w + j * 4, lines, table, c + j,
+          {s.scale ? s.scale + j : nullptr, s.offset ? s.offset + j : nullptr, s.sums, s.sum_stride});
   }
 
   template <class W>
   static void stream(int rows, const uint32_t* x, int64_t ldx, const uint8_t* w, int64_t lines, const Table& table,
                      float* c, const Scaling& s) {
     switch (rows) {
-      case 1: return stream_rows<W, 1>(x, ldx, w, lines, table, c, s);
-      case 2: return stream_rows<W, 2>(x, ldx, w, lines, table, c, s);
-      case 3: return stream_rows<W, 3>(x, ldx, w, lines, table, c, s);
-      case 4: return stream_rows<W, 4>(x, ldx, w, lines, table, c, s);
-      default: break;
+      case 1:
+        return stream_rows<W, 1>(x, ldx, w, lines, table, c, s);
+      case 2:
+        return stream_rows<W, 2>(x, ldx, w, lines, table, c, s);
+      case 3:
+        return stream_rows<W, 3>(x, ldx, w, lines, table, c, s);
+      case 4:
+        return stream_rows<W, 4>(x, ldx, w, lines, table, c, s);
+      default:
+        break;
     }
     if constexpr (T::kStreamRows > 4) {
       if (rows == 5) return stream_rows<W, 5>(x, ldx, w, lines, table, c, s);
@@ -128,6 +170,7 @@ struct WeightTiles : T {
     constexpr int kUnits = line_units<W>();
     const Table local = table;
     for (int64_t i = 0; i < lines; ++i, w += kBlockN * 4, out += kUnits * kTileN) {
+      for (int b = 0; b < kBlockN * 4; b += static_cast<int>(kAlign)) __builtin_prefetch(w + kAhead + b);
       unroll<kBlockN / kLanes>([&](auto v) QK_INLINE {
         constexpr int kAt = v.value * kLanes;
         float* to = out + kAt / kTileN * pitch + kAt % kTileN;
@@ -148,8 +191,9 @@ struct WeightTiles : T {
   static void tile_rows(const uint32_t* a, int64_t lda, const float* b, int64_t units, float* c, const Scaling& s) {
     constexpr int kVecs = T::kTileVecs;
     F acc[kRows][kVecs];
-    unroll<kRows>([&](auto r) QK_INLINE { unroll<kVecs>([&](auto v) QK_INLINE { acc[r.value][v.value] = T::set(0.0f); }); });
-    const uint32_t* a3 = a + 3 * lda;  // two pointers and lda, 2 * lda address six rows
+    unroll<kRows>([&](auto r)
+                      QK_INLINE { unroll<kVecs>([&](auto v) QK_INLINE { acc[r.value][v.value] = T::set(0.0f); }); });
+    const uint32_t* a3 = a + 3 * lda;  // as above
     for (int64_t i = 0; i < units; ++i, b += kTileN) {
       typename T::Value w[kVecs];
       unroll<kVecs>([&](auto v) QK_INLINE { w[v.value] = T::load_value(b + v.value * kLanes); });
@@ -161,14 +205,21 @@ struct WeightTiles : T {
     add_scaled<kRows, kVecs>(acc, c, s);
   }
 
-  static void tile(int rows, const uint32_t* a, int64_t lda, const float* b, int64_t units, float* c, const Scaling& s) {
+  static void tile(int rows, const uint32_t* a, int64_t lda, const float* b, int64_t units, float* c,
+                   const Scaling& s) {
     switch (rows) {
-      case 1: return tile_rows<1>(a, lda, b, units, c, s);
-      case 2: return tile_rows<2>(a, lda, b, units, c, s);
-      case 3: return tile_rows<3>(a, lda, b, units, c, s);
-      case 4: return tile_rows<4>(a, lda, b, units, c, s);
-      case 5: return tile_rows<5>(a, lda, b, units, c, s);
-      default: return tile_rows<6>(a, lda, b, units, c, s);
+      case 1:
+        return tile_rows<1>(a, lda, b, units, c, s);
+      case 2:
+        return tile_rows<2>(a, lda, b, units, c, s);
+      case 3:
+        return tile_rows<3>(a, lda, b, units, c, s);
+      case 4:
+        return tile_rows<4>(a, lda, b, units, c, s);
+      case 5:
+        return tile_rows<5>(a, lda, b, units, c, s);
+      default:
+        return tile_rows<6>(a, lda, b, units, c, s);
     }
   }
 };
@@ -177,3 +228,4 @@ struct WeightTiles : T {
 }  // namespace qk
 
 #undef QK_INLINE
+#undef QK_RELOAD

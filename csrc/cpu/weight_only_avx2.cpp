@@ -10,8 +10,8 @@ namespace {
 // 6 x 16 tile: 12 accumulators, 2 weight registers, 1 for the broadcast activation, of 16.
 struct Avx2 : YmmVerbs {
   static constexpr int kUnitK = 1, kTileM = 6, kTileVecs = 2, kStreamRows = 4;
-  static constexpr bool kScaledPanel = true, kTables = false;
-  static constexpr int stream_vecs(int rows) { return rows == 1 ? 8 : rows < 4 ? 4 : 2; }
+  static constexpr bool kScaledPanel = true, kTables = false, kEmbedsBroadcast = false;
+  static constexpr int stream_vecs(int rows) { return rows == 1 ? 8 : 2; }
 
   using Raw = __m256i;
   using Value = F;
@@ -32,6 +32,7 @@ struct Avx2 : YmmVerbs {
   }
   static F broadcast(const uint32_t* x) { return _mm256_broadcast_ss(reinterpret_cast<const float*>(x)); }
   static void mac(F& c, F w, F x) { c = _mm256_fmadd_ps(w, x, c); }
+  static void mac_at(F& c, F w, const uint32_t* x) { mac(c, w, broadcast(x)); }
   static F load_value(const float* p) { return _mm256_load_ps(p); }
   static void store_value(float* p, F v) { _mm256_store_ps(p, v); }
   static Raw load_raw(const uint8_t* p) { return _mm256_load_si256(reinterpret_cast<const __m256i*>(p)); }
@@ -56,9 +57,32 @@ struct Avx2 : YmmVerbs {
     }
   }
 
-  template <DType D>
-  static void copy_row(const void* x, const float* inv_smooth, int64_t k, uint32_t* units) {
+  // Streams leave a byte or nibble where it is in a 16-bit half of the dword: after masking, it is the unsigned number
+  // times 2^shift, and the activation is multiplied by 2^-shift. A mask and a conversion are all the decoding there is.
+  template <class W>
+  static constexpr int stream_max() {
+    return 12;
+  }
+  template <class W>
+  static constexpr float stream_bias() {
+    return W::kBits == 8 ? 128.0f : W::kBook ? 0.0f : 8.0f;
+  }
+  template <class W, int u>
+  static F stream_decode(Raw raw, const Table& table) {
+    if constexpr (W::kBook) return decode<W, u>(raw, table);
+    constexpr int kShift = W::kBits == 8 || u < 4 ? 8 * (u % 4) : 8 * (u % 4) + 4, kMask = W::kBits == 8 ? 0xFF : 0xF;
+    if (W::kBits == 8) raw = _mm256_xor_si256(raw, set_i(static_cast<int32_t>(0x80808080u)));
+    if (kShift >= 16) raw = _mm256_srli_epi32(raw, 16);
+    return _mm256_cvtepi32_ps(_mm256_and_si256(raw, set_i(kMask << kShift % 16)));
+  }
+
+  template <DType D, class W>
+  static void copy_row(const void* x, const float* inv_smooth, int64_t k, bool stream, uint32_t* units) {
     float* out = reinterpret_cast<float*>(units);
+    F factor = set(1.0f);
+    if (stream && stream_bias<W>() != 0.0f)
+      factor = W::kBits == 8 ? _mm256_setr_ps(1, 0x1p-8f, 1, 0x1p-8f, 1, 0x1p-8f, 1, 0x1p-8f)
+                             : _mm256_setr_ps(1, 0x1p-8f, 1, 0x1p-8f, 0x1p-4f, 0x1p-12f, 0x1p-4f, 0x1p-12f);
     for (int64_t i = 0; i < padded_k(k); i += kLanes) {
       F v = set(0.0f);
       if (i < k) {
@@ -66,7 +90,7 @@ struct Avx2 : YmmVerbs {
         v = n == kLanes ? load<D>(x, i) : load_part<D>(x, i, n);
         if (inv_smooth) v = mul(v, load_f_part(inv_smooth + i, n));
       }
-      store_f(out + i, v);
+      store_f(out + i, mul(v, factor));
     }
   }
 };
@@ -76,7 +100,8 @@ using Kernels = WeightTiles<Avx2>;
 }  // namespace
 
 const WeightOnlyTable& weight_only_avx2() {
-  static constexpr WeightOnlyTable table = {"", linear_w8a16<Kernels>, linear_w4a16<Kernels>, linear_wxa16_scratch_bytes};
+  static constexpr WeightOnlyTable table = {"", linear_w8a16<Kernels>, linear_w4a16<Kernels>,
+                                            linear_wxa16_scratch_bytes};
   return table;
 }
 

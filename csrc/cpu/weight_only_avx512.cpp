@@ -10,7 +10,7 @@ namespace {
 // 6 x 64 tile: 24 accumulators, 4 weight registers, 1 for the broadcast activation, of 32.
 struct Avx512 : ZmmVerbs {
   static constexpr int kUnitK = 1, kTileM = 6, kTileVecs = 4, kStreamRows = 6;
-  static constexpr bool kScaledPanel = true, kTables = true;
+  static constexpr bool kScaledPanel = true, kTables = true, kEmbedsBroadcast = true;
   static constexpr int stream_vecs(int /*rows*/) { return 4; }
 
   using Raw = __m512i;
@@ -26,8 +26,13 @@ struct Avx512 : ZmmVerbs {
 
   static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
   static float reduce_add(F v) { return _mm512_reduce_add_ps(v); }
-  static F broadcast(const uint32_t* x) { return _mm512_castsi512_ps(_mm512_set1_epi32(static_cast<int32_t>(*x))); }
+  static F broadcast(const uint32_t* x) {
+    float v;
+    __builtin_memcpy(&v, x, 4);
+    return set(v);
+  }
   static void mac(F& c, F w, F x) { c = _mm512_fmadd_ps(w, x, c); }
+  static void mac_at(F& c, F w, const uint32_t* x) { mac(c, w, broadcast(x)); }
   static F load_value(const float* p) { return _mm512_load_ps(p); }
   static void store_value(float* p, F v) { _mm512_store_ps(p, v); }
   static Raw load_raw(const uint8_t* p) { return _mm512_load_si512(p); }
@@ -43,9 +48,29 @@ struct Avx512 : ZmmVerbs {
     }
   }
 
-  template <DType D>
-  static void copy_row(const void* x, const float* inv_smooth, int64_t k, uint32_t* units) {
+  // Streams of 8-bit weights leave a byte where it is in a 16-bit half of the dword: after masking, it is the unsigned
+  // number times 1 or 2^8, and the activation is multiplied by 1 or 2^-8. Shifts would crowd the ports that have them.
+  template <class W>
+  static constexpr int stream_max() {
+    return 64;
+  }
+  template <class W>
+  static constexpr float stream_bias() {
+    return W::kBits == 8 ? 128.0f : 0.0f;
+  }
+  template <class W, int u>
+  static F stream_decode(Raw raw, const Table& table) {
+    if constexpr (W::kBits == 4) return decode<W, u>(raw, table);
+    raw = _mm512_xor_si512(raw, set_i(static_cast<int32_t>(0x80808080u)));
+    if (u >= 2) raw = _mm512_srli_epi32(raw, 16);
+    return _mm512_cvtepi32_ps(_mm512_and_si512(raw, set_i(u % 2 ? 0xFF00 : 0xFF)));
+  }
+
+  template <DType D, class W>
+  static void copy_row(const void* x, const float* inv_smooth, int64_t k, bool stream, uint32_t* units) {
     float* out = reinterpret_cast<float*>(units);
+    F factor = set(1.0f);
+    if (stream && stream_bias<W>() != 0.0f) factor = _mm512_mask_blend_ps(0xAAAA, factor, set(0x1p-8f));
     for (int64_t i = 0; i < padded_k(k); i += kLanes) {
       F v = set(0.0f);
       if (i < k) {
@@ -53,7 +78,7 @@ struct Avx512 : ZmmVerbs {
         v = load_part<D>(x, i, n);
         if (inv_smooth) v = mul(v, load_f_part(inv_smooth + i, n));
       }
-      store_f(out + i, v);
+      store_f(out + i, mul(v, factor));
     }
   }
 };
@@ -63,7 +88,8 @@ using Kernels = WeightTiles<Avx512>;
 }  // namespace
 
 const WeightOnlyTable& weight_only_avx512() {
-  static constexpr WeightOnlyTable table = {"", linear_w8a16<Kernels>, linear_w4a16<Kernels>, linear_wxa16_scratch_bytes};
+  static constexpr WeightOnlyTable table = {"", linear_w8a16<Kernels>, linear_w4a16<Kernels>,
+                                            linear_wxa16_scratch_bytes};
   return table;
 }
 

@@ -1,5 +1,6 @@
-// Weight-only kernels for bf16 activations on processors with AVX512-BF16 and AVX512-VBMI. Not a tier: the AVX-512 tiers
-// take these where they can, without smoothing (which leaves bf16) and without a codebook (whose entries are fp32).
+// Weight-only kernels for bf16 activations on processors with AVX512-BF16 and AVX512-VBMI. Not a tier: the AVX-512
+// tiers take these where they can, without smoothing (which leaves bf16) and without a codebook (whose entries are
+// fp32).
 //
 // vdpbf16ps adds two products to each fp32 lane, and treats subnormal inputs and results as zero. 8-bit and 4-bit
 // integers are exact in bf16, so both operands are; scales enter the fp32 sums, group by group.
@@ -17,7 +18,7 @@ namespace {
 // 6 x 64 tile: 24 accumulators, 4 weight registers, 1 for the broadcast pair, of 32.
 struct Avx512Bf16 : ZmmVerbs {
   static constexpr int kUnitK = 2, kTileM = 6, kTileVecs = 4, kStreamRows = 6;
-  static constexpr bool kScaledPanel = false, kTables = true;
+  static constexpr bool kScaledPanel = false, kTables = true, kEmbedsBroadcast = true;
   static constexpr int stream_vecs(int /*rows*/) { return 4; }
 
   using Raw = __m512i;
@@ -50,14 +51,17 @@ struct Avx512Bf16 : ZmmVerbs {
   static float reduce_add(F v) { return _mm512_reduce_add_ps(v); }
   static __m512i broadcast(const uint32_t* x) { return _mm512_set1_epi32(static_cast<int32_t>(*x)); }
   static void mac(F& c, __m512i w, __m512i x) { asm("vdpbf16ps %2, %1, %0" : "+v"(c) : "v"(w), "v"(x)); }
+  static void mac_at(F& c, __m512i w, const uint32_t* x) {
+    asm("vdpbf16ps %2%{1to16%}, %1, %0" : "+v"(c) : "v"(w), "m"(*x));
+  }
   static __m512i load_value(const float* p) { return _mm512_load_si512(p); }
   static void store_value(float* p, __m512i v) { _mm512_store_si512(p, v); }
   static Raw load_raw(const uint8_t* p) { return _mm512_load_si512(p); }
 
-  // W4: nibbles at bits 0 and 16 (after a shift) index vpermw, which ignores all but the lowest five bits of a word; its
-  // table repeats after 16 entries, so the fifth does not matter.
-  // W8: both bytes of bf16(|w|) by vpermi2b, which ignores the top bit of |w|; then the sign. |-128| would be found at
-  // index 0: its high byte is put in, its low byte is 0 already.
+  // W4: nibbles at bits 0 and 16 (after a shift) index vpermw, which ignores all but the lowest five bits of a word;
+  // its table repeats after 16 entries, so the fifth does not matter. W8: both bytes of bf16(|w|) by vpermi2b, which
+  // ignores the top bit of |w|; then the sign. |-128| would be found at index 0: its high byte is put in, its low byte
+  // is 0 already.
   template <class W, int u>
   static __m512i decode(Raw raw, const Table& table) {
     if constexpr (W::kBits == 4) {
@@ -74,12 +78,26 @@ struct Avx512Bf16 : ZmmVerbs {
       if constexpr (u == 0)
         return _mm512_ternarylogic_epi32(_mm512_slli_epi16(high, 8), low, _mm512_set1_epi16(0x00FF), 0xF8);
       else
-        return _mm512_ternarylogic_epi32(_mm512_srli_epi16(low, 8), high, _mm512_set1_epi16(static_cast<int16_t>(0xFF00)), 0xF8);
+        return _mm512_ternarylogic_epi32(_mm512_srli_epi16(low, 8), high,
+                                         _mm512_set1_epi16(static_cast<int16_t>(0xFF00)), 0xF8);
     }
   }
 
-  template <DType D>
-  static void copy_row(const void* x, const float* /*inv_smooth*/, int64_t k, uint32_t* units) {
+  template <class W>
+  static constexpr int stream_max() {
+    return W::kBits == 4 ? 64 : 8;
+  }
+  template <class W>
+  static constexpr float stream_bias() {
+    return 0.0f;
+  }
+  template <class W, int u>
+  static __m512i stream_decode(Raw raw, const Table& table) {
+    return decode<W, u>(raw, table);
+  }
+
+  template <DType D, class W>
+  static void copy_row(const void* x, const float* /*inv_smooth*/, int64_t k, bool /*stream*/, uint32_t* units) {
     const uint16_t* in = static_cast<const uint16_t*>(x);
     for (int64_t i = 0; i < padded_k(k); i += 32) {
       const int64_t rest = k - i;

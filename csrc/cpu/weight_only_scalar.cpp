@@ -7,7 +7,7 @@ namespace qk {
 namespace {
 
 struct Scalar : ScalarVerbs {
-  static constexpr int kUnitK = 1, kTileM = 4, kTileN = 64, kStreamRows = 0;
+  static constexpr int kUnitK = 1, kTileM = 4, kTileN = 64;
   static constexpr bool kScaledPanel = true, kTables = true;
 
   struct Table {
@@ -23,8 +23,17 @@ struct Scalar : ScalarVerbs {
   static F fma(F a, F b, F c) { return a * b + c; }  // two roundings
   static float reduce_add(F v) { return v; }
 
-  template <DType D>
-  static void copy_row(const void* x, const float* inv_smooth, int64_t k, uint32_t* units) {
+  template <class W>
+  static constexpr int stream_max() {
+    return 0;
+  }
+  template <class W>
+  static constexpr float stream_bias() {
+    return 0.0f;
+  }
+
+  template <DType D, class W>
+  static void copy_row(const void* x, const float* inv_smooth, int64_t k, bool /*stream*/, uint32_t* units) {
     float* out = reinterpret_cast<float*>(units);
     for (int64_t i = 0; i < k; ++i) out[i] = inv_smooth ? load<D>(x, i) * inv_smooth[i] : load<D>(x, i);
     for (int64_t i = k; i < padded_k(k); ++i) out[i] = 0.0f;

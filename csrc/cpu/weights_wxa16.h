@@ -9,6 +9,7 @@ namespace {
 // Kinds of weights, as template arguments.
 struct W8 {
   static constexpr int kBits = 8;
+  static constexpr bool kBook = false;
 };
 struct W4 {
   static constexpr int kBits = 4;  // q - 8, or a table of 16 where the tier decodes through one
@@ -18,8 +19,6 @@ struct W4Codebook {
   static constexpr int kBits = 4;
   static constexpr bool kBook = true;
 };
-
-constexpr int kMaxStreamRows = 6;
 
 // How a piece of K enters the sums: c += acc * scale + sums[row * sum_stride] * offset.
 struct Scaling {
