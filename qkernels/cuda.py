@@ -33,6 +33,7 @@ __all__ = [
     "linear_w8a8",
     "pack_w8",
     "packed_w8_bytes",
+    "peak_s8",
     "quantize_rows",
     "unavailable",
     "unpack_w8",
@@ -101,6 +102,19 @@ def _address(tensor: Tensor | None) -> int:
 def packed_w8_bytes(rows: int, features: int) -> int:
     """Bytes of a packed weight ``[rows, features]``."""
     return _cuda.packed_w8_bytes(rows, features)
+
+
+def peak_s8(random: Tensor, iterations: int) -> float:
+    """Launches back-to-back int8 products on 48 KB of random bytes in shared memory; returns their operations.
+
+    Raises:
+        ValueError: no such kernel for this build or device.
+    """
+    if capability(random.device.index or 0) != 90 or not _cuda.has_sm90a():
+        raise ValueError(f"random: expected a device of compute capability 9.0, got {random.device}")
+    sink = random.new_empty(1, dtype=torch.int32)
+    with _on(random.device):
+        return _cuda.peak_s8(random.data_ptr(), iterations, sink.data_ptr(), _stream(random.device))
 
 
 # -- weights ----------------------------------------------------------------------------------------------------------
@@ -194,6 +208,7 @@ def gemm_w8a8(
     out_dtype: torch.dtype,
     config: Config | None = None,
     out: Tensor | None = None,
+    dependent: bool = False,
 ) -> Tensor:
     """:func:`qkernels.reference.linear_w8a8_prequantized` over a packed weight.
 
@@ -202,6 +217,7 @@ def gemm_w8a8(
         tensors: ``packed``, ``colsum``, ``weight_scale`` and perhaps ``bias``, as a layer holds them.
         config: a kernel and its tile; None: the module's own choice.
         out: written where given, ``[M, N]`` with contiguous rows.
+        dependent: the launch may begin to fetch the weight while the kernel before it ends; that one must not write it.
 
     Raises:
         ValueError: no such kernel.
@@ -236,7 +252,7 @@ def gemm_w8a8(
             DTYPE_CODES[out_dtype],
             out.stride(0),
             config,
-            False,
+            dependent,
             _stream(device),
         )
     return out

@@ -30,6 +30,8 @@ if DEVICE.type == "cpu" and not INTERPRETED:
         assert done.returncode == 0, done.stdout + done.stderr
 
 else:
+    pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
+
     from qkernels.triton.gemm_w8a8 import Tile, gemm_w8a8
     from qkernels.triton.quantize import quantize_rows
 

@@ -151,6 +151,14 @@ PYBIND11_MODULE(_cuda, m) {
         py::arg("packed"), py::arg("colsum"), py::arg("weight_scale"), py::arg("bias"), py::arg("m"), py::arg("n"),
         py::arg("k"), py::arg("y"), py::arg("y_dtype"), py::arg("y_stride"), py::arg("config"), py::arg("dependent"),
         py::arg("stream"));
+#ifdef QK_CUDA_SM90A
+  m.def(
+      "peak_s8",
+      [](Address random, int iterations, Address sink, Address stream) {
+        return peak_s8(pointer<const void>(random), iterations, pointer<int32_t>(sink), stream_of(stream));
+      },
+      py::arg("random"), py::arg("iterations"), py::arg("sink"), py::arg("stream"));
+#endif
   m.def("workspace_bytes", &workspace_bytes, py::arg("m"), py::arg("k"));
   m.def("linear_w8a8", &linear_at, py::arg("x"), py::arg("x_dtype"), py::arg("m"), py::arg("k"), py::arg("x_stride"),
         py::arg("workspace"), py::arg("symmetric"), py::arg("inv_smooth"), py::arg("static_scale"),

@@ -22,28 +22,46 @@ int attribute(cudaDeviceAttr which, std::atomic<int> (&known)[64]) {
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// wgmma, few tokens: the smallest n that holds them (128 tokens at most), and K split until the chip is full.
+// wgmma, few tokens: the smallest n that holds them (128 at most). K is split where there are fewer CTAs than half the
+// multiprocessors, by 2 if that will do: clusters of 4 and 8 start and meet measurably later. With more CTAs than fit
+// one to a multiprocessor, the activations' share of the L2 traffic counts, and neighbours share it.
 W8A8Config select_stream(int64_t m, int64_t n, int64_t k, int sms) {
-  W8A8Config c = {W8A8Kernel::kStream, 8, 1, 1, 0};
+  W8A8Config c = {W8A8Kernel::kStream, 8, 1, 1, 1};
   while (c.tile < m && c.tile < 128) c.tile *= 2;
   const int64_t tiles = ceil_div(n, 128) * ceil_div(m, c.tile);
-  while (c.split < 8 && tiles * c.split * 2 <= sms && slabs(k) >= c.split * 4) c.split *= 2;
-  c.deep = tiles * c.split <= sms ? 1 : 0;
+  while (c.split < 8 && tiles * c.split * 2 <= sms && slabs(k) >= c.split * 4) {
+    if (c.split >= 2 && tiles * c.split * 2 > sms * 2 / 3) break;
+    c.split *= 2;
+  }
+  if (tiles > sms) {
+    c.deep = c.tile > 8 ? 1 : 0;
+    c.share = c.tile >= 64 ? 4 : 1;
+  }
   return c;
 }
 
-// wgmma, many tokens: the tile width that leaves the least of the last wave empty; ties go to the widest.
-W8A8Config select_tiled(int64_t m, int64_t n, int sms) {
-  W8A8Config best = {W8A8Kernel::kTiled, 256, 1, 2, 0};
+// wgmma, many tokens: the instance with the least time by a model of the chip it is made for, in nanoseconds per slab
+// and per tile of one CTA (measured on an H200). Narrow tiles pay where they fill the last wave.
+W8A8Config select_tiled(int64_t m, int64_t n, int64_t k, int sms) {
+  struct Instance {
+    int tile, share;
+    int64_t slab, tile_overhead;
+  };
+  const int wide_share = m >= 4096 ? 2 : 1;
+  const Instance instances[] = {{256, wide_share, 645, 2200}, {224, 2, 575, 2000}, {128, 1, 335, 1500}};
+  W8A8Config best = {W8A8Kernel::kTiled, 0, 1, 0, 0};
   int64_t least = 0;
-  for (const int tile : {256, 224, 128}) {
-    const int64_t clusters = sms / 2, tiles = ceil_div(m, 256) * ceil_div(n, tile);
-    // Cost of one cluster: columns of channels it computes, with an eighth more a tile for fill and epilogue, and more
-    // shared-memory traffic the narrower the tile.
-    const int64_t cost = ceil_div(tiles, clusters) * (tile * 100 + 2400 + (256 - tile) * 10);
-    if (least == 0 || cost < least) least = cost, best.tile = tile;
+  for (const Instance& i : instances) {
+    const int64_t tiles = ceil_div(m, 128 * i.share) * ceil_div(n, i.tile);
+    const int64_t cost = ceil_div(tiles, sms / i.share) * (slabs(k) * i.slab + i.tile_overhead);
+    if (best.tile == 0 || cost < least) least = cost, best.tile = i.tile, best.share = i.share;
   }
   return best;
+}
+
+// Up to 128 tokens stream. Up to 256 do where tiles of 128 x 128 would leave half of the chip idle for a long K.
+bool streams(int64_t m, int64_t n, int64_t k, int sms) {
+  return m <= 128 || (m <= 256 && ceil_div(n, 128) * 4 <= sms && slabs(k) > 32);
 }
 
 }  // namespace
@@ -67,7 +85,9 @@ bool has_sm90a() {
 }
 
 W8A8Config select_w8a8(int64_t m, int64_t n, int64_t k, int capability, int sms) {
-  if (capability == 90 && has_sm90a()) return m <= 256 ? select_stream(m, n, k, sms) : select_tiled(m, n, sms);
+  if (capability == 90 && has_sm90a()) {
+    return streams(m, n, k, sms) ? select_stream(m, n, k, sms) : select_tiled(m, n, k, sms);
+  }
   return W8A8Config{W8A8Kernel::kMma, m <= 16 ? 16 : m <= 64 ? 64 : 128, 1, 1, 0};
 }
 

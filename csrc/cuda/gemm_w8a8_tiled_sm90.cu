@@ -17,10 +17,12 @@
 // The grid is persistent: cluster c takes tiles c, c + clusters, ... in an order that walks the tokens of a group of
 // kGroup token tiles before it moves to the next channels, so a wave's operands fit in the L2.
 //
-// Epilogue: fragment -> fp32 steps -> 16-bit pairs -> stmatrix into 2 KB per warp -> 16-byte stores of whole sectors.
-// Its scales are requested before the tile's first slab: a thread keeps those of its two tokens and brings those of two
-// channels, which go through shared memory when the sums are ready. The warpgroups share nothing in it and need not
-// arrive together.
+// Epilogue: fragment -> fp32 steps -> 16-bit pairs, which stay in registers (64 of them) while the next tile's products
+// run. Each of its first slabs then takes one stripe of 64 channels through 2 KB of shared memory per warp (stmatrix)
+// to 16-byte stores of whole sectors. Written at once, the tiles of all CTAs, 64 KB each, would come as one burst that
+// the L2 takes microseconds to absorb while no tensor core works. (fp32 outputs do not fit beside the sums and are
+// written at once.) The scales are requested before the tile's first slab. The warpgroups share nothing in all this and
+// need not arrive together.
 #include "epilogue.cuh"
 #include "host.h"
 #include "launch.h"
@@ -128,45 +130,58 @@ __device__ __forceinline__ void store_f32_tile(const Epilogue& e, const int32_t 
   }
 }
 
-// 16-bit outputs go through `stripe`, 16 tokens x kStripe channels of this warp's shared memory, chunk c (8 channels)
-// of row r at place c ^ (r % 8).
+// A warp's finished 16-bit outputs, not yet written: words[2j] and words[2j + 1] are lane (g, t)'s channels 8j + 2t and
+// 8j + 2t + 1 of tokens m0 + g and m0 + g + 8.
+template <int kChannels>
+struct Held {
+  int m0, n0;
+  bool any;
+  uint32_t words[kChannels / 4];
+};
+
 template <int kChannels, DType kOut, bool kZero>
-__device__ __forceinline__ void store_half_tile(const Epilogue& e, const int32_t (&acc)[kChannels / 2],
-                                                const Corner& at, const TileTerms<kChannels>& terms, uint32_t stripe,
-                                                int lane) {
+__device__ __forceinline__ void hold(Held<kChannels>& held, const int32_t (&acc)[kChannels / 2], const Corner& at,
+                                     const TileTerms<kChannels>& terms, int lane) {
+  held.m0 = at.m0, held.n0 = at.n0, held.any = true;
+#pragma unroll
+  for (int j = 0; j < kChannels / 8; ++j) {
+    float v[4];
+    finish_block<kChannels, kZero>(acc, j, at, terms, lane & 3, v);
+    held.words[2 * j] = pack_pair(kOut, v[0], v[1]);
+    held.words[2 * j + 1] = pack_pair(kOut, v[2], v[3]);
+  }
+}
+
+// Writes channels c .. c + kStripe - 1 (c a compile-time value after unrolling) through `stripe`, 16 tokens x kStripe
+// channels of this warp's shared memory, chunk i (8 channels) of row r at place i ^ (r % 8).
+template <int kChannels>
+__device__ __forceinline__ void store_stripe(const Epilogue& e, const Held<kChannels>& held, int c, uint32_t stripe,
+                                             int lane) {
   const int put_row = lane & 15, put_chunk = lane >> 4;  // stmatrix: the row whose address this lane gives
-  const int get_row = lane >> 3, get_chunk = lane & 7;
-  const int n = at.n0 + get_chunk * 8;
-  uint16_t* y = static_cast<uint16_t*>(e.y) + int64_t(at.m0 + get_row) * e.y_stride + n;
 #pragma unroll
-  for (int c = 0; c < kChannels; c += kStripe) {
+  for (int pair = 0; pair < kStripe / 16 && c + 16 * pair < kChannels; ++pair) {
+    const int chunk = 2 * pair + put_chunk, word = (c + 16 * pair) / 4;
+    ptx::stmatrix_x4(stripe + put_row * kStripe * 2 + ((chunk ^ (put_row & 7)) << 4), held.words[word],
+                     held.words[word + 1], held.words[word + 2], held.words[word + 3]);
+  }
+  __syncwarp();
+  const int get_chunk = lane & 7, n = held.n0 + c + get_chunk * 8;
 #pragma unroll
-    for (int pair = 0; pair < kStripe / 16 && c + 16 * pair < kChannels; ++pair) {
-      float v[4], w[4];
-      finish_block<kChannels, kZero>(acc, c / 8 + 2 * pair, at, terms, lane & 3, v);
-      finish_block<kChannels, kZero>(acc, c / 8 + 2 * pair + 1, at, terms, lane & 3, w);
-      const int chunk = 2 * pair + put_chunk;
-      ptx::stmatrix_x4(stripe + put_row * kStripe * 2 + ((chunk ^ (put_row & 7)) << 4), pack_pair(kOut, v[0], v[1]),
-                       pack_pair(kOut, v[2], v[3]), pack_pair(kOut, w[0], w[1]), pack_pair(kOut, w[2], w[3]));
-    }
-    __syncwarp();
-#pragma unroll
-    for (int pass = 0; pass < 4; ++pass) {
-      const int row = pass * 4 + get_row;
-      const int4 v = ptx::load_shared(stripe + row * kStripe * 2 + ((get_chunk ^ (row & 7)) << 4));
-      if (c + get_chunk * 8 < kChannels && at.m0 + row < e.m) {
-        if (e.vectors && n + c + 8 <= e.n) {
-          *reinterpret_cast<int4*>(y + pass * 4 * e.y_stride + c) = v;
-        } else {
-          store_pair(e, at.m0 + row, n + c, v.x);
-          store_pair(e, at.m0 + row, n + c + 2, v.y);
-          store_pair(e, at.m0 + row, n + c + 4, v.z);
-          store_pair(e, at.m0 + row, n + c + 6, v.w);
-        }
+  for (int pass = 0; pass < 4; ++pass) {
+    const int row = pass * 4 + (lane >> 3), m = held.m0 + row;
+    const int4 v = ptx::load_shared(stripe + row * kStripe * 2 + ((get_chunk ^ (row & 7)) << 4));
+    if (c + get_chunk * 8 < kChannels && m < e.m) {
+      if (e.vectors && n + 8 <= e.n) {
+        *reinterpret_cast<int4*>(static_cast<uint16_t*>(e.y) + int64_t(m) * e.y_stride + n) = v;
+      } else {
+        store_pair(e, m, n, v.x);
+        store_pair(e, m, n + 2, v.y);
+        store_pair(e, m, n + 4, v.z);
+        store_pair(e, m, n + 6, v.w);
       }
     }
-    __syncwarp();
   }
+  __syncwarp();
 }
 
 template <typename S, DType kOut>
@@ -196,37 +211,51 @@ __global__ void __launch_bounds__(kThreads, 1)
   } else {
     __syncthreads();
   }
-  ptx::grid_dependency_wait();
 
   if (warp >= kConsumerWarps) {
     ptx::registers_decrease<kProducerRegisters>();
     if (warp == kConsumerWarps && ptx::elect_one()) {
       ptx::prefetch_tensor_map(&x_map);
-      const int64_t rows = packed_rows(a.n);
+      const int rows = static_cast<int>(packed_rows(a.n));
+      const int64_t slab_bytes = int64_t(rows) * kSlabK;
       int stage = 0;
       uint32_t parity = 1;  // of an empty barrier nobody has used: its "previous" phase counts as complete
+      const auto load_weights = [&](int n0, int kb, int s) {
+        // Rows of this weight tile that exist, and those of them this CTA fetches for the cluster.
+        const int inside = min(S::kChannels, rows - n0), own = min(S::kPart, inside - rank * S::kPart);
+        ptx::mbarrier_arrive_expect_tx(full + 8 * s, kTokenBytes + inside * kSlabK);
+        if (own <= 0) return;
+        const uint32_t target = base + s * S::kStageBytes + kTokenBytes + rank * S::kPart * kSlabK;
+        const int8_t* source = a.packed + kb * slab_bytes + (n0 + rank * S::kPart) * kSlabK;
+        if constexpr (S::kCluster > 1) {
+          ptx::bulk_load_multicast(target, source, own * kSlabK, full + 8 * s, (1 << S::kCluster) - 1,
+                                   ptx::kEvictNormal);
+        } else {
+          ptx::bulk_load(target, source, own * kSlabK, full + 8 * s, ptx::kEvictNormal);
+        }
+      };
+      // The first stages' weights, the caller's constants, are on their way before the activations are there.
+      int ahead = min(slab_count, S::kStages);
+      {
+        const int n0 = place_of<S::kCluster>(first, tiles).column * S::kChannels;
+#pragma unroll 1
+        for (int kb = 0; kb < ahead; ++kb) load_weights(n0, kb, kb);
+      }
+      ptx::grid_dependency_wait();
+#pragma unroll 1
       for (int at = first; at < tile_count; at += step) {
         const Place place = place_of<S::kCluster>(at, tiles);
         const int m0 = (place.row * S::kCluster + rank) * kTokens, n0 = place.column * S::kChannels;
-        // Rows of this weight tile that exist, and those of them this CTA fetches for the cluster.
-        const int inside = min(S::kChannels, static_cast<int>(rows) - n0);
-        const int own = max(0, min(S::kPart, inside - rank * S::kPart));
-        const int8_t* weights = a.packed + (int64_t(n0) + rank * S::kPart) * kSlabK;
+#pragma unroll 1
         for (int kb = 0; kb < slab_count; ++kb) {
-          ptx::mbarrier_wait(empty + 8 * stage, parity);
-          const uint32_t barrier = full + 8 * stage, tokens = base + stage * S::kStageBytes;
-          const uint32_t target = tokens + kTokenBytes + rank * S::kPart * kSlabK;
-          ptx::mbarrier_arrive_expect_tx(barrier, kTokenBytes + inside * kSlabK);
-          ptx::tensor_load_2d(tokens, &x_map, kb * kSlabK, m0, barrier, ptx::kEvictNormal);
-          if (own > 0) {
-            const int8_t* source = weights + int64_t(kb) * rows * kSlabK;
-            if constexpr (S::kCluster > 1) {
-              ptx::bulk_load_multicast(target, source, own * kSlabK, barrier, (1 << S::kCluster) - 1,
-                                       ptx::kEvictNormal);
-            } else {
-              ptx::bulk_load(target, source, own * kSlabK, barrier, ptx::kEvictNormal);
-            }
+          if (ahead > 0) {
+            --ahead;
+          } else {
+            ptx::mbarrier_wait(empty + 8 * stage, parity);
+            load_weights(n0, kb, stage);
           }
+          ptx::tensor_load_2d(base + stage * S::kStageBytes, &x_map, kb * kSlabK, m0, full + 8 * stage,
+                              ptx::kEvictNormal);
           if (++stage == S::kStages) stage = 0, parity ^= 1;
         }
       }
@@ -248,6 +277,9 @@ __global__ void __launch_bounds__(kThreads, 1)
     };
     int stage = 0;
     uint32_t parity = 0;
+    Held<S::kChannels> held;
+    held.any = false;
+    ptx::grid_dependency_wait();
     for (int at = first; at < tile_count; at += step) {
       const Place place = place_of<S::kCluster>(at, tiles);
       Corner corner;
@@ -256,9 +288,10 @@ __global__ void __launch_bounds__(kThreads, 1)
       ChannelTerms own[S::kChannels > 128 ? 2 : 1];
 #pragma unroll
       for (int i = 0; i * 128 < S::kChannels; ++i) own[i] = load_channel(e, corner.n0 + i * 128 + member);
+
       int32_t acc[S::kChannels / 2];
       int previous = 0;
-      for (int kb = 0; kb < slab_count; ++kb) {
+      const auto multiply = [&](int kb) {
         ptx::mbarrier_wait(full + 8 * stage, parity);
         const uint32_t tile = base + stage * S::kStageBytes;
         const uint64_t tokens = ptx::wgmma_descriptor(tile + group * 64 * kSlabK);
@@ -273,24 +306,37 @@ __global__ void __launch_bounds__(kThreads, 1)
         if (kb > 0) release(previous);
         previous = stage;
         if (++stage == S::kStages) stage = 0, parity ^= 1;
+      };
+      int kb = 0;
+      if constexpr (kOut != DType::kF32) {
+        // What the last tile left goes out behind the first slabs' products.
+#pragma unroll
+        for (int c = 0; c < S::kChannels; c += kStripe) {
+          if (kb < slab_count) multiply(kb++);
+          if (held.any) store_stripe<S::kChannels>(e, held, c, stripe, lane);
+        }
       }
+      while (kb < slab_count) multiply(kb++);
       ptx::wgmma_wait<0>();
       release(previous);
+
 #pragma unroll
       for (int i = 0; i * 128 < S::kChannels; ++i) {
         if (i * 128 + member < S::kChannels) terms.put(i * 128 + member, own[i]);
       }
       ptx::named_barrier(1 + group, 128);
-      if (corner.m0 < a.m) {
-        if constexpr (kOut == DType::kF32) {
-          store_f32_tile<S::kChannels, true>(e, acc, corner, terms, lane);
-        } else if (e.x_zero_point) {
-          store_half_tile<S::kChannels, kOut, true>(e, acc, corner, terms, stripe, lane);
-        } else {
-          store_half_tile<S::kChannels, kOut, false>(e, acc, corner, terms, stripe, lane);
-        }
+      if constexpr (kOut == DType::kF32) {
+        store_f32_tile<S::kChannels, true>(e, acc, corner, terms, lane);
+      } else if (e.x_zero_point) {
+        hold<S::kChannels, kOut, true>(held, acc, corner, terms, lane);
+      } else {
+        hold<S::kChannels, kOut, false>(held, acc, corner, terms, lane);
       }
       ptx::named_barrier(1 + group, 128);  // nobody writes the next tile's terms over these
+    }
+    if constexpr (kOut != DType::kF32) {
+#pragma unroll
+      for (int c = 0; c < S::kChannels; c += kStripe) store_stripe<S::kChannels>(e, held, c, stripe, lane);
     }
   }
 }

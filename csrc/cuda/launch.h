@@ -46,4 +46,7 @@ void gemm_w8a8_mma(const GemmW8A8Args& args, const W8A8Config& config, bool depe
 void gemm_w8a8_stream(const GemmW8A8Args& args, const W8A8Config& config, bool dependent, cudaStream_t stream);
 void gemm_w8a8_tiled(const GemmW8A8Args& args, const W8A8Config& config, bool dependent, cudaStream_t stream);
 
+// sm_90a: the rate of the tensor cores alone. `random` holds 48 KB; returns the operations of the launch.
+double peak_s8(const void* random, int iterations, int32_t* sink, cudaStream_t stream);
+
 }  // namespace qk::cuda

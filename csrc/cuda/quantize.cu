@@ -17,24 +17,26 @@ namespace {
 
 constexpr int kThreads = 256;
 
-// Where granules lie. 64-bit: a tensor may hold more than 2^31 values.
+// Where granules lie. Offsets are 64-bit: a tensor may hold more than 2^31 values, though not as many granules.
 struct Granules {
   int64_t count, channels, inner, group;  // group 0: per channel
   int64_t runs;
+  uint32_t per_row;  // granules of a row; 1 without groups
 
   // Values of a piece, and the offset of piece `run` of granule `at`.
   __device__ __forceinline__ int64_t length(int64_t at) const {
-    return group ? min(group, inner - at % per_row() * group) : inner;
+    return group ? min(group, inner - static_cast<uint32_t>(at) % per_row * group) : inner;
   }
   __device__ __forceinline__ int64_t offset(int64_t at, int64_t run) const {
-    return group ? at / per_row() * inner + at % per_row() * group : (run * channels + at) * inner;
+    const uint32_t row = static_cast<uint32_t>(at) / per_row, place = static_cast<uint32_t>(at) % per_row;
+    return group ? row * inner + place * group : (run * channels + at) * inner;
   }
   // Byte offset of the same piece where two values share a byte and every row of `inner` starts on a byte.
   __device__ __forceinline__ int64_t nibble_offset(int64_t at, int64_t run) const {
+    const uint32_t row = static_cast<uint32_t>(at) / per_row, place = static_cast<uint32_t>(at) % per_row;
     const int64_t bytes = (inner + 1) / 2;
-    return group ? at / per_row() * bytes + at % per_row() * group / 2 : (run * channels + at) * bytes;
+    return group ? row * bytes + place * group / 2 : (run * channels + at) * bytes;
   }
-  __device__ __forceinline__ int64_t per_row() const { return (inner + group - 1) / group; }
 };
 
 struct Job {
@@ -144,7 +146,12 @@ Granules granules_of(const A& a) {
   g.inner = a.inner;
   g.group = a.group;
   g.runs = a.group ? 1 : a.outer;
-  g.count = a.group ? a.channels * ((a.inner + a.group - 1) / a.group) : a.channels;
+  const int64_t per_row = a.group ? (a.inner + a.group - 1) / a.group : 1;
+  g.count = a.channels * per_row;
+  if (g.count > int64_t{0x7fffffff}) {
+    throw std::invalid_argument("expected at most 2^31 - 1 granules, got " + std::to_string(g.count));
+  }
+  g.per_row = static_cast<uint32_t>(per_row);
   return g;
 }
 

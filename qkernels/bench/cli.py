@@ -54,6 +54,7 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("--rounds", type=_positive, metavar="N", help="interleaved rounds per row (default: 15)")
     parser.add_argument("--seconds", type=float, default=0.5, help="at most this long per contender, row and state")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: W8A8 on the current GPU")
     parser.add_argument("--quick", action="store_true", help="one small shape, few rounds, no cold rows: a check")
     parser.add_argument("--json", metavar="FILE", help="write everything that was measured")
     parser.add_argument("--plot", type=Path, metavar="PNG", help="write a roofline, and one plot of time against M")
@@ -62,6 +63,8 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the benchmark that ``args`` describes; 1 if a result of ours was wrong, else 0."""
+    if args.device == "cuda":
+        return _run_cuda(args)
     from qkernels.bench.grid import run_grid
 
     args.shapes = args.shapes or [_shape(text) for text in (QUICK_SHAPES if args.quick else SHAPES)]
@@ -74,3 +77,16 @@ def run(args: argparse.Namespace) -> int:
     if unknown:
         raise ValueError(f"--rivals: expected names of {', '.join(RIVALS)}; got {', '.join(unknown)}")
     return run_grid(args)
+
+
+def _run_cuda(args: argparse.Namespace) -> int:
+    from qkernels.bench.cuda_grid import ROWS as CUDA_ROWS
+    from qkernels.bench.cuda_grid import SHAPES as CUDA_SHAPES
+    from qkernels.bench.cuda_grid import run_cuda_grid
+
+    args.shapes = args.shapes or ([_shape(text) for text in QUICK_SHAPES] if args.quick else list(CUDA_SHAPES))
+    args.rows = args.rows or list(QUICK_ROWS if args.quick else CUDA_ROWS)
+    args.rounds = args.rounds or (3 if args.quick else 15)
+    if args.dtype == "float32":  # the CPU's default; a GPU's activations are 16 bits wide
+        args.dtype = "bfloat16"
+    return run_cuda_grid(args)

@@ -1,0 +1,302 @@
+"""``qkernels bench --device cuda``: W8A8 on a GPU, cold weights, CUDA graphs, rivals in turns with ours.
+
+Each contender's calls, one per copy of the weight, are captured into a graph; graphs are replayed in turns and a row is
+the median over the replays.  The copies together are larger than the L2.  Nothing of ours is timed before its result
+equals the reference bit for bit.  Data are random throughout: zeros run faster.
+
+    gemm               int8 activations to scaled output
+    gemm overlapped    the same, each launch fetching its weight while the one before it ends
+    layer              quantize and gemm from floating-point activations
+    triton gemm        the portable kernels
+    int_mm             torch._int_mm, int32 output: no scales
+    cublas bf16        torch.mm in bfloat16
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import statistics
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qkernels import cuda, reference, triton
+from qkernels.bench.grid import commit, traffic, versions
+from qkernels.info import info
+from qkernels.progress import tracking
+from qkernels.scheme import Scheme
+
+SHAPES = ((4096, 4096), (4096, 14336), (14336, 4096), (8192, 8192), (8192, 28672))
+ROWS = (1, 16, 64, 128, 256, 1024, 4096)
+MOST_CALLS = 32
+GRAPH_SECONDS = 0.02
+ENOUGH_ROWS_FOR_INT_MM = 17
+
+Call = Callable[[int], object]
+"""Launches the work over copy ``i`` of the weight."""
+
+
+@dataclass(frozen=True)
+class CudaRow:
+    """One contender at one shape and number of rows.  Times in microseconds, over interleaved replays."""
+
+    contender: str
+    ours: bool
+    kernel: str
+    k: int
+    n: int
+    m: int
+    median: float
+    best: float
+    worst: float
+    limit: float
+    percent_of_limit: float
+    tops: float
+
+
+@dataclass(frozen=True)
+class CudaCeilings:
+    """Measured in the run: bytes read plus written a second, operations a second."""
+
+    copy: float
+    bf16: float
+    int8: float
+
+    def limit(self, moved: float, operations: float) -> float:
+        """Microseconds that no kernel can beat."""
+        return 1e6 * max(moved / self.copy, operations / self.int8)
+
+
+class Graph:
+    """``count`` launches captured once; :meth:`replay` times them together."""
+
+    def __init__(self, call: Call, count: int) -> None:
+        self.count = count
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            call(0)
+        torch.cuda.synchronize()
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph, stream=stream):
+            for index in range(count):
+                call(index)
+        self.replay()
+
+    def replay(self) -> float:
+        """Microseconds of one launch."""
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        self._graph.replay()
+        end.record()
+        end.synchronize()
+        return 1e3 * start.elapsed_time(end) / self.count
+
+
+def measure_ceilings() -> CudaCeilings:
+    """Copy bandwidth, the rate of a large bf16 product, that of int8 products from shared memory."""
+    bf16 = _bf16_rate()
+    try:
+        random = torch.randint(-127, 128, (48 << 10,), dtype=torch.int8, device="cuda")
+        operations = cuda.peak_s8(random, 20000)
+        int8 = 1e6 * operations / statistics.median(_replays(Graph(lambda _: cuda.peak_s8(random, 20000), 1), 5))
+    except ValueError:
+        int8 = 2 * bf16  # the ratio of the two instructions' rates
+    return CudaCeilings(_copy_rate(), bf16, int8)
+
+
+def _copy_rate() -> float:
+    source = torch.randn(1 << 28, device="cuda")
+    target = torch.empty_like(source)
+    graph = Graph(lambda _: torch.mul(source, 2.0, out=target), 4)
+    return 1e6 * 2 * source.nbytes / statistics.median(_replays(graph, 7))
+
+
+def _bf16_rate(size: int = 8192) -> float:
+    a, b = (torch.randn(size, size, device="cuda").to(torch.bfloat16) for _ in range(2))
+    out = torch.empty_like(a)
+    graph = Graph(lambda _: torch.mm(a, b.t(), out=out), 4)
+    return 1e6 * 2 * size**3 / statistics.median(_replays(graph, 7))
+
+
+def _replays(graph: Graph, count: int) -> list[float]:
+    return [graph.replay() for _ in range(count)]
+
+
+class Problem:
+    """The operands of one shape and number of rows; copies of the weight fill ``cold_bytes``."""
+
+    def __init__(self, k: int, n: int, m: int, cold_bytes: int, dtype: torch.dtype) -> None:
+        self.k, self.n, self.m, self.dtype = k, n, m, dtype
+        copies = max(2, min(64, -(-cold_bytes // (n * k))))
+        self.weights = [torch.randint(-127, 128, (n, k), dtype=torch.int8, device="cuda") for _ in range(copies)]
+        self.weight_scale = torch.rand(n, device="cuda") * 0.01 + 0.001
+        self.layers: list[dict[str, Tensor | None]] = []
+        for weight in self.weights:
+            packed, colsum = cuda.pack_w8(weight)
+            self.layers.append({"packed": packed, "colsum": colsum, "weight_scale": self.weight_scale, "bias": None})
+        self.x = torch.randn(m, k, device="cuda").to(dtype)
+        self.q, self.scale, _ = cuda.quantize_rows(self.x)
+        self.out = torch.empty(m, n, dtype=dtype, device="cuda")
+
+    def contenders(self) -> Iterator[tuple[str, bool, Call]]:
+        """(name, ours, call) of everyone who can take this problem."""
+        layers, count = self.layers, len(self.layers)
+
+        def gemm(index: int, dependent: bool = False) -> Tensor:
+            layer = layers[index % count]
+            return cuda.gemm_w8a8(
+                self.q, self.scale, None, layer, out_dtype=self.dtype, out=self.out, dependent=dependent
+            )
+
+        def layer(index: int) -> Tensor:
+            t: Any = layers[index % count]
+            return cuda.linear_w8a8(
+                self.x,
+                t["packed"],
+                t["colsum"],
+                t["weight_scale"],
+                None,
+                self.n,
+                self.k,
+                True,
+                None,
+                None,
+                None,
+                self.dtype,
+            )
+
+        yield "gemm", True, gemm
+        yield "gemm overlapped", True, lambda index: gemm(index, True)
+        yield "layer", True, layer
+        if not triton.available():
+            from qkernels.triton.gemm_w8a8 import gemm_w8a8
+
+            yield (
+                "triton gemm",
+                True,
+                lambda index: gemm_w8a8(
+                    self.q, self.scale, None, self.weights[index % count], self.weight_scale, out_dtype=self.dtype
+                ),
+            )
+        if self.m >= ENOUGH_ROWS_FOR_INT_MM and self.k % 8 == 0 and self.n % 8 == 0:
+            yield "int_mm", False, lambda index: torch._int_mm(self.q, self.weights[index % count].t())
+        wide = [weight.to(torch.bfloat16) for weight in self.weights[: max(2, count // 2)]]
+        x16, out16 = self.x.to(torch.bfloat16), torch.empty(self.m, self.n, dtype=torch.bfloat16, device="cuda")
+        yield "cublas bf16", False, lambda index: torch.mm(x16, wide[index % len(wide)].t(), out=out16)
+
+    def exact(self, call: Call) -> bool:
+        """Whether the result over the first weight has the reference's bits."""
+        wanted = reference.linear_w8a8_prequantized(
+            self.q, self.scale, None, self.weights[0], self.weight_scale, None, self.dtype
+        )
+        result = call(0)
+        bits = torch.int32 if self.dtype == torch.float32 else torch.int16
+        return isinstance(result, Tensor) and torch.equal(result.view(bits), wanted.view(bits))
+
+
+def run_cuda_grid(args: argparse.Namespace) -> int:
+    """Run what the command line asks for on the current GPU; 1 if one of our results was not exact, else 0.
+
+    Raises:
+        RuntimeError: no GPU that the CUDA module serves.
+    """
+    if not torch.cuda.is_available():
+        raise RuntimeError("--device cuda: no CUDA device, or a torch built without CUDA")
+    reason = cuda.unavailable(torch.device("cuda", torch.cuda.current_device()))
+    if reason:
+        raise RuntimeError(f"--device cuda: {reason}")
+    ceilings = measure_ceilings()
+    print(
+        f"{torch.cuda.get_device_name()}: copy {ceilings.copy / 1e12:.2f} TB/s, "
+        f"bf16 {ceilings.bf16 / 1e12:.0f} TFLOP/s, int8 {ceilings.int8 / 1e12:.0f} TOP/s"
+    )
+    dtype = getattr(torch, args.dtype)
+    rows: list[CudaRow] = []
+    notes: list[str] = []
+    total = len(args.shapes) * len(args.rows)
+    with torch.inference_mode(), tracking(None, total=total, what="bench") as step:
+        for number, (k, n) in enumerate(args.shapes):
+            for index, m in enumerate(args.rows):
+                step(number * len(args.rows) + index, total, f"K={k} N={n} M={m}")
+                new = _run_problem(Problem(k, n, m, args.cold_mb << 20, dtype), ceilings, args.rounds, notes)
+                print("\n" + table(new), flush=True)
+                rows += new
+    for note in notes:
+        print(note)
+    result = {
+        "when": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "command": ["qkernels", *sys.argv[1:]],
+        "machine": info(),
+        "device": torch.cuda.get_device_name(),
+        "capability": cuda.capability(torch.cuda.current_device()),
+        "dtype": args.dtype,
+        "versions": dict(versions()),
+        "commit": commit(),
+        "ceilings": asdict(ceilings),
+        "notes": notes,
+        "rows": [asdict(row) for row in rows],
+    }
+    if args.json:
+        Path(args.json).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    return 1 if notes else 0
+
+
+def _run_problem(problem: Problem, ceilings: CudaCeilings, rounds: int, notes: list[str]) -> list[CudaRow]:
+    k, n, m = problem.k, problem.n, problem.m
+    operations = 2.0 * m * n * k
+    size = problem.dtype.itemsize
+    gemm_limit = ceilings.limit(traffic(Scheme(), k, n, m, size, 1), operations)
+    layer_limit = ceilings.limit(traffic(Scheme(), k, n, m, size), operations)
+    count = max(2, min(MOST_CALLS, int(GRAPH_SECONDS * 1e6 / max(gemm_limit, 5.0))))
+    graphs: list[tuple[str, bool, Graph]] = []
+    for name, ours, call in problem.contenders():
+        if ours and not problem.exact(call):
+            notes.append(f"{name}: NOT EXACT at K={k} N={n} M={m}, so not timed")
+            continue
+        graphs.append((name, ours, Graph(call, count)))
+    times: list[list[float]] = [[] for _ in graphs]
+    for _ in range(rounds):
+        for (_, _, graph), values in zip(graphs, times, strict=True):
+            values.append(graph.replay())
+    kernel = cuda.kernel_name(m, n, k, problem.x.device)
+    rows = []
+    for (name, ours, _), values in zip(graphs, times, strict=True):
+        median = statistics.median(values)
+        limit = layer_limit if name == "layer" else gemm_limit
+        rows.append(
+            CudaRow(
+                contender=name,
+                ours=ours,
+                kernel=kernel if ours and not name.startswith("triton") else "",
+                k=k,
+                n=n,
+                m=m,
+                median=median,
+                best=min(values),
+                worst=max(values),
+                limit=limit,
+                percent_of_limit=100 * limit / median,
+                tops=operations / median / 1e6,
+            )
+        )
+    return rows
+
+
+def table(rows: list[CudaRow]) -> str:
+    """One shape and number of rows as text."""
+    first = rows[0]
+    lines = [f"K={first.k} N={first.n} M={first.m}: limit {first.limit:.1f} us"]
+    for row in rows:
+        lines.append(
+            f"  {row.contender:<16}{row.median:9.1f} us  ({row.best:.1f}..{row.worst:.1f}){row.percent_of_limit:6.0f} %"
+            f"{row.tops:8.0f} TOP/s  {row.kernel}"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,222 @@
+"""Quantized layers on a GPU: bits, streams, graphs, compilation, devices.  What needs no GPU runs without one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import DTYPES, assert_bits_equal, hazard_rows, seeded, strided
+
+from qkernels import cuda, ops, reference
+from qkernels.cuda_w8a8 import PreparedCudaW8A8
+from qkernels.prepared import Prepared
+from qkernels.scheme import Scheme
+from qkernels.triton.layer import PreparedTritonW8A8
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device, or a torch built without CUDA")
+needs_module = pytest.mark.skipif(cuda._cuda is None, reason="this installation was built without the CUDA module")
+SCHEMES = {
+    "symmetric": Scheme(),
+    "asymmetric": Scheme(activation_symmetric=False),
+    "static": Scheme(activation_dynamic=False, activation_granularity="per_tensor"),
+    "static asymmetric": Scheme(
+        activation_dynamic=False, activation_granularity="per_tensor", activation_symmetric=False
+    ),
+}
+
+
+def canonical(scheme: Scheme, n: int, k: int, *, smooth: bool = False) -> dict[str, torch.Tensor]:
+    tensors = reference.quantize_weight(seeded(n, k, seed=n + k), scheme)
+    tensors["bias"] = seeded(n, seed=1)
+    if not scheme.activation_dynamic:
+        tensors["act_scale"] = torch.tensor(0.021)
+        if not scheme.activation_symmetric:
+            tensors["act_zero_point"] = torch.tensor(117, dtype=torch.int32)
+    if smooth:
+        tensors["inv_smooth"] = seeded(k, seed=2).abs() + 0.5
+    return tensors
+
+
+def on_gpu(scheme: Scheme, n: int, k: int, *, smooth: bool = False, device: str = "cuda") -> Prepared:
+    prepared = ops.prepare(canonical(scheme, n, k, smooth=smooth), scheme, k, device=device)
+    assert isinstance(prepared, PreparedCudaW8A8), prepared.reason
+    return prepared
+
+
+# -- without a GPU ----------------------------------------------------------------------------------------------------
+
+
+def test_kernels_leave_other_devices_alone() -> None:
+    cpu = torch.device("cpu")
+    for candidate in (PreparedCudaW8A8, PreparedTritonW8A8):
+        assert candidate.objection(Scheme(), 64, 64, cpu)
+    prepared = ops.prepare(canonical(Scheme(), 8, 16), Scheme(), 16)
+    assert prepared.kernel.startswith("w8a8.")
+    assert "cuda" not in prepared.kernel
+    w4 = ops.prepare(reference.quantize_weight(seeded(8, 64), Scheme.from_preset("w4a16")), "w4a16", 64)
+    assert "CUDA" not in w4.reason
+
+
+@needs_module
+def test_selection_covers_every_shape() -> None:
+    """On every architecture each shape gets a kernel that exists there, within its limits."""
+    for capability in (80, 86, 89, 90, 100, 120):
+        for m in (1, 7, 16, 17, 64, 65, 128, 200, 256, 257, 1000, 4096, 8192):
+            for n, k in ((1, 1), (576, 1536), (4096, 4096), (14336, 4096), (4096, 14336), (28672, 8192), (49152, 576)):
+                kernel, tile, split, share, deep = cuda._cuda.select_w8a8(m, n, k, capability, 132)
+                if capability != 90 or not cuda._cuda.has_sm90a():
+                    assert (kernel, split, share, deep) == (0, 1, 1, 0)
+                    assert tile in (16, 64, 128)
+                elif kernel == 1:
+                    assert tile in (8, 16, 32, 64, 128)
+                    assert split * share <= 8
+                    assert tile >= 8 * share
+                else:
+                    assert kernel == 2
+                    assert (tile, share) in ((128, 1), (128, 2), (224, 2), (256, 1), (256, 2))
+
+
+@needs_module
+def test_packed_size_is_whole_atoms() -> None:
+    assert cuda.packed_w8_bytes(1, 1) == 1024
+    assert cuda.packed_w8_bytes(8, 128) == 1024
+    assert cuda.packed_w8_bytes(9, 129) == 4096
+
+
+# -- on a GPU ---------------------------------------------------------------------------------------------------------
+
+
+@needs_gpu
+@needs_module
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("smooth", [False, True])
+def test_layer_equals_the_reference(name: str, dtype: torch.dtype, smooth: bool) -> None:
+    scheme, n, k = SCHEMES[name], 203, 333
+    prepared, tensors = on_gpu(scheme, n, k, smooth=smooth), canonical(scheme, n, k, smooth=smooth)
+    for rows in (1, 2, 15, 33, 129, 300):
+        x = seeded(rows, k, seed=rows).to(dtype)
+        assert_bits_equal(prepared.run(x.to("cuda")), reference.linear(x, tensors, scheme, k), f"{rows} rows")
+    x = hazard_rows(k).to(dtype)
+    assert_bits_equal(prepared.run(x.to("cuda")), reference.linear(x, tensors, scheme, k), "hazards")
+
+
+@needs_gpu
+@needs_module
+@pytest.mark.gpu
+def test_layer_takes_any_strides_and_no_rows() -> None:
+    scheme, n, k = Scheme(), 64, 96
+    prepared, tensors = on_gpu(scheme, n, k), canonical(scheme, n, k)
+    x = seeded(6, 5, k).to(torch.bfloat16)
+    wanted = reference.linear(x, tensors, scheme, k)
+    gpu = x.to("cuda")
+    assert_bits_equal(prepared.run(gpu), wanted)
+    assert_bits_equal(prepared.run(strided(gpu)), wanted)
+    assert_bits_equal(prepared.run(gpu.transpose(0, 1)), wanted.transpose(0, 1).contiguous())
+    flat = torch.empty(6 * 5 * k + 1, dtype=torch.bfloat16, device="cuda")[1:].view(6, 5, k)  # misaligned by 2 bytes
+    assert_bits_equal(prepared.run(flat.copy_(gpu)), wanted)
+    assert prepared.run(gpu[:0]).shape == (0, 5, n)
+
+
+@needs_gpu
+@needs_module
+@pytest.mark.gpu
+def test_layer_returns_its_canonical_tensors_and_takes_new_ones() -> None:
+    scheme, n, k = Scheme(), 75, 200
+    prepared, tensors = on_gpu(scheme, n, k), canonical(scheme, n, k)
+    for name, tensor in prepared.canonical().items():
+        assert_bits_equal(tensor, tensors[name], name)
+    other = dict(canonical(scheme, n, k), weight=torch.flip(tensors["weight"], (0,)))
+    prepared.load(other)
+    x = seeded(9, k)
+    assert_bits_equal(prepared.run(x.to("cuda")), reference.linear(x, other, scheme, k))
+
+
+@needs_gpu
+@needs_module
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [1, 40, 300])
+def test_layer_in_a_cuda_graph(rows: int) -> None:
+    scheme, n, k = Scheme(activation_symmetric=False), 512, 1024
+    prepared, tensors = on_gpu(scheme, n, k), canonical(scheme, n, k)
+    x = torch.zeros(rows, k, dtype=torch.bfloat16, device="cuda")
+    prepared.run(x)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        first = prepared.run(x)
+        second = prepared.run(first[:, :1].expand(rows, k).contiguous())
+    for seed in range(3):
+        fresh = seeded(rows, k, seed=seed).to(torch.bfloat16)
+        x.copy_(fresh)
+        graph.replay()
+        wanted = reference.linear(fresh, tensors, scheme, k)
+        assert_bits_equal(first, wanted)
+        assert_bits_equal(second, reference.linear(wanted[:, :1].expand(rows, k), tensors, scheme, k))
+
+
+@needs_gpu
+@needs_module
+@pytest.mark.gpu
+def test_layer_on_two_streams_at_once() -> None:
+    scheme, n, k = Scheme(), 2048, 2048
+    prepared = on_gpu(scheme, n, k)
+    inputs = [seeded(rows, k, seed=rows).to("cuda", torch.bfloat16) for rows in (1, 3, 64, 500)]
+    wanted = [prepared.run(x) for x in inputs]
+    streams = [torch.cuda.Stream(), torch.cuda.Stream()]
+    torch.cuda.synchronize()
+    results: list[torch.Tensor] = []
+    for turn in range(40):
+        with torch.cuda.stream(streams[turn % 2]):
+            results.append(prepared.run(inputs[turn % 4]))
+    torch.cuda.synchronize()
+    for turn, result in enumerate(results):
+        assert_bits_equal(result, wanted[turn % 4])
+
+
+@needs_gpu
+@needs_module
+@pytest.mark.gpu
+def test_layer_on_another_device() -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("one CUDA device")
+    scheme, n, k = Scheme(), 64, 128
+    prepared, tensors = on_gpu(scheme, n, k, device="cuda:1"), canonical(scheme, n, k)
+    x = seeded(5, k)
+    assert_bits_equal(prepared.run(x.to("cuda:1")), reference.linear(x, tensors, scheme, k))
+    with pytest.raises(ValueError, match="device"):
+        prepared.run(x.to("cuda:0"))
+
+
+@needs_gpu
+@needs_module
+@pytest.mark.gpu
+def test_layer_compiled_and_differentiated() -> None:
+    scheme, n, k = Scheme(), 96, 64
+    prepared, tensors = on_gpu(scheme, n, k), canonical(scheme, n, k)
+    x = seeded(7, k)
+    wanted = reference.linear(x, tensors, scheme, k)
+    compiled = torch.compile(lambda t: prepared.call(t, prepared.tensors), fullgraph=True)
+    assert_bits_equal(compiled(x.to("cuda")), wanted)
+    leaf = x.to("cuda").requires_grad_()
+    y = prepared.run(leaf)
+    assert_bits_equal(y, wanted)
+    y.sum().backward()
+    weight = reference.dequantize_weight(tensors, scheme, k)
+    assert leaf.grad is not None
+    # n products and sums in fp32 on both sides
+    torch.testing.assert_close(leaf.grad.cpu(), weight.sum(0).expand(7, k), rtol=n * 2.0**-23, atol=n * 2.0**-23)
+
+
+@needs_gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", SCHEMES)
+def test_triton_layer_equals_the_reference(name: str) -> None:
+    pytest.importorskip("triton")
+    scheme, n, k = SCHEMES[name], 203, 333
+    tensors = canonical(scheme, n, k, smooth=True)
+    moved = {key: tensor.to("cuda") for key, tensor in tensors.items()}
+    prepared = PreparedTritonW8A8.from_canonical(moved, scheme, k)
+    for rows in (1, 33, 300):
+        x = seeded(rows, k, seed=rows).to(torch.bfloat16)
+        assert_bits_equal(prepared.run(x.to("cuda")), reference.linear(x, tensors, scheme, k), f"{rows} rows")
