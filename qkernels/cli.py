@@ -18,7 +18,7 @@ from collections.abc import Sequence
 
 from qkernels._version import __version__
 from qkernels.bench.cli import add_parser as add_bench_parser
-from qkernels.commands import demo, generate, info, inspect, quantize
+from qkernels.commands import demo, evaluate, generate, info, inspect, quantize
 
 # What unusable input raises: our checks (ValueError, TypeError), the file system and transformers (OSError), a missing
 # extra (ImportError).
@@ -33,7 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"qkernels {__version__}")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for command in (info, demo, quantize, inspect, generate):
+    for command in (info, demo, quantize, inspect, generate, evaluate):
         command.add_parser(subparsers)
     add_bench_parser(subparsers)
     return parser

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from qkernels.commands.calibration import add_calibration_options, calibrated_options, smoothing
 from qkernels.commands.common import add_json_option, add_threads_option, apply_threads, write_json
 from qkernels.scheme import Scheme
 
@@ -32,6 +33,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("-o", "--output", required=True, metavar="OUT", help="directory to create")
     parser.add_argument("--force", action="store_true", help="replace OUT if it holds an earlier quantized model")
     add_scheme_options(parser)
+    add_calibration_options(parser)
     parser.add_argument(
         "--dtype", choices=DTYPES, default="float32", help="dtype of what stays float (default: float32)"
     )
@@ -67,11 +69,14 @@ def add_scheme_options(parser: argparse.ArgumentParser, *, default: str | None =
     parser.add_argument("--gguf-file", metavar="NAME", help="which GGUF file of MODEL_DIR to read")
 
 
-def quantize_model(model: Any, args: argparse.Namespace) -> Any:
-    """Apply the scheme options to a float model in place, with a progress bar, and return the report."""
+def quantize_model(model: Any, args: argparse.Namespace, **calibrated: Any) -> Any:
+    """Apply the scheme options to a float model in place, with a progress bar, and return the report.
+
+    `calibrated` are further keywords of `quantize_`: smoothing, algorithm and their data.
+    """
     import qkernels
 
-    options: dict[str, Any] = {"embeddings": args.embeddings, "progress": True}
+    options: dict[str, Any] = {"embeddings": args.embeddings, "progress": True, **calibrated}
     if args.include:
         options["include"] = tuple(args.include)
     if args.exclude:
@@ -94,8 +99,11 @@ def chosen_scheme(args: argparse.Namespace) -> Scheme:
 def run(args: argparse.Namespace) -> int:
     """Quantize and store; print the report."""
     from qkernels import hf
+    from qkernels.hooks import find_algorithm
 
     chosen_scheme(args)  # a typo must not cost the time to load a model
+    smoothing(args)
+    find_algorithm(args.algorithm)
     if hf.find_gguf(args.model, args.gguf_file) is None and hf.is_quantized(args.model):
         raise ValueError(f"model directory: {args.model} is quantized already")
     target = hf.check_output(args.output, force=args.force)
@@ -105,7 +113,8 @@ def run(args: argparse.Namespace) -> int:
     print(f"loading {args.model}", file=sys.stderr)
     model = hf.load_float(args.model, gguf_file=args.gguf_file, dtype=parse_dtype(args.dtype))
     tokenizer = hf.load_tokenizer(args.model, gguf_file=args.gguf_file)
-    report = quantize_model(model, args)
+    static = not chosen_scheme(args).activation_dynamic
+    report = quantize_model(model, args, **calibrated_options(args, tokenizer, static=static))
     print(f"writing {target}", file=sys.stderr)
     hf.save_quantized(
         model,
