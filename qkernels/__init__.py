@@ -23,6 +23,7 @@ from .convert import dequantize_, quantize_
 from .gptq import GPTQ
 from .hqq import HQQ
 from .info import info
+from .qat import convert_, prepare_qat_
 from .qtensor import QTensor, dequantize, quantize
 from .report import LayerReport, Report
 from .scheme import Scheme
@@ -42,6 +43,7 @@ __all__ = [
     "Scheme",
     "__version__",
     "calibrate",
+    "convert_",
     "dequantize",
     "dequantize_",
     "fit_codebook",
@@ -50,6 +52,7 @@ __all__ = [
     "nn",
     "ops",
     "plan",
+    "prepare_qat_",
     "quantize",
     "quantize_",
     "quantize_dynamic",
