@@ -23,8 +23,8 @@
 
 #include "../args.h"
 #include "../layout.h"
-#include "linear_w8a8_impl.h"
 #include "quantize_rows.h"
+#include "row_chunks.h"
 #include "threads.h"
 
 namespace qk {
@@ -40,8 +40,7 @@ inline int64_t w4a8_row_bytes(int64_t k, int64_t groups) {
 
 template <class V>
 int64_t linear_w4a8_scratch_bytes(int64_t m, int64_t k, int64_t groups, int threads) {
-  const int64_t copies = m <= kRedundantRows ? threads : 1, bytes = w4a8_row_bytes(k, groups);
-  return copies * chunk_rows(m, k) * (bytes + static_cast<int64_t>(sizeof(RowScale))) + V::kTileM * bytes;
+  return row_chunks_bytes<V>(m, k, w4a8_row_bytes(k, groups), threads);
 }
 
 template <class V>
@@ -55,29 +54,12 @@ class LinearW4A8 {
         fuses_(args.act.symmetric && !args.weight_zero_point && !args.weight_min && group_ <= kPanelK) {}
 
   void run() const {
-    if (p_.m == 0 || p_.n == 0) return;
-    const int64_t work = p_.m * round_up(p_.n, kBlockN) * padded_k(p_.k) / kMinMacsPerThread;
-    const int threads = work < p_.threads ? static_cast<int>(work < 1 ? 1 : work) : p_.threads;
-    const int64_t chunk = chunk_rows(p_.m, p_.k);
-    const bool redundant = p_.m <= kRedundantRows;
-    parallel(threads, [&](int thread, int team) {
-      const typename V::Session session;
-      const int64_t copy = redundant ? thread : 0;
-      uint8_t* q = p_.scratch + copy * chunk * stride_;
-      RowScale* scales =
-          reinterpret_cast<RowScale*>(p_.scratch + (redundant ? threads : 1) * chunk * stride_) + copy * chunk;
-      for (int64_t row = 0; row < p_.m; row += chunk) {
-        const int64_t rows = p_.m - row < chunk ? p_.m - row : chunk;
-        if (redundant) {
-          quantize_rows(row, {0, rows}, q, scales);
-        } else {
-          quantize_rows(row, share(rows, thread, team), q, scales);
-          barrier(team);
-        }
-        gemm(row, rows, q, scales, thread, team);
-        if (row + chunk < p_.m) barrier(team);
-      }
-    });
+    for_row_chunks<V>(
+        p_.m, p_.n, p_.k, stride_, p_.scratch, p_.threads,
+        [this](int64_t row, Range range, uint8_t* q, RowScale* scales) { quantize_rows(row, range, q, scales); },
+        [this](int64_t row, int64_t rows, const uint8_t* q, const RowScale* scales, int thread, int team) {
+          gemm(row, rows, q, scales, thread, team);
+        });
   }
 
  private:

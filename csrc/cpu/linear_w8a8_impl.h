@@ -28,33 +28,15 @@
 #include "../args.h"
 #include "../layout.h"
 #include "quantize_rows.h"
+#include "row_chunks.h"
 #include "threads.h"
 
 namespace qk {
 namespace {
 
-constexpr int64_t kChunkBytes = 4 << 20;  // quantized activations held at a time
-constexpr int64_t kMinChunkRows = 96;
-constexpr int64_t kRowPad = 64;  // bytes; keeps rows of a power-of-two K from falling on one cache set
-constexpr int64_t kRedundantRows =
-    4;  // up to this many rows, each thread quantizes all of them and no barrier is needed
-constexpr int64_t kMinMacsPerThread = 256 << 10;
-
-inline int64_t row_bytes(int64_t k) { return padded_k(k) + kRowPad; }
-
-// Rows quantized at a time: chunks of nearly equal size, whole tiles of any tier (6, 4 or 32 rows) but for the last.
-inline int64_t chunk_rows(int64_t m, int64_t k) {
-  int64_t most = kChunkBytes / row_bytes(k);
-  most = most < kMinChunkRows ? kMinChunkRows : most;
-  const int64_t rows = m <= most ? m : round_up(ceil_div(m, ceil_div(m, most)), kMinChunkRows);
-  return m < rows ? m : rows;
-}
-
-// A tile may read (and ignore) up to kTileM - 1 rows past the last one.
 template <class V>
 int64_t linear_w8a8_scratch_bytes(int64_t m, int64_t k, int threads) {
-  const int64_t copies = m <= kRedundantRows ? threads : 1;
-  return copies * chunk_rows(m, k) * (row_bytes(k) + static_cast<int64_t>(sizeof(RowScale))) + V::kTileM * row_bytes(k);
+  return row_chunks_bytes<V>(m, k, row_bytes(k), threads);
 }
 
 template <class V>
@@ -63,29 +45,12 @@ class LinearW8A8 {
   explicit LinearW8A8(const LinearW8A8Args& args) : p_(args), stride_(row_bytes(args.k)) {}
 
   void run() const {
-    if (p_.m == 0 || p_.n == 0) return;
-    const int64_t work = p_.m * round_up(p_.n, kBlockN) * padded_k(p_.k) / kMinMacsPerThread;
-    const int threads = work < p_.threads ? static_cast<int>(work < 1 ? 1 : work) : p_.threads;
-    const int64_t chunk = chunk_rows(p_.m, p_.k);
-    const bool redundant = p_.m <= kRedundantRows;
-    parallel(threads, [&](int thread, int team) {
-      const typename V::Session session;
-      const int64_t copy = redundant ? thread : 0;
-      uint8_t* q = p_.scratch + copy * chunk * stride_;
-      RowScale* scales =
-          reinterpret_cast<RowScale*>(p_.scratch + (redundant ? threads : 1) * chunk * stride_) + copy * chunk;
-      for (int64_t row = 0; row < p_.m; row += chunk) {
-        const int64_t rows = p_.m - row < chunk ? p_.m - row : chunk;
-        if (redundant) {
-          quantize_rows(row, {0, rows}, q, scales);
-        } else {
-          quantize_rows(row, share(rows, thread, team), q, scales);
-          barrier(team);
-        }
-        gemm(row, rows, q, scales, thread, team);
-        if (row + chunk < p_.m) barrier(team);  // the next chunk overwrites q
-      }
-    });
+    for_row_chunks<V>(
+        p_.m, p_.n, p_.k, stride_, p_.scratch, p_.threads,
+        [this](int64_t row, Range range, uint8_t* q, RowScale* scales) { quantize_rows(row, range, q, scales); },
+        [this](int64_t row, int64_t rows, const uint8_t* q, const RowScale* scales, int thread, int team) {
+          gemm(row, rows, q, scales, thread, team);
+        });
   }
 
  private:
