@@ -26,6 +26,7 @@ from .info import info
 from .qat import convert_, prepare_qat_
 from .qtensor import QTensor, dequantize, quantize
 from .report import LayerReport, Report
+from .retrieval import EmbeddingIndex
 from .scheme import Scheme
 from .sensitivity import plan, sensitivity
 from .serialization import load, save
@@ -37,6 +38,7 @@ __all__ = [
     "HQQ",
     "MSE",
     "NF4",
+    "EmbeddingIndex",
     "LayerReport",
     "QTensor",
     "Report",
