@@ -224,9 +224,19 @@ class PreparedPacked(Prepared):
         if is_plain(x) and x.is_cpu and x.dtype in DTYPE_CODES and x.layout is torch.strided:
             tensors = self.tensors
             if x.dim() and x.shape[-1] == self.in_features:
+                # Written out, in the order of ``names``: this is a good part of what a call costs beside its kernel.
                 get = tensors.get
                 static = get("act_scale")  # its value is part of the object, so it is looked at afresh
-                now = (*[_address(get(name)) for name in self.names], None if static is None else float(static))
+                now = (
+                    tensors["packed"].data_ptr(),
+                    tensors["packed_scale"].data_ptr(),
+                    0 if (t := get("packed_zero_point")) is None else t.data_ptr(),
+                    0 if (t := get("packed_min")) is None else t.data_ptr(),
+                    0 if (t := get("bias")) is None else t.data_ptr(),
+                    0 if static is None else float(static),
+                    0 if (t := get("act_zero_point")) is None else int(t),
+                    0 if (t := get("inv_smooth")) is None else t.data_ptr(),
+                )
                 if now != self._bound:
                     self._bind(now)
                 if self._run is not None:

@@ -100,8 +100,8 @@ struct Avx512Vnni : ZmmVerbs {
     constexpr bool kUnsignedWeights = true;
     const uint8_t* a3 = a + 3 * lda;
     QK_START(0)
-    QK_START(1) QK_START(2) QK_START(3) QK_START(4)
-        QK_START(5) for (int64_t k = 0; k < steps; ++k, b += kBlockN * kPackK) {
+    QK_START(1)
+    QK_START(2) QK_START(3) QK_START(4) QK_START(5) for (int64_t k = 0; k < steps; ++k, b += kBlockN * kPackK) {
       const __m512i b0 = _mm512_load_si512(b), b1 = _mm512_load_si512(b + 64), b2 = _mm512_load_si512(b + 128),
                     b3 = _mm512_load_si512(b + 192);
       QK_ROW(0, a)
