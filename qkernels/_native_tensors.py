@@ -1,4 +1,4 @@
-"""Whole tensors through the CPU kernels: how a layout is seen by the binding, and what the kernels do not know.
+"""Whole tensors through the native kernels: how a layout is seen by the binding, and what the kernels do not know.
 
 The kernels see a contiguous tensor as ``[outer, channels, inner]`` with one granule per channel (over outer and inner),
 or as rows of ``inner`` cut into groups.  They know int8 around zero, uint8 with a zero point, and both kinds of 4
@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from . import _C
+from . import _C, cuda
 from ._granules import Layout
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -20,8 +20,8 @@ _INT8, _UINT8, _INT4 = 0, 1, 2
 
 
 def objection(layout: Layout, device: torch.device) -> str:
-    """Why the CPU kernels cannot serve a layout; empty where they can."""
-    if device.type != "cpu":
+    """Why the kernels of the device cannot serve a layout; empty where they can."""
+    if device.type != "cpu" and cuda.unavailable(device):
         return f"no native quantize for device {device.type}"
     if _view(layout) is None:
         bits, where = layout.bits, f"granularity={layout.granularity!r}, axis={layout.axis}, shape {list(layout.shape)}"
@@ -61,7 +61,7 @@ def quantize(
     """As :func:`qkernels.reference.quantize`, for a layout without :func:`objection`.
 
     Args:
-        x: float32, bfloat16 or float16 on the CPU.
+        x: float32, bfloat16 or float16 on a device without objection.
         scale, zero_point: None, or float32 and int32 of shape ``layout.scale_shape``, checked.
     """
     view = _view(layout)
@@ -80,18 +80,21 @@ def quantize(
     if not layout.symmetric:
         zeros = x.new_empty(layout.scale_shape, dtype=torch.int32) if zero_point is None else zero_point + shift
         zeros = zeros.contiguous()
-    _C.quantize(
-        x.data_ptr(),
-        _DTYPES[x.dtype],
-        *view,
-        data.data_ptr(),
-        kind,
-        steps.data_ptr(),
-        0 if zeros is None else zeros.data_ptr(),
-        layout.symmetric,
-        static,
-        torch.get_num_threads(),
-    )
+    if x.is_cuda:
+        cuda.quantize(x, view, data, kind, steps, zeros, symmetric=layout.symmetric, static=static)
+    else:
+        _C.quantize(
+            x.data_ptr(),
+            _DTYPES[x.dtype],
+            *view,
+            data.data_ptr(),
+            kind,
+            steps.data_ptr(),
+            0 if zeros is None else zeros.data_ptr(),
+            layout.symmetric,
+            static,
+            torch.get_num_threads(),
+        )
     if layout.bits == 8 and layout.signed != layout.symmetric:
         data = (data.view(torch.uint8) ^ 128).view(layout.dtype)
     return data, steps, None if zeros is None else zeros - shift
@@ -107,14 +110,18 @@ def dequantize(data: Tensor, scale: Tensor, zero_point: Tensor | None, layout: L
         zero_point = torch.full_like(scale, 128, dtype=torch.int32)
     zeros = None if zero_point is None else zero_point.contiguous()
     out = scale.new_empty(layout.shape, dtype=dtype)
-    _C.dequantize(
-        data.data_ptr(),
-        _INT4 if layout.bits == 4 else _INT8 if layout.signed else _UINT8,
-        *view,
-        scale.data_ptr(),
-        0 if zeros is None else zeros.data_ptr(),
-        out.data_ptr(),
-        _DTYPES[dtype],
-        torch.get_num_threads(),
-    )
+    kind = _INT4 if layout.bits == 4 else _INT8 if layout.signed else _UINT8
+    if data.is_cuda:
+        cuda.dequantize(data, kind, view, scale, zeros, out)
+    else:
+        _C.dequantize(
+            data.data_ptr(),
+            kind,
+            *view,
+            scale.data_ptr(),
+            0 if zeros is None else zeros.data_ptr(),
+            out.data_ptr(),
+            _DTYPES[dtype],
+            torch.get_num_threads(),
+        )
     return out

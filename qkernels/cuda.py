@@ -28,12 +28,14 @@ __all__ = [
     "MINIMUM_CAPABILITY",
     "PACKED_ALIGNMENT",
     "capability",
+    "dequantize",
     "gemm_w8a8",
     "kernel_name",
     "linear_w8a8",
     "pack_w8",
     "packed_w8_bytes",
     "peak_s8",
+    "quantize",
     "quantize_rows",
     "unavailable",
     "unpack_w8",
@@ -319,3 +321,63 @@ def linear_w8a8(
                 _stream(device),
             )
     return out
+
+
+# -- whole tensors ----------------------------------------------------------------------------------------------------
+
+
+def quantize(
+    x: Tensor,
+    view: tuple[int, int, int, int],
+    data: Tensor,
+    kind: int,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    *,
+    symmetric: bool,
+    static: bool,
+) -> None:
+    """Codes of a contiguous tensor into ``data``, and its scales and zero points unless they are given.
+
+    Args:
+        view: (outer, channels, inner, group) of ``csrc/args.h``: a granule per channel, or ``group`` values of a row.
+        kind: 0 int8, 1 uint8, 2 two 4-bit codes per byte.
+        static: ``scale`` and ``zero_point`` are given; granules with NaN or Inf get scale NaN, zero point 0.
+    """
+    stats = torch.zeros(2 * scale.numel(), dtype=torch.int32, device=x.device)
+    with _on(x.device):
+        _cuda.quantize(
+            x.data_ptr(),
+            DTYPE_CODES[x.dtype],
+            *view,
+            data.data_ptr(),
+            kind,
+            scale.data_ptr(),
+            _address(zero_point),
+            symmetric,
+            static,
+            stats.data_ptr(),
+            _stream(x.device),
+        )
+
+
+def dequantize(
+    data: Tensor,
+    kind: int,
+    view: tuple[int, int, int, int],
+    scale: Tensor,
+    zero_point: Tensor | None,
+    out: Tensor,
+) -> None:
+    """``scale * (q - zero_point)`` into ``out``; arguments as those of :func:`quantize`."""
+    with _on(data.device):
+        _cuda.dequantize(
+            data.data_ptr(),
+            kind,
+            *view,
+            scale.data_ptr(),
+            _address(zero_point),
+            out.data_ptr(),
+            DTYPE_CODES[out.dtype],
+            _stream(data.device),
+        )

@@ -220,3 +220,50 @@ def test_triton_layer_equals_the_reference(name: str) -> None:
     for rows in (1, 33, 300):
         x = seeded(rows, k, seed=rows).to(torch.bfloat16)
         assert_bits_equal(prepared.run(x.to("cuda")), reference.linear(x, tensors, scheme, k), f"{rows} rows")
+
+
+@needs_gpu
+@needs_module
+@pytest.mark.gpu
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_tensors_at_every_granularity(bits: int, symmetric: bool, dtype: torch.dtype) -> None:
+    cases = [
+        ((5, 40), "token", -1, None),
+        ((300, 64), "token", -1, None),
+        ((64, 1000), "tensor", None, None),
+        ((4, 6, 10), "channel", 1, None),
+        ((9, 256), "group", -1, 64),
+        ((400, 200), "group", -1, 64),
+        ((3, 72), "group", -1, 32),
+    ]
+    for shape, granularity, axis, group in cases:
+        x = seeded(*shape, seed=bits)
+        x.view(-1)[3] = torch.inf
+        x = x.to(dtype)
+        options = {"bits": bits, "signed": symmetric and bits == 8, "granularity": granularity, "axis": axis}
+        options |= {"group_size": group, "symmetric": symmetric}
+        for static in (False, True):
+            given: dict[str, float | int | None] = {"scale": None, "zero_point": None}
+            if static:
+                given = {"scale": 0.17, "zero_point": None if symmetric else 3}
+            wanted = reference.quantize(x, **options, **given)  # type: ignore[arg-type]
+            tensors = [None if v is None else torch.tensor(v, device="cuda") for v in given.values()]
+            if tensors[1] is not None:
+                tensors[1] = tensors[1].to(torch.int32)
+            got = torch.ops.qkernels.quantize(x.to("cuda"), *options.values(), *tensors)
+            what = f"{shape} {granularity} static={static}"
+            for name, ours, theirs in zip(("codes", "scale", "zero_point"), got, wanted, strict=True):
+                if theirs is not None:
+                    assert_bits_equal(ours, theirs, f"{what}: {name}")
+            for out_dtype in DTYPES:
+                zero = None if symmetric else got[2]
+                back = torch.ops.qkernels.dequantize(got[0], got[1], zero, shape, *options.values(), out_dtype)
+                again = reference.dequantize(
+                    *wanted,
+                    shape=shape,
+                    dtype=out_dtype,
+                    **options,  # type: ignore[arg-type]
+                )
+                assert_bits_equal(back, again, f"{what}: dequantized")

@@ -22,12 +22,15 @@ int attribute(cudaDeviceAttr which, std::atomic<int> (&known)[64]) {
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// wgmma, few tokens: the smallest n that holds them (128 at most). K is split where there are fewer CTAs than half the
-// multiprocessors, by 2 if that will do: clusters of 4 and 8 start and meet measurably later. With more CTAs than fit
-// one to a multiprocessor, the activations' share of the L2 traffic counts, and neighbours share it.
+// wgmma, few tokens: the smallest n that holds them (128 at most, 64 if twice as many CTAs still fit). K is split where
+// there are fewer CTAs than half the multiprocessors, by 2 if that will do: clusters of 4 and 8 start and meet
+// measurably later. With more CTAs than fit one to a multiprocessor, the activations' share of the L2 traffic counts,
+// and neighbours share it.
 W8A8Config select_stream(int64_t m, int64_t n, int64_t k, int sms) {
   W8A8Config c = {W8A8Kernel::kStream, 8, 1, 1, 1};
   while (c.tile < m && c.tile < 128) c.tile *= 2;
+  // Two tiles of tokens and two halves of K.
+  if (c.tile == 128 && m <= 128 && ceil_div(n, 128) * 4 <= sms) c.tile = 64;
   const int64_t tiles = ceil_div(n, 128) * ceil_div(m, c.tile);
   while (c.split < 8 && tiles * c.split * 2 <= sms && slabs(k) >= c.split * 4) {
     if (c.split >= 2 && tiles * c.split * 2 > sms * 2 / 3) break;
@@ -59,9 +62,13 @@ W8A8Config select_tiled(int64_t m, int64_t n, int64_t k, int sms) {
   return best;
 }
 
-// Up to 128 tokens stream. Up to 256 do where tiles of 128 x 128 would leave half of the chip idle for a long K.
+// Up to 64 tokens stream. Up to 128 do unless tiles of 128 x 128 fill the chip just once, and up to 256 where they
+// would leave half of it idle for a long K.
 bool streams(int64_t m, int64_t n, int64_t k, int sms) {
-  return m <= 128 || (m <= 256 && ceil_div(n, 128) * 4 <= sms && slabs(k) > 32);
+  const int64_t columns = ceil_div(n, 128);
+  if (m <= 64) return true;
+  if (m <= 128) return columns * 2 <= sms || columns > sms;
+  return m <= 256 && columns * 4 <= sms && slabs(k) > 32;
 }
 
 }  // namespace

@@ -121,7 +121,7 @@ __global__ void __launch_bounds__(kThreads)
                       const int32_t* __restrict__ zero_point, T* __restrict__ out) {
   for (int64_t at = blockIdx.x; at < g.count; at += gridDim.x) {
     const float s = scale[at];
-    const int32_t zero = zero_point ? zero_point[at] : 0;
+    const int32_t zero = zero_point ? zero_point[at] : kind == QKind::kInt4 ? 8 : 0;  // symmetric codes
     const int64_t length = g.length(at), total = g.runs * length;
     for (int64_t i = int64_t(blockIdx.y) * kThreads + threadIdx.x; i < total; i += int64_t(gridDim.y) * kThreads) {
       const int64_t run = g.runs == 1 ? 0 : i / length, inside = i - run * length, place = g.offset(at, run) + inside;
