@@ -101,7 +101,8 @@ class QuantModule(nn.Module):
             super()._apply(fn, recurse)
         finally:
             self._buffers.update(held)
-        if probe.device.type == device.type or "meta" in (probe.device.type, device.type):
+        kinds = {probe.device.type, device.type}
+        if len(kinds) == 1 or kinds == {"cpu", "meta"}:  # a meta tensor has the layout of the CPU's kernels
             for name, tensor in held.items():
                 self._buffers[name] = _keep_dtype(fn, tensor)
             self._moved()
