@@ -132,6 +132,7 @@ def test_table_is_aligned_and_shows_the_ratio() -> None:
 
 def test_plot_is_a_png(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
+    assert set(plot.COLORS) == {"fp32", *(f"torch {engine}" for engine in variants.TORCH_ENGINES), *variants.OURS}
     plain = example_result()
     plain.quality = {}
     plot.draw([example_result(), plain], tmp_path / "plot.png", title="a machine")

@@ -12,8 +12,9 @@ COLORS = {
     "fp32": "#8c8c8c",
     "torch x86": "#f2b37a",
     "torch onednn": "#d98032",
-    "w8a8": "#4c8fd1",
-    "w8a8+emb": "#1f4e85",
+    "w8a8": "#8fc1ea",
+    "w8a8 asym": "#4c8fd1",
+    "w8a8 asym+emb": "#1f4e85",
 }
 
 
@@ -50,8 +51,9 @@ def _sizes(axes: Any, results: list[ModelResult]) -> None:
         places = [index + (number - (len(keys) - 1) / 2) * width for index in range(len(results))]
         heights = [result.state_dict_bytes[key] / 1e6 for result in results]
         bars = axes.bar(places, heights, width, label=key, color=COLORS.get(key))
-        axes.bar_label(bars, fmt="%.0f", fontsize=8)
+        axes.bar_label(bars, fmt="%.1f", fontsize=8)
     axes.set_xticks(range(len(results)), [result.name for result in results])
+    axes.margins(y=0.12)  # room for the labels
     axes.set_ylabel("MB")
     axes.set_title("torch.save(model.state_dict())", fontsize=10)
     axes.legend(fontsize=8)
@@ -65,6 +67,7 @@ def _latency(axes: Any, result: ModelResult) -> None:
         places = [index + (number - (len(keys) - 1) / 2) * width for index in range(len(cases))]
         bars = axes.bar(places, [result.speedup(case, key) for case in cases], width, color=COLORS.get(key))
         axes.bar_label(bars, fmt="%.1f", fontsize=7)
+    axes.margins(y=0.12)
     axes.axhline(1.0, color=COLORS[FLOAT], linewidth=1)
     axes.set_xticks(range(len(cases)), [case.replace(", ", "\n").replace(" x ", "\nx ") for case in cases], fontsize=8)
     axes.set_title(f"{result.name}: times as fast as fp32", fontsize=10)

@@ -32,8 +32,8 @@ def run_demo(*, models: list[str] | None = None, quick: bool = False, plot: str 
             raise ValueError(f"models: expected names out of {', '.join(MODELS)}, got {name!r}")
     started = time.perf_counter()
     facts = machine()
-    version = facts["versions"]["qkernels"]
-    title = f"qkernels {version} on {facts['cpu']}, {facts['threads']} threads, {facts['isa']} kernels"
+    version, count = facts["versions"]["qkernels"], facts["threads"]
+    title = f"qkernels {version} on {facts['cpu']}, {count} thread{'s' * (count > 1)}, {facts['isa']} kernels"
     print(title + "\n")
     results = []
     for name in names:
