@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
+from dataclasses import asdict
+from pathlib import Path
+
 import pytest
 import torch
 from helpers import DTYPES, assert_bits_equal, hazard_rows, seeded, strided
@@ -80,6 +84,31 @@ def test_packed_size_is_whole_atoms() -> None:
     assert cuda.packed_w8_bytes(1, 1) == 1024
     assert cuda.packed_w8_bytes(8, 128) == 1024
     assert cuda.packed_w8_bytes(9, 129) == 4096
+
+
+def test_bench_says_why_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    from qkernels.bench.cuda_grid import run_cuda_grid
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(RuntimeError, match="no CUDA device"):
+        run_cuda_grid(argparse.Namespace())
+
+
+def test_bench_tables_and_pictures(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    from qkernels.bench.cuda_grid import CudaCeilings, CudaRow, table
+    from qkernels.bench.cuda_plots import draw
+
+    limit = CudaCeilings(copy=4e12, bf16=8e14, int8=16e14).limit(8e6, 1e6)
+    assert limit == pytest.approx(2.0)
+    rows = [
+        CudaRow(name, True, "w8a8.cuda.mma.16", 64, 64, m, 4.0, 3.5, 5.0, limit, 50.0, 1.0)
+        for name in ("gemm", "layer")
+        for m in (1, 16)
+    ]
+    assert "w8a8.cuda.mma.16" in table(rows)
+    result = {"device": "a GPU", "dtype": "bfloat16", "rows": [asdict(row) for row in rows]}
+    assert draw(result, tmp_path / "picture.png").stat().st_size > 1000
 
 
 # -- on a GPU ---------------------------------------------------------------------------------------------------------

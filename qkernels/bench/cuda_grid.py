@@ -234,7 +234,7 @@ def run_cuda_grid(args: argparse.Namespace) -> int:
     result = {
         "when": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "command": ["qkernels", *sys.argv[1:]],
-        "machine": info(),
+        "machine": {name: value for name, value in info().items() if name != "openmp"},
         "device": torch.cuda.get_device_name(),
         "capability": cuda.capability(torch.cuda.current_device()),
         "dtype": args.dtype,
@@ -246,6 +246,10 @@ def run_cuda_grid(args: argparse.Namespace) -> int:
     }
     if args.json:
         Path(args.json).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    if args.plot:
+        from qkernels.bench.cuda_plots import draw
+
+        print(f"wrote {draw(result, args.plot)}")
     return 1 if notes else 0
 
 

@@ -97,17 +97,24 @@ class Tile:
     stages: int
 
 
-def tile_for(rows: int) -> Tile:
-    """The tile for a number of tokens: as many as there are up to 128, narrower channels where there are few."""
+ENOUGH_PROGRAMS = 96
+"""Tiles that keep a large GPU about busy; with fewer, narrower ones are better."""
+
+
+def tile_for(rows: int, channels: int) -> Tile:
+    """The tile for a product: as many tokens as there are up to 128, and the widest that leaves enough programs."""
     if rows <= 16:
         return Tile(16, 64, 256, 4, 4)
     if rows <= 32:
         return Tile(32, 64, 256, 4, 4)
     if rows <= 64:
         return Tile(64, 64, 128, 4, 5)
-    if rows <= 256:
+    tiles = triton.cdiv(rows, 128)
+    if rows > 256 and tiles * triton.cdiv(channels, 256) >= ENOUGH_PROGRAMS:
+        return Tile(128, 256, 128, 8, 4)
+    if tiles * triton.cdiv(channels, 128) >= ENOUGH_PROGRAMS:
         return Tile(128, 128, 128, 8, 4)
-    return Tile(128, 256, 128, 8, 4)
+    return Tile(64, 128, 128, 4, 4)
 
 
 def gemm_w8a8(
@@ -137,7 +144,7 @@ def gemm_w8a8(
     out = torch.empty((rows, channels), dtype=out_dtype, device=q.device)
     if not rows or not channels:
         return out
-    tile = tile_for(rows) if tile is None else tile
+    tile = tile_for(rows, channels) if tile is None else tile
     grid = (triton.cdiv(rows, tile.m) * triton.cdiv(channels, tile.n),)
     _gemm_kernel[grid](
         q,
