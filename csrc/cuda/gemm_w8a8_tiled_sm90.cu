@@ -10,9 +10,9 @@
 //  64  | warps 4-7 |                     warp 8: producer, one lane. It runs ahead into the next tile while the
 //      +-----------+                     consumers write the last one out. Warps 9-11 only hand their registers over.
 //
-// A 128 x 256 tile reads 48 bytes of shared-memory fill a cycle at the s8 peak (32 with multicast), half of what a
-// 128 x 128 one does. Narrower instances (224, 128) exist for the quantization of waves alone: with 1024 tokens
-// and 14336 channels, 512 tiles of 224 channels fill 132 multiprocessors 3.9 times, 448 of 256 only 3.4 times.
+// At the s8 peak a 128 x 256 tile takes 48 bytes a cycle into shared memory (32 from the L2 with multicast), a 128 x
+// 128 one 64. Narrower instances (224, 128) exist for the quantization of waves alone: with 1024 tokens and 14336
+// channels, 512 tiles of 224 channels fill 132 multiprocessors 3.9 times, 448 of 256 only 3.4 times.
 //
 // The grid is persistent: cluster c takes tiles c, c + clusters, ... in an order that walks the tokens of a group of
 // kGroup token tiles before it moves to the next channels, so a wave's operands fit in the L2.

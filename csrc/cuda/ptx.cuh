@@ -48,14 +48,6 @@ __device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], uint32_t row_addre
                : "memory");
 }
 
-// "ldmatrix", two matrices: lanes 0..15 give the addresses.
-__device__ __forceinline__ void ldmatrix_x2(uint32_t (&r)[2], uint32_t row_address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0,%1}, [%2];"
-               : "=r"(r[0]), "=r"(r[1])
-               : "r"(row_address)
-               : "memory");
-}
-
 // "stmatrix": the inverse of ldmatrix_x4, sm_90 and up.
 __device__ __forceinline__ void stmatrix_x4(uint32_t row_address, uint32_t r0, uint32_t r1, uint32_t r2, uint32_t r3) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(row_address), "r"(r0), "r"(r1),
@@ -212,11 +204,8 @@ __device__ __forceinline__ uint32_t cluster_rank() {
   asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(r));
   return r;
 }
-// "barrier.cluster": the plain arrival publishes this thread's writes to the cluster (a fence of the whole GPU in
-// SASS), the relaxed one only says that it got here.
-__device__ __forceinline__ void cluster_arrive() {
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-}
+// "barrier.cluster": the relaxed arrival only says that it got here. (The releasing one is a fence of the whole GPU,
+// and nothing here needs it: what CTAs tell one another goes through mbarriers.)
 __device__ __forceinline__ void cluster_arrive_relaxed() {
   asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 }
