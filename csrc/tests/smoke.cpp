@@ -128,6 +128,49 @@ struct Case {
   }
 };
 
+struct Weight {
+  double value, reach;  // a kernel may add an offset to a code and take it off the sum: reach bounds what it multiplies
+};
+
+// Weight-only kernels sum floats in an order of their own: equal to double precision within k + 8 roundings of fp32
+// and one of the output. `args` brings the weight, `weight_at(j, i)` tells what it stands for.
+template <class WeightAt>
+void check_weight_only(int bits, const Case& c, qk::LinearWxA16Args args, const void* x, const WeightAt& weight_at) {
+  auto y = buffer<uint8_t>(c.m * c.n * bytes_of(c.dtype), 0xAB);
+  args.n = c.n;
+  args.k = c.k;
+  args.x = x;
+  args.x_dtype = c.dtype;
+  args.x_stride = c.k;
+  args.m = c.m;
+  args.y = y.data();
+  args.y_dtype = c.dtype;
+  args.y_stride = c.n;
+  args.threads = c.threads;
+  const qk::WeightOnlyTable& table = qk::weight_only_kernels(args);
+  auto scratch = aligned<uint8_t>(table.scratch_bytes(c.m, c.k, args.group_size, c.threads));
+  args.scratch = scratch.get();
+  (bits == 8 ? table.linear_w8a16 : table.linear_w4a16)(args);
+  const double unit = c.dtype == DType::kBF16 ? 0x1p-8 : c.dtype == DType::kF16 ? 0x1p-11 : 0x1p-24;
+  for (int64_t r = 0; r < c.m; ++r) {
+    if (r == 4 || r == 5) continue;  // NaN and infinity: they only must not harm the other rows
+    for (int64_t j = 0; j < c.n; ++j, ++checks) {
+      double sum = args.bias ? static_cast<double>(args.bias[j]) : 0.0, magnitude = std::fabs(sum);
+      for (int64_t i = 0; i < c.k; ++i) {
+        const double value = static_cast<double>(load(c.dtype, x, r * c.k + i));
+        const Weight weight = weight_at(j, i);
+        sum += value * weight.value;
+        magnitude += std::fabs(value) * weight.reach;
+      }
+      const double bound = 0x1p-23 * static_cast<double>(c.k + 8) * magnitude + 1.01 * unit * std::fabs(sum) + 1e-7;
+      if (!(std::fabs(static_cast<double>(load(c.dtype, y.data(), r * c.n + j)) - sum) <= bound)) {
+        return fail("weight only, " + std::to_string(bits) + " bits: " + c.name(qk::kernels().isa) + " row " +
+                    std::to_string(r) + " column " + std::to_string(j));
+      }
+    }
+  }
+}
+
 void check_linear(const Case& c, std::mt19937& random) {
   std::uniform_int_distribution<int> level(-127, 127);
   std::normal_distribution<float> normal;
@@ -176,6 +219,16 @@ void check_linear(const Case& c, std::mt19937& random) {
       if (!check_value(c.dtype, y.data(), c.n, r, j, expected, "linear_w8a8 " + c.name(table.isa))) return;
     }
   }
+  if (!c.symmetric) return;
+  qk::LinearWxA16Args floats{};
+  floats.packed = reinterpret_cast<const uint8_t*>(packed.get());
+  floats.weight_scale = scale.data();
+  floats.bias = args.bias;
+  floats.group_size = c.k < 1 ? 1 : c.k;
+  check_weight_only(8, c, floats, x.data(), [&](int64_t j, int64_t i) {
+    const double unit = static_cast<double>(scale[static_cast<size_t>(j)]);
+    return Weight{unit * weight[static_cast<size_t>(j * c.k + i)], unit * 256};
+  });
 }
 
 enum class Offset { kNone, kZeroPoint, kMinimum };  // of the int4 groups
@@ -256,6 +309,21 @@ void check_w4(const Case& c, int64_t group_size, Offset offset, qk::ScaleType ty
       if (!check_value(c.dtype, y.data(), c.n, r, j, expected, what)) return;
     }
   }
+  qk::LinearWxA16Args floats{};
+  floats.packed = args.packed;
+  floats.weight_scale = args.weight_scale;
+  floats.scale_type = type;
+  floats.weight_zero_point = args.weight_zero_point;
+  floats.weight_min = args.weight_min;
+  floats.bias = args.bias;
+  floats.group_size = group_size;
+  check_weight_only(4, c, floats, x.data(), [&](int64_t j, int64_t i) {
+    const int64_t g = j * groups + i / group;
+    const double q = codes[static_cast<size_t>(j * c.k + i)], s = static_cast<double>(load(stored, scale.data(), g));
+    const double low = static_cast<double>(load(stored, minimum.data(), g));
+    if (offset == Offset::kMinimum) return Weight{s * q + low, s * 256 + std::fabs(low)};
+    return Weight{s * (q - (offset == Offset::kZeroPoint ? zero_point[static_cast<size_t>(g)] : 8)), s * 256};
+  });
 }
 
 // quantize and dequantize of 8 bits, one granule a channel, at a place of the axis that `outer` decides.
