@@ -28,6 +28,8 @@ from .scheme import Scheme
 __all__ = ["GPTQ", "gptq_weight"]
 
 RETRIES = 8  # each with ten times the damping
+SMALLEST, STEPS = 0.5, 20  # of the search for ranges
+INNER = 32  # columns within a block that errors reach one by one
 
 
 @dataclass(frozen=True)
@@ -143,6 +145,7 @@ def gptq_weight(
     rows = w.t()[order].contiguous()  # [K, N]: one column of the weight is one line of memory
     codes = torch.empty_like(rows)
     columns_of = order.tolist()
+    inner = INNER if static else columns
     if not static:
         block_size = max(1, block_size // group_size) * group_size
     collected: list[dict[str, Tensor]] = []
@@ -157,15 +160,20 @@ def gptq_weight(
                 last = min(column + group_size, columns)
                 piece = scheme.replace(group_size=group_size) if scheme.group_size == "auto" else scheme
                 collected.append(_measure(rows[column:last].t(), piece, importance[column:last], search))
-                grid = _one_group(collected[-1], piece, group_size)
+                grid = Grid.of(collected[-1], piece, group_size)
             if grid is None:
                 raise ValueError("scheme: expected a grid")
             at = column if static else column % group_size
             codes[start + i], rounded = grid.round_column(part[i], at)
             error = (part[i] - rounded) / pivots[i]
             errors[i] = error
-            if i + 1 < len(part):
-                part[i + 1 :].addr_(factor[i, i + 1 :], error, alpha=-1.0)
+            # Errors reach the next few columns at once, the rest of the block in products of matrices.
+            near = min(i - i % inner + inner, len(part))
+            if i + 1 < near:
+                part[i + 1 : near].addr_(factor[i, i + 1 : near], error, alpha=-1.0)
+            elif near < len(part):
+                first = i - i % inner
+                part[near:].addmm_(factor[first:near, near:].t(), errors[first:near], alpha=-1.0)
         if stop < columns:
             rows[stop:].addmm_(upper[start:stop, stop:].t(), errors, alpha=-1.0)
     if not static:
@@ -177,12 +185,8 @@ def gptq_weight(
 
 def _measure(w: Tensor, scheme: Scheme, importance: Tensor, search: bool) -> dict[str, Tensor]:
     if search:
-        return search_range(w, scheme, importance=importance)
+        return search_range(w, scheme, importance=importance, smallest=SMALLEST, steps=STEPS)
     return reference.weight_grid(w, scheme)
-
-
-def _one_group(tensors: Mapping[str, Tensor], scheme: Scheme, group_size: int) -> Grid:
-    return Grid.of(tensors, scheme, group_size)
 
 
 def _inverse_factor(h: Tensor, damping: float) -> Tensor:

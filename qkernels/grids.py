@@ -19,7 +19,7 @@ __all__ = ["Grid", "codes_and_tensors", "joined", "search_range"]
 
 SMALLEST = 0.2  # of the full range
 NORM = 2.4  # exponent of the error that range searches add up: outliers count a little more than squared
-CHUNK_ELEMENTS = 1 << 20
+CHUNK_ELEMENTS = 1 << 16  # 256 KiB of fp32: what is tried out again and again stays in the cache
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,8 @@ def search_range(
 ) -> dict[str, Tensor]:
     """The grid whose ranges, shrunk group by group, round ``w [N, K]`` with the least error.
 
-    Shrinking clips the largest weights of a group and rounds all others finer; the error is ``sum |w - w_hat|^2.4``.
+    Shrinking clips the largest weights of a group and rounds all others finer.  The error is ``sum |w - w_hat|^2.4``,
+    or the weighted sum of squares where ``importance`` is given.
 
     Args:
         importance: weight of each column's error, ``[K]``; None counts all alike.
@@ -106,30 +107,30 @@ def search_range(
     Returns:
         What :func:`qkernels.reference.weight_grid` returns.
     """
-    rows = max(1, CHUNK_ELEMENTS // max(w.shape[1], 1))
-    parts = [_search_rows(part, scheme, importance, smallest, steps) for part in w.split(rows)]
-    if not parts:
+    if not w.numel():
         return reference.weight_grid(w, scheme)
-    return joined(parts, 0)
+    size = scheme.resolve_group_size(w.shape[1]) if scheme.weight_granularity == "per_group" else w.shape[1]
+    weights = torch.ones(w.shape[1], device=w.device) if importance is None else importance.to(w.device, torch.float32)
+    counts = split_groups(weights, size)  # what fills a short last group counts nothing
+    rows = max(1, CHUNK_ELEMENTS // w.shape[1])
+    shares = [1.0 - (1.0 - smallest) * step / max(steps, 1) for step in range(steps + 1)]
+    norm = NORM if importance is None else 2.0
+    return joined([_search_rows(part, scheme, size, counts, norm, shares) for part in w.detach().split(rows)], 0)
 
 
 def _search_rows(
-    w: Tensor, scheme: Scheme, importance: Tensor | None, smallest: float, steps: int
+    w: Tensor, scheme: Scheme, size: int, counts: Tensor, norm: float, shares: Sequence[float]
 ) -> dict[str, Tensor]:
-    wide = w.to(torch.float32)
-    group_size = scheme.resolve_group_size(wide.shape[1])
+    values = split_groups(w.to(torch.float32), size)
+    edges = _bounds(w.to(torch.float32), scheme, size)
+    small = scheme.replace(group_size=8) if scheme.weight_granularity == "per_group" else scheme
     best: dict[str, Tensor] = {}
-    least = torch.zeros(0)
-    for step in range(steps + 1):
-        share = 1.0 - (1.0 - smallest) * step / max(steps, 1)
-        tensors = reference.weight_grid(wide * share, scheme)
-        rounded = reference.dequantize_weight(
-            codes_and_tensors(reference.round_to_grid(wide, tensors, scheme), tensors, scheme), scheme, wide.shape[1]
-        )
-        error = (wide - rounded).abs_().pow_(NORM)
-        if importance is not None:
-            error = error * importance.to(error)
-        sums = split_groups(error, group_size).sum(-1) if group_size < wide.shape[1] else error.sum(-1, keepdim=True)
+    least = values.new_zeros(0)
+    for share in shares:
+        tensors = reference.weight_grid(edges * share, small)
+        residual = _round(values, tensors, scheme).sub_(values)
+        error = residual.square_() if norm == 2.0 else residual.abs_().pow_(norm)
+        sums = error.mul_(counts).sum(-1)
         if not best:
             best, least = tensors, sums
             continue
@@ -140,3 +141,29 @@ def _search_rows(
             dtype = old.dtype if old.dtype == tensor.dtype else torch.float32
             best[name] = torch.where(better.reshape(old.shape), tensor.to(dtype), old.to(dtype))
     return best
+
+
+def _bounds(w: Tensor, scheme: Scheme, size: int) -> Tensor:
+    """The smallest weights that have the grids of ``w``: eight columns per group, its bounds among them."""
+    replicate = scheme.weight_zero == "float"
+    groups = split_groups(w, size, replicate=replicate)
+    low, high = groups.amin(-1), groups.amax(-1)
+    return torch.stack((low, high, low, high, low, high, low, high), -1).flatten(1)
+
+
+def _round(values: Tensor, tensors: Mapping[str, Tensor], scheme: Scheme) -> Tensor:
+    """``values [N, G, group]`` on a grid, as numbers: a new tensor."""
+    shape = (*values.shape[:2], 1)
+    scale = tensors["weight_scale"].to(torch.float32).reshape(shape)
+    inv = quotient(1.0, scale)
+    if scheme.codebook is not None:
+        table = torch.tensor(sorted(scheme.codebook), dtype=torch.float32, device=values.device)
+        return table[torch.bucketize(values * inv, (table[1:] + table[:-1]) / 2)].mul_(scale)
+    if "weight_min" in tensors:
+        low = tensors["weight_min"].to(torch.float32).reshape(shape)
+        return (values - low).mul_(inv).round_().clamp_(0, 15).mul_(scale).add_(low)
+    if "weight_zero_point" in tensors:
+        zero = tensors["weight_zero_point"].to(torch.float32).reshape(shape)
+        return (values * inv).round_().add_(zero).clamp_(0, 15).sub_(zero).mul_(scale)
+    bottom, top = (-127, 127) if scheme.weight_bits == 8 else (-8, 7)
+    return (values * inv).round_().clamp_(bottom, top).mul_(scale)

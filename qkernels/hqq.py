@@ -23,7 +23,7 @@ from .scheme import Scheme
 
 __all__ = ["HQQ", "hqq_weight"]
 
-CHUNK_ELEMENTS = 1 << 20
+CHUNK_ELEMENTS = 1 << 17
 
 
 @dataclass(frozen=True)
