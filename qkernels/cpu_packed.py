@@ -26,6 +26,9 @@ from .scheme import MAX_INTEGER_K, Scheme
 __all__ = ["PreparedPacked", "register_operators"]
 
 _num_threads = torch.get_num_threads
+_new_empty = Tensor.new_empty
+_dtype_code = DTYPE_CODES.get
+_strided = torch.strided
 
 _GROUPED = {"weight_scale": "packed_scale", "weight_zero_point": "packed_zero_point", "weight_min": "packed_min"}
 """What belongs to groups: its canonical name ``[N, G]`` and its packed one ``[ceil(N / 64) * G * 64]``."""
@@ -221,26 +224,37 @@ class PreparedPacked(Prepared):
 
     def run(self, x: Tensor) -> Tensor:
         """See :meth:`Prepared.run`.  Plain eager calls go straight to the binding."""
-        if is_plain(x) and x.is_cpu and x.dtype in DTYPE_CODES and x.layout is torch.strided:
+        if is_plain(x) and x.is_cpu:
+            # Written out, in the order of ``names``: this is a good part of what a call costs beside its kernel.
             tensors = self.tensors
-            if x.dim() and x.shape[-1] == self.in_features:
-                # Written out, in the order of ``names``: this is a good part of what a call costs beside its kernel.
-                get = tensors.get
-                static = get("act_scale")  # its value is part of the object, so it is looked at afresh
-                now = (
-                    tensors["packed"].data_ptr(),
-                    tensors["packed_scale"].data_ptr(),
-                    0 if (t := get("packed_zero_point")) is None else t.data_ptr(),
-                    0 if (t := get("packed_min")) is None else t.data_ptr(),
-                    0 if (t := get("bias")) is None else t.data_ptr(),
-                    0 if static is None else float(static),
-                    0 if (t := get("act_zero_point")) is None else int(t),
-                    0 if (t := get("inv_smooth")) is None else t.data_ptr(),
-                )
-                if now != self._bound:
-                    self._bind(now)
-                if self._run is not None:
-                    return run_native(self._run, x, self.in_features, self.out_features, x.dtype)
+            get = tensors.get
+            static = get("act_scale")  # its value is part of the object, so it is looked at afresh
+            now = (
+                tensors["packed"].data_ptr(),
+                tensors["packed_scale"].data_ptr(),
+                0 if (t := get("packed_zero_point")) is None else t.data_ptr(),
+                0 if (t := get("packed_min")) is None else t.data_ptr(),
+                0 if (t := get("bias")) is None else t.data_ptr(),
+                0 if static is None else float(static),
+                0 if (t := get("act_zero_point")) is None else int(t),
+                0 if (t := get("inv_smooth")) is None else t.data_ptr(),
+            )
+            if now != self._bound:
+                self._bind(now)
+            code, shape, features, rows = _dtype_code(x.dtype), x.shape, self.in_features, self.out_features
+            native = self._run
+            if native is not None and code is not None and shape and shape[-1] == features and x.layout is _strided:
+                if not x.is_contiguous():
+                    return run_native(native, x, features, rows, x.dtype)
+                if len(shape) == 2:
+                    count = shape[0]
+                    out = _new_empty(x, count, rows)
+                else:
+                    count = x.numel() // features
+                    out = _new_empty(x, *shape[:-1], rows)
+                if count:
+                    native(x.data_ptr(), code, count, features, out.data_ptr(), code, rows, _num_threads())
+                return out
         return self.around(x)
 
     def call(self, x: Tensor, tensors: Mapping[str, Tensor | None]) -> Tensor:
