@@ -39,7 +39,11 @@ def test_linear_from_linear_and_back(scheme):
     tolerance = 2.0 ** (-7 if scheme.weight_bits == 8 else -3)  # half a step of the largest weight, with room
     assert (back.weight - linear.weight).abs().max() <= tolerance * linear.weight.abs().max()
     x = H.seeded(3, K)
-    H.assert_bits_equal(layer(input=x), reference.linear(x, layer.canonical(), scheme, K))
+    expected = reference.linear(x, layer.canonical(), scheme, K)
+    if scheme.weight_only:  # fp32 sums in another order; their own tests derive the bound
+        torch.testing.assert_close(layer(input=x), expected, rtol=1e-5, atol=1e-5)
+    else:
+        H.assert_bits_equal(layer(input=x), expected)
 
 
 def test_linear_from_float_errors():
