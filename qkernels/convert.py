@@ -105,7 +105,11 @@ def quantize_(
     before = take_snapshot(model)
     expected = sum(layer.weight.numel() * layer.weight.element_size() for layer in chosen)
     with Journal(expected=expected) as journal, torch.no_grad():
-        targets = [Target(x.name, x.module, x.scheme, x.kind == "conv1d") for x in chosen if x.scheme is not None]
+        targets = [
+            Target(x.name, x.module, x.scheme, x.kind == "conv1d")
+            for x in chosen
+            if x.scheme is not None and x.table is None and x.same_as is None  # those share what another one rounds
+        ]
         if smoother is not None and smooth is not None:
             smoothing = smoother(model, targets, batches if stats is None else stats, smooth)
             journal.on_failure(smoothing.undo)

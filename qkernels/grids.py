@@ -158,7 +158,7 @@ def _round(values: Tensor, tensors: Mapping[str, Tensor], scheme: Scheme) -> Ten
     inv = quotient(1.0, scale)
     if scheme.codebook is not None:
         table = torch.tensor(sorted(scheme.codebook), dtype=torch.float32, device=values.device)
-        return table[torch.bucketize(values * inv, (table[1:] + table[:-1]) / 2)].mul_(scale)
+        return table[torch.bucketize((values * inv).contiguous(), (table[1:] + table[:-1]) / 2)].mul_(scale)
     if "weight_min" in tensors:
         low = tensors["weight_min"].to(torch.float32).reshape(shape)
         return (values - low).mul_(inv).round_().clamp_(0, 15).mul_(scale).add_(low)

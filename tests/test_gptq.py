@@ -203,3 +203,20 @@ def test_gptq_failures_leave_the_model(monkeypatch):
         qk.GPTQ(damping=2.0)
     with pytest.raises(TypeError, match="algorithm: expected a name"):
         qk.quantize_(model, G16, algorithm=qk.GPTQ)
+
+
+def test_gptq_leaves_tied_heads_to_their_table():
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        vocab_size=100,
+        tie_word_embeddings=True,
+    )
+    model, data = transformers.LlamaForCausalLM(config).eval(), batches("llama")
+    report = qk.quantize_(model, G16, algorithm="gptq", embeddings=True, calibration=data)
+    assert "shares" in (report["lm_head"].reason or "")
+    assert report["model.layers.0.mlp.up_proj"].scheme == G16.name
