@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import weakref
 from collections.abc import Callable
 from typing import IO
 
@@ -44,6 +45,7 @@ class Originals:
             return
         if self._file is None:
             self._file = tempfile.TemporaryFile()  # noqa: SIM115  lives as long as this object
+            weakref.finalize(self, self._file.close)
         self._copies[module, parameter] = self._file.seek(0, 2)
         self._file.write(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
 
