@@ -187,7 +187,6 @@ PYBIND11_MODULE(_C, m) {
       "pack_w8",
       [](uintptr_t weight, int64_t n, int64_t k, uintptr_t packed, uintptr_t colsum, int threads) {
         QK_CHECK_GE(threads, 1);
-        QK_CHECK_LE(k, qk::kMaxK);
         py::gil_scoped_release released;
         return qk::pack_w8(pointer<const int8_t>(weight), n, k, pointer<int8_t>(packed), pointer<int32_t>(colsum),
                            threads);
