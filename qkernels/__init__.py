@@ -1,10 +1,10 @@
 """INT8 and INT4 Linear layers for PyTorch: exact kernels for CPUs and GPUs, put into a model by one call.
 
-    import qkernels as qk
+import qkernels as qk
 
-    report = qk.quantize_(model, "w8a8")
-    print(report)
-    qk.save(model, "directory")
+report = qk.quantize_(model, "w8a8")
+print(report)
+qk.save(model, "directory")
 """
 
 import torch  # noqa: F401  first of all: its OpenMP runtime has to be the one that the kernels find

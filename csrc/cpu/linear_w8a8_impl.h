@@ -96,6 +96,7 @@ class LinearW8A8 {
   // The 64 columns' epilogue operands; the last superblock's are copied so that whole vectors can be read.
   struct Columns {
     const int32_t* colsum;
+    const int32_t* shared;  // kOffset * colsum where every row's zero point is kOffset, else nullptr
     const float* scale;
     const float* bias;  // nullptr: none
     int count;
@@ -106,7 +107,7 @@ class LinearW8A8 {
     const int64_t n0 = nb * kBlockN;
     alignas(kAlign) int32_t colsum[kBlockN];
     alignas(kAlign) float scale[kBlockN], bias[kBlockN];
-    Columns columns{p_.colsum + n0, p_.weight_scale + n0, p_.bias ? p_.bias + n0 : nullptr,
+    Columns columns{p_.colsum + n0, nullptr, p_.weight_scale + n0, p_.bias ? p_.bias + n0 : nullptr,
                     static_cast<int>(p_.n - n0 < kBlockN ? p_.n - n0 : kBlockN)};
     if (columns.count < kBlockN) {
       for (int j = 0; j < kBlockN; ++j) {
@@ -114,7 +115,12 @@ class LinearW8A8 {
         scale[j] = j < columns.count ? columns.scale[j] : 0.0f;
       }
       for (int j = 0; p_.bias && j < kBlockN; ++j) bias[j] = j < columns.count ? columns.bias[j] : 0.0f;
-      columns = {colsum, scale, p_.bias ? bias : nullptr, columns.count};
+      columns = {colsum, nullptr, scale, p_.bias ? bias : nullptr, columns.count};
+    }
+    alignas(kAlign) int32_t shared[kBlockN];
+    if (p_.act.symmetric && rows > 1) {  // one row alone saves nothing
+      for (int j = 0; j < kBlockN; ++j) shared[j] = V::kOffset * columns.colsum[j];
+      columns.shared = shared;
     }
     const int8_t* weights = p_.packed + n0 * padded_k(p_.k);
     if (rows == 1) {
@@ -175,7 +181,10 @@ class LinearW8A8 {
       for (int i = 0; i < width; i += kW) {
         const int at = j + i;
         auto sum = V::load_i(c + i);
-        if (scales[r].zero_point != 0) sum = V::sub_i(sum, V::mul_i(zero_point, V::load_i(columns.colsum + at)));
+        if (columns.shared)
+          sum = V::sub_i(sum, V::load_i(columns.shared + at));
+        else if (scales[r].zero_point != 0)
+          sum = V::sub_i(sum, V::mul_i(zero_point, V::load_i(columns.colsum + at)));
         auto v = V::mul(V::mul(V::to_f(sum), scale_x), V::load_f(columns.scale + at));
         if (columns.bias) v = V::add(v, V::load_f(columns.bias + at));
         if (width - i >= kW)

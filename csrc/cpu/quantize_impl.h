@@ -119,8 +119,9 @@ class Quantize {
   }
 
   void emit_bytes(const void* x, int64_t begin, int64_t end, const Params& params, bool finite, uint8_t* out) const {
+    const bool clamps = p_.is_static || p_.kind == QKind::kInt4;  // int4 ends before the byte it is narrowed to
     if (finite)
-      G::quantize(x, nullptr, begin, end, params, levels_.lo, levels_.hi, levels_.offset, out);
+      G::quantize(x, nullptr, begin, end, params, levels_.lo, levels_.hi, levels_.offset, clamps, out);
     else
       fill(out, end - begin, levels_.offset);
   }

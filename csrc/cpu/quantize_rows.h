@@ -135,19 +135,36 @@ struct Granule {
 
   // out[i] = low byte of clamp(rne(x[i] * inv), q_lo - zp, q_hi - zp) + zp + offset, for i in [begin, end).
   // The bounds are integers, so clamping before the rounding is the same as after it, and never overflows the cast.
+  //
+  // Four vectors at a time are narrowed with saturation to int8 (and flipped to unsigned where need be). Dynamic scales
+  // need no other clamp there: |x| <= absmax keeps a symmetric q within 127, and int8 is the range of an asymmetric
+  // one.
   static void quantize(const void* x, const float* smooth, int64_t begin, int64_t end, const Params& p, int32_t q_lo,
-                       int32_t q_hi, int32_t offset, uint8_t* out) {
+                       int32_t q_hi, int32_t offset, bool clamps, uint8_t* out) {
     constexpr int kW = V::kLanes;
     const F inv = V::set(p.inv), lo = V::set(static_cast<float>(q_lo - p.zero_point)),
             hi = V::set(static_cast<float>(q_hi - p.zero_point));
-    const I shift = V::set_i(p.zero_point + offset);
+    const bool flips = q_hi + offset > 127;
+    const I packed_shift = V::set_i(p.zero_point + (flips ? offset - 128 : offset));
+    const uint8_t flip = flips ? 0x80 : 0;
     int64_t i = begin;
-    for (; i + kW <= end; i += kW) {
-      const F v = V::min(V::max(V::mul(value(x, smooth, i), inv), lo), hi);
-      V::store_low8(out + (i - begin), V::add_i(V::round_i(v), shift));
+    if (clamps) {
+      const auto level = [&](int64_t at) {
+        const F v = V::min(V::max(V::mul(value(x, smooth, at), inv), lo), hi);
+        return V::add_i(V::round_i(v), packed_shift);
+      };
+      for (; i + 4 * kW <= end; i += 4 * kW)
+        V::store_packed(out + (i - begin), level(i), level(i + kW), level(i + 2 * kW), level(i + 3 * kW), flip);
+    } else {
+      const auto level = [&](int64_t at) {
+        return V::add_i(V::round_i(V::mul(value(x, smooth, at), inv)), packed_shift);
+      };
+      for (; i + 4 * kW <= end; i += 4 * kW)
+        V::store_packed(out + (i - begin), level(i), level(i + kW), level(i + 2 * kW), level(i + 3 * kW), flip);
     }
-    if (i < end) {
-      const int n = static_cast<int>(end - i);
+    const I shift = V::set_i(p.zero_point + offset);
+    for (; i < end; i += kW) {
+      const int n = static_cast<int>(end - i < kW ? end - i : kW);
       const F v = V::min(V::max(V::mul(value_part(x, smooth, i, n), inv), lo), hi);
       V::store_low8_part(out + (i - begin), V::add_i(V::round_i(v), shift), n);
     }
@@ -178,7 +195,7 @@ RowScale quantize_row_of(const ActivationArgs& act, const void* x, int64_t k, in
   const int32_t lo = act.symmetric ? -127 : 0, hi = act.symmetric ? 127 : 255;
   const int32_t shift = act.symmetric ? offset : offset - 128;
   if (stats.finite())
-    G::quantize(x, act.inv_smooth, 0, k, params, lo, hi, shift, out);
+    G::quantize(x, act.inv_smooth, 0, k, params, lo, hi, shift, is_static, out);
   else
     fill(out, k, shift);
   return {params.scale, (stats.finite() ? params.zero_point : 0) + shift};

@@ -106,6 +106,13 @@ struct ScalarVerbs {
 
   static void store_low8(uint8_t* p, I v) { *p = static_cast<uint8_t>(v); }
   static void store_low8_part(uint8_t* p, I v, int) { *p = static_cast<uint8_t>(v); }
+  static void store_packed(uint8_t* p, I a, I b, I c, I d, uint8_t flip) {
+    const I lanes[4] = {a, b, c, d};
+    for (int i = 0; i < 4; ++i) {
+      const I v = lanes[i] < -128 ? -128 : lanes[i] > 127 ? 127 : lanes[i];
+      p[i] = static_cast<uint8_t>(static_cast<uint8_t>(v) ^ flip);
+    }
+  }
   static I load_i8(const int8_t* p) { return *p; }
   static I load_u8(const uint8_t* p) { return *p; }
   static I load_i8_part(const int8_t* p, int) { return *p; }

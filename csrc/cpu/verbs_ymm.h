@@ -127,6 +127,12 @@ struct YmmVerbs {
     const int64_t bytes = low8(v);
     std::memcpy(p, &bytes, static_cast<size_t>(n));
   }
+  // 32 lanes of four vectors as int8, saturated; every bit of flip is inverted in each byte.
+  static void store_packed(uint8_t* p, I a, I b, I c, I d, uint8_t flip) {
+    const I bytes = _mm256_packs_epi16(_mm256_packs_epi32(a, b), _mm256_packs_epi32(c, d));  // interleaved by 128 bits
+    const I sorted = _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+    store_i(reinterpret_cast<int32_t*>(p), _mm256_xor_si256(sorted, _mm256_set1_epi8(static_cast<char>(flip))));
+  }
   static __m128i load_bytes(const void* p, int n) {
     int64_t bytes = 0;
     std::memcpy(&bytes, p, static_cast<size_t>(n));

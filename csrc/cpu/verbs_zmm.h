@@ -88,6 +88,13 @@ struct ZmmVerbs {
   // The low byte of each lane.
   static void store_low8(uint8_t* p, I v) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(v)); }
   static void store_low8_part(uint8_t* p, I v, int n) { _mm512_mask_cvtepi32_storeu_epi8(p, mask(n), v); }
+  // 64 lanes of four vectors as int8, saturated; every bit of flip is inverted in each byte.
+  static void store_packed(uint8_t* p, I a, I b, I c, I d, uint8_t flip) {
+    const I bytes = _mm512_packs_epi16(_mm512_packs_epi32(a, b), _mm512_packs_epi32(c, d));  // interleaved by 128 bits
+    const I order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    const I sorted = _mm512_permutexvar_epi32(order, bytes);
+    _mm512_storeu_si512(p, _mm512_xor_si512(sorted, _mm512_set1_epi8(static_cast<char>(flip))));
+  }
   static I load_i8(const int8_t* p) {
     return _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   }
