@@ -89,9 +89,10 @@ def test_linear_through_dispatcher_equals_direct_call(scheme):
     prepared = prepare(canonical(scheme), scheme, K)
     for dtype in H.DTYPES:
         x = H.hazard_rows(K).to(dtype)
-        expected = reference.linear(x, canonical(scheme), scheme, K)
-        H.assert_bits_equal(prepared.run(x), expected)
-        H.assert_bits_equal(prepared.call(x, prepared.tensors), expected)
+        direct = prepared.run(x)
+        H.assert_bits_equal(prepared.call(x, prepared.tensors), direct)
+        if not scheme.weight_only:  # float sums are compared with the reference within a bound, elsewhere
+            H.assert_bits_equal(direct, reference.linear(x, canonical(scheme), scheme, K))
 
 
 def test_linear_under_a_dispatch_mode_is_seen_by_it():
