@@ -10,6 +10,9 @@ enum class DType : int32_t { kF32 = 0, kBF16 = 1, kF16 = 2 };
 // How quantized values are stored. kInt4 holds two per byte, low nibble first, along the innermost dimension.
 enum class QKind : int32_t { kInt8 = 0, kUint8 = 1, kInt4 = 2 };
 
+// What is applied to y after the bias, before it is rounded to its dtype; see cpu/activation.h.
+enum class Activation : int32_t { kNone = 0, kRelu = 1, kGelu = 2, kGeluTanh = 3, kSilu = 4 };
+
 // Float activations x [M, K] and how they are quantized.
 struct ActivationArgs {
   const void* x;
@@ -30,6 +33,7 @@ struct LinearW8A8Args {
   const float* bias;  // [N] or nullptr
   int64_t n, k;
   bool has_minus128;  // a weight of -128 occurs: AVX2's sign trick would be wrong for it
+  Activation function;
 
   // Activations: float rows, or rows that are quantized already (xq, with their scales; act.x_stride is theirs).
   ActivationArgs act;
@@ -52,7 +56,7 @@ enum class ScaleType : int32_t { kF32 = 0, kF16 = 2 };
 
 // y [M, N]: int4 weights in groups along K; see layout.h. With a = q_x - zero_point_x, per group g in order:
 //   d = sum(a * q) - zero_point * sum(a)   (int32);   total += float(d) * scale_w[g];   total += min[g] * float(sum(a))
-// then y = total * scale_x + bias. zero_point is 8 where there is neither a zero point nor a minimum.
+// then y = function(total * scale_x + bias). zero_point is 8 where there is neither a zero point nor a minimum.
 struct LinearW4A8Args {
   const uint8_t* packed;
   const void* weight_scale;  // packed groups
@@ -61,6 +65,7 @@ struct LinearW4A8Args {
   ScaleType scale_type;
   const float* bias;  // [N] or nullptr
   int64_t n, k, group_size;  // group_size is a multiple of 8, or at least k
+  Activation function;
 
   ActivationArgs act;
   int64_t m;
@@ -72,8 +77,8 @@ struct LinearW4A8Args {
   uint8_t* scratch;
 };
 
-// Weight-only Linear: y [M, N] = x [M, K] @ w [N, K]^T + bias, x and sums in floating point. One struct for both
-// widths.
+// Weight-only Linear: y [M, N] = function(x [M, K] @ w [N, K]^T + bias), x and sums in floating point. One struct for
+// both widths.
 //
 //   W8:  w[n, k] = scale[n] * q
 //   W4:  w[n, k] = scale[n, g] * (q - zero_point[n, g])         zero_point absent: 8
@@ -88,6 +93,7 @@ struct LinearWxA16Args {
   const float* codebook;  // W4: [16] or nullptr
   const float* bias;  // [N] or nullptr
   const float* inv_smooth;  // [K], multiplied into x first, or nullptr
+  Activation function;
   int64_t n, k, group_size;  // W4: group_size is a multiple of 8, or at least k
 
   const void* x;
@@ -125,6 +131,17 @@ struct EmbeddingArgs {
   int64_t count;
   void* out;
   DType out_dtype;
+  int threads;
+};
+
+// y [count] = function(x [count]), both contiguous.
+struct ActivationFunctionArgs {
+  const void* x;
+  DType x_dtype;
+  void* y;
+  DType y_dtype;
+  int64_t count;
+  Activation function;
   int threads;
 };
 

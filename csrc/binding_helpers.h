@@ -33,6 +33,12 @@ inline QKind kind(int code) {
   return static_cast<QKind>(code);
 }
 
+inline Activation activation(int code) {
+  QK_CHECK_GE(code, 0);
+  QK_CHECK_LE(code, 4);
+  return static_cast<Activation>(code);
+}
+
 template <class Call>
 void run_released(bool release, const Call& call) {
   if (!release) return call();

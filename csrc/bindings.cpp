@@ -22,7 +22,8 @@ namespace {
 class LinearW8A8 {
  public:
   LinearW8A8(uintptr_t packed, uintptr_t colsum, uintptr_t weight_scale, uintptr_t bias, int64_t n, int64_t k,
-             bool has_minus128, bool act_symmetric, float act_scale, int32_t act_zero_point, uintptr_t inv_smooth) {
+             bool has_minus128, bool act_symmetric, float act_scale, int32_t act_zero_point, uintptr_t inv_smooth,
+             int function) {
     QK_CHECK_GE(n, 0);
     QK_CHECK_GE(k, 0);
     QK_CHECK_LE(k, qk::kMaxK);
@@ -34,6 +35,7 @@ class LinearW8A8 {
     args_.n = n;
     args_.k = k;
     args_.has_minus128 = has_minus128;
+    args_.function = qk::activation(function);
     args_.act.symmetric = act_symmetric;
     args_.act.scale = act_scale;
     args_.act.zero_point = act_zero_point;
@@ -153,6 +155,17 @@ void embedding(uintptr_t table, bool packed, int64_t n, int64_t k, uintptr_t sca
   note("embedding", table_of_isa.isa);
 }
 
+void activation(uintptr_t x, int x_dtype, uintptr_t y, int y_dtype, int64_t count, int function, int threads) {
+  QK_CHECK_GE(count, 0);
+  QK_CHECK_GE(threads, 1);
+  const qk::ActivationFunctionArgs args{
+      pointer<const void>(x),   dtype(x_dtype), pointer<void>(y), dtype(y_dtype), count,
+      qk::activation(function), threads};
+  const qk::KernelTable& table = qk::kernels();
+  run_released(count > qk::kReleaseGilBytes / 8, [&] { table.activation(args); });
+  note("activation", table.isa);
+}
+
 py::list names(const qk::TierList& tiers) {
   py::list result;
   for (int i = 0; i < tiers.count; ++i) result.append(tiers.names[i]);
@@ -202,17 +215,18 @@ PYBIND11_MODULE(_C, m) {
       py::arg("packed"), py::arg("N"), py::arg("K"), py::arg("weight"), py::arg("threads"));
 
   py::class_<LinearW8A8>(m, "LinearW8A8")
-      .def(py::init<uintptr_t, uintptr_t, uintptr_t, uintptr_t, int64_t, int64_t, bool, bool, float, int32_t,
-                    uintptr_t>(),
+      .def(py::init<uintptr_t, uintptr_t, uintptr_t, uintptr_t, int64_t, int64_t, bool, bool, float, int32_t, uintptr_t,
+                    int>(),
            py::arg("packed"), py::arg("colsum"), py::arg("weight_scale"), py::arg("bias"), py::arg("N"), py::arg("K"),
            py::arg("has_minus128"), py::arg("act_symmetric"), py::arg("act_scale"), py::arg("act_zero_point"),
-           py::arg("inv_smooth"))
+           py::arg("inv_smooth"), py::arg("function") = 0)
       .def("run", &LinearW8A8::run)
       .def("run_quantized", &LinearW8A8::run_quantized);
 
   m.def("quantize", &quantize);
   m.def("dequantize", &dequantize);
   m.def("embedding", &embedding);
+  m.def("activation", &activation);
   bind_w4(m);
   bind_weight_only(m);
 }

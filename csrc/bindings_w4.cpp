@@ -19,7 +19,7 @@ class LinearW4A8 {
  public:
   LinearW4A8(uintptr_t packed, uintptr_t weight_scale, uintptr_t weight_zero_point, uintptr_t weight_min,
              int scale_code, uintptr_t bias, int64_t n, int64_t k, int64_t group_size, bool act_symmetric,
-             float act_scale, int32_t act_zero_point, uintptr_t inv_smooth) {
+             float act_scale, int32_t act_zero_point, uintptr_t inv_smooth, int function) {
     QK_CHECK_GE(n, 0);
     QK_CHECK_GE(k, 0);
     QK_CHECK_LE(k, qk::kMaxK);
@@ -35,6 +35,7 @@ class LinearW4A8 {
     args_.n = n;
     args_.k = k;
     args_.group_size = group_size;
+    args_.function = qk::activation(function);
     args_.act.symmetric = act_symmetric;
     args_.act.scale = act_scale;
     args_.act.zero_point = act_zero_point;
@@ -125,9 +126,10 @@ void bind_w4(py::module_& m) {
 
   py::class_<LinearW4A8>(m, "LinearW4A8")
       .def(py::init<uintptr_t, uintptr_t, uintptr_t, uintptr_t, int, uintptr_t, int64_t, int64_t, int64_t, bool, float,
-                    int32_t, uintptr_t>(),
+                    int32_t, uintptr_t, int>(),
            py::arg("packed"), py::arg("weight_scale"), py::arg("weight_zero_point"), py::arg("weight_min"),
            py::arg("scale_dtype"), py::arg("bias"), py::arg("N"), py::arg("K"), py::arg("group_size"),
-           py::arg("act_symmetric"), py::arg("act_scale"), py::arg("act_zero_point"), py::arg("inv_smooth"))
+           py::arg("act_symmetric"), py::arg("act_scale"), py::arg("act_zero_point"), py::arg("inv_smooth"),
+           py::arg("function") = 0)
       .def("run", &LinearW4A8::run);
 }

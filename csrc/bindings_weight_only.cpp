@@ -34,7 +34,7 @@ class WeightOnly {
 
  protected:
   WeightOnly(int bits, uintptr_t packed, uintptr_t weight_scale, uintptr_t bias, int64_t n, int64_t k,
-             int64_t group_size, uintptr_t inv_smooth)
+             int64_t group_size, uintptr_t inv_smooth, int function)
       : bits_(bits) {
     QK_CHECK_GE(n, 0);
     QK_CHECK_GE(k, 0);
@@ -44,6 +44,7 @@ class WeightOnly {
     args_.weight_scale = pointer<const void>(weight_scale);
     args_.bias = pointer<const float>(bias);
     args_.inv_smooth = pointer<const float>(inv_smooth);
+    args_.function = qk::activation(function);
     args_.n = n;
     args_.k = k;
     args_.group_size = group_size;
@@ -55,16 +56,17 @@ class WeightOnly {
 
 class LinearW8A16 : public WeightOnly {
  public:
-  LinearW8A16(uintptr_t packed, uintptr_t weight_scale, uintptr_t bias, int64_t n, int64_t k, uintptr_t inv_smooth)
-      : WeightOnly(8, packed, weight_scale, bias, n, k, k < 1 ? 1 : k, inv_smooth) {}
+  LinearW8A16(uintptr_t packed, uintptr_t weight_scale, uintptr_t bias, int64_t n, int64_t k, uintptr_t inv_smooth,
+              int function)
+      : WeightOnly(8, packed, weight_scale, bias, n, k, k < 1 ? 1 : k, inv_smooth, function) {}
 };
 
 class LinearW4A16 : public WeightOnly {
  public:
   LinearW4A16(uintptr_t packed, uintptr_t weight_scale, uintptr_t weight_zero_point, uintptr_t weight_min,
               int scale_dtype, uintptr_t codebook, uintptr_t bias, int64_t n, int64_t k, int64_t group_size,
-              uintptr_t inv_smooth)
-      : WeightOnly(4, packed, weight_scale, bias, n, k, group_size, inv_smooth) {
+              uintptr_t inv_smooth, int function)
+      : WeightOnly(4, packed, weight_scale, bias, n, k, group_size, inv_smooth, function) {
     if (group_size < k) QK_CHECK_EQ(group_size % 8, 0);
     if (scale_dtype != 0) QK_CHECK_EQ(scale_dtype, 2);
     QK_CHECK_LE((weight_zero_point != 0) + (weight_min != 0) + (codebook != 0), 1);
@@ -79,14 +81,15 @@ class LinearW4A16 : public WeightOnly {
 
 void bind_weight_only(py::module_& m) {
   py::class_<LinearW8A16>(m, "LinearW8A16")
-      .def(py::init<uintptr_t, uintptr_t, uintptr_t, int64_t, int64_t, uintptr_t>(), py::arg("packed"),
-           py::arg("weight_scale"), py::arg("bias"), py::arg("N"), py::arg("K"), py::arg("inv_smooth") = 0)
+      .def(py::init<uintptr_t, uintptr_t, uintptr_t, int64_t, int64_t, uintptr_t, int>(), py::arg("packed"),
+           py::arg("weight_scale"), py::arg("bias"), py::arg("N"), py::arg("K"), py::arg("inv_smooth") = 0,
+           py::arg("function") = 0)
       .def("run", &LinearW8A16::run);
   py::class_<LinearW4A16>(m, "LinearW4A16")
       .def(py::init<uintptr_t, uintptr_t, uintptr_t, uintptr_t, int, uintptr_t, uintptr_t, int64_t, int64_t, int64_t,
-                    uintptr_t>(),
+                    uintptr_t, int>(),
            py::arg("packed"), py::arg("weight_scale"), py::arg("weight_zero_point"), py::arg("weight_min"),
            py::arg("scale_dtype"), py::arg("codebook"), py::arg("bias"), py::arg("N"), py::arg("K"),
-           py::arg("group_size"), py::arg("inv_smooth") = 0)
+           py::arg("group_size"), py::arg("inv_smooth") = 0, py::arg("function") = 0)
       .def("run", &LinearW4A16::run);
 }

@@ -1,7 +1,8 @@
 """The CPU kernels. Addresses are what ``Tensor.data_ptr()`` returns, 0 meaning absent; nothing keeps the tensors alive.
 
 Codes: dtypes 0 float32, 1 bfloat16, 2 float16; kinds of codes 0 int8, 1 uint8, 2 two 4-bit codes a byte, the first in
-the low nibble. Sizes are in elements unless named otherwise. ValueError where a size or code makes no sense.
+the low nibble. Functions applied to the output: 0 none, 1 ReLU, 2 GELU, 3 GELU by tanh, 4 SiLU.
+Sizes are in elements unless named otherwise. ValueError where a size or code makes no sense.
 """
 
 from typing import TypedDict, type_check_only
@@ -54,6 +55,7 @@ class LinearW8A8:
         act_scale: float,
         act_zero_point: int,
         inv_smooth: int,
+        function: int = 0,
     ) -> None: ...
     def run(
         self, x: int, x_dtype: int, M: int, x_stride: int, y: int, y_dtype: int, y_stride: int, threads: int, /
@@ -93,6 +95,7 @@ class LinearW4A8:
         act_scale: float,
         act_zero_point: int,
         inv_smooth: int,
+        function: int = 0,
     ) -> None: ...
     def run(
         self, x: int, x_dtype: int, M: int, x_stride: int, y: int, y_dtype: int, y_stride: int, threads: int, /
@@ -101,7 +104,9 @@ class LinearW4A8:
 class LinearW8A16:
     """int8 weights per channel, float activations."""
 
-    def __init__(self, packed: int, weight_scale: int, bias: int, N: int, K: int, inv_smooth: int = 0) -> None: ...
+    def __init__(
+        self, packed: int, weight_scale: int, bias: int, N: int, K: int, inv_smooth: int = 0, function: int = 0
+    ) -> None: ...
     def run(
         self, x: int, x_dtype: int, M: int, x_stride: int, y: int, y_dtype: int, y_stride: int, threads: int, /
     ) -> None: ...
@@ -122,6 +127,7 @@ class LinearW4A16:
         K: int,
         group_size: int,
         inv_smooth: int = 0,
+        function: int = 0,
     ) -> None: ...
     def run(
         self, x: int, x_dtype: int, M: int, x_stride: int, y: int, y_dtype: int, y_stride: int, threads: int, /
@@ -140,6 +146,9 @@ def embedding(
     threads: int,
     /,
 ) -> None: ...
+def activation(x: int, x_dtype: int, y: int, y_dtype: int, count: int, function: int, threads: int, /) -> None:
+    """``y = function(x)`` over ``count`` contiguous elements; ``y`` may be ``x`` where the dtypes are the same."""
+
 def quantize(
     x: int,
     x_dtype: int,

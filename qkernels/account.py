@@ -13,7 +13,7 @@ from .report import LayerReport, Report, measure
 from .sharing import owners
 from .survey import is_conv1d, module_note, type_name
 
-__all__ = ["Snapshot", "account", "take_snapshot"]
+__all__ = ["Snapshot", "account", "fusion_notes", "take_snapshot"]
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,14 @@ def account(model: nn.Module, before: Snapshot, notes: Mapping[str, str | None])
             )
         )
     return Report(tuple(entries), isa=str(_C.info()["isa"]))
+
+
+def fusion_notes(fused: Mapping[str, str], notes: Mapping[str, str | None]) -> dict[str, str | None]:
+    """``notes`` of the layers that apply an activation module themselves, with its name in them."""
+    return {
+        layer: "; ".join(text for text in (notes.get(layer), f"applies {activation.rpartition('.')[2]}") if text)
+        for layer, activation in fused.items()
+    }
 
 
 def _shape(module: nn.Module) -> tuple[int, ...] | None:

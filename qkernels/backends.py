@@ -12,9 +12,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from .checks import check_canonical, check_input
+from .checks import check_canonical
 from .cpu_w8a8 import PreparedW8A8
-from .prepared import Prepared, autocast_input
+from .prepared import Prepared
 from .scheme import MAX_INTEGER_K, Scheme
 
 __all__ = ["CANDIDATES", "Prepared", "PreparedReference", "PreparedW8A8", "prepare", "register"]
@@ -52,10 +52,8 @@ class PreparedReference(Prepared):
         """``"reference"``."""
         return "reference"
 
-    def call(self, x: Tensor, tensors: Mapping[str, Tensor | None]) -> Tensor:
+    def product(self, x: Tensor, tensors: Mapping[str, Tensor | None], out_dtype: torch.dtype | None) -> Tensor:
         """Through ``torch.ops.qkernels.linear_quantized``."""
-        x = autocast_input(x)
-        check_input(x, self.in_features, self.device)
         get = tensors.get
         return torch.ops.qkernels.linear_quantized(
             x,
@@ -69,7 +67,7 @@ class PreparedReference(Prepared):
             get("inv_smooth"),
             self.scheme_key,
             self.in_features,
-            None,
+            out_dtype,
         )
 
     def weight_of(self, tensors: Mapping[str, Tensor | None], dtype: torch.dtype) -> Tensor:

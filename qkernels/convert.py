@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from .account import account, take_snapshot
+from .account import account, fusion_notes, take_snapshot
 from .calibrate import Statistics, collect
+from .fuse import fuse_, unfuse_
 from .hooks import Algorithm, Quantizer, Target, find_algorithm, find_smoother
 from .journal import Journal
 from .nn import QuantEmbedding, QuantLinear
@@ -54,6 +55,7 @@ def quantize_(
     smooth: float | str | None = None,
     algorithm: str | Algorithm = "rtn",
     strict: bool = True,
+    fuse: bool = True,
     progress: Progress = None,
 ) -> Report:
     """Quantize the Linear layers of `model` in place.
@@ -79,6 +81,8 @@ def quantize_(
             "gptq" or "awq"; or one of them with its knobs: `qk.GPTQ(act_order=False)`.
         strict: raise where False would leave a layer and say so in the report: patterns that match nothing, weights
             that are not finite or hold no data, nothing to quantize.
+        fuse: also apply GELU, SiLU and ReLU modules inside the quantized Linear before them, where the code of their
+            parent shows that nothing else sees its output (see :mod:`qkernels.fuse`); `dequantize_` takes them apart.
         progress: None (a bar on a terminal), True, False, or a callable `(done, total, name)`.
 
     Returns:
@@ -89,7 +93,7 @@ def quantize_(
             it is after any other exception.
     """
     rounder, smoother = find_algorithm(algorithm), find_smoother(smooth)
-    _check_flags(embeddings=embeddings, strict=strict)
+    _check_flags(embeddings=embeddings, strict=strict, fuse=fuse)
     plan = make_plan(
         model, scheme, include=include, exclude=exclude, overrides=overrides, embeddings=embeddings, strict=strict
     )
@@ -127,7 +131,10 @@ def quantize_(
                 layer.module = replacement  # the float layer is free now
                 step(index + 1, len(chosen), layer.name)
         adapt_parents(model, is_quantized, on_failure=journal.on_failure)
-        return account(model, before, {layer.name: layer.reason or layer.note for layer in plan.layers})
+        notes = {layer.name: layer.reason or layer.note for layer in plan.layers}
+        if fuse:
+            notes.update(fusion_notes(fuse_(model, on_failure=journal.on_failure), notes))
+        return account(model, before, notes)
 
 
 class _Builder:
@@ -231,6 +238,7 @@ def dequantize_(model: nn.Module, *, dtype: torch.dtype | None = None) -> Report
     weights: dict[str, nn.Parameter | None] = {}
     originals = [(layer, layer.module) for layer in layers]
     with Journal(expected=0) as journal, torch.no_grad():
+        unfuse_(model, on_failure=journal.on_failure)
         for layer, module in sorted(originals, key=lambda item: item[0].name in tied):
             parameter = None if module._buffers.get("inv_smooth") is not None else weights.get(tied.get(layer.name, ""))
             new = _float_layer(module, dtype, parameter)

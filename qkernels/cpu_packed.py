@@ -19,8 +19,9 @@ from torch import Tensor
 from . import _C
 from .checks import DTYPE_CODES, check_features, check_input, check_out_dtype, check_static
 from .eager import is_plain
+from .epilogues import epilogue_code
 from .native import ALIGNMENT, pack_w8, run_native, unpack_w8
-from .prepared import Prepared, autocast_input, effective_weight, input_gradient, scheme_from_key, scheme_key
+from .prepared import Prepared, effective_weight, input_gradient, scheme_from_key, scheme_key
 from .scheme import MAX_INTEGER_K, Scheme
 
 __all__ = ["PreparedPacked", "register_operators"]
@@ -115,7 +116,13 @@ def _codebook(entries: tuple[float, ...]) -> Tensor:
 
 @functools.lru_cache(maxsize=4096)
 def _native(
-    addresses: tuple[int, ...], scale_code: int, act: tuple[float, int], scheme: Scheme, rows: int, features: int
+    addresses: tuple[int, ...],
+    scale_code: int,
+    act: tuple[float, int],
+    function: int,
+    scheme: Scheme,
+    rows: int,
+    features: int,
 ) -> Any:
     """The binding's object for these addresses (0: absent), in the order of ``PreparedPacked.names``."""
     packed, scale, zero_point, low, bias, _, _, smooth = addresses
@@ -134,11 +141,14 @@ def _native(
             scheme.activation_symmetric,
             *act,
             smooth,
+            function,
         )
     if scheme.weight_bits == 8:
-        return _C.LinearW8A16(packed, scale, bias, rows, features, smooth)
+        return _C.LinearW8A16(packed, scale, bias, rows, features, smooth, function)
     book = 0 if scheme.codebook is None else _codebook(scheme.codebook).data_ptr()
-    return _C.LinearW4A16(packed, scale, zero_point, low, scale_code, book, bias, rows, features, group, smooth)
+    return _C.LinearW4A16(
+        packed, scale, zero_point, low, scale_code, book, bias, rows, features, group, smooth, function
+    )
 
 
 def _address(tensor: Tensor | None) -> int:
@@ -158,6 +168,7 @@ class PreparedPacked(Prepared):
         "act_zero_point",
         "inv_smooth",
     )
+    fuses = True
 
     @classmethod
     def objection(cls, scheme: Scheme, in_features: int, out_features: int, device: torch.device) -> str:
@@ -220,7 +231,8 @@ class PreparedPacked(Prepared):
             or not _sizes_fit(resident, self.scheme, self.out_features, self.in_features)
         ):
             return  # the operator copies, or says what is wrong
-        self._run = _bound_native(self.tensors, self.scheme, self.out_features, self.in_features).run
+        function = epilogue_code(self.epilogue)
+        self._run = _bound_native(self.tensors, self.scheme, self.out_features, self.in_features, function).run
 
     def run(self, x: Tensor) -> Tensor:
         """See :meth:`Prepared.run`.  Plain eager calls go straight to the binding."""
@@ -257,17 +269,15 @@ class PreparedPacked(Prepared):
                 return out
         return self.around(x)
 
-    def call(self, x: Tensor, tensors: Mapping[str, Tensor | None]) -> Tensor:
+    def product(self, x: Tensor, tensors: Mapping[str, Tensor | None], out_dtype: torch.dtype | None) -> Tensor:
         """Through ``torch.ops.qkernels.linear_packed``."""
-        x = autocast_input(x)
-        check_input(x, self.in_features, self.device)
         return torch.ops.qkernels.linear_packed(
             x,
             *(tensors.get(name) for name in self.names),
             self._key,
             self.out_features,
             self.in_features,
-            None,
+            out_dtype,
         )
 
     def weight_of(self, tensors: Mapping[str, Tensor | None], dtype: torch.dtype) -> Tensor:
@@ -305,14 +315,16 @@ def _sizes_fit(resident: Mapping[str, Tensor], scheme: Scheme, rows: int, featur
     return all(tensor.numel() == sizes.get(name, elements) for name, tensor in resident.items())
 
 
-def _bound_native(tensors: Mapping[str, Tensor | None], scheme: Scheme, rows: int, features: int) -> Any:
+def _bound_native(
+    tensors: Mapping[str, Tensor | None], scheme: Scheme, rows: int, features: int, function: int = 0
+) -> Any:
     get = tensors.get
     scale, zero_point, codes = get("act_scale"), get("act_zero_point"), get("packed_scale")
     check_static(scale, zero_point)
     act = (0.0 if scale is None else float(scale), 0 if zero_point is None else int(zero_point))
     addresses = tuple(_address(get(name)) for name in PreparedPacked.names)
     code = 0 if codes is None else DTYPE_CODES[codes.dtype]
-    return _native(addresses, code, act, scheme, rows, features)
+    return _native(addresses, code, act, function, scheme, rows, features)
 
 
 # -- operators ------------------------------------------------------------------------------------------------------

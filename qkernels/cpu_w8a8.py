@@ -11,9 +11,10 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import _C
-from .checks import DTYPE_CODES, check_input, check_static
+from .checks import DTYPE_CODES, check_static
+from .epilogues import epilogue_code
 from .native import ALIGNMENT, native_linear_w8a8, pack_w8, run_native, unpack_w8
-from .prepared import Prepared, autocast_input, function_transform
+from .prepared import Prepared, function_transform
 from .scheme import Scheme
 
 __all__ = ["PreparedW8A8"]
@@ -76,6 +77,7 @@ class PreparedW8A8(Prepared):
     """
 
     names = ("packed", "colsum", "weight_scale", "bias", "act_scale", "act_zero_point", "inv_smooth")
+    fuses = True
 
     @classmethod
     def objection(cls, scheme: Scheme, in_features: int, out_features: int, device: torch.device) -> str:
@@ -179,6 +181,7 @@ class PreparedW8A8(Prepared):
             0.0 if scale is None else float(scale),
             0 if zero_point is None else int(zero_point),
             _address(smooth),
+            epilogue_code(self.epilogue),
         )
         more = None if scale is None and smooth is None else _Extras(scale, zero_point, smooth)
         a, b, c, d = addresses
@@ -227,10 +230,8 @@ class PreparedW8A8(Prepared):
                     return out
         return self.around(x)
 
-    def call(self, x: Tensor, tensors: Mapping[str, Tensor | None]) -> Tensor:
+    def product(self, x: Tensor, tensors: Mapping[str, Tensor | None], out_dtype: torch.dtype | None) -> Tensor:
         """Through ``torch.ops.qkernels.linear_w8a8``."""
-        x = autocast_input(x)
-        check_input(x, self.in_features, self.device)
         get = tensors.get
         return torch.ops.qkernels.linear_w8a8(
             x,
@@ -245,7 +246,7 @@ class PreparedW8A8(Prepared):
             get("act_scale"),
             get("act_zero_point"),
             get("inv_smooth"),
-            None,
+            out_dtype,
         )
 
     def weight_of(self, tensors: Mapping[str, Tensor | None], dtype: torch.dtype) -> Tensor:

@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 from . import cuda
 from .checks import DTYPE_CODES, check_input, check_out_dtype
 from .cpu_w8a8 import PreparedW8A8
-from .prepared import Prepared, autocast_input, effective_weight, function_transform
+from .prepared import Prepared, effective_weight, function_transform
 from .scheme import MAX_INTEGER_K, Scheme
 
 __all__ = ["PreparedCudaW8A8", "register_operators"]
@@ -137,6 +137,7 @@ class PreparedCudaW8A8(Prepared):
         if (
             type(x) is Tensor
             and x.is_cuda
+            and self.epilogue is None
             and not x.requires_grad
             and not _dispatch_modes()
             and function_transform() is None
@@ -171,10 +172,8 @@ class PreparedCudaW8A8(Prepared):
                 )
         return self.around(x)
 
-    def call(self, x: Tensor, tensors: Mapping[str, Tensor | None]) -> Tensor:
+    def product(self, x: Tensor, tensors: Mapping[str, Tensor | None], out_dtype: torch.dtype | None) -> Tensor:
         """Through ``torch.ops.qkernels.linear_w8a8``."""
-        x = autocast_input(x)
-        check_input(x, self.in_features, self.device)
         get = tensors.get
         return torch.ops.qkernels.linear_w8a8(
             x,
@@ -189,7 +188,7 @@ class PreparedCudaW8A8(Prepared):
             get("act_scale"),
             get("act_zero_point"),
             get("inv_smooth"),
-            None,
+            out_dtype,
         )
 
     def weight_of(self, tensors: Mapping[str, Tensor | None], dtype: torch.dtype) -> Tensor:

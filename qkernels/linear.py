@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from . import reference
 from .checks import TensorSpec, canonical_specs, check_out_dtype
+from .epilogues import check_epilogue
 from .module import QuantModule
 from .ops import Prepared, prepare
 from .scheme import Scheme
@@ -24,7 +25,7 @@ _is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 
 
 class QuantLinear(QuantModule):
-    """``y = x @ weight.T + bias`` over integers, as a scheme says.
+    """``y = epilogue(x @ weight.T + bias)`` over integers, as a scheme says.
 
     Args:
         in_features: K.
@@ -33,6 +34,8 @@ class QuantLinear(QuantModule):
             ``inv_smooth`` may be absent or None.
         scheme: a Scheme or the name of a preset.
         dtype: dtype of ``weight``, the float view.  The layer takes float32, bfloat16 and float16 whatever it is.
+        epilogue: None, or what is applied to the output before it is rounded: "relu", "gelu", "gelu_tanh", "silu"
+            (see :mod:`qkernels.epilogues`).
 
     Raises:
         ValueError, TypeError: naming the argument or tensor.
@@ -52,9 +55,11 @@ class QuantLinear(QuantModule):
         scheme: Scheme | str,
         *,
         dtype: torch.dtype = torch.float32,
+        epilogue: str | None = None,
     ) -> None:
         super().__init__()
         check_out_dtype(dtype, "dtype")
+        self._epilogue = check_epilogue(epilogue)
         self.in_features = in_features
         self.out_features = out_features
         self.scheme = Scheme.resolve(scheme)
@@ -130,7 +135,7 @@ class QuantLinear(QuantModule):
         return cls(in_features, out_features, tensors, scheme, dtype=dtype)
 
     def to_linear(self, dtype: torch.dtype | None = None) -> nn.Linear:
-        """A float Linear with the dequantized weight; ``dtype`` None: that of ``weight``."""
+        """A float Linear with the dequantized weight, and no epilogue; ``dtype`` None: that of ``weight``."""
         dtype = dtype or self.dtype
         linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta", dtype=dtype)
         linear.weight = nn.Parameter(self._build_weight(dtype))
@@ -153,8 +158,19 @@ class QuantLinear(QuantModule):
 
     @property
     def kernel(self) -> str:
-        """Name of the kernel that serves this layer: ``"w8a8.avx2"``, ``"reference"``, ..."""
-        return self._prepared.kernel
+        """Name of the kernel that serves this layer: ``"w8a8.avx2"``, ``"w8a8.avx2+gelu"``, ``"reference"``, ..."""
+        prepared = self._prepared
+        return f"{prepared.kernel}+{prepared.epilogue}" if prepared.fuses and prepared.epilogue else prepared.kernel
+
+    @property
+    def epilogue(self) -> str | None:
+        """What is applied to the output before it is rounded, or None.  May be set."""
+        return self._epilogue
+
+    @epilogue.setter
+    def epilogue(self, name: str | None) -> None:
+        self._epilogue = self._prepared.epilogue = check_epilogue(name)
+        self._prepared.moved()
 
     @property
     def reason(self) -> str:
@@ -192,6 +208,7 @@ class QuantLinear(QuantModule):
         self._buffers.update(prepared.tensors)
         self._non_persistent_buffers_set.update(prepared.resident())
         prepared.tensors = self._buffers
+        prepared.epilogue = self._epilogue
         self.__dict__["_prepared"] = prepared
 
     def _tensors(self) -> dict[str, Tensor | None]:

@@ -65,6 +65,7 @@ def native_linear_w8a8(
     act_scale: float,
     act_zero_point: int,
     inv_smooth: int,
+    function: int = 0,
 ) -> _C.LinearW8A8:
     """The binding's object for these addresses (0: absent).  It holds only its arguments, so it can be shared."""
     return _C.LinearW8A8(
@@ -79,6 +80,7 @@ def native_linear_w8a8(
         act_scale,
         act_zero_point,
         inv_smooth,
+        function,
     )
 
 

@@ -10,6 +10,7 @@ or to the reference where no kernel exists.
     dequantize_packed  the float weight of those
     linear_quantized  any scheme, canonical tensors, by the reference
     dequantize_quantized   the float weight of those
+    epilogue          what follows a Linear, by itself (defined in :mod:`qkernels.epilogues`)
     quantize, dequantize   tensors to integers and back (registered in :mod:`qkernels.tensor_ops`)
 """
 
@@ -310,9 +311,10 @@ for _name, _backward, _setup in (
 
 # -- 4-bit weights, and floating-point activations ------------------------------------------------------------------
 
-from . import cpu_packed  # noqa: E402  needs the library above
+from . import cpu_packed, epilogues  # noqa: E402  needs the library above
 
 cpu_packed.register_operators(_LIBRARY)
+epilogues.register_operators(_LIBRARY)
 register(cpu_packed.PreparedPacked)
 
 

@@ -21,6 +21,7 @@ from torch.autograd import forward_ad
 
 from . import reference
 from .checks import DTYPE_CODES, check_input
+from .epilogues import apply_epilogue
 from .scheme import Scheme
 
 __all__ = [
@@ -64,11 +65,15 @@ class Prepared(ABC):
         tensors: what is resident, by name.  A module may own this very mapping and replace entries; every call
             looks at what is in it.
         scheme, in_features, out_features: what the layer is; scheme_key: the scheme as operators take it.
+        epilogue: name of the function applied to the output, or None; call :meth:`moved` after changing it.
         reason: why no faster kernel serves it; "" where there is nothing to explain.
     """
 
     names: ClassVar[tuple[str, ...]] = ()
     """Every name that may occur in ``tensors``."""
+
+    fuses: ClassVar[bool] = False
+    """Whether the kernel applies the epilogue itself."""
 
     def __init__(
         self, tensors: Mapping[str, Any], scheme: Scheme, in_features: int, out_features: int, reason: str = ""
@@ -78,6 +83,7 @@ class Prepared(ABC):
         self.in_features = in_features
         self.out_features = out_features
         self.reason = reason
+        self.epilogue: str | None = None
         self.scheme_key = scheme_key(scheme)
 
     @classmethod
@@ -98,8 +104,13 @@ class Prepared(ABC):
         """Name of the kernel, as the report shows it."""
 
     @abstractmethod
-    def call(self, x: Tensor, tensors: Mapping[str, Tensor | None]) -> Tensor:
-        """:meth:`run` through torch's dispatcher, over ``tensors`` in place of the resident ones."""
+    def product(self, x: Tensor, tensors: Mapping[str, Tensor | None], out_dtype: torch.dtype | None) -> Tensor:
+        """The layer without its epilogue, through torch's dispatcher, over ``tensors`` in place of the resident ones.
+
+        Args:
+            x: checked input.
+            out_dtype: None: that of ``x``.
+        """
 
     @abstractmethod
     def weight_of(self, tensors: Mapping[str, Tensor | None], dtype: torch.dtype) -> Tensor:
@@ -136,6 +147,16 @@ class Prepared(ABC):
             ValueError: wrong size of the last dimension, or wrong device.
         """
         return self.around(x)
+
+    def call(self, x: Tensor, tensors: Mapping[str, Tensor | None]) -> Tensor:
+        """:meth:`run` through torch's dispatcher, over ``tensors`` in place of the resident ones."""
+        x = autocast_input(x)
+        check_input(x, self.in_features, self.device)
+        if self.epilogue is None:
+            return self.product(x, tensors, None)
+        # A kernel that fuses rounds after the function, and so does this.
+        y = self.product(x, tensors, torch.float32 if self.fuses else None)
+        return torch.ops.qkernels.epilogue(y, self.epilogue, x.dtype)
 
     def around(self, x: Tensor) -> Tensor:
         """:meth:`run` for whatever a direct call would go around: gradients, function transforms, modes, subclasses."""
@@ -195,7 +216,7 @@ class _Transformable(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, prepared: Prepared) -> Tensor:
-        return prepared.call(x, prepared.tensors)
+        return prepared.product(x, prepared.tensors, None)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Prepared], output: Tensor) -> None:
@@ -218,4 +239,5 @@ def through_transforms(x: Tensor, prepared: Prepared) -> Tensor:
     """``prepared.run(x)`` under ``torch.func`` transforms or forward mode."""
     x = autocast_input(x)
     check_input(x, prepared.in_features, prepared.device)
-    return _Transformable.apply(x, prepared)
+    y = _Transformable.apply(x, prepared)
+    return y if prepared.epilogue is None else apply_epilogue(y, prepared.epilogue)

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from ._manifest import LayerEntry, Manifest
-from .account import account, take_snapshot
+from .account import account, fusion_notes, take_snapshot
+from .fuse import fuse_
 from .nn import QuantEmbedding, QuantLinear
 from .parents import adapt_parents
 from .progress import Progress, tracking
@@ -213,6 +214,7 @@ def fill_model(
     reader: Reader,
     *,
     device: torch.device | str | None,
+    fuse: bool,
     progress: Progress,
 ) -> Report:
     """Replace the layers and fill the slots, one by one."""
@@ -251,7 +253,7 @@ def fill_model(
             done += 1
             step(done, total, name)
     adapt_parents(model, is_quantized)
-    return account(model, before, {})
+    return account(model, before, fusion_notes(fuse_(model) if fuse else {}, {}))
 
 
 def _make_layer(

@@ -114,6 +114,7 @@ def load(
     *,
     verify: bool = True,
     device: torch.device | str | None = None,
+    fuse: bool = True,
     progress: Progress = None,
 ) -> Report:
     """Fill `model`, a float model of the same architecture, with what `save` wrote; its layers are replaced as they
@@ -126,6 +127,7 @@ def load(
         model: may lie on the meta device; then no float copy of the weights ever exists.
         directory: where from.
         verify: also compare checksums, which reads every file once more.
+        fuse: as in `quantize_`.
         device: where the tensors go; None for where the model's are (the CPU for those on the meta device).
         progress: None (a bar on a terminal), True, False, or a callable `(done, total, name)`.
 
@@ -147,7 +149,7 @@ def load(
                 raise ValueError(f"{name}: its SHA-256 is not the one {MANIFEST} gives; the file is damaged")
     with Reader(source, manifest) as reader:
         _check_small_tensors(manifest, reader)
-        return fill_model(model, manifest, targets, reader, device=device, progress=progress)
+        return fill_model(model, manifest, targets, reader, device=device, fuse=fuse, progress=progress)
 
 
 def _check_small_tensors(manifest: Manifest, reader: Reader) -> None:

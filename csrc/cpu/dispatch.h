@@ -14,6 +14,7 @@ struct KernelTable {
   void (*quantize)(const QuantizeArgs&);
   void (*dequantize)(const DequantizeArgs&);
   void (*embedding)(const EmbeddingArgs&);
+  void (*activation)(const ActivationFunctionArgs&);
 };
 
 // The weight-only kernels. They may fuse multiply-adds, so they are compiled apart from the rest, and several tiers

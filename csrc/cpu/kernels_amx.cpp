@@ -1,4 +1,5 @@
 // AMX tier: tdpbssd on 16 x 64-byte tiles; few rows are left to VNNI.
+#include "activation_impl.h"
 #include "dispatch.h"
 #include "linear_w4a8_impl.h"
 #include "linear_w8a8_impl.h"
@@ -121,7 +122,8 @@ const KernelTable& kernels_amx() {
                                         linear_w4a8_scratch_bytes<Amx>,
                                         quantize<Amx>,
                                         dequantize<Amx>,
-                                        embedding<Amx>};
+                                        embedding<Amx>,
+                                        activation<Amx>};
   return table;
 }
 

@@ -1,4 +1,5 @@
 // AVX2 tier: no dot-product instruction, so vpmaddubsw + vpmaddwd.
+#include "activation_impl.h"
 #include "dispatch.h"
 #include "linear_w4a8_impl.h"
 #include "linear_w8a8_impl.h"
@@ -238,7 +239,8 @@ const KernelTable& kernels_avx2() {
                                         linear_w4a8_scratch_bytes<Avx2>,
                                         quantize<Avx2>,
                                         dequantize<Avx2>,
-                                        embedding<Avx2>};
+                                        embedding<Avx2>,
+                                        activation<Avx2>};
   return table;
 }
 

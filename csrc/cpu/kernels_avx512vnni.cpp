@@ -1,4 +1,5 @@
 // AVX512-VNNI tier: vpdpbusd on 512-bit registers.
+#include "activation_impl.h"
 #include "dispatch.h"
 #include "linear_w4a8_impl.h"
 #include "linear_w8a8_impl.h"
@@ -15,7 +16,8 @@ const KernelTable& kernels_avx512vnni() {
                                         linear_w4a8_scratch_bytes<Avx512Vnni>,
                                         quantize<Avx512Vnni>,
                                         dequantize<Avx512Vnni>,
-                                        embedding<Avx512Vnni>};
+                                        embedding<Avx512Vnni>,
+                                        activation<Avx512Vnni>};
   return table;
 }
 

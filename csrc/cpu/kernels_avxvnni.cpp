@@ -1,4 +1,5 @@
 // AVX-VNNI tier: vpdpbusd on 256-bit registers, VEX encoded (client processors without AVX-512).
+#include "activation_impl.h"
 #include "dispatch.h"
 #include "linear_w4a8_impl.h"
 #include "linear_w8a8_impl.h"
@@ -177,7 +178,8 @@ const KernelTable& kernels_avxvnni() {
                                         linear_w4a8_scratch_bytes<AvxVnni>,
                                         quantize<AvxVnni>,
                                         dequantize<AvxVnni>,
-                                        embedding<AvxVnni>};
+                                        embedding<AvxVnni>,
+                                        activation<AvxVnni>};
   return table;
 }
 

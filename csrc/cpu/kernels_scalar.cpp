@@ -1,4 +1,5 @@
 // Scalar tier: portable C++, the only one on architectures other than x86-64.
+#include "activation_impl.h"
 #include "dispatch.h"
 #include "linear_w4a8_impl.h"
 #include "linear_w8a8_impl.h"
@@ -56,7 +57,8 @@ const KernelTable& kernels_scalar() {
                                         linear_w4a8_scratch_bytes<Scalar>,
                                         quantize<Scalar>,
                                         dequantize<Scalar>,
-                                        embedding<Scalar>};
+                                        embedding<Scalar>,
+                                        activation<Scalar>};
   return table;
 }
 

@@ -23,6 +23,7 @@
 
 #include "../args.h"
 #include "../layout.h"
+#include "activation.h"
 #include "quantize_rows.h"
 #include "row_chunks.h"
 #include "threads.h"
@@ -248,6 +249,7 @@ class LinearW4A8 {
       const int n = width - i < V::kLanes ? width - i : V::kLanes;
       F v = V::mul(V::load_f(totals + i), scale_x);
       if (p_.bias) v = V::add(v, n == V::kLanes ? V::load_f(p_.bias + n0 + i) : V::load_f_part(p_.bias + n0 + i, n));
+      if (p_.function != Activation::kNone) v = Activations<V>::apply(p_.function, v);
       if (n == V::kLanes)
         V::template store<D>(p_.y, y + i, v);
       else

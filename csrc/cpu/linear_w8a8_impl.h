@@ -1,4 +1,4 @@
-// y [M, N] = ((q_x [M, K] @ weight [N, K]^T - zp * colsum) * scale_x) * scale_w + bias, q_x quantized on the way in.
+// y [M, N] = f(((q_x [M, K] @ weight [N, K]^T - zp * colsum) * scale_x) * scale_w + bias), q_x quantized on the way in.
 //
 // Written once over the verbs of a tier. A tier provides, beside the verbs of verbs_*.h:
 //   kTileM, kTileN    rows and columns of its register tile; kTileN divides the 64 columns of a superblock
@@ -27,6 +27,7 @@
 
 #include "../args.h"
 #include "../layout.h"
+#include "activation.h"
 #include "quantize_rows.h"
 #include "row_chunks.h"
 #include "threads.h"
@@ -159,17 +160,26 @@ class LinearW8A8 {
   template <int kPitch>
   void epilogue(int64_t row, Range rows, const RowScale* scales, const int32_t* c, const Columns& columns, int64_t n0,
                 int j) const {
+    if (p_.function == Activation::kNone)
+      epilogue_of<false>(row, rows, scales, c, kPitch, columns, n0, j);
+    else
+      epilogue_of<true>(row, rows, scales, c, kPitch, columns, n0, j);
+  }
+
+  template <bool kActivates>
+  void epilogue_of(int64_t row, Range rows, const RowScale* scales, const int32_t* c, int pitch, const Columns& columns,
+                   int64_t n0, int j) const {
     switch (p_.y_dtype) {
       case DType::kF32:
-        return epilogue_as<DType::kF32>(row, rows, scales, c, kPitch, columns, n0, j);
+        return epilogue_as<DType::kF32, kActivates>(row, rows, scales, c, pitch, columns, n0, j);
       case DType::kBF16:
-        return epilogue_as<DType::kBF16>(row, rows, scales, c, kPitch, columns, n0, j);
+        return epilogue_as<DType::kBF16, kActivates>(row, rows, scales, c, pitch, columns, n0, j);
       default:
-        return epilogue_as<DType::kF16>(row, rows, scales, c, kPitch, columns, n0, j);
+        return epilogue_as<DType::kF16, kActivates>(row, rows, scales, c, pitch, columns, n0, j);
     }
   }
 
-  template <DType D>
+  template <DType D, bool kActivates>
   void epilogue_as(int64_t row, Range rows, const RowScale* scales, const int32_t* c, int pitch, const Columns& columns,
                    int64_t n0, int j) const {
     constexpr int kW = V::kLanes;
@@ -187,6 +197,7 @@ class LinearW8A8 {
           sum = V::sub_i(sum, V::mul_i(zero_point, V::load_i(columns.colsum + at)));
         auto v = V::mul(V::mul(V::to_f(sum), scale_x), V::load_f(columns.scale + at));
         if (columns.bias) v = V::add(v, V::load_f(columns.bias + at));
+        if constexpr (kActivates) v = Activations<V>::apply(p_.function, v);
         if (width - i >= kW)
           V::template store<D>(p_.y, y + i, v);
         else

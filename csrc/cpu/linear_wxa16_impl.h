@@ -1,5 +1,5 @@
-// Weight-only Linear, W8A16 and W4A16: y [M, N] = x [M, K] @ w [N, K]^T + bias with w = scale * (q - zero_point) and so
-// on (LinearWxA16Args in args.h), x in fp32, bf16 or fp16.
+// Weight-only Linear, W8A16 and W4A16: y [M, N] = x [M, K] @ w [N, K]^T + bias, then a function, with w = scale * (q -
+// zero_point) and so on (LinearWxA16Args in args.h), x in fp32, bf16 or fp16.
 //
 // Sums are fp32, multiply-adds fused. No operand is narrowed: fp16 is widened, integers of 8 or 4 bits are exact in
 // fp32 and in bf16, and the bf16 dot product only ever meets bf16 activations. K is never split between threads and the
@@ -38,6 +38,7 @@
 
 #include "../args.h"
 #include "../layout.h"
+#include "activation.h"
 #include "threads.h"
 #include "weights_wxa16.h"
 
@@ -326,6 +327,7 @@ class LinearWxA16 {
         auto v = V::load_f(c + i);
         if (W::kBits == 8) v = V::mul(v, V::load_f_part(static_cast<const float*>(p_.weight_scale) + n0 + i, lanes));
         if (p_.bias) v = V::add(v, V::load_f_part(p_.bias + n0 + i, lanes));
+        if (p_.function != Activation::kNone) v = Activations<V>::apply(p_.function, v);
         if (lanes == kW)
           V::template store<D>(p_.y, y + i, v);
         else

@@ -30,6 +30,7 @@ struct ScalarVerbs {
   static I set_i(int32_t v) { return v; }
   static F mul(F a, F b) { return a * b; }
   static F add(F a, F b) { return a + b; }
+  static F sub(F a, F b) { return a - b; }
   static F min(F a, F b) { return a < b ? a : b; }
   static F max(F a, F b) { return a > b ? a : b; }
   static F div(F a, F b) { return a / b; }
@@ -45,6 +46,9 @@ struct ScalarVerbs {
     const float shifted = v + kMagic;
     return static_cast<I>(shifted - kMagic);
   }
+  static I as_i(F v) { return static_cast<I>(bits(v)); }
+  static F as_f(I v) { return from_bits(static_cast<uint32_t>(v)); }
+  static I exponent(I v) { return static_cast<I>(static_cast<uint32_t>(v) << 23); }  // added to the bits: times 2^v
   static int32_t reduce_max_i(I v) { return v; }
   static float reduce_min(F v) { return v; }
   static float reduce_max(F v) { return v; }

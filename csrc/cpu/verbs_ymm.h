@@ -21,6 +21,7 @@ struct YmmVerbs {
   static I set_i(int32_t v) { return _mm256_set1_epi32(v); }
   static F mul(F a, F b) { return _mm256_mul_ps(a, b); }
   static F add(F a, F b) { return _mm256_add_ps(a, b); }
+  static F sub(F a, F b) { return _mm256_sub_ps(a, b); }
   static F min(F a, F b) { return _mm256_min_ps(a, b); }
   static F max(F a, F b) { return _mm256_max_ps(a, b); }
   static F div(F a, F b) { return _mm256_div_ps(a, b); }
@@ -31,6 +32,9 @@ struct YmmVerbs {
   static I abs_bits(F v) { return _mm256_and_si256(_mm256_castps_si256(v), set_i(0x7FFFFFFF)); }
   static F to_f(I v) { return _mm256_cvtepi32_ps(v); }
   static I round_i(F v) { return _mm256_cvtps_epi32(v); }  // half to even: FpEnvironment sets MXCSR
+  static I as_i(F v) { return _mm256_castps_si256(v); }
+  static F as_f(I v) { return _mm256_castsi256_ps(v); }
+  static I exponent(I v) { return _mm256_slli_epi32(v, 23); }  // added to the bits of a float: times 2^v
 
   static int32_t reduce_max_i(I v) {
     __m128i m = _mm_max_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));

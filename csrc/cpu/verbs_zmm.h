@@ -19,6 +19,7 @@ struct ZmmVerbs {
   static I set_i(int32_t v) { return _mm512_set1_epi32(v); }
   static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
   static F add(F a, F b) { return _mm512_add_ps(a, b); }
+  static F sub(F a, F b) { return _mm512_sub_ps(a, b); }
   static F min(F a, F b) { return _mm512_min_ps(a, b); }
   static F max(F a, F b) { return _mm512_max_ps(a, b); }
   static F div(F a, F b) { return _mm512_div_ps(a, b); }
@@ -29,6 +30,9 @@ struct ZmmVerbs {
   static I abs_bits(F v) { return _mm512_and_si512(_mm512_castps_si512(v), set_i(0x7FFFFFFF)); }
   static F to_f(I v) { return _mm512_cvtepi32_ps(v); }
   static I round_i(F v) { return _mm512_cvtps_epi32(v); }  // half to even: FpEnvironment sets MXCSR
+  static I as_i(F v) { return _mm512_castps_si512(v); }
+  static F as_f(I v) { return _mm512_castsi512_ps(v); }
+  static I exponent(I v) { return _mm512_slli_epi32(v, 23); }  // added to the bits of a float: times 2^v
   static int32_t reduce_max_i(I v) { return _mm512_reduce_max_epi32(v); }
   static float reduce_min(F v) { return _mm512_reduce_min_ps(v); }
   static float reduce_max(F v) { return _mm512_reduce_max_ps(v); }

@@ -63,6 +63,7 @@ class PreparedTritonW8A8(PreparedReference):
         if (
             type(x) is Tensor
             and x.device == self.device
+            and self.epilogue is None
             and x.dtype in DTYPE_CODES
             and x.dim()
             and x.shape[-1] == self.in_features

@@ -1,0 +1,197 @@
+"""Activation modules applied inside the Linear before them: chosen from how their parent calls them, and reversible.
+
+A pair is fused where the parent's own ``forward``, traced with every child as a leaf, calls the quantized Linear once,
+hands its output to the activation and to nothing else, and calls the activation once.  The Linear gets the epilogue
+and the activation becomes a :class:`Passed`, which returns its input.  Left alone are children that sit in several
+places, children with hooks, which could see the difference, and parents whose ``forward`` cannot be traced.  An
+``nn.Sequential`` is only trusted where those around it call it as a whole.  Nothing in a state dict changes.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from torch import Tensor, fx, nn
+
+from .epilogues import epilogue_of
+from .linear import QuantLinear
+
+__all__ = ["Passed", "fuse_", "unfuse_"]
+
+OnFailure = Callable[[Callable[[], None]], None]
+
+
+class Passed(nn.Module):
+    """Stands where an activation stood that the Linear before it applies now.
+
+    Args:
+        original: the activation module, which comes back with :func:`unfuse_`.
+        linear: name of the Linear in the same parent.
+    """
+
+    def __init__(self, original: nn.Module, linear: str) -> None:
+        super().__init__()
+        self.__dict__["original"] = original  # not as a child: names of modules stay what they were
+        self.linear = linear
+
+    def forward(self, input: Tensor) -> Tensor:
+        """The input."""
+        return input
+
+    def extra_repr(self) -> str:
+        """What was there, and who does it now."""
+        return f"{self.__dict__['original']}, applied by {self.linear}"
+
+
+class _Pair(NamedTuple):
+    parent: nn.Module
+    linear: str
+    activation: str
+
+
+def fuse_(model: nn.Module, *, on_failure: OnFailure | None = None) -> dict[str, str]:
+    """Fuse every activation that follows one quantized Linear and nothing else, in place.
+
+    Args:
+        model: looked through as a whole.
+        on_failure: is handed, before anything is changed, a function that undoes it.
+
+    Returns:
+        Name of each Linear that applies an activation now -> name of the activation module.
+    """
+    family = _Family(model)
+    pairs = [pair for parent in model.modules() for pair in family.pairs(parent)]
+    if on_failure is not None:
+        on_failure(_restorer(pairs))
+    done = {}
+    for parent, linear, activation in pairs:
+        layer, function = parent._modules[linear], parent._modules[activation]
+        if isinstance(layer, QuantLinear) and function is not None:
+            layer.epilogue = epilogue_of(function)
+            parent._modules[activation] = Passed(function, linear).train(function.training)
+            done[family.names[id(layer)]] = f"{family.names[id(parent)]}.{activation}".lstrip(".")
+    return done
+
+
+def unfuse_(model: nn.Module, *, on_failure: OnFailure | None = None) -> None:
+    """Put back every activation that :func:`fuse_` took.
+
+    Args:
+        model: looked through as a whole.
+        on_failure: is handed, before anything is changed, a function that undoes it.
+    """
+    pairs = [
+        _Pair(parent, child.linear, name)
+        for parent in model.modules()
+        for name, child in parent._modules.items()
+        if isinstance(child, Passed)
+    ]
+    if on_failure is not None:
+        on_failure(_restorer(pairs))
+    for parent, linear, name in pairs:
+        layer, passed = parent._modules.get(linear), parent._modules[name]
+        if isinstance(layer, QuantLinear):
+            layer.epilogue = None
+        if isinstance(passed, Passed):
+            parent._modules[name] = passed.__dict__["original"].train(passed.training)
+
+
+def _restorer(pairs: list[_Pair]) -> Callable[[], None]:
+    """A function that makes both halves of each pair what they are now."""
+    now = [(p, p.parent._modules.get(p.linear), p.parent._modules.get(p.activation)) for p in pairs]
+    epilogues = [layer.epilogue if isinstance(layer, QuantLinear) else None for _, layer, _ in now]
+
+    def restore() -> None:
+        for (pair, layer, activation), epilogue in zip(now, epilogues, strict=True):
+            if isinstance(layer, QuantLinear):
+                layer.epilogue = epilogue
+            pair.parent._modules[pair.activation] = activation
+
+    return restore
+
+
+class _Family:
+    """Who is whose child in a model, and how parents call their children."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.names = {id(module): name for name, module in model.named_modules()}
+        self._parents: dict[int, list[tuple[nn.Module, str]]] = {}
+        for parent in model.modules():
+            for name, child in parent._modules.items():
+                self._parents.setdefault(id(child), []).append((parent, name))
+        self._model = model
+
+    def pairs(self, parent: nn.Module) -> list[_Pair]:
+        """The children of ``parent`` that can be fused."""
+        own = {name: child for name, child in parent._modules.items() if child is not None and self._single(child)}
+        linears = [name for name, child in own.items() if isinstance(child, QuantLinear) and not child.epilogue]
+        activations = [name for name, child in own.items() if epilogue_of(child) is not None]
+        if not linears or not activations or not self._called_as_a_whole(parent):
+            return []
+        graphs = _traces(parent)
+        return [
+            _Pair(parent, linear, activation)
+            for linear in linears
+            for activation in activations
+            if graphs and all(_feeds(graph, linear, activation) for graph in graphs)
+        ]
+
+    def _single(self, child: nn.Module) -> bool:
+        hooked = any((child._forward_hooks, child._forward_pre_hooks, child._backward_hooks, child._backward_pre_hooks))
+        return not hooked and len(self._parents[id(child)]) == 1
+
+    def _called_as_a_whole(self, module: nn.Module) -> bool:
+        """Whether nobody calls the children of a container past its ``forward``."""
+        if module is self._model or not isinstance(module, nn.Sequential):
+            return not isinstance(module, (nn.ModuleList, nn.ModuleDict))
+        for parent, name in self._parents[id(module)]:
+            graphs = _traces(parent)
+            targets = {str(node.target) for graph in graphs for node in graph.nodes if node.op == "call_module"}
+            if not graphs or any(target.startswith(f"{name}.") for target in targets):
+                return False
+            if not self._called_as_a_whole(parent):
+                return False
+        return True
+
+
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Children are called, never entered."""
+        return True
+
+
+def _traces(module: nn.Module) -> list[fx.Graph]:
+    """How ``forward`` calls the children: with its optional arguments given, and without them.  Empty where either
+    cannot be traced."""
+    if "forward" in module.__dict__:  # somebody else's wrapper, which a trace of the class would not see
+        return []
+    try:
+        parameters = inspect.signature(type(module).forward).parameters.values()
+        defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+        return [_trace(module, {}), *([_trace(module, defaults)] if defaults else [])]
+    except Exception:  # whatever a forward raises over placeholders: it cannot be traced
+        return []
+
+
+def _trace(module: nn.Module, defaults: Mapping[str, Any]) -> fx.Graph:
+    """Traced over a copy, so that what ``forward`` may assign does not stay."""
+    double = type(module).__new__(type(module))
+    double.__dict__.update(module.__dict__)
+    for own in ("_modules", "_parameters", "_buffers"):
+        double.__dict__[own] = dict(module.__dict__[own])
+    return _Tracer().trace(double, dict(defaults))
+
+
+def _feeds(graph: fx.Graph, linear: str, activation: str) -> bool:
+    """Whether one call of ``linear`` feeds the one call of ``activation``, and nothing else sees its output."""
+    calls = [node for node in graph.nodes if node.op == "call_module"]
+    producers = [node for node in calls if node.target == linear]
+    consumers = [node for node in calls if node.target == activation]
+    return (
+        len(producers) == len(consumers) == 1
+        and consumers[0].args == (producers[0],)
+        and not consumers[0].kwargs
+        and list(producers[0].users) == consumers
+    )
