@@ -25,6 +25,10 @@ struct ActivationArgs {
 };
 
 // y [M, N] = epilogue(quantize(x [M, K]) @ weight [N, K]^T); see layout.h for the packed weight.
+//
+// Kernels take several of these that read the same rows (the projections of an attention block): the rows are quantized
+// once, and the columns of all of them are shared out as if they were one. What concerns x, m, k, threads and scratch
+// is read from the first.
 struct LinearW8A8Args {
   // Weight.
   const int8_t* packed;

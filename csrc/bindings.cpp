@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 
 #include <string>
+#include <vector>
 
 #include "binding_helpers.h"
 #include "bindings.h"
@@ -59,6 +60,8 @@ class LinearW8A8 {
     launch(args, m, xq_stride, y, y_dtype, y_stride, threads);
   }
 
+  const qk::LinearW8A8Args& args() const { return args_; }
+
  private:
   static void launch(qk::LinearW8A8Args& args, int64_t m, int64_t x_stride, uintptr_t y, int y_dtype, int64_t y_stride,
                      int threads) {
@@ -74,11 +77,56 @@ class LinearW8A8 {
     args.scratch_bytes = table.linear_w8a8_scratch_bytes(m, args.k, threads);
     args.scratch = qk::scratch(args.scratch_bytes);
     const char* isa = table.isa;
-    run_released((m + 1) * args.n * args.k > qk::kReleaseGilBytes, [&] { isa = table.linear_w8a8(args); });
+    run_released((m + 1) * args.n * args.k > qk::kReleaseGilBytes, [&] { isa = table.linear_w8a8(&args, 1); });
     note("w8a8", isa);
   }
 
   qk::LinearW8A8Args args_{};
+};
+
+// Several layers over the same rows, which are quantized once; see args.h.
+class LinearW8A8Group {
+ public:
+  explicit LinearW8A8Group(const py::list& members) {
+    for (const auto& member : members) members_.push_back(member.cast<const LinearW8A8&>().args());
+    QK_CHECK_GE(members_.size(), 1u);
+    for (const auto& member : members_) {
+      QK_CHECK_EQ(member.k, members_[0].k);
+      QK_CHECK_EQ(member.act.symmetric, members_[0].act.symmetric);
+      QK_CHECK_EQ(member.act.scale, members_[0].act.scale);
+      QK_CHECK_EQ(member.act.zero_point, members_[0].act.zero_point);
+      columns_ += member.n;
+    }
+  }
+
+  void run(uintptr_t x, int x_dtype, int64_t m, int64_t x_stride, const py::list& y, int y_dtype, int threads) const {
+    QK_CHECK_GE(m, 0);
+    QK_CHECK_GE(threads, 1);
+    QK_CHECK_EQ(y.size(), members_.size());
+    std::vector<qk::LinearW8A8Args> members = members_;
+    for (size_t i = 0; i < members.size(); ++i) {
+      members[i].y = pointer<void>(y[i].cast<uintptr_t>());
+      members[i].y_dtype = dtype(y_dtype);
+      members[i].y_stride = members[i].n;
+    }
+    qk::LinearW8A8Args& first = members[0];
+    first.act.x = pointer<const void>(x);
+    first.act.x_dtype = dtype(x_dtype);
+    first.act.x_stride = x_stride;
+    first.m = m;
+    first.threads = threads;
+    const qk::KernelTable& table = qk::kernels();
+    first.scratch_bytes = table.linear_w8a8_scratch_bytes(m, first.k, threads);
+    first.scratch = qk::scratch(first.scratch_bytes);
+    const char* isa = table.isa;
+    run_released((m + 1) * columns_ * first.k > qk::kReleaseGilBytes,
+                 [&] { isa = table.linear_w8a8(members.data(), static_cast<int>(members.size())); });
+    note("w8a8", isa);
+  }
+
+ private:
+  std::vector<qk::LinearW8A8Args> members_;
+  int64_t columns_ = 0;
 };
 
 void check_view(int64_t outer, int64_t channels, int64_t inner, int64_t group, qk::QKind q_kind, int threads) {
@@ -222,6 +270,10 @@ PYBIND11_MODULE(_C, m) {
            py::arg("inv_smooth"), py::arg("function") = 0)
       .def("run", &LinearW8A8::run)
       .def("run_quantized", &LinearW8A8::run_quantized);
+
+  py::class_<LinearW8A8Group>(m, "LinearW8A8Group")
+      .def(py::init<const py::list&>(), py::arg("members"))
+      .def("run", &LinearW8A8Group::run);
 
   m.def("quantize", &quantize);
   m.def("dequantize", &dequantize);

@@ -77,6 +77,13 @@ class LinearW8A8:
     ) -> None:
         """The same over rows that are int8 (symmetric) or uint8 already."""
 
+class LinearW8A8Group:
+    """Layers that read the same rows, quantized once; ValueError where their activations differ."""
+
+    def __init__(self, members: list[LinearW8A8]) -> None: ...
+    def run(self, x: int, x_dtype: int, M: int, x_stride: int, y: list[int], y_dtype: int, threads: int, /) -> None:
+        """``y``: a contiguous ``[M, N]`` for each member."""
+
 class LinearW4A8:
     """One layer's weights in groups along K; at most one of zero points and minima. Otherwise as LinearW8A8."""
 

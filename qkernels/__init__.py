@@ -20,6 +20,7 @@ from .calibrate import calibrate
 from .codebook import NF4, fit_codebook
 from .compat import quantize_dynamic
 from .convert import dequantize_, quantize_
+from .fuse import fuse_, unfuse_
 from .gptq import GPTQ
 from .hqq import HQQ
 from .info import info
@@ -49,6 +50,7 @@ __all__ = [
     "dequantize",
     "dequantize_",
     "fit_codebook",
+    "fuse_",
     "info",
     "load",
     "nn",
@@ -61,4 +63,5 @@ __all__ = [
     "save",
     "sensitivity",
     "smooth_",
+    "unfuse_",
 ]

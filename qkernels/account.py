@@ -68,11 +68,8 @@ def account(model: nn.Module, before: Snapshot, notes: Mapping[str, str | None])
 
 
 def fusion_notes(fused: Mapping[str, str], notes: Mapping[str, str | None]) -> dict[str, str | None]:
-    """``notes`` of the layers that apply an activation module themselves, with its name in them."""
-    return {
-        layer: "; ".join(text for text in (notes.get(layer), f"applies {activation.rpartition('.')[2]}") if text)
-        for layer, activation in fused.items()
-    }
+    """``notes`` of the layers that were fused, with what fusion says of them."""
+    return {layer: "; ".join(text for text in (notes.get(layer), words) if text) for layer, words in fused.items()}
 
 
 def _shape(module: nn.Module) -> tuple[int, ...] | None:

@@ -188,6 +188,20 @@ class PreparedW8A8(Prepared):
         self._binding = (a, b, c, d, more, native.run, features, rows)
         return self._binding
 
+    def native(self) -> Any:
+        """The native call for what is resident now, a bound method of ``_C.LinearW8A8``; None where there is none."""
+        tensors = self.tensors
+        packed, colsum, scale, bias, more, native, *_ = self._binding
+        if (
+            tensors["packed"].data_ptr() != packed
+            or tensors["colsum"].data_ptr() != colsum
+            or tensors["weight_scale"].data_ptr() != scale
+            or _address(tensors["bias"]) != bias
+            or (more is not None and more.stale(tensors))
+        ):
+            native = self._bind()[5]
+        return native
+
     def run(self, x: Tensor) -> Tensor:
         """See :meth:`Prepared.run`.  Plain eager calls go straight to the binding."""
         # What follows costs as much as a small product: every line was timed.

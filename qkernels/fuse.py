@@ -1,9 +1,12 @@
-"""Activation modules applied inside the Linear before them: chosen from how their parent calls them, and reversible.
+"""Fewer passes over memory, chosen from how modules call their children, and reversible.
 
-A pair is fused where the parent's own ``forward``, traced with every child as a leaf, calls the quantized Linear once,
-hands its output to the activation and to nothing else, and calls the activation once.  The Linear gets the epilogue
-and the activation becomes a :class:`Passed`, which returns its input.  Left alone are children that sit in several
-places, children with hooks, which could see the difference, and parents whose ``forward`` cannot be traced.  An
+Activation modules are applied inside the Linear before them; Linears that read one input run as one product (see
+:mod:`qkernels.groups`).
+
+An activation is fused where the parent's own ``forward``, traced with every child as a leaf, calls the quantized Linear
+once, hands its output to the activation and to nothing else, and calls the activation once.  The Linear gets the
+epilogue and the activation becomes a :class:`Passed`, which returns its input.  Left alone are children that sit in
+several places, children with hooks, which could see the difference, and parents whose ``forward`` cannot be traced.  An
 ``nn.Sequential`` is only trusted where those around it call it as a whole.  Nothing in a state dict changes.
 """
 
@@ -15,7 +18,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, fx, nn
 
+from .cpu_w8a8 import PreparedW8A8
 from .epilogues import epilogue_of
+from .groups import InputGroup, compatible, readers
 from .linear import QuantLinear
 
 __all__ = ["Passed", "fuse_", "unfuse_"]
@@ -52,31 +57,40 @@ class _Pair(NamedTuple):
 
 
 def fuse_(model: nn.Module, *, on_failure: OnFailure | None = None) -> dict[str, str]:
-    """Fuse every activation that follows one quantized Linear and nothing else, in place.
+    """Apply activations in the quantized Linears before them, and join Linears that read one input; in place.
 
     Args:
         model: looked through as a whole.
         on_failure: is handed, before anything is changed, a function that undoes it.
 
     Returns:
-        Name of each Linear that applies an activation now -> name of the activation module.
+        Name of each Linear that changed -> what it does now, in words.
     """
     family = _Family(model)
     pairs = [pair for parent in model.modules() for pair in family.pairs(parent)]
+    groups = [group for parent in model.modules() for group in family.groups(parent)]
     if on_failure is not None:
-        on_failure(_restorer(pairs))
-    done = {}
+        on_failure(_restorer(pairs, [layer for group in groups for layer in group]))
+    done: dict[str, str] = {}
     for parent, linear, activation in pairs:
         layer, function = parent._modules[linear], parent._modules[activation]
         if isinstance(layer, QuantLinear) and function is not None:
             layer.epilogue = epilogue_of(function)
             parent._modules[activation] = Passed(function, linear).train(function.training)
-            done[family.names[id(layer)]] = f"{family.names[id(parent)]}.{activation}".lstrip(".")
+            done[family.names[id(layer)]] = f"applies {activation}"
+    for members in groups:
+        names = [family.names[id(layer)] for layer in members]
+        shared = InputGroup(len(members))
+        for slot, (layer, name) in enumerate(zip(members, names, strict=True)):
+            layer._group = (shared, slot)
+            shared.join(slot, layer)
+            others = " and ".join(other.rpartition(".")[2] for other in names if other != name)
+            done[name] = "; ".join([*([done[name]] if name in done else []), f"runs with {others}"])
     return done
 
 
 def unfuse_(model: nn.Module, *, on_failure: OnFailure | None = None) -> None:
-    """Put back every activation that :func:`fuse_` took.
+    """Put back every activation that :func:`fuse_` took, and let every Linear run by itself.
 
     Args:
         model: looked through as a whole.
@@ -88,8 +102,11 @@ def unfuse_(model: nn.Module, *, on_failure: OnFailure | None = None) -> None:
         for name, child in parent._modules.items()
         if isinstance(child, Passed)
     ]
+    grouped = [m for m in model.modules() if isinstance(m, QuantLinear) and m._group is not None]
     if on_failure is not None:
-        on_failure(_restorer(pairs))
+        on_failure(_restorer(pairs, grouped))
+    for member in grouped:
+        member._group = None
     for parent, linear, name in pairs:
         layer, passed = parent._modules.get(linear), parent._modules[name]
         if isinstance(layer, QuantLinear):
@@ -98,8 +115,9 @@ def unfuse_(model: nn.Module, *, on_failure: OnFailure | None = None) -> None:
             parent._modules[name] = passed.__dict__["original"].train(passed.training)
 
 
-def _restorer(pairs: list[_Pair]) -> Callable[[], None]:
-    """A function that makes both halves of each pair what they are now."""
+def _restorer(pairs: list[_Pair], grouped: list[QuantLinear]) -> Callable[[], None]:
+    """A function that makes both halves of each pair, and the group of each layer, what they are now."""
+    groups = [layer._group for layer in grouped]
     now = [(p, p.parent._modules.get(p.linear), p.parent._modules.get(p.activation)) for p in pairs]
     epilogues = [layer.epilogue if isinstance(layer, QuantLinear) else None for _, layer, _ in now]
 
@@ -108,6 +126,8 @@ def _restorer(pairs: list[_Pair]) -> Callable[[], None]:
             if isinstance(layer, QuantLinear):
                 layer.epilogue = epilogue
             pair.parent._modules[pair.activation] = activation
+        for layer, group in zip(grouped, groups, strict=True):
+            layer._group = group
 
     return restore
 
@@ -136,6 +156,20 @@ class _Family:
             for linear in linears
             for activation in activations
             if graphs and all(_feeds(graph, linear, activation) for graph in graphs)
+        ]
+
+    def groups(self, parent: nn.Module) -> list[list[QuantLinear]]:
+        """The children of ``parent`` that read one input and quantize it alike."""
+        own = {
+            name: child
+            for name, child in parent._modules.items()
+            if type(child) is QuantLinear and child._group is None and len(self._parents[id(child)]) == 1
+        }
+        groups = [[own[name] for name in names] for names in readers(parent, list(own))]
+        return [
+            members
+            for members in groups
+            if type(members[0]._prepared) is PreparedW8A8 and all(compatible(members[0], m) for m in members[1:])
         ]
 
     def _single(self, child: nn.Module) -> bool:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from . import reference
 from .checks import TensorSpec, canonical_specs, check_out_dtype
 from .epilogues import check_epilogue
+from .groups import InputGroup
 from .module import QuantModule
 from .ops import Prepared, prepare
 from .scheme import Scheme
@@ -46,6 +47,8 @@ class QuantLinear(QuantModule):
 
     bias: Tensor | None
     _prepared: Prepared
+    _epilogue: str | None = None
+    _group: tuple[InputGroup, int] | None = None  # and the number of this member
 
     def __init__(
         self,
@@ -154,7 +157,8 @@ class QuantLinear(QuantModule):
         """
         if _is_dynamo_compiling():
             return self._prepared.call(input, self._tensors())
-        return self._prepared.run(input)
+        group = self._group
+        return self._prepared.run(input) if group is None else group[0].run(self, group[1], input)
 
     @property
     def kernel(self) -> str:
@@ -275,3 +279,5 @@ class QuantLinear(QuantModule):
             prepared.tensors = resident
             prepared.moved()
             self._adopt(prepared)
+        if self._group is not None:
+            self._group[0].join(self._group[1], self)

@@ -322,12 +322,13 @@ register(cpu_packed.PreparedPacked)
 #
 # Each is asked before the one registered earlier: the CUDA module, then Triton, then what serves the CPU.
 
-from .cuda_w8a8 import PreparedCudaW8A8, register_operators  # noqa: E402  needs the operators above
+from . import cuda_w4, cuda_w8a8  # noqa: E402  need the operators above
 from .triton.layer import PreparedTritonW8A8  # noqa: E402
 
-_CUDA_LIBRARY = register_operators()
+_CUDA_LIBRARIES = (cuda_w8a8.register_operators(), cuda_w4.register_operators())
 register(PreparedTritonW8A8)
-register(PreparedCudaW8A8)
+register(cuda_w8a8.PreparedCudaW8A8)
+register(cuda_w4.PreparedCudaW4)
 
 
 # -- functions ------------------------------------------------------------------------------------------------------

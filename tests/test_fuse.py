@@ -207,7 +207,7 @@ def test_unfuse_gives_the_bits_of_the_model_without():
     fused, plain, _ = converted(Block())
     unfuse_(fused)
     H.assert_bits_equal(fused(H.seeded(5, 16)), plain(H.seeded(5, 16)))
-    assert fuse_(fused) == {"up": "act"}
+    assert fuse_(fused) == {"up": "applies act"}
     assert fuse_(fused) == {}
 
 

@@ -7,7 +7,8 @@ namespace qk {
 
 struct KernelTable {
   const char* isa;
-  const char* (*linear_w8a8)(const LinearW8A8Args&);  // returns the tier that ran: AMX leaves few rows to VNNI
+  // Over `count` members, see args.h. Returns the tier that ran: AMX leaves few rows to VNNI.
+  const char* (*linear_w8a8)(const LinearW8A8Args* members, int count);
   int64_t (*linear_w8a8_scratch_bytes)(int64_t m, int64_t k, int threads);
   const char* (*linear_w4a8)(const LinearW4A8Args&);
   int64_t (*linear_w4a8_scratch_bytes)(int64_t m, int64_t k, int64_t groups, int threads);

@@ -104,8 +104,8 @@ struct Amx : ZmmVerbs {
   static void tile4_direct(int, const uint8_t*, int64_t, const uint8_t*, int64_t, int32_t*) {}  // kDirectRows = 0
 };
 
-const char* linear_w8a8_by_rows(const LinearW8A8Args& args) {
-  return args.m < kMinRows ? linear_w8a8<Avx512Vnni>(args) : linear_w8a8<Amx>(args);
+const char* linear_w8a8_by_rows(const LinearW8A8Args* members, int count) {
+  return members->m < kMinRows ? linear_w8a8<Avx512Vnni>(members, count) : linear_w8a8<Amx>(members, count);
 }
 
 const char* linear_w4a8_by_rows(const LinearW4A8Args& args) {

@@ -43,11 +43,14 @@ int64_t linear_w8a8_scratch_bytes(int64_t m, int64_t k, int threads) {
 template <class V>
 class LinearW8A8 {
  public:
-  explicit LinearW8A8(const LinearW8A8Args& args) : p_(args), stride_(row_bytes(args.k)) {}
+  LinearW8A8(const LinearW8A8Args* members, int count)
+      : p_(*members), members_(members), stride_(row_bytes(members->k)) {
+    for (int i = 0; i < count; ++i) superblocks_ += ceil_div(members[i].n, kBlockN);
+  }
 
   void run() const {
     for_row_chunks<V>(
-        p_.m, p_.n, p_.k, stride_, p_.scratch, p_.threads,
+        p_.m, superblocks_ * kBlockN, p_.k, stride_, p_.scratch, p_.threads,
         [this](int64_t row, Range range, uint8_t* q, RowScale* scales) { quantize_rows(row, range, q, scales); },
         [this](int64_t row, int64_t rows, const uint8_t* q, const RowScale* scales, int thread, int team) {
           gemm(row, rows, q, scales, thread, team);
@@ -77,25 +80,34 @@ class LinearW8A8 {
   // ---- matrix product ----------------------------------------------------------------------------------------
 
   void gemm(int64_t row, int64_t rows, const uint8_t* q, const RowScale* scales, int thread, int team) const {
-    const int64_t tiles = ceil_div(rows, V::kTileM), superblocks = ceil_div(p_.n, kBlockN);
+    const int64_t tiles = ceil_div(rows, V::kTileM);
     int64_t block_tiles = V::kBlockBytes / (V::kTileM * stride_);
     block_tiles = block_tiles < 1 ? 1 : block_tiles > V::kMaxBlockTiles ? V::kMaxBlockTiles : block_tiles;
     const int64_t blocks = ceil_div(tiles, block_tiles);
     for (int64_t b = 0; b < blocks; ++b) {
       const Range block = share(tiles, static_cast<int>(b), static_cast<int>(blocks));
       const int64_t width = block.end - block.begin;
-      const Range mine = share(superblocks * width, thread, team);
+      const Range mine = share(superblocks_ * width, thread, team);
       for (int64_t u = mine.begin; u < mine.end;) {
         const int64_t nb = u / width, first = u % width;
         const int64_t last = width - first < mine.end - u ? width : first + (mine.end - u);
-        superblock(nb, row, rows, tiles, {block.begin + first, block.begin + last}, q, scales);
+        member_superblock(nb, row, rows, tiles, {block.begin + first, block.begin + last}, q, scales);
         u += last - first;
       }
     }
   }
 
+  // Finds whose superblock it is.
+  void member_superblock(int64_t nb, int64_t row, int64_t rows, int64_t tiles, Range range, const uint8_t* q,
+                         const RowScale* scales) const {
+    const LinearW8A8Args* member = members_;
+    for (int64_t own; nb >= (own = ceil_div(member->n, kBlockN)); ++member) nb -= own;
+    superblock(*member, nb, row, rows, tiles, range, q, scales);
+  }
+
   // The 64 columns' epilogue operands; the last superblock's are copied so that whole vectors can be read.
   struct Columns {
+    const LinearW8A8Args* member;
     const int32_t* colsum;
     const int32_t* shared;  // kOffset * colsum where every row's zero point is kOffset, else nullptr
     const float* scale;
@@ -103,30 +115,34 @@ class LinearW8A8 {
     int count;
   };
 
-  void superblock(int64_t nb, int64_t row, int64_t rows, int64_t tiles, Range range, const uint8_t* q,
-                  const RowScale* scales) const {
+  void superblock(const LinearW8A8Args& w, int64_t nb, int64_t row, int64_t rows, int64_t tiles, Range range,
+                  const uint8_t* q, const RowScale* scales) const {
     const int64_t n0 = nb * kBlockN;
     alignas(kAlign) int32_t colsum[kBlockN];
     alignas(kAlign) float scale[kBlockN], bias[kBlockN];
-    Columns columns{p_.colsum + n0, nullptr, p_.weight_scale + n0, p_.bias ? p_.bias + n0 : nullptr,
-                    static_cast<int>(p_.n - n0 < kBlockN ? p_.n - n0 : kBlockN)};
+    Columns columns{&w,
+                    w.colsum + n0,
+                    nullptr,
+                    w.weight_scale + n0,
+                    w.bias ? w.bias + n0 : nullptr,
+                    static_cast<int>(w.n - n0 < kBlockN ? w.n - n0 : kBlockN)};
     if (columns.count < kBlockN) {
       for (int j = 0; j < kBlockN; ++j) {
         colsum[j] = j < columns.count ? columns.colsum[j] : 0;
         scale[j] = j < columns.count ? columns.scale[j] : 0.0f;
       }
-      for (int j = 0; p_.bias && j < kBlockN; ++j) bias[j] = j < columns.count ? columns.bias[j] : 0.0f;
-      columns = {colsum, nullptr, scale, p_.bias ? bias : nullptr, columns.count};
+      for (int j = 0; w.bias && j < kBlockN; ++j) bias[j] = j < columns.count ? columns.bias[j] : 0.0f;
+      columns = {&w, colsum, nullptr, scale, w.bias ? bias : nullptr, columns.count};
     }
     alignas(kAlign) int32_t shared[kBlockN];
     if (p_.act.symmetric && rows > 1) {  // one row alone saves nothing
       for (int j = 0; j < kBlockN; ++j) shared[j] = V::kOffset * columns.colsum[j];
       columns.shared = shared;
     }
-    const int8_t* weights = p_.packed + n0 * padded_k(p_.k);
+    const int8_t* weights = w.packed + n0 * padded_k(p_.k);
     if (rows == 1) {
       alignas(kAlign) int32_t sums[kBlockN];
-      V::tile_one(q, weights, round_up(p_.k, V::kDepthAlign) / kPackK, sums, p_.has_minus128);
+      V::tile_one(q, weights, round_up(p_.k, V::kDepthAlign) / kPackK, sums, w.has_minus128);
       epilogue<kBlockN>(row, {0, 1}, scales, sums, columns, n0, 0);
       return;
     }
@@ -145,7 +161,7 @@ class LinearW8A8 {
           const Range tile_rows = share(rows, static_cast<int>(t), static_cast<int>(tiles));
           const int64_t count = tile_rows.end - tile_rows.begin;
           V::tile(static_cast<int>(count), q + tile_rows.begin * stride_ + k0, stride_, b,
-                  round_up(depth, V::kDepthAlign) / kPackK, c, k0 > 0, p_.has_minus128);
+                  round_up(depth, V::kDepthAlign) / kPackK, c, k0 > 0, w.has_minus128);
           if (last) epilogue<V::kTileN>(row, tile_rows, scales, c, columns, n0, j);
           if (p_.k > V::kSliceK) c += V::kTileM * V::kTileN;  // otherwise one tile's worth of L1 serves them all
         }
@@ -160,7 +176,7 @@ class LinearW8A8 {
   template <int kPitch>
   void epilogue(int64_t row, Range rows, const RowScale* scales, const int32_t* c, const Columns& columns, int64_t n0,
                 int j) const {
-    if (p_.function == Activation::kNone)
+    if (columns.member->function == Activation::kNone)
       epilogue_of<false>(row, rows, scales, c, kPitch, columns, n0, j);
     else
       epilogue_of<true>(row, rows, scales, c, kPitch, columns, n0, j);
@@ -169,7 +185,7 @@ class LinearW8A8 {
   template <bool kActivates>
   void epilogue_of(int64_t row, Range rows, const RowScale* scales, const int32_t* c, int pitch, const Columns& columns,
                    int64_t n0, int j) const {
-    switch (p_.y_dtype) {
+    switch (columns.member->y_dtype) {
       case DType::kF32:
         return epilogue_as<DType::kF32, kActivates>(row, rows, scales, c, pitch, columns, n0, j);
       case DType::kBF16:
@@ -183,11 +199,12 @@ class LinearW8A8 {
   void epilogue_as(int64_t row, Range rows, const RowScale* scales, const int32_t* c, int pitch, const Columns& columns,
                    int64_t n0, int j) const {
     constexpr int kW = V::kLanes;
+    const LinearW8A8Args& w = *columns.member;
     const int width = columns.count - j < pitch ? columns.count - j : pitch;
     for (int64_t r = rows.begin; r < rows.end; ++r, c += pitch) {
       const auto scale_x = V::set(scales[r].scale);
       const auto zero_point = V::set_i(scales[r].zero_point);
-      const int64_t y = (row + r) * p_.y_stride + n0 + j;
+      const int64_t y = (row + r) * w.y_stride + n0 + j;
       for (int i = 0; i < width; i += kW) {
         const int at = j + i;
         auto sum = V::load_i(c + i);
@@ -197,23 +214,25 @@ class LinearW8A8 {
           sum = V::sub_i(sum, V::mul_i(zero_point, V::load_i(columns.colsum + at)));
         auto v = V::mul(V::mul(V::to_f(sum), scale_x), V::load_f(columns.scale + at));
         if (columns.bias) v = V::add(v, V::load_f(columns.bias + at));
-        if constexpr (kActivates) v = Activations<V>::apply(p_.function, v);
+        if constexpr (kActivates) v = Activations<V>::apply(w.function, v);
         if (width - i >= kW)
-          V::template store<D>(p_.y, y + i, v);
+          V::template store<D>(w.y, y + i, v);
         else
-          V::template store_part<D>(p_.y, y + i, v, width - i);
+          V::template store_part<D>(w.y, y + i, v, width - i);
       }
     }
   }
 
-  const LinearW8A8Args& p_;
+  const LinearW8A8Args& p_;  // the first member, for what they share
+  const LinearW8A8Args* const members_;
   const int64_t stride_;
+  int64_t superblocks_ = 0;  // of all members
 };
 
 // Returns the tier that ran.
 template <class V>
-const char* linear_w8a8(const LinearW8A8Args& args) {
-  LinearW8A8<V>(args).run();
+const char* linear_w8a8(const LinearW8A8Args* members, int count) {
+  LinearW8A8<V>(members, count).run();
   return V::kIsa;
 }
 

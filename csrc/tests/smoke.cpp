@@ -209,7 +209,7 @@ void check_linear(const Case& c, std::mt19937& random) {
   args.scratch_bytes = table.linear_w8a8_scratch_bytes(c.m, c.k, c.threads);
   auto scratch = aligned<uint8_t>(args.scratch_bytes);
   args.scratch = scratch.get();
-  table.linear_w8a8(args);
+  table.linear_w8a8(&args, 1);
 
   for (int64_t r = 0; r < c.m; ++r) {
     const contract::Row q = quantized(args.act, r, c.k);

@@ -1,0 +1,458 @@
+"""4-bit weights on a GPU: packing, products and layers of the CUDA module.
+
+    w4a16   floating-point activations    fused with dequantization up to FUSED_ROWS rows, else dequantized in slices
+                                          of the weight and multiplied by the vendor's library
+    w4a8    8-bit activations             quantized on the way in; equal to :mod:`qkernels.reference` bit for bit
+
+Layers hold the packed weight of ``csrc/cuda/w4.h`` and run under ``torch.ops.qkernels.linear_packed`` like those of the
+CPU (:mod:`qkernels.cpu_packed`), whose schema, shape function and gradient serve both.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from .checks import DTYPE_CODES, check_input, check_out_dtype, row_stride
+from .cpu_packed import PreparedPacked
+from .cuda import _address, _cuda, _on, _stream, capability, unavailable
+from .eager import is_plain
+from .prepared import Prepared, effective_weight, scheme_from_key, scheme_key
+from .scheme import Scheme
+
+__all__ = [
+    "FUSED_ROWS",
+    "PreparedCudaW4",
+    "dequantize_w4",
+    "linear_w4a16",
+    "pack_w4",
+    "register_operators",
+    "unpack_w4",
+]
+
+FUSED_ROWS = 192
+"""Up to here the fused W4A16 kernel runs: it is faster than dequantizing first (measured on an H100)."""
+
+GROUP_STEP = 32
+"""Groups are a multiple of it, or the whole row."""
+
+MAX_FEATURES = 1 << 18
+
+_SLICE_BYTES = 32 << 20
+"""Of a weight that is dequantized at one time: less than the L2 of a large GPU, and all that is ever there twice."""
+
+_SLICE_ROWS = 128
+_ORDERS = {None: 0, 8: 1}
+"""``W4Order`` of ``csrc/cuda/w4.h``, by the bits of activations."""
+
+_GROUPED = {"weight_scale": "packed_scale", "weight_zero_point": "packed_zero_point", "weight_min": "packed_min"}
+
+Weight = tuple[int, ...]
+"""Addresses of packed, scale, zero point, minimum and codebook; scale dtype code; order; N, K, group."""
+
+
+# -- packing ----------------------------------------------------------------------------------------------------------
+
+
+def pack_w4(weight: Tensor, features: int, order: int, packed: Tensor | None = None) -> Tensor:
+    """Canonical codes uint8 ``[N, ceil(K / 2)]`` to fragment slabs, on the GPU.
+
+    Args:
+        weight: contiguous, on a CUDA device.
+        features: K.
+        order: 0 for 16-bit activations, 1 for 8-bit ones.
+        packed: written in place where given.
+    """
+    rows = weight.shape[0]
+    if packed is None:
+        packed = torch.empty(_cuda.packed_w4_bytes(rows, features), dtype=torch.uint8, device=weight.device)
+    with _on(weight.device):
+        _cuda.pack_w4(weight.data_ptr(), rows, features, order, packed.data_ptr(), _stream(weight.device))
+    return packed
+
+
+def unpack_w4(packed: Tensor, rows: int, features: int, order: int) -> Tensor:
+    """The canonical codes that :func:`pack_w4` packed, without loss."""
+    weight = torch.empty((rows, -(-features // 2)), dtype=torch.uint8, device=packed.device)
+    with _on(packed.device):
+        _cuda.unpack_w4(packed.data_ptr(), rows, features, order, weight.data_ptr(), _stream(packed.device))
+    return weight
+
+
+def _pack_groups(tensor: Tensor) -> Tensor:
+    """``[N]`` or ``[N, G]`` to ``[G * round_up(N, 16)]``, transposed and padded with zeros."""
+    values = tensor.reshape(tensor.shape[0], -1)
+    out = values.new_zeros(values.shape[1], _cuda.w4_group_pitch(values.shape[0]))
+    out[:, : values.shape[0]] = values.t()
+    return out.flatten()
+
+
+def _unpack_groups(packed: Tensor, shape: tuple[int, ...]) -> Tensor:
+    wide = packed.view(-1, _cuda.w4_group_pitch(shape[0]))
+    return wide[:, : shape[0]].t().reshape(shape).contiguous()
+
+
+@functools.lru_cache(maxsize=64)
+def _codebook(entries: tuple[float, ...], device: torch.device) -> Tensor:
+    """Kept for good: launches borrow its address."""
+    return torch.tensor(entries, dtype=torch.float32).to(device)
+
+
+def _groups(scheme: Scheme, features: int) -> int:
+    return max(1, -(-features // scheme.resolve_group_size(features)))
+
+
+def _describe(tensors: Mapping[str, Tensor | None], scheme: Scheme, rows: int, features: int) -> Weight:
+    """What the binding is told of a weight."""
+    packed, scale = cast(Tensor, tensors["packed"]), cast(Tensor, tensors["packed_scale"])
+    book = 0 if scheme.codebook is None else _codebook(scheme.codebook, packed.device).data_ptr()
+    return (
+        packed.data_ptr(),
+        scale.data_ptr(),
+        _address(tensors.get("packed_zero_point")),
+        _address(tensors.get("packed_min")),
+        book,
+        DTYPE_CODES[scale.dtype],
+        _ORDERS[scheme.activation_bits],
+        rows,
+        features,
+        scheme.resolve_group_size(features),
+    )
+
+
+def dequantize_w4(
+    weight: Weight, first: int, rows: int, dtype: torch.dtype, device: torch.device, out: Tensor | None = None
+) -> Tensor:
+    """Rows ``first ... first + rows - 1`` (``first`` a multiple of 16) of the float weight, as ``[rows, K]``."""
+    if out is None:
+        out = torch.empty((rows, weight[8]), dtype=dtype, device=device)
+    with _on(device):
+        _cuda.dequantize_w4(weight, first, rows, out.data_ptr(), DTYPE_CODES[dtype], _stream(device))
+    return out
+
+
+# -- W4A16 ------------------------------------------------------------------------------------------------------------
+
+_WORKSPACES: dict[tuple[int, int, int], tuple[Tensor, Tensor]] = {}
+"""(device, stream, capture) -> counters int32, all zero between launches, and float32 partial sums.
+
+Launches of one stream follow one another, so they can share; a CUDA graph may run beside anything, so each capture has
+its own, from the graph's memory.
+"""
+
+
+def _workspace(device: torch.device, stream: int, counters: int, floats: int) -> tuple[int, int]:
+    """Addresses of at least so many counters and partial sums."""
+    index = device.index or 0
+    key = (index, stream, _cuda.capture_id(stream) if stream else 0)  # the legacy stream cannot be captured
+    held = _WORKSPACES.get(key)
+    if held is None or held[0].numel() < counters or held[1].numel() < floats:
+        if key[2]:
+            for old in [k for k in _WORKSPACES if k[:2] == key[:2] and k[2] not in (0, key[2])]:
+                del _WORKSPACES[old]
+        if held is not None:
+            counters, floats = max(counters, held[0].numel()), max(floats, held[1].numel())
+        held = (
+            torch.zeros(max(counters, 1024), dtype=torch.int32, device=device),
+            torch.empty(max(floats, 1 << 18), dtype=torch.float32, device=device),
+        )
+        _WORKSPACES[key] = held
+    return held[0].data_ptr(), held[1].data_ptr()
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan(rows: int, channels: int, features: int, index: int) -> tuple[int, ...]:
+    sms = torch.cuda.get_device_properties(index).multi_processor_count
+    return _cuda.plan_w4a16(rows, channels, features, sms)
+
+
+def _fused(x: Tensor, weight: Weight, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+    """The fused kernel over 16-bit ``x [M, K]``, M >= 1."""
+    rows, features = x.shape
+    channels, device = weight[7], x.device
+    if x.stride(1) != 1 or x.stride(0) % 8 or x.stride(0) < features or x.data_ptr() % 16:
+        aligned = x.new_empty(rows, -(-features // 8) * 8)[:, :features]
+        x = aligned.copy_(x)
+    out = torch.empty((rows, channels), dtype=out_dtype, device=device)
+    plan = _plan(rows, channels, features, device.index or 0)
+    with _on(device):
+        stream = _stream(device)
+        _cuda.gemm_w4a16(
+            weight,
+            x.data_ptr(),
+            DTYPE_CODES[x.dtype],
+            rows,
+            x.stride(0),
+            _address(bias),
+            out.data_ptr(),
+            DTYPE_CODES[out_dtype],
+            channels,
+            plan,
+            *_workspace(device, stream, plan[1] * plan[2], plan[4]),
+            stream,
+        )
+    return out
+
+
+def _split(x: Tensor) -> Tensor:
+    """float32 ``[M, K]`` as ``[3 * M, K]`` in bfloat16, three terms whose sum is ``x``: nothing of it is lost.
+
+    The leading terms are cut off, not rounded, so that none overflows; what an infinity leaves over is zero.
+    """
+    high = (x.view(torch.int32) & -65536).view(torch.float32)
+    rest = torch.where(x.isinf(), 0.0, x - high)
+    middle = (rest.view(torch.int32) & -65536).view(torch.float32)
+    return torch.cat((high, middle, rest - middle)).to(torch.bfloat16)
+
+
+def _by_slices(x: Tensor, weight: Weight, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+    """``x [M, K]`` times slices of the weight, dequantized to its dtype one after the other."""
+    channels, features = weight[7], weight[8]
+    out = torch.empty((x.shape[0], channels), dtype=x.dtype, device=x.device)
+    step = max(1, _SLICE_BYTES // (features * x.element_size()) // _SLICE_ROWS) * _SLICE_ROWS
+    buffer = torch.empty((min(step, channels), features), dtype=x.dtype, device=x.device)
+    shift = None if bias is None else bias.to(x.dtype)
+    with torch.autocast("cuda", enabled=False):
+        for first in range(0, channels, step):
+            last = min(first + step, channels)
+            part = dequantize_w4(weight, first, last - first, x.dtype, x.device, buffer[: last - first])
+            if shift is None:
+                torch.mm(x, part.t(), out=out[:, first:last])
+            else:
+                torch.addmm(shift[first:last], x, part.t(), out=out[:, first:last])
+    return out.to(out_dtype)
+
+
+def linear_w4a16(
+    x: Tensor, weight: Weight, bias: Tensor | None, inv_smooth: Tensor | None, out_dtype: torch.dtype
+) -> Tensor:
+    """``x [..., K]`` times a packed weight, plus bias, in fp32 sums.
+
+    Args:
+        x: float32, bfloat16 or float16.  The kernel multiplies 16-bit values: float32, or what smoothing makes, goes
+            in as three bfloat16 terms, without loss.
+        bias: float32 ``[N]``; inv_smooth: float32 ``[K]``.
+    """
+    channels, features = weight[7], weight[8]
+    flat = x.reshape(-1, features)
+    shape = (*x.shape[:-1], channels)
+    rows = flat.shape[0]
+    if not rows:
+        return torch.empty(shape, dtype=out_dtype, device=x.device)
+    if inv_smooth is not None:
+        flat = flat.to(torch.float32) * inv_smooth
+    if rows > FUSED_ROWS:
+        return _by_slices(flat.contiguous(), weight, bias, out_dtype).view(shape)
+    if flat.dtype != torch.float32:
+        return _fused(flat, weight, bias, out_dtype).view(shape)
+    terms = _fused(_split(flat.contiguous()), weight, None, torch.float32).view(3, rows, channels)
+    y = (terms[2] + terms[1]) + terms[0]
+    return (y if bias is None else y + bias).to(out_dtype).view(shape)
+
+
+# -- layers -----------------------------------------------------------------------------------------------------------
+
+
+def _resident(canonical: Mapping[str, Tensor], scheme: Scheme, features: int) -> dict[str, Tensor]:
+    """The packed tensors that canonical ones become."""
+    packed = {"packed": pack_w4(canonical["weight"].contiguous(), features, _ORDERS[scheme.activation_bits])}
+    for name, own in _GROUPED.items():
+        if name in canonical:
+            packed[own] = _pack_groups(canonical[name])
+    return packed
+
+
+def _canonical(tensors: Mapping[str, Tensor | None], scheme: Scheme, rows: int, features: int) -> dict[str, Tensor]:
+    """The other way round."""
+    codes = cast(Tensor, tensors["packed"])
+    canonical = {"weight": unpack_w4(codes, rows, features, _ORDERS[scheme.activation_bits])}
+    shape = (rows,) if scheme.weight_granularity == "per_channel" else (rows, _groups(scheme, features))
+    for name, own in _GROUPED.items():
+        if (tensor := tensors.get(own)) is not None:
+            canonical[name] = _unpack_groups(tensor, shape)
+    return canonical
+
+
+def _run(
+    x: Tensor, tensors: Mapping[str, Tensor | None], scheme: Scheme, rows: int, features: int, dtype: torch.dtype
+) -> Tensor:
+    """A layer over tensors that were checked."""
+    weight = _describe(tensors, scheme, rows, features)
+    return linear_w4a16(x, weight, tensors.get("bias"), tensors.get("inv_smooth"), dtype)
+
+
+class PreparedCudaW4(Prepared):
+    """4-bit weights on a GPU, by the CUDA kernels.
+
+    Resident: the packed codes, what belongs to their groups transposed, and the small canonical tensors.
+    """
+
+    names = PreparedPacked.names
+
+    @classmethod
+    def objection(cls, scheme: Scheme, in_features: int, out_features: int, device: torch.device) -> str:
+        """What keeps the CUDA kernels from a layer."""
+        if device.type != "cuda" or scheme.weight_bits != 4:  # nothing to add to what the other kernels say
+            return PreparedPacked.objection(scheme, in_features, out_features, device) or unavailable(device)
+        if not scheme.weight_only:
+            return f"no CUDA kernel for scheme {scheme.name}"
+        if in_features == 0 or out_features == 0:
+            return f"no CUDA kernel for an empty weight [{out_features}, {in_features}]"
+        if in_features > MAX_FEATURES:
+            return f"no CUDA kernel for 4-bit weights of more than {MAX_FEATURES} features ({in_features})"
+        group = scheme.resolve_group_size(in_features)
+        if group % GROUP_STEP and group < in_features:
+            return f"no CUDA kernel for groups of {group} (multiples of {GROUP_STEP})"
+        return unavailable(device)
+
+    @classmethod
+    def from_canonical(
+        cls, canonical: Mapping[str, Tensor], scheme: Scheme, in_features: int, reason: str = ""
+    ) -> PreparedCudaW4:
+        """Packs the weight and what belongs to its groups."""
+        tensors: dict[str, Any] = {"bias": None, **_resident(canonical, scheme, in_features)}
+        tensors.update((name, tensor) for name, tensor in canonical.items() if name in cls.names)
+        if scheme.codebook is not None:  # here: a copy to the device has no place in a CUDA graph
+            _codebook(scheme.codebook, tensors["packed"].device)
+        return cls(tensors, scheme, in_features, canonical["weight"].shape[0], reason)
+
+    def __init__(
+        self, tensors: Mapping[str, Any], scheme: Scheme, in_features: int, out_features: int, reason: str = ""
+    ) -> None:
+        super().__init__(tensors, scheme, in_features, out_features, reason)
+        self._key = scheme_key(scheme)  # here, since tracing does not follow json
+
+    @property
+    def kernel(self) -> str:
+        """``"w4a16.cuda.sm"`` and the compute capability."""
+        return f"w4a{self.scheme.activation_bits or 16}.cuda.sm{capability(self.device.index or 0)}"
+
+    @property
+    def device(self) -> torch.device:
+        """Where the packed weight is."""
+        return self.tensors["packed"].device
+
+    def run(self, x: Tensor) -> Tensor:
+        """See :meth:`Prepared.run`.  Plain eager calls go straight to the binding."""
+        if is_plain(x) and x.is_cuda and self.epilogue is None:
+            tensors = self.tensors
+            packed = tensors["packed"]
+            if (
+                type(packed) is Tensor
+                and packed.device == x.device
+                and x.dtype in DTYPE_CODES
+                and x.dim()
+                and x.shape[-1] == self.in_features
+                and x.layout is torch.strided
+                and packed.data_ptr() % 16 == 0
+            ):
+                return _run(x, tensors, self.scheme, self.out_features, self.in_features, x.dtype)
+        return self.around(x)
+
+    def product(self, x: Tensor, tensors: Mapping[str, Tensor | None], out_dtype: torch.dtype | None) -> Tensor:
+        """Through ``torch.ops.qkernels.linear_packed``."""
+        return torch.ops.qkernels.linear_packed(
+            x,
+            *(tensors.get(name) for name in self.names),
+            self._key,
+            self.out_features,
+            self.in_features,
+            out_dtype,
+        )
+
+    def weight_of(self, tensors: Mapping[str, Tensor | None], dtype: torch.dtype) -> Tensor:
+        """Through ``torch.ops.qkernels.dequantize_packed``."""
+        return torch.ops.qkernels.dequantize_packed(
+            *(tensors.get(name) for name in self.names[:4]),
+            tensors.get("inv_smooth"),
+            self._key,
+            self.out_features,
+            self.in_features,
+            dtype,
+        )
+
+    def canonical(self) -> dict[str, Tensor]:
+        """Unpacks; the small tensors are the resident ones."""
+        resident = self.resident()
+        canonical = _canonical(resident, self.scheme, self.out_features, self.in_features)
+        canonical.update((name, tensor) for name, tensor in resident.items() if not name.startswith("packed"))
+        return canonical
+
+    def load(self, canonical: Mapping[str, Tensor]) -> None:
+        """Packs into the resident memory."""
+        with torch.no_grad():
+            for name, tensor in canonical.items():
+                if name == "weight":
+                    codes = tensor.detach().to(self.device).contiguous()
+                    pack_w4(codes, self.in_features, _ORDERS[self.scheme.activation_bits], self.tensors["packed"])
+                elif name in _GROUPED:
+                    own = self.tensors[_GROUPED[name]]
+                    own.copy_(_pack_groups(tensor.detach().to(self.device)))
+                else:
+                    self.tensors[name].copy_(tensor)
+
+
+# -- operators --------------------------------------------------------------------------------------------------------
+
+
+def _checked(given: Mapping[str, Tensor | None], scheme: Scheme, rows: int, features: int) -> dict[str, Tensor | None]:
+    """Contiguous, aligned tensors of the sizes that a kernel reads.
+
+    Raises:
+        ValueError: naming the tensor.
+    """
+    device = cast(Tensor, given["packed"]).device
+    objection = PreparedCudaW4.objection(scheme, features, rows, device)
+    if objection:
+        raise ValueError(f"packed: {objection}")
+    groups = _groups(scheme, features) * _cuda.w4_group_pitch(rows)
+    sizes = {"packed": _cuda.packed_w4_bytes(rows, features), "bias": rows, "inv_smooth": features}
+    sizes |= {"act_scale": 1, "act_zero_point": 1}
+    tensors: dict[str, Tensor | None] = {}
+    for name, tensor in given.items():
+        if tensor is not None:
+            wanted = sizes.get(name, groups)
+            if tensor.numel() != wanted or tensor.device != device:
+                raise ValueError(
+                    f"{name}: expected {wanted} elements on {device} for a [{rows}, {features}] layer of scheme "
+                    f"{scheme.name}, got {tensor.numel()} on {tensor.device}"
+                )
+            tensor = tensor.contiguous()
+            if name.startswith("packed") and tensor.data_ptr() % 16:
+                tensor = tensor.clone()
+        tensors[name] = tensor
+    return tensors
+
+
+def _linear_packed(x: Tensor, *rest: Any) -> Tensor:
+    """``torch.ops.qkernels.linear_packed`` on CUDA tensors."""
+    *given, key, rows, features, out_dtype = rest
+    check_input(x, features, given[0].device, "x")
+    check_out_dtype(out_dtype)
+    scheme = scheme_from_key(key)
+    tensors = _checked(dict(zip(PreparedPacked.names, given, strict=True)), scheme, rows, features)
+    return _run(x, tensors, scheme, rows, features, out_dtype or x.dtype)
+
+
+def _dequantize_packed(*rest: Any) -> Tensor:
+    """``torch.ops.qkernels.dequantize_packed`` on CUDA tensors."""
+    *given, smooth, key, rows, features, dtype = rest
+    scheme = scheme_from_key(key)
+    tensors = _checked(dict(zip(PreparedPacked.names[:4], given, strict=True)), scheme, rows, features)
+    if smooth is None:
+        weight = _describe(tensors, scheme, rows, features)
+        return dequantize_w4(weight, 0, rows, dtype, cast(Tensor, tensors["packed"]).device)
+    canonical = {**_canonical(tensors, scheme, rows, features), "inv_smooth": smooth}
+    return effective_weight(canonical, scheme, features, dtype).contiguous()
+
+
+def register_operators() -> torch.library.Library:
+    """CUDA implementations of operators that :mod:`qkernels.ops` defines.  The library must be kept alive."""
+    library = torch.library.Library("qkernels", "IMPL", "CUDA")
+    library.impl("linear_packed", _linear_packed)
+    library.impl("dequantize_packed", _dequantize_packed)
+    return library

@@ -1,0 +1,244 @@
+"""Linears that read one input run as one product: query, key and value; gate and up.
+
+The first of a group to be called quantizes the input once, multiplies for all of them in one parallel region, and keeps
+what belongs to the others until they are called with the very same tensor.  Any other call runs alone.  Which layers
+form a group is read from the source of their parent's ``forward`` (:func:`readers`).
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import textwrap
+import threading
+import weakref
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from . import _C
+from .checks import DTYPE_CODES
+from .cpu_w8a8 import PreparedW8A8
+from .eager import is_plain
+
+if TYPE_CHECKING:
+    from .linear import QuantLinear
+
+__all__ = ["InputGroup", "compatible", "readers"]
+
+_new_empty = Tensor.new_empty
+_num_threads = torch.get_num_threads
+_dtype_code = DTYPE_CODES.get
+_strided = torch.strided
+
+_MIN_ROWS = 2
+"""One row alone gains nothing: what one quantization less saves, the bookkeeping costs (768 x 768, one and two
+threads)."""
+
+
+class InputGroup:
+    """Layers over one input, in the order in which they are called.
+
+    It refers to its members weakly, and a copy (or pickle) of it starts empty: copies of the members join it.
+
+    Args:
+        size: number of members.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._members: list[weakref.ref[QuantLinear] | None] = [None] * size
+        self._natives: list[Any] = []
+        self._rows: list[int] = []
+        self._run: Any = None
+        self._waiting = threading.local()
+
+    def __getstate__(self) -> int:
+        """For copies and pickles: nothing but the size."""
+        return len(self._members)
+
+    def __setstate__(self, size: int) -> None:
+        """Empty."""
+        self.__init__(size)  # type: ignore[misc]
+
+    def join(self, slot: int, layer: QuantLinear) -> None:
+        """Make ``layer`` member number ``slot``."""
+        self._members[slot] = weakref.ref(layer)
+
+    def run(self, layer: QuantLinear, slot: int, x: Tensor) -> Tensor:
+        """What ``layer(x)`` is."""
+        # As in PreparedW8A8.run, every line here was timed: for one row it all costs as much as the product.
+        waiting = self._waiting
+        if slot:
+            held = getattr(waiting, "held", None)
+            if held is not None and held[0] is x and held[1] == (-1 if x.is_inference() else x._version):
+                y = held[slot + 1]
+                if slot + 1 == len(self._members):
+                    waiting.held = None
+                return y  # type: ignore[no-any-return]
+            return layer._prepared.run(x)
+        waiting.held = None
+        if not is_plain(x) or not x.is_cpu or x.layout is not _strided or not x.is_contiguous():
+            return layer._prepared.run(x)
+        code, shape, features = _dtype_code(x.dtype), x.shape, layer.in_features
+        if x.numel() < _MIN_ROWS * features:
+            return layer._prepared.run(x)
+        natives = self._current()
+        if natives is None or code is None or not shape or shape[-1] != features:
+            return layer._prepared.run(x)
+        if len(shape) == 2:
+            count = shape[0]
+            outputs = [_new_empty(x, count, n) for n in self._rows]
+        else:
+            count = x.numel() // features
+            outputs = [_new_empty(x, *shape[:-1], n) for n in self._rows]
+        addresses = [y.data_ptr() for y in outputs]
+        self._run(x.data_ptr(), code, count, features, addresses, code, _num_threads())
+        waiting.held = (x, -1 if x.is_inference() else x._version, *outputs[1:])
+        return outputs[0]
+
+    def _current(self) -> list[Any] | None:
+        """The native calls of all members, which ``self._run`` joins; None where one of them has none."""
+        natives = []
+        for reference in self._members:
+            member = None if reference is None else reference()
+            prepared = None if member is None else member._prepared
+            native = prepared.native() if type(prepared) is PreparedW8A8 else None
+            if native is None:
+                return None
+            natives.append(native)
+        if natives != self._natives:
+            if not self._agree():
+                return None
+            self._run = _C.LinearW8A8Group([native.__self__ for native in natives]).run
+            self._rows = [reference().out_features for reference in self._members]  # type: ignore[misc, union-attr]
+            self._natives = natives
+        return natives
+
+    def _agree(self) -> bool:
+        """Whether the members quantize alike now."""
+        members = [reference() for reference in self._members if reference is not None]
+        first = members[0]
+        return first is not None and all(m is not None and compatible(first, m) for m in members[1:])
+
+
+def compatible(one: QuantLinear, other: QuantLinear) -> bool:
+    """Whether two layers quantize an input to the same codes: sizes, scheme, static grid and smoothing."""
+    if one.in_features != other.in_features or one.scheme != other.scheme:
+        return False
+    for name in ("act_scale", "act_zero_point", "inv_smooth"):
+        a, b = one._buffers.get(name), other._buffers.get(name)
+        if (a is None) != (b is None) or (a is not None and not torch.equal(a, b)):
+            return False
+    return True
+
+
+# -- reading the source -----------------------------------------------------------------------------------------------
+
+
+def readers(parent: nn.Module, names: Sequence[str]) -> list[list[str]]:
+    """Children that ``type(parent).forward`` calls with one and the same unchanged variable.
+
+    Args:
+        parent: whose ``forward`` is read.  One that was replaced on the instance, or has no source, has none.
+        names: of the children that count.
+
+    Returns:
+        Groups of two or more names in the order of their calls.  Each child is called once in the whole function, the
+        calls of a group stand in one block, and from the first to the last of them the variable is only looked at.
+    """
+    if "forward" in parent.__dict__ or not names:
+        return []
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(type(parent).forward)))
+    except (OSError, TypeError, SyntaxError):
+        return []
+    function = tree.body[0]
+    if not isinstance(function, ast.FunctionDef) or not function.args.args:
+        return []
+    own = function.args.args[0].arg
+    calls = [_call(node, own) for node in ast.walk(tree)]
+    counts = [call[0] for call in calls if call is not None]
+    once = {name for name in names if counts.count(name) == 1 and _mentions(tree, name) == 1}
+    groups = []
+    for block in _blocks(tree):
+        found: dict[str, list[tuple[int, str]]] = {}
+        for index, statement in enumerate(block):
+            if any(isinstance(node, _NOT_ONCE) for node in _below(statement)):
+                continue  # what stands in an inner block belongs to that one
+            for node in _below(statement):
+                call = _call(node, own)
+                if call is not None and call[0] in once and call[1] is not None:
+                    found.setdefault(call[1], []).append((index, call[0]))
+        for variable, members in found.items():
+            first, last = members[0][0], members[-1][0]
+            if len(members) > 1 and _only_read(block[first : last + 1], variable, own):
+                groups.append([name for _, name in members])
+    return groups
+
+
+_NOT_ONCE = (
+    ast.stmt,
+    ast.Lambda,
+    ast.IfExp,
+    ast.BoolOp,
+    ast.ListComp,
+    ast.SetComp,
+    ast.DictComp,
+    ast.GeneratorExp,
+)
+"""What may run its parts never, or several times."""
+
+
+def _blocks(tree: ast.AST) -> Iterator[list[ast.stmt]]:
+    for node in ast.walk(tree):
+        for field in ("body", "orelse", "finalbody"):
+            block = getattr(node, field, None)
+            if isinstance(block, list) and block and isinstance(block[0], ast.stmt):
+                yield block
+
+
+def _below(statement: ast.stmt) -> Iterator[ast.AST]:
+    """The nodes of a statement but itself, in the order in which they are evaluated."""
+    pending = list(ast.iter_child_nodes(statement))
+    if isinstance(statement, (ast.Assign, ast.AnnAssign, ast.AugAssign)):
+        pending = [statement.value] if statement.value is not None else []
+    while pending:
+        node = pending.pop(0)
+        yield node
+        pending[:0] = list(ast.iter_child_nodes(node))
+
+
+def _call(node: ast.AST, own: str) -> tuple[str, str | None] | None:
+    """``own.child(variable)`` as (child, variable); the variable is None where it is anything else."""
+    if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
+        return None
+    owner = node.func.value
+    if not (isinstance(owner, ast.Name) and owner.id == own):
+        return None
+    plain = len(node.args) == 1 and not node.keywords and isinstance(node.args[0], ast.Name)
+    return node.func.attr, node.args[0].id if plain else None  # type: ignore[attr-defined]
+
+
+def _mentions(tree: ast.AST, name: str) -> int:
+    return sum(isinstance(node, ast.Attribute) and node.attr == name for node in ast.walk(tree))
+
+
+def _only_read(statements: Sequence[ast.stmt], variable: str, own: str) -> bool:
+    """Whether ``variable`` is only handed to children or asked for its attributes there.  The last statement may give
+    the name to something else, since that happens after its calls."""
+    for number, statement in enumerate(statements):
+        harmless: set[ast.AST] = set()
+        for node in ast.walk(statement):
+            if _call(node, own) is not None:
+                harmless.update(node.args)  # type: ignore[attr-defined]
+            if isinstance(node, ast.Attribute) and not node.attr.endswith("_"):
+                harmless.add(node.value)
+        last = number + 1 == len(statements)
+        for node in ast.walk(statement):
+            if isinstance(node, ast.Name) and node.id == variable and node not in harmless:
+                stored = isinstance(node.ctx, ast.Store) and isinstance(statement, ast.Assign)
+                if not (last and stored):
+                    return False
+    return True
