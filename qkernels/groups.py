@@ -129,7 +129,10 @@ def compatible(one: QuantLinear, other: QuantLinear) -> bool:
         return False
     for name in ("act_scale", "act_zero_point", "inv_smooth"):
         a, b = one._buffers.get(name), other._buffers.get(name)
-        if (a is None) != (b is None) or (a is not None and not torch.equal(a, b)):
+        if a is None or b is None:
+            if a is not b:
+                return False
+        elif not torch.equal(a, b):
             return False
     return True
 
