@@ -1,15 +1,17 @@
 // Argument checks that say both values. They throw std::invalid_argument, which Python sees as ValueError.
+//
+// No streams: their locale is process-wide state, and crashes where this module has a libstdc++ of its own beside
+// torch's.
 #pragma once
 
-#include <sstream>
 #include <stdexcept>
+#include <string>
 
 #define QK_CHECK_OP(a, b, op)                                                                                          \
   do {                                                                                                                 \
     if (!((a)op(b))) {                                                                                                 \
-      std::ostringstream qk_message;                                                                                   \
-      qk_message << "expected " << #a << " " << #op << " " << #b << ", got " << (a) << " and " << (b);                 \
-      throw std::invalid_argument(qk_message.str());                                                                   \
+      throw std::invalid_argument("expected " #a " " #op " " #b ", got " + std::to_string(a) + " and " +               \
+                                  std::to_string(b));                                                                  \
     }                                                                                                                  \
   } while (0)
 

@@ -17,6 +17,14 @@ F = np.float32
 _INTS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
+def assert_ran(operation: str, isa: str, rows: int) -> None:
+    """The newest call of this thread ran on the forced tier, but for the few rows that AMX leaves to VNNI."""
+    from qkernels import _C
+
+    tier = "avx512vnni" if isa == "amx" and rows < 16 else isa
+    assert _C.last_kernel() == f"{operation}.{tier}"
+
+
 def assert_bits_equal(actual: Tensor, expected: Tensor, what: str = "result") -> None:
     """Same dtype, shape and bits; NaN equals NaN whatever its payload, and -0 is not +0."""
     assert isinstance(actual, Tensor), f"{what}: {type(actual).__name__} is no tensor"

@@ -1,0 +1,380 @@
+"""4-bit weights on a GPU against the reference.  What needs no GPU runs without one.
+
+Tolerance of W4A16.  Weights are multiplied as exact integers and scaled in fp32; the reference here is the fp32 weight
+times x in float64.  With u = 2**-24, per output:
+
+    |kernel - reference| <= (2 * K + 64) * u * sum_k |x_k| * B_k,   B_k = 56 * |scale| + |w|
+
+(each of K products and additions rounds once, in any order; 64 covers scales, offsets, the bias and the split of fp32
+inputs), plus half a step of what is rounded to 16 bits: a codebook's entries, in products of many rows the weight and
+the bias, and at the end the output.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+
+import pytest
+import torch
+from helpers import DTYPES, assert_bits_equal, hazard_rows, seeded, strided
+from torch import Tensor
+
+from qkernels import cuda, cuda_w4, ops, reference
+from qkernels.cuda_w4 import FUSED_ROWS, PreparedCudaW4
+from qkernels.scheme import Scheme
+
+gpu = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device, or a torch built without CUDA"),
+    pytest.mark.skipif(cuda._cuda is None, reason="this installation was built without the CUDA module"),
+]
+STEP = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+BOOK = tuple((i - 7.3) * abs(i - 7.3) / 60 for i in range(16))
+KINDS = {
+    "symmetric": {},
+    "zero point": {"weight_symmetric": False},
+    "minimum": {"weight_symmetric": False, "weight_zero": "float"},
+    "codebook": {"codebook": BOOK},
+}
+
+
+def scheme_of(kind: str, group: int | None, *, activation_bits: int | None = None, fp32: bool = False) -> Scheme:
+    options = dict(KINDS[kind])
+    if group is not None:
+        options |= {"weight_granularity": "per_group", "group_size": group}
+        if fp32:
+            options["scale_dtype"] = torch.float32
+    return Scheme(4, activation_bits=activation_bits, **options)  # type: ignore[arg-type]
+
+
+def canonical(scheme: Scheme, n: int, k: int, *, bias: bool = True, smooth: bool = False) -> dict[str, Tensor]:
+    tensors = reference.quantize_weight(seeded(n, k, seed=n + k), scheme)
+    if bias:
+        tensors["bias"] = seeded(n, seed=1)
+    if smooth:
+        tensors["inv_smooth"] = seeded(k, seed=2).abs() + 0.5
+    return tensors
+
+
+def on_gpu(tensors: dict[str, Tensor], scheme: Scheme, k: int) -> PreparedCudaW4:
+    prepared = ops.prepare(tensors, scheme, k, device="cuda")
+    assert isinstance(prepared, PreparedCudaW4), prepared.reason
+    return prepared
+
+
+def assert_close(y: Tensor, x: Tensor, tensors: dict[str, Tensor], scheme: Scheme, k: int) -> None:
+    """The tolerance of the file's head."""
+    at = {name: tensor.to("cuda") for name, tensor in tensors.items()}
+    weight = reference.dequantize_weight(at, scheme, k).double()
+    plain = scheme.replace(codebook=None, weight_symmetric=True, weight_zero="int")
+    sevens = {"weight": torch.full_like(at["weight"], 0xFF), "weight_scale": at["weight_scale"]}
+    scale = reference.dequantize_weight(sevens, plain, k)  # 7 times the scale of each weight
+    wide = x.to("cuda", torch.float32)
+    if "inv_smooth" in at:
+        wide = wide * at["inv_smooth"]
+    wide = wide.double()
+    expected = wide @ weight.T
+    reach = wide.abs() @ (8 * scale.abs() + weight.abs()).double().T
+    bound = (2 * k + 64) * 2.0**-24 * reach
+    narrow = torch.bfloat16 if x.dtype == torch.float32 or "inv_smooth" in at else x.dtype
+    if scheme.codebook is not None and x.shape[0] <= FUSED_ROWS:
+        bound = bound + STEP[narrow] * (wide.abs() @ weight.abs().T)
+    if x.shape[0] > FUSED_ROWS:
+        bound = bound + STEP[torch.float32 if "inv_smooth" in at else x.dtype] * (wide.abs() @ weight.abs().T)
+        bound = bound + STEP[x.dtype] * (expected.abs() + at["bias"].abs() if "bias" in at else expected.abs())
+    if "bias" in at:
+        expected = expected + at["bias"].double()
+    bound = bound + STEP[y.dtype] * (expected.abs() + bound) + 2.0**-24
+    off = (y.double() - expected).abs()
+    assert bool((off <= bound).all()), f"{int((off > bound).sum())} of {y.numel()} off, up to {(off / bound).max()}"
+
+
+# -- without a GPU ----------------------------------------------------------------------------------------------------
+
+
+def test_w4_kernels_say_what_they_leave_alone() -> None:
+    cpu, there = torch.device("cpu"), torch.device("cuda", 0)
+    assert PreparedCudaW4.objection(scheme_of("symmetric", 128), 256, 64, cpu)
+    assert "8-bit" not in PreparedCudaW4.objection(scheme_of("symmetric", 128), 256, 64, there)
+    assert "groups of 40" in PreparedCudaW4.objection(scheme_of("symmetric", 40), 256, 64, there)
+    assert "empty" in PreparedCudaW4.objection(scheme_of("symmetric", 128), 0, 64, there)
+    prepared = ops.prepare(canonical(scheme_of("symmetric", 128), 8, 256), scheme_of("symmetric", 128), 256)
+    assert prepared.kernel.startswith("w4a16.")
+    assert not prepared.reason
+
+
+@pytest.mark.skipif(cuda._cuda is None, reason="this installation was built without the CUDA module")
+def test_w4_plans_cover_every_slab() -> None:
+    sizes = ((1, 8, 9, 16, 33, 64, 65, 192), (1, 129, 4096, 28672), (1, 129, 4096, 14336), (False, True))
+    for m, n, k, minimum in itertools.product(*sizes):
+        tokens, tiles_m, tiles_n, ctas, floats = cuda._cuda.plan_w4a16(m, n, k, minimum, 132)
+        units = tiles_m * tiles_n * -(-k // 128)
+        assert tokens * tiles_m >= m
+        assert 128 * tiles_n >= n
+        assert 1 <= ctas <= min(units, 396)
+        assert floats == ctas * 2 * 128 * tokens
+
+
+# -- packing ----------------------------------------------------------------------------------------------------------
+
+SHAPES = [(1, 1), (16, 128), (17, 129), (130, 333), (576, 1536), (203, 4864)]
+
+
+class TestPacking:
+    """Copies, and the float weight."""
+
+    pytestmark = gpu
+
+    @pytest.mark.parametrize("order", [0, 1])
+    @pytest.mark.parametrize(("n", "k"), SHAPES)
+    def test_pack_returns_every_byte(self, n: int, k: int, order: int) -> None:
+        weight = torch.randint(0, 256, (n, -(-k // 2)), dtype=torch.uint8, device="cuda")
+        packed = cuda_w4.pack_w4(weight, k, order)
+        assert_bits_equal(cuda_w4.unpack_w4(packed, n, k, order), weight)
+        if n * k > 1:
+            assert not torch.equal(packed, cuda_w4.pack_w4(weight, k, 1 - order))
+
+    @pytest.mark.parametrize("kind", KINDS)
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_dequantize_equals_the_reference(self, kind: str, dtype: torch.dtype) -> None:
+        for (n, k), group in itertools.product([(1, 1), (17, 129), (130, 333), (203, 1000)], (None, 32, 64, 128, 96)):
+            scheme = scheme_of(kind, group)
+            tensors = canonical(scheme, n, k)
+            prepared = on_gpu(tensors, scheme, k)
+            wanted = reference.dequantize_weight(tensors, scheme, k, dtype)
+            assert_bits_equal(prepared.weight(dtype), wanted, f"{n}x{k} group {group}")
+
+
+# -- W4A16 ------------------------------------------------------------------------------------------------------------
+
+
+class TestW4A16:
+    """Products and layers."""
+
+    pytestmark = gpu
+
+    @pytest.mark.parametrize("kind", KINDS)
+    @pytest.mark.parametrize("group", [None, 32, 64, 128, 96, 256])
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_products_are_within_rounding(self, kind: str, group: int | None, dtype: torch.dtype) -> None:
+        for n, k in [(8, 64), (203, 1000), (136, 333), (576, 1536)]:
+            scheme = scheme_of(kind, group, fp32=(n == 203))
+            tensors = canonical(scheme, n, k, bias=n != 136)
+            prepared = on_gpu(tensors, scheme, k)
+            for rows in (1, 2, 7, 8, 9, 16, 17, 33, 64, 65, 200):
+                x = seeded(rows, k, seed=rows).to(dtype)
+                assert_close(prepared.run(x.to("cuda")), x, tensors, scheme, k)
+
+    def test_every_number_of_rows(self) -> None:
+        scheme, n, k = scheme_of("symmetric", 128), 264, 1088
+        tensors = canonical(scheme, n, k)
+        prepared = on_gpu(tensors, scheme, k)
+        for rows in range(1, 34):
+            x = seeded(rows, k, seed=rows).to(torch.bfloat16)
+            assert_close(prepared.run(x.to("cuda")), x, tensors, scheme, k)
+
+    @pytest.mark.parametrize(("n", "k"), [(4096, 4096), (4864, 896), (1024, 13824)])
+    def test_shapes_of_checkpoints_repeat_to_the_bit(self, n: int, k: int) -> None:
+        scheme = scheme_of("zero point", 128)
+        tensors = canonical(scheme, n, k)
+        prepared = on_gpu(tensors, scheme, k)
+        for rows in (1, 16, 64, 130):
+            x = seeded(rows, k, seed=rows).to("cuda", torch.float16)
+            first = prepared.run(x)
+            assert_close(first, x, tensors, scheme, k)
+            for _ in range(20):
+                assert_bits_equal(prepared.run(x), first)
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_smoothing_is_not_narrowed(self, dtype: torch.dtype) -> None:
+        scheme, n, k = scheme_of("symmetric", 64), 96, 320
+        tensors = canonical(scheme, n, k, smooth=True)
+        prepared = on_gpu(tensors, scheme, k)
+        for rows in (1, 20, 300):
+            x = seeded(rows, k, seed=rows).to(dtype)
+            assert_close(prepared.run(x.to("cuda")), x, tensors, scheme, k)
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_nan_and_infinity_stay_in_their_rows(self, dtype: torch.dtype) -> None:
+        scheme, n, k = scheme_of("zero point", 128), 64, 256
+        tensors = canonical(scheme, n, k)
+        x = seeded(5, k).to(dtype)
+        x[1, 3], x[3, 200] = torch.nan, torch.inf
+        y = on_gpu(tensors, scheme, k).run(x.to("cuda"))
+        assert bool(y[1].isnan().all())
+        assert not bool(y[3].isfinite().all())
+        rest = [0, 2, 4]
+        assert_close(y[rest], x[rest], tensors, scheme, k)
+
+    def test_any_strides_and_no_rows(self) -> None:
+        scheme, n, k = scheme_of("symmetric", 32), 64, 96
+        prepared = on_gpu(canonical(scheme, n, k), scheme, k)
+        x = seeded(6, 5, k).to("cuda", torch.bfloat16)
+        wanted = prepared.run(x)
+        assert_bits_equal(prepared.run(strided(x)), wanted)
+        flat = torch.empty(6 * 5 * k + 1, dtype=torch.bfloat16, device="cuda")[1:].view(6, 5, k)
+        assert_bits_equal(prepared.run(flat.copy_(x)), wanted)
+        assert prepared.run(x[:0]).shape == (0, 5, n)
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_canonical_tensors_come_back(self, kind: str) -> None:
+        scheme, n, k = scheme_of(kind, 64), 75, 201
+        tensors = canonical(scheme, n, k, smooth=True)
+        prepared = on_gpu(tensors, scheme, k)
+        for name, tensor in prepared.canonical().items():
+            assert_bits_equal(tensor, tensors[name], name)
+        other = canonical(scheme, n, k, smooth=True)
+        other = {name: tensor.flip(0).contiguous() for name, tensor in other.items()}
+        prepared.load(other)
+        for name, tensor in prepared.canonical().items():
+            assert_bits_equal(tensor, other[name], name)
+
+    def test_layer_moves_and_copies(self) -> None:
+        from qkernels.nn import QuantLinear
+
+        layer = QuantLinear.from_float(seeded(72, 200), seeded(72), "w4a16")
+        state = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+        layer.to("cuda")
+        assert layer.kernel.startswith("w4a16.cuda.")
+        x = seeded(3, 200).to("cuda")
+        y = layer(x)
+        assert_bits_equal(copy.deepcopy(layer)(x), y)
+        for name, tensor in layer.state_dict().items():
+            assert_bits_equal(tensor, state[name], name)
+        layer.to("cpu")
+        assert "cuda" not in layer.kernel
+        for name, tensor in layer.state_dict().items():
+            assert_bits_equal(tensor, state[name], name)
+        assert_bits_equal(layer.to("cuda")(x), y)
+
+    @pytest.mark.parametrize("rows", [1, 40, 300])
+    def test_cuda_graphs_give_the_same_bits(self, rows: int) -> None:
+        scheme, n, k = scheme_of("symmetric", 128), 1024, 1024
+        prepared = on_gpu(canonical(scheme, n, k), scheme, k)
+        x = torch.zeros(rows, k, dtype=torch.bfloat16, device="cuda")
+        prepared.run(x)
+        torch.cuda.synchronize()
+        graphs, outputs = [], []
+        for _ in range(2):
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                outputs.append(prepared.run(prepared.run(x)))
+            graphs.append(graph)
+        streams = [torch.cuda.Stream(), torch.cuda.Stream()]
+        for seed in range(5):
+            x.copy_(seeded(rows, k, seed=seed))
+            wanted = prepared.run(prepared.run(x))
+            torch.cuda.synchronize()
+            for stream, graph in zip(streams, graphs, strict=True):  # beside each other
+                with torch.cuda.stream(stream):
+                    graph.replay()
+            torch.cuda.synchronize()
+            for output in outputs:
+                assert_bits_equal(output, wanted)
+
+    def test_two_streams_at_once(self) -> None:
+        scheme, n, k = scheme_of("symmetric", 128), 2048, 2048
+        prepared = on_gpu(canonical(scheme, n, k), scheme, k)
+        inputs = [seeded(rows, k, seed=rows).to("cuda", torch.bfloat16) for rows in (1, 3, 64, 150)]
+        wanted = [prepared.run(x) for x in inputs]
+        streams = [torch.cuda.Stream(), torch.cuda.Stream()]
+        torch.cuda.synchronize()
+        results: list[Tensor] = []
+        for turn in range(40):
+            with torch.cuda.stream(streams[turn % 2]):
+                results.append(prepared.run(inputs[turn % 4]))
+        torch.cuda.synchronize()
+        for turn, result in enumerate(results):
+            assert_bits_equal(result, wanted[turn % 4])
+
+    def test_compiled_and_differentiated(self) -> None:
+        scheme, n, k = scheme_of("symmetric", 32), 96, 64
+        tensors = canonical(scheme, n, k)
+        prepared = on_gpu(tensors, scheme, k)
+        x = seeded(7, k).to("cuda")
+        wanted = prepared.run(x)
+        compiled = torch.compile(lambda t: prepared.call(t, prepared.tensors), fullgraph=True)
+        assert_bits_equal(compiled(x), wanted)
+        leaf = x.clone().requires_grad_()
+        y = prepared.run(leaf)
+        assert_bits_equal(y, wanted)
+        y.sum().backward()
+        weight = reference.dequantize_weight(tensors, scheme, k)
+        assert leaf.grad is not None
+        # n products and sums in fp32 on both sides
+        torch.testing.assert_close(leaf.grad.cpu(), weight.sum(0).expand(7, k), rtol=n * 2.0**-23, atol=n * 2.0**-23)
+
+
+# -- W4A8 -------------------------------------------------------------------------------------------------------------
+
+
+class TestW4A8:
+    """Equal to the reference bit for bit."""
+
+    pytestmark = gpu
+
+    @pytest.mark.parametrize("kind", ["symmetric", "zero point", "minimum"])
+    @pytest.mark.parametrize("group", [None, 32, 64, 128, 96, 256])
+    def test_products_equal_the_reference(self, kind: str, group: int | None) -> None:
+        for (n, k), dtype in zip([(8, 64), (203, 1000), (136, 333), (576, 3000)], (*DTYPES, DTYPES[1]), strict=True):
+            scheme = scheme_of(kind, group, activation_bits=8, fp32=(n == 203))
+            tensors = canonical(scheme, n, k, bias=n != 136)
+            prepared = on_gpu(tensors, scheme, k)
+            moved = {name: tensor.to("cuda") for name, tensor in tensors.items()}
+            for rows in (1, 2, 7, 8, 9, 16, 17, 33, 64, 65, 200):
+                x = seeded(rows, k, seed=rows).to("cuda", dtype)
+                assert_bits_equal(prepared.run(x), reference.linear(x, moved, scheme, k), f"{n}x{k}, {rows} rows")
+
+    @pytest.mark.parametrize("tokens", [8, 16, 64, 128])
+    @pytest.mark.parametrize("kind", ["symmetric", "minimum"])
+    def test_every_tile_of_every_size(self, tokens: int, kind: str) -> None:
+        scheme, n, k = scheme_of(kind, 128, activation_bits=8), 264, 1100
+        tensors = canonical(scheme, n, k)
+        prepared = on_gpu(tensors, scheme, k)
+        moved = {name: tensor.to("cuda") for name, tensor in tensors.items()}
+        weight = cuda_w4._describe(prepared.tensors, scheme, n, k)
+        for rows in (1, 5, 33, 150):
+            x = seeded(rows, k, seed=rows).to("cuda", torch.bfloat16)
+            q, scale, _ = cuda.quantize_rows(x)
+            y = cuda_w4.gemm_w4a8(q, scale, weight, moved["bias"], torch.float32, tokens=tokens)
+            assert_bits_equal(y, reference.linear(x, moved, scheme, k, torch.float32), f"{rows} rows")
+
+    def test_hazardous_rows_static_scales_and_smoothing(self) -> None:
+        k = 200
+        for static, smooth in itertools.product((False, True), repeat=2):
+            scheme = scheme_of("symmetric", 64, activation_bits=8)
+            tensors = canonical(scheme, 72, k, smooth=smooth)
+            if static:
+                scheme = scheme.replace(activation_dynamic=False, activation_granularity="per_tensor")
+                tensors["act_scale"] = torch.tensor(0.021)
+            prepared = on_gpu(tensors, scheme, k)
+            x = hazard_rows(k)
+            assert_bits_equal(prepared.run(x.to("cuda")), reference.linear(x, tensors, scheme, k))
+
+    @pytest.mark.parametrize(("n", "k"), [(4096, 4096), (4864, 896), (1024, 13824)])
+    def test_shapes_of_checkpoints(self, n: int, k: int) -> None:
+        scheme = Scheme.from_preset("w4a8")
+        tensors = canonical(scheme, n, k)
+        prepared = on_gpu(tensors, scheme, k)
+        moved = {name: tensor.to("cuda") for name, tensor in tensors.items()}
+        for rows in (1, 16, 64, 300):
+            x = seeded(rows, k, seed=rows).to("cuda", torch.float16)
+            assert_bits_equal(prepared.run(x), reference.linear(x, moved, scheme, k), f"{rows} rows")
+
+    def test_cuda_graph_compiled_and_canonical(self) -> None:
+        scheme, n, k = Scheme.from_preset("w4a8"), 96, 256
+        tensors = canonical(scheme, n, k)
+        prepared = on_gpu(tensors, scheme, k)
+        x = seeded(7, k).to("cuda")
+        wanted = reference.linear(x.cpu(), tensors, scheme, k)
+        prepared.run(x)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = prepared.run(x)
+        graph.replay()
+        assert_bits_equal(y, wanted)
+        compiled = torch.compile(lambda t: prepared.call(t, prepared.tensors), fullgraph=True)
+        assert_bits_equal(compiled(x), wanted)
+        for name, tensor in prepared.canonical().items():
+            assert_bits_equal(tensor, tensors[name], name)
