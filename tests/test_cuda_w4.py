@@ -106,7 +106,7 @@ def test_w4_kernels_say_what_they_leave_alone() -> None:
 
 @pytest.mark.skipif(cuda._cuda is None, reason="this installation was built without the CUDA module")
 def test_w4_plans_cover_every_slab() -> None:
-    sizes = ((1, 8, 9, 16, 33, 64, 65, 192), (1, 129, 4096, 28672), (1, 129, 4096, 14336), (False, True))
+    sizes = ((1, 8, 9, 16, 33, 64, 65, 320), (1, 129, 4096, 28672), (1, 129, 4096, 14336), (False, True))
     for m, n, k, minimum in itertools.product(*sizes):
         tokens, tiles_m, tiles_n, ctas, floats = cuda._cuda.plan_w4a16(m, n, k, minimum, 132)
         units = tiles_m * tiles_n * -(-k // 128)
@@ -162,7 +162,7 @@ class TestW4A16:
             scheme = scheme_of(kind, group, fp32=(n == 203))
             tensors = canonical(scheme, n, k, bias=n != 136)
             prepared = on_gpu(tensors, scheme, k)
-            for rows in (1, 2, 7, 8, 9, 16, 17, 33, 64, 65, 200):
+            for rows in (1, 2, 7, 8, 9, 16, 17, 33, 64, 65, 330):
                 x = seeded(rows, k, seed=rows).to(dtype)
                 assert_close(prepared.run(x.to("cuda")), x, tensors, scheme, k)
 
@@ -191,7 +191,7 @@ class TestW4A16:
         scheme, n, k = scheme_of("symmetric", 64), 96, 320
         tensors = canonical(scheme, n, k, smooth=True)
         prepared = on_gpu(tensors, scheme, k)
-        for rows in (1, 20, 300):
+        for rows in (1, 20, 330):
             x = seeded(rows, k, seed=rows).to(dtype)
             assert_close(prepared.run(x.to("cuda")), x, tensors, scheme, k)
 
@@ -248,7 +248,7 @@ class TestW4A16:
             assert_bits_equal(tensor, state[name], name)
         assert_bits_equal(layer.to("cuda")(x), y)
 
-    @pytest.mark.parametrize("rows", [1, 40, 300])
+    @pytest.mark.parametrize("rows", [1, 40, 330])
     def test_cuda_graphs_give_the_same_bits(self, rows: int) -> None:
         scheme, n, k = scheme_of("symmetric", 128), 1024, 1024
         prepared = on_gpu(canonical(scheme, n, k), scheme, k)
@@ -322,7 +322,7 @@ class TestW4A8:
             tensors = canonical(scheme, n, k, bias=n != 136)
             prepared = on_gpu(tensors, scheme, k)
             moved = {name: tensor.to("cuda") for name, tensor in tensors.items()}
-            for rows in (1, 2, 7, 8, 9, 16, 17, 33, 64, 65, 200):
+            for rows in (1, 2, 7, 8, 9, 16, 17, 33, 64, 65, 330):
                 x = seeded(rows, k, seed=rows).to("cuda", dtype)
                 assert_bits_equal(prepared.run(x), reference.linear(x, moved, scheme, k), f"{n}x{k}, {rows} rows")
 

@@ -4,6 +4,7 @@
 // args.h. Nothing here allocates or synchronises, and every check of a tensor lives in Python.
 #include <pybind11/pybind11.h>
 
+#include "bindings_w4.h"
 #include "check.h"
 #include "launch.h"
 
@@ -170,6 +171,7 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("dequantize", &dequantize_at, py::arg("q"), py::arg("kind"), py::arg("outer"), py::arg("channels"),
         py::arg("inner"), py::arg("group"), py::arg("scale"), py::arg("zero_point"), py::arg("out"),
         py::arg("out_dtype"), py::arg("stream"));
+  bind_w4(m);
 }
 
 }  // namespace qk::cuda

@@ -28,13 +28,23 @@ struct Epilogue {
   bool vectors;  // 16 aligned bytes of outputs may be stored at once
 };
 
-inline Epilogue make_epilogue(const GemmW8A8Args& a) {
-  const int64_t size = a.y_dtype == DType::kF32 ? 4 : 2;
+// Where outputs go; the caller fills in what they are made of.
+inline Epilogue make_store(void* y, DType y_dtype, int64_t y_stride, int32_t m, int32_t n) {
+  const int64_t size = y_dtype == DType::kF32 ? 4 : 2;
   const auto aligned = [&](int64_t bytes) {
-    return reinterpret_cast<uintptr_t>(a.y) % bytes == 0 && a.y_stride * size % bytes == 0;
+    return reinterpret_cast<uintptr_t>(y) % bytes == 0 && y_stride * size % bytes == 0;
   };
-  return Epilogue{a.x_scale, a.x_zero_point, a.weight_scale,    a.bias,     a.colsum,   a.y, a.y_stride, a.m,
-                  a.n,       a.y_dtype,      aligned(2 * size), aligned(8), aligned(16)};
+  Epilogue e = {};
+  e.y = y, e.y_stride = y_stride, e.m = m, e.n = n, e.y_dtype = y_dtype;
+  e.pairs = aligned(2 * size), e.quads = aligned(8), e.vectors = aligned(16);
+  return e;
+}
+
+inline Epilogue make_epilogue(const GemmW8A8Args& a) {
+  Epilogue e = make_store(a.y, a.y_dtype, a.y_stride, a.m, a.n);
+  e.x_scale = a.x_scale, e.x_zero_point = a.x_zero_point, e.weight_scale = a.weight_scale;
+  e.bias = a.bias, e.colsum = a.colsum;
+  return e;
 }
 
 struct ChannelTerms {
@@ -94,25 +104,21 @@ __device__ __forceinline__ void store_f32(const Epilogue& e, int m, int n, float
   if (m < e.m && n < e.n) static_cast<float*>(e.y)[int64_t(m) * e.y_stride + n] = v;
 }
 
-// A warp's fragment of 16 channels x 8 tokens, rows are channels: d[0], d[1] are channel n0 + g at tokens m0 + 2t and
-// m0 + 2t + 1, d[2], d[3] channel n0 + g + 8. `low`, `high` are the terms of these two channels, `even`, `odd` of the
-// two tokens. 16-bit outputs are transposed in registers (lane: token g, channels 2t, 2t + 1 and 8 + 2t, 8 + 2t + 1),
-// then neighbouring lanes swap halves so that each has four channels in a row: one store covers whole 32-byte sectors.
-__device__ __forceinline__ void store_channels_by_tokens(const Epilogue& e, const int32_t (&d)[4], int n0, int m0,
-                                                         const ChannelTerms& low, const ChannelTerms& high,
-                                                         const TokenTerms& even, const TokenTerms& odd, int lane) {
+// A warp's finished fragment of 16 channels x 8 tokens, rows are channels: v[0], v[1] are channel n0 + g at tokens
+// m0 + 2t and m0 + 2t + 1, v[2], v[3] channel n0 + g + 8. 16-bit outputs are transposed in registers (lane: token g,
+// channels 2t, 2t + 1 and 8 + 2t, 8 + 2t + 1), then neighbouring lanes swap halves so that each has four channels in a
+// row: one store covers whole 32-byte sectors.
+__device__ __forceinline__ void store_values(const Epilogue& e, const float (&v)[4], int n0, int m0, int lane) {
   const int g = lane >> 2, t = lane & 3;
-  const float v0 = finish(d[0], even, low), v1 = finish(d[1], odd, low);
-  const float v2 = finish(d[2], even, high), v3 = finish(d[3], odd, high);
   if (e.y_dtype == DType::kF32) {
-    store_f32(e, m0 + 2 * t, n0 + g, v0);
-    store_f32(e, m0 + 2 * t + 1, n0 + g, v1);
-    store_f32(e, m0 + 2 * t, n0 + g + 8, v2);
-    store_f32(e, m0 + 2 * t + 1, n0 + g + 8, v3);
+    store_f32(e, m0 + 2 * t, n0 + g, v[0]);
+    store_f32(e, m0 + 2 * t + 1, n0 + g, v[1]);
+    store_f32(e, m0 + 2 * t, n0 + g + 8, v[2]);
+    store_f32(e, m0 + 2 * t + 1, n0 + g + 8, v[3]);
     return;
   }
-  const uint32_t first = ptx::transpose_8x8_b16(pack_pair(e.y_dtype, v0, v1));
-  const uint32_t second = ptx::transpose_8x8_b16(pack_pair(e.y_dtype, v2, v3));
+  const uint32_t first = ptx::transpose_8x8_b16(pack_pair(e.y_dtype, v[0], v[1]));
+  const uint32_t second = ptx::transpose_8x8_b16(pack_pair(e.y_dtype, v[2], v[3]));
   if (e.quads && n0 + 16 <= e.n) {
     const bool upper = t & 1;  // takes the second eight channels
     const uint32_t got = __shfl_xor_sync(0xffffffffu, upper ? first : second, 1);
@@ -123,6 +129,15 @@ __device__ __forceinline__ void store_channels_by_tokens(const Epilogue& e, cons
     store_pair(e, m0 + g, n0 + 2 * t, first);
     store_pair(e, m0 + g, n0 + 8 + 2 * t, second);
   }
+}
+
+// The same from int32 sums. `low`, `high` are the terms of the two channels, `even`, `odd` of the two tokens.
+__device__ __forceinline__ void store_channels_by_tokens(const Epilogue& e, const int32_t (&d)[4], int n0, int m0,
+                                                         const ChannelTerms& low, const ChannelTerms& high,
+                                                         const TokenTerms& even, const TokenTerms& odd, int lane) {
+  const float v[4] = {finish(d[0], even, low), finish(d[1], odd, low), finish(d[2], even, high),
+                      finish(d[3], odd, high)};
+  store_values(e, v, n0, m0, lane);
 }
 
 }  // namespace qk::cuda

@@ -28,6 +28,14 @@ inline void allow_shared_memory(const void* kernel, size_t bytes, std::atomic<ui
   done.fetch_or(bit, std::memory_order_relaxed);
 }
 
+// The dynamic shared memory a block may ask of the current device, in bytes.
+inline int shared_memory_limit() {
+  int device = 0, bytes = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "cudaDeviceGetAttribute");
+  return bytes;
+}
+
 struct LaunchShape {
   dim3 grid, block;
   size_t shared_bytes = 0;

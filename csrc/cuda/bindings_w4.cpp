@@ -1,0 +1,153 @@
+// 4-bit weights: addresses, sizes and a stream in, launches out; rules as in bindings.cpp.
+#include "bindings_w4.h"
+
+#include "check.h"
+#include "host.h"
+#include "launch.h"
+#include "launch_w4.h"
+
+namespace py = pybind11;
+
+namespace qk::cuda {
+namespace {
+
+using Address = uintptr_t;
+
+template <typename T>
+T* pointer(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+cudaStream_t stream_of(Address stream) { return reinterpret_cast<cudaStream_t>(stream); }
+
+DType dtype_of(int code) {
+  QK_CHECK_GE(code, 0);
+  QK_CHECK_LE(code, 2);
+  return static_cast<DType>(code);
+}
+W4Order order_of(int code) {
+  QK_CHECK_GE(code, 0);
+  QK_CHECK_LE(code, 1);
+  return static_cast<W4Order>(code);
+}
+
+// (packed, scale, zero point, minimum, codebook) as addresses, 0: absent; scale dtype code; order; N, K, group.
+W4Weight weight_of(const py::tuple& v) {
+  QK_CHECK_EQ(v.size(), size_t{10});
+  const auto address = [&](size_t i) { return v[i].cast<Address>(); };
+  W4Weight w = {};
+  w.packed = pointer<const uint8_t>(address(0)), w.scale = pointer<const void>(address(1));
+  w.zero_point = pointer<const uint8_t>(address(2)), w.minimum = pointer<const void>(address(3));
+  w.codebook = pointer<const float>(address(4));
+  const int scale = v[5].cast<int>();
+  QK_CHECK_EQ(scale % 2, 0);
+  w.scale_type = dtype_of(scale) == DType::kF32 ? ScaleType::kF32 : ScaleType::kF16;
+  w.order = order_of(v[6].cast<int>());
+  const auto n = v[7].cast<int64_t>(), k = v[8].cast<int64_t>(), group = v[9].cast<int64_t>();
+  QK_CHECK_GE(n, 1);
+  QK_CHECK_LE(n, int64_t{0x7fffff00});
+  QK_CHECK_GE(k, 1);
+  QK_CHECK_LE(k, int64_t{1} << 18);
+  QK_CHECK_GE(group, 1);
+  if (group < k) QK_CHECK_EQ(group % kW4GroupStep, int64_t{0});
+  QK_CHECK_EQ((address(0) | address(1) | address(2) | address(3)) % 16, Address{0});
+  w.n = static_cast<int32_t>(n), w.k = static_cast<int32_t>(k);
+  w.group = static_cast<int32_t>(group < k ? group : k);
+  w.kind = w.codebook ? W4Kind::kCodebook : w.minimum ? W4Kind::kMinimum : W4Kind::kZeroPoint;
+  return w;
+}
+
+W4A16Plan plan_of(const py::tuple& v) {
+  QK_CHECK_EQ(v.size(), size_t{5});
+  return W4A16Plan{v[0].cast<int32_t>(), v[1].cast<int32_t>(), v[2].cast<int32_t>(), v[3].cast<int32_t>(),
+                   v[4].cast<int64_t>()};
+}
+
+py::tuple plan_at(int64_t m, int64_t n, int64_t k, bool minimum, int sms) {
+  const W4A16Plan p = plan_w4a16(m, n, k, minimum, sms);
+  return py::make_tuple(p.tokens, p.tiles_m, p.tiles_n, p.ctas, p.partial_floats);
+}
+
+void gemm_w4a16_at(const py::tuple& weight, Address x, int x_dtype, int64_t m, int64_t x_stride, Address bias,
+                   Address y, int y_dtype, int64_t y_stride, const py::tuple& plan, Address counters, Address partials,
+                   Address stream) {
+  GemmW4A16Args a = {};
+  a.weight = weight_of(weight);
+  QK_CHECK_EQ(static_cast<int>(a.weight.order), 0);
+  QK_CHECK_GE(m, 0);
+  QK_CHECK_LE(m, int64_t{0x7fffff00});
+  QK_CHECK_EQ(x % 16, Address{0});
+  QK_CHECK_EQ(x_stride % 8, 0);
+  QK_CHECK_GE(x_dtype, 1);
+  a.x = pointer<const void>(x), a.x_dtype = dtype_of(x_dtype), a.x_stride = x_stride;
+  a.bias = pointer<const float>(bias), a.m = static_cast<int32_t>(m);
+  a.y = pointer<void>(y), a.y_dtype = dtype_of(y_dtype), a.y_stride = y_stride;
+  a.counters = pointer<int32_t>(counters), a.partials = pointer<float>(partials);
+  gemm_w4a16(a, plan_of(plan), stream_of(stream));
+}
+
+void gemm_w4a8_at(const py::tuple& weight, Address xq, int64_t m, int64_t x_stride, Address x_scale, Address bias,
+                  Address y, int y_dtype, int64_t y_stride, int tokens, bool dependent, Address stream) {
+  GemmW4A8Args a = {};
+  a.weight = weight_of(weight);
+  QK_CHECK_EQ(static_cast<int>(a.weight.order), 1);
+  QK_CHECK_GE(m, 0);
+  QK_CHECK_LE(m, int64_t{0x7fffff00});
+  QK_CHECK_EQ(xq % 16, Address{0});
+  QK_CHECK_EQ(x_stride % 16, 0);
+  a.xq = pointer<const int8_t>(xq), a.x_stride = x_stride, a.x_scale = pointer<const float>(x_scale);
+  a.bias = pointer<const float>(bias), a.m = static_cast<int32_t>(m);
+  a.y = pointer<void>(y), a.y_dtype = dtype_of(y_dtype), a.y_stride = y_stride;
+  gemm_w4a8(a, tokens, dependent, stream_of(stream));
+}
+
+// 0 where the stream is not being captured, else a number of this capture alone.
+uint64_t capture_id(Address stream) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  unsigned long long id = 0;  // the runtime's own type
+  check(cudaStreamGetCaptureInfo(stream_of(stream), &status, &id), "cudaStreamGetCaptureInfo");
+  return status == cudaStreamCaptureStatusActive ? id : 0;
+}
+
+}  // namespace
+
+void bind_w4(py::module_& m) {
+  m.def("packed_w4_bytes", &packed_w4_bytes, py::arg("n"), py::arg("k"));
+  m.def("w4_group_pitch", [](int64_t n) { return w4_blocks(n) * kW4Rows; }, py::arg("n"));
+  m.def(
+      "pack_w4",
+      [](Address weight, int64_t n, int64_t k, int order, Address packed, Address stream) {
+        QK_CHECK_GE(n, 1);
+        QK_CHECK_GE(k, 1);
+        pack_w4(pointer<const uint8_t>(weight), n, k, order_of(order), pointer<uint8_t>(packed), stream_of(stream));
+      },
+      py::arg("weight"), py::arg("n"), py::arg("k"), py::arg("order"), py::arg("packed"), py::arg("stream"));
+  m.def(
+      "unpack_w4",
+      [](Address packed, int64_t n, int64_t k, int order, Address weight, Address stream) {
+        QK_CHECK_GE(n, 1);
+        QK_CHECK_GE(k, 1);
+        unpack_w4(pointer<const uint8_t>(packed), n, k, order_of(order), pointer<uint8_t>(weight), stream_of(stream));
+      },
+      py::arg("packed"), py::arg("n"), py::arg("k"), py::arg("order"), py::arg("weight"), py::arg("stream"));
+  m.def(
+      "dequantize_w4",
+      [](const py::tuple& weight, int64_t first_row, int64_t rows, Address out, int out_dtype, Address stream) {
+        const W4Weight w = weight_of(weight);
+        QK_CHECK_EQ(first_row % kW4Rows, int64_t{0});
+        QK_CHECK_LE(first_row + rows, int64_t{w.n});
+        dequantize_w4(w, first_row, rows, pointer<void>(out), dtype_of(out_dtype), stream_of(stream));
+      },
+      py::arg("weight"), py::arg("first_row"), py::arg("rows"), py::arg("out"), py::arg("out_dtype"),
+      py::arg("stream"));
+  m.def("plan_w4a16", &plan_at, py::arg("m"), py::arg("n"), py::arg("k"), py::arg("minimum"), py::arg("sms"));
+  m.def("gemm_w4a16", &gemm_w4a16_at, py::arg("weight"), py::arg("x"), py::arg("x_dtype"), py::arg("m"),
+        py::arg("x_stride"), py::arg("bias"), py::arg("y"), py::arg("y_dtype"), py::arg("y_stride"), py::arg("plan"),
+        py::arg("counters"), py::arg("partials"), py::arg("stream"));
+  m.def("select_w4a8", &select_w4a8, py::arg("m"), py::arg("n"), py::arg("sms"));
+  m.def("gemm_w4a8", &gemm_w4a8_at, py::arg("weight"), py::arg("xq"), py::arg("m"), py::arg("x_stride"),
+        py::arg("x_scale"), py::arg("bias"), py::arg("y"), py::arg("y_dtype"), py::arg("y_stride"), py::arg("tokens"),
+        py::arg("dependent"), py::arg("stream"));
+  m.def("capture_id", &capture_id, py::arg("stream"));
+}
+
+}  // namespace qk::cuda

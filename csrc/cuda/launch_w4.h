@@ -1,0 +1,25 @@
+// Launches for 4-bit weights; rules as in launch.h.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "w4.h"
+
+namespace qk::cuda {
+
+// Canonical codes [N, ceil(K/2)] to and from fragment slabs.
+void pack_w4(const uint8_t* weight, int64_t n, int64_t k, W4Order order, uint8_t* packed, cudaStream_t stream);
+void unpack_w4(const uint8_t* packed, int64_t n, int64_t k, W4Order order, uint8_t* weight, cudaStream_t stream);
+
+// out [rows, K] = the float weight of channels first_row .. first_row + rows - 1, first_row a multiple of 16.
+void dequantize_w4(const W4Weight& weight, int64_t first_row, int64_t rows, void* out, DType out_dtype,
+                   cudaStream_t stream);
+
+W4A16Plan plan_w4a16(int64_t m, int64_t n, int64_t k, bool minimum, int sms);
+void gemm_w4a16(const GemmW4A16Args& args, const W4A16Plan& plan, cudaStream_t stream);
+
+// `tokens` of a tile: 8 or 16 (K is walked by eight warps at once), 64 or 128 (one warp walks all of K).
+int32_t select_w4a8(int64_t m, int64_t n, int sms);
+void gemm_w4a8(const GemmW4A8Args& args, int32_t tokens, bool dependent, cudaStream_t stream);
+
+}  // namespace qk::cuda

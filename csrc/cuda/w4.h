@@ -1,0 +1,97 @@
+// What the kernels of 4-bit weights are told, and the packed weight they read. Plain types, for host and device.
+//
+// Packed weight ("fragment slabs"): codes [N, K], two per byte, become [ceil(K/128)][ceil(N/16)][2][32][16] bytes,
+// padded with zero codes:
+//
+//     slab of 128 k -> block of 16 channels -> half of 64 k -> lane of a warp -> 16 bytes = 4 words
+//
+// A lane's word s is its part of the m16 fragment A of k-step s, with g = lane / 4, t = lane % 4, so that one 16-byte
+// load feeds the tensor cores for 64 k. Nibble i of word s (bits 4i .. 4i + 3) is code (channel, k) of its half:
+//
+//   kHalf (16-bit activations, mma m16n8k16): register r = i % 4 is a[r], low or high half e = i / 4:
+//       channel g + 8 * (r % 2), k = 16 * s + 8 * (r / 2) + 2 * t + e
+//     so that (word >> 4r) & 0x000f000f holds the two codes of a[r].
+//   kByte (8-bit activations, mma m16n8k32): step s / 2, k half s % 2; byte b = i / 2, row r = i % 2:
+//       channel g + 8 * r, k = 32 * (s / 2) + 16 * (s % 2) + 4 * t + b
+//     so that word & 0x0f0f0f0f is a[2 * (s % 2)] and (word >> 4) & 0x0f0f0f0f is a[2 * (s % 2) + 1].
+//
+// What belongs to groups, scales and zero points and minima [N, G], is transposed: [G][round_up(N, 16)].
+#pragma once
+
+#include <cstdint>
+
+#include "args.h"
+
+#ifdef __CUDACC__
+#define QK_W4_HOST_DEVICE __host__ __device__
+#else
+#define QK_W4_HOST_DEVICE
+#endif
+
+namespace qk::cuda {
+
+constexpr int kW4SlabK = 128;  // k per slab
+constexpr int kW4Rows = 16;  // channels per block
+constexpr int kW4BlockBytes = kW4Rows * kW4SlabK / 2;
+constexpr int kW4GroupStep = 32;  // groups are a multiple of it, or the whole row
+
+enum class W4Order : int32_t { kHalf = 0, kByte = 1 };
+
+// The value of a code: scale * (q - zero), scale * q + min, scale * book[q].
+enum class W4Kind : int32_t { kZeroPoint = 0, kMinimum = 1, kCodebook = 2 };
+
+struct W4Weight {
+  const uint8_t* packed;  // fragment slabs, 16-byte aligned
+  const void* scale;  // [G][round_up(N, 16)], 16-byte aligned, as the other two
+  const uint8_t* zero_point;  // or nullptr: 8 for kZeroPoint, 0 else
+  const void* minimum;  // of scale_type, or nullptr
+  const float* codebook;  // [16] on the device, or nullptr
+  ScaleType scale_type;
+  W4Kind kind;
+  W4Order order;
+  int32_t n, k;
+  int32_t group;  // k of a group, a multiple of kW4GroupStep; at least k: one group
+};
+
+QK_W4_HOST_DEVICE constexpr int64_t w4_blocks(int64_t n) { return (n + kW4Rows - 1) / kW4Rows; }
+QK_W4_HOST_DEVICE constexpr int64_t w4_slabs(int64_t k) { return (k + kW4SlabK - 1) / kW4SlabK; }
+constexpr int64_t packed_w4_bytes(int64_t n, int64_t k) { return w4_slabs(k) * w4_blocks(n) * kW4BlockBytes; }
+
+// y [M, N] = x [M, K] @ w^T + bias, 16-bit x.
+struct GemmW4A16Args {
+  W4Weight weight;
+  const void* x;
+  DType x_dtype;  // kBF16 or kF16
+  int64_t x_stride;  // elements between rows, a multiple of 8; x is 16-byte aligned
+  const float* bias;  // [N] or nullptr
+  int32_t m;
+  void* y;
+  DType y_dtype;
+  int64_t y_stride;
+  int32_t* counters;  // [tiles] zeros, left as zeros
+  float* partials;  // [2 * ctas * channels * tokens of a tile]
+};
+
+// How the work of a W4A16 product is cut: tiles of 128 channels x `tokens`, and `ctas` that share all their slabs.
+struct W4A16Plan {
+  int32_t tokens;  // 8, 16, 32 or 64
+  int32_t tiles_m, tiles_n;
+  int32_t ctas;
+  int64_t partial_floats;  // of GemmW4A16Args::partials
+};
+
+// y [M, N] from int8 activations: total = sum over groups in order of float(d_g) * scale_g (+ min_g * float(sum_g)),
+// y = round(total * x_scale + bias), each step rounded once; d_g = sum (q - zero) * xq in int32.
+struct GemmW4A8Args {
+  W4Weight weight;
+  const int8_t* xq;  // [M, K], 16-byte aligned
+  int64_t x_stride;  // bytes between rows, a multiple of 16
+  const float* x_scale;  // [M]
+  const float* bias;  // [N] or nullptr
+  int32_t m;
+  void* y;
+  DType y_dtype;
+  int64_t y_stride;
+};
+
+}  // namespace qk::cuda
