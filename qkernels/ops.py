@@ -323,10 +323,13 @@ register(cpu_packed.PreparedPacked)
 # Each is asked before the one registered earlier: the CUDA module, then Triton, then what serves the CPU.
 
 from . import cuda_w4, cuda_w8a8  # noqa: E402  need the operators above
+from .triton import layer_w4  # noqa: E402
 from .triton.layer import PreparedTritonW8A8  # noqa: E402
 
 _CUDA_LIBRARIES = (cuda_w8a8.register_operators(), cuda_w4.register_operators())
+layer_w4.register_operators(_LIBRARY)
 register(PreparedTritonW8A8)
+register(layer_w4.PreparedTritonW4)
 register(cuda_w8a8.PreparedCudaW8A8)
 register(cuda_w4.PreparedCudaW4)
 

@@ -1,4 +1,5 @@
-"""``qkernels bench --device cuda``: W8A8 on a GPU, cold weights, CUDA graphs, rivals in turns with ours.
+"""``qkernels bench --device cuda``: W8A8 (and, by ``--schemes``, 4-bit weights, see :mod:`qkernels.bench.cuda_w4`) on a
+GPU, cold weights, CUDA graphs, rivals in turns with ours.
 
 Each contender's calls, one per copy of the weight, are captured into a graph; graphs are replayed in turns and a row is
 the median over the replays.  The copies together are larger than the L2.  Nothing of ours is timed before its result
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import itertools
 import json
 import statistics
 import sys
@@ -28,6 +30,7 @@ import torch
 from torch import Tensor
 
 from qkernels import cuda, reference, triton
+from qkernels.bench.cuda_w4 import ProblemW4
 from qkernels.bench.grid import commit, traffic, versions
 from qkernels.info import info
 from qkernels.progress import tracking
@@ -59,6 +62,7 @@ class CudaRow:
     limit: float
     percent_of_limit: float
     tops: float
+    scheme: str = "w8a8"
 
 
 @dataclass(frozen=True)
@@ -69,9 +73,9 @@ class CudaCeilings:
     bf16: float
     int8: float
 
-    def limit(self, moved: float, operations: float) -> float:
-        """Microseconds that no kernel can beat."""
-        return 1e6 * max(moved / self.copy, operations / self.int8)
+    def limit(self, moved: float, operations: float, *, integers: bool = True) -> float:
+        """Microseconds that no kernel can beat whose products are of int8 or else of bfloat16."""
+        return 1e6 * max(moved / self.copy, operations / (self.int8 if integers else self.bf16))
 
 
 class Graph:
@@ -133,6 +137,9 @@ def _replays(graph: Graph, count: int) -> list[float]:
 class Problem:
     """The operands of one shape and number of rows; copies of the weight fill ``cold_bytes``."""
 
+    name = "w8a8"
+    scheme = Scheme()
+
     def __init__(self, k: int, n: int, m: int, cold_bytes: int, dtype: torch.dtype) -> None:
         self.k, self.n, self.m, self.dtype = k, n, m, dtype
         copies = max(2, min(64, -(-cold_bytes // (n * k))))
@@ -145,6 +152,11 @@ class Problem:
         self.x = torch.randn(m, k, device="cuda").to(dtype)
         self.q, self.scale, _ = cuda.quantize_rows(self.x)
         self.out = torch.empty(m, n, dtype=dtype, device="cuda")
+
+    @property
+    def kernel(self) -> str:
+        """The kernel of ours."""
+        return cuda.kernel_name(self.m, self.n, self.k, self.x.device)
 
     def contenders(self) -> Iterator[tuple[str, bool, Call]]:
         """(name, ours, call) of everyone who can take this problem."""
@@ -221,14 +233,18 @@ def run_cuda_grid(args: argparse.Namespace) -> int:
     dtype = getattr(torch, args.dtype)
     rows: list[CudaRow] = []
     notes: list[str] = []
-    total = len(args.shapes) * len(args.rows)
-    with torch.inference_mode(), tracking(None, total=total, what="bench") as step:
-        for number, (k, n) in enumerate(args.shapes):
-            for index, m in enumerate(args.rows):
-                step(number * len(args.rows) + index, total, f"K={k} N={n} M={m}")
-                new = _run_problem(Problem(k, n, m, args.cold_mb << 20, dtype), ceilings, args.rounds, notes)
-                print("\n" + table(new), flush=True)
-                rows += new
+    unknown = sorted(set(args.schemes) - {"w8a8", "w4a16", "w4a8"})
+    if unknown:
+        raise ValueError(f"--schemes: expected w8a8, w4a16 or w4a8 with --device cuda, got {', '.join(unknown)}")
+    cases = list(itertools.product(args.schemes, args.shapes, args.rows))
+    with torch.inference_mode(), tracking(None, total=len(cases), what="bench") as step:
+        for number, (name, (k, n), m) in enumerate(cases):
+            step(number, len(cases), f"{name} K={k} N={n} M={m}")
+            cold = args.cold_mb << 20
+            problem = Problem(k, n, m, cold, dtype) if name == "w8a8" else ProblemW4(name, k, n, m, cold, dtype)
+            new = _run_problem(problem, ceilings, args.rounds, notes)
+            print("\n" + table(new), flush=True)
+            rows += new
     for note in notes:
         print(note)
     result = {
@@ -253,12 +269,13 @@ def run_cuda_grid(args: argparse.Namespace) -> int:
     return 1 if notes else 0
 
 
-def _run_problem(problem: Problem, ceilings: CudaCeilings, rounds: int, notes: list[str]) -> list[CudaRow]:
+def _run_problem(problem: Problem | ProblemW4, ceilings: CudaCeilings, rounds: int, notes: list[str]) -> list[CudaRow]:
     k, n, m = problem.k, problem.n, problem.m
     operations = 2.0 * m * n * k
     size = problem.dtype.itemsize
-    gemm_limit = ceilings.limit(traffic(Scheme(), k, n, m, size, 1), operations)
-    layer_limit = ceilings.limit(traffic(Scheme(), k, n, m, size), operations)
+    integers = not problem.scheme.weight_only
+    gemm_limit = ceilings.limit(traffic(problem.scheme, k, n, m, size, 1), operations, integers=integers)
+    layer_limit = ceilings.limit(traffic(problem.scheme, k, n, m, size), operations, integers=integers)
     count = max(2, min(MOST_CALLS, int(GRAPH_SECONDS * 1e6 / max(gemm_limit, 5.0))))
     graphs: list[tuple[str, bool, Graph]] = []
     for name, ours, call in problem.contenders():
@@ -270,16 +287,15 @@ def _run_problem(problem: Problem, ceilings: CudaCeilings, rounds: int, notes: l
     for _ in range(rounds):
         for (_, _, graph), values in zip(graphs, times, strict=True):
             values.append(graph.replay())
-    kernel = cuda.kernel_name(m, n, k, problem.x.device)
     rows = []
     for (name, ours, _), values in zip(graphs, times, strict=True):
         median = statistics.median(values)
-        limit = layer_limit if name == "layer" else gemm_limit
+        limit = layer_limit if "layer" in name or problem.scheme.weight_only else gemm_limit
         rows.append(
             CudaRow(
                 contender=name,
                 ours=ours,
-                kernel=kernel if ours and not name.startswith("triton") else "",
+                kernel=problem.kernel if ours and "triton" not in name else "",
                 k=k,
                 n=n,
                 m=m,
@@ -289,6 +305,7 @@ def _run_problem(problem: Problem, ceilings: CudaCeilings, rounds: int, notes: l
                 limit=limit,
                 percent_of_limit=100 * limit / median,
                 tops=operations / median / 1e6,
+                scheme=problem.name,
             )
         )
     return rows
@@ -297,7 +314,7 @@ def _run_problem(problem: Problem, ceilings: CudaCeilings, rounds: int, notes: l
 def table(rows: list[CudaRow]) -> str:
     """One shape and number of rows as text."""
     first = rows[0]
-    lines = [f"K={first.k} N={first.n} M={first.m}: limit {first.limit:.1f} us"]
+    lines = [f"{first.scheme} K={first.k} N={first.n} M={first.m}: limit {first.limit:.1f} us"]
     for row in rows:
         lines.append(
             f"  {row.contender:<16}{row.median:9.1f} us  ({row.best:.1f}..{row.worst:.1f}){row.percent_of_limit:6.0f} %"

@@ -12,6 +12,10 @@ STYLES = {
     "triton gemm": "C2^-",
     "int_mm": "C3x:",
     "cublas bf16": "C4v:",
+    "w4a16 layer": "C5o-",
+    "w4a16 triton": "C2^-",
+    "w4a8 layer": "C6s-",
+    "w4a8 gemm": "C6o-",
 }
 
 
@@ -31,7 +35,7 @@ def draw(result: dict[str, Any], path: Path) -> Path:
     figure, axes = plt.subplots(1, len(shapes), figsize=(4.0 * len(shapes), 4.4), squeeze=False, layout="constrained")
     for axis, (k, n) in zip(axes[0], shapes, strict=True):
         own = [row for row in rows if (row["k"], row["n"]) == (k, n)]
-        limit = sorted({(row["m"], row["limit"]) for row in own if row["contender"] == "gemm"})
+        limit = sorted({(row["m"], row["limit"]) for row in own if row["contender"] == own[0]["contender"]})
         axis.plot(*zip(*limit, strict=True), "k-", lw=1, label="limit")
         for name in dict.fromkeys(row["contender"] for row in own):
             points = sorted((row["m"], row["median"]) for row in own if row["contender"] == name)
@@ -43,7 +47,8 @@ def draw(result: dict[str, Any], path: Path) -> Path:
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel("microseconds")
     axes[0][-1].legend(fontsize=7)
-    figure.suptitle(f"{result['device']}, W8A8, {result['dtype']} outputs, weights from memory")
+    schemes = ", ".join(dict.fromkeys(row["scheme"].upper() for row in rows))
+    figure.suptitle(f"{result['device']}, {schemes}, {result['dtype']} outputs, weights from memory")
     figure.savefig(path, dpi=120)
     plt.close(figure)
     return path

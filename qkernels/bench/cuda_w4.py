@@ -1,0 +1,87 @@
+"""What ``qkernels bench --device cuda --schemes w4a16 w4a8`` times: 4-bit weights on a GPU, in groups of 128.
+
+    w4a16 layer        floating-point activations in and out
+    w4a16 triton       the portable kernel
+    w4a8 layer         quantize and gemm from floating-point activations
+    w4a8 gemm          int8 activations to scaled output
+    cublas bf16        torch.mm in bfloat16, its weights cold too
+
+W4A16 is timed once its distance from the float32 reference is below half a step of the output; W4A8 once it has the
+reference's bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from qkernels import cuda, cuda_w4, reference, triton
+from qkernels.scheme import Scheme
+
+__all__ = ["ProblemW4"]
+
+MOST_ROWS_OF_TRITON = 256
+NORM_STEP = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-18}
+"""Of the norm of the output, how far W4A16 may be off."""
+
+
+class ProblemW4:
+    """The operands of one shape and number of rows; copies of the weight fill ``cold_bytes``."""
+
+    def __init__(self, name: str, k: int, n: int, m: int, cold_bytes: int, dtype: torch.dtype) -> None:
+        self.scheme = Scheme.from_preset(name)
+        self.name, self.k, self.n, self.m, self.dtype = name, k, n, m, dtype
+        count = max(2, min(64, -(-2 * cold_bytes // (n * k))))
+        groups = -(-k // self.scheme.resolve_group_size(k))
+        self.canonical = []
+        for _ in range(count):
+            codes = torch.randint(0, 256, (n, -(-k // 2)), dtype=torch.uint8, device="cuda")
+            scale = (torch.rand(n, groups, device="cuda") * 0.01 + 0.001).to(torch.float16)
+            self.canonical.append({"weight": codes, "weight_scale": scale})
+        self.layers = [cuda_w4.PreparedCudaW4.from_canonical(t, self.scheme, k) for t in self.canonical]
+        self.x = torch.randn(m, k, device="cuda").to(dtype)
+
+    @property
+    def kernel(self) -> str:
+        """The kernel of ours."""
+        return self.layers[0].kernel
+
+    def contenders(self) -> Iterator[tuple[str, bool, Callable[[int], object]]]:
+        """(name, ours, call) of everyone who can take this problem."""
+        count, x = len(self.layers), self.x
+        yield f"{self.name} layer", True, lambda index: self.layers[index % count].run(x)
+        if self.name == "w4a8":
+            q, scale, _ = cuda.quantize_rows(x)
+            weights = [cuda_w4._describe(layer.tensors, self.scheme, self.n, self.k) for layer in self.layers]
+            yield (
+                "w4a8 gemm",
+                True,
+                lambda index: cuda_w4.gemm_w4a8(q, scale, weights[index % count], None, self.dtype),
+            )
+        elif not triton.available() and self.m <= MOST_ROWS_OF_TRITON:
+            from qkernels.triton.gemm_w4a16 import gemm_w4a16
+
+            group = self.scheme.resolve_group_size(self.k)
+
+            def portable(index: int) -> Tensor:
+                tensors = self.canonical[index % count]
+                return gemm_w4a16(x, tensors["weight"], tensors["weight_scale"], group_size=group)
+
+            yield "w4a16 triton", True, portable
+        wide = [torch.randn(self.n, self.k, device="cuda").to(torch.bfloat16) for _ in range(max(2, count // 4))]
+        x16, out16 = x.to(torch.bfloat16), torch.empty(self.m, self.n, dtype=torch.bfloat16, device="cuda")
+        yield "cublas bf16", False, lambda index: torch.mm(x16, wide[index % len(wide)].t(), out=out16)
+
+    def exact(self, call: Callable[[int], object]) -> bool:
+        """Whether the result over the first weight is the reference's, in the sense of the file's head."""
+        result = call(0)
+        if not isinstance(result, Tensor):
+            return False
+        if self.name == "w4a8":
+            wanted = reference.linear(self.x, self.canonical[0], self.scheme, self.k)
+            bits = torch.int32 if self.dtype == torch.float32 else torch.int16
+            return torch.equal(result.view(bits), wanted.view(bits))
+        wanted = reference.linear(self.x, self.canonical[0], self.scheme, self.k, torch.float32)
+        return float((result.float() - wanted).norm()) <= NORM_STEP[self.dtype] * float(wanted.norm())
