@@ -12,6 +12,7 @@ from torch.autograd import forward_ad
 from . import cuda
 from .checks import DTYPE_CODES, check_input, check_out_dtype
 from .cpu_w8a8 import PreparedW8A8
+from .epilogues import apply_epilogue
 from .prepared import Prepared, effective_weight, function_transform
 from .scheme import MAX_INTEGER_K, Scheme
 
@@ -137,7 +138,6 @@ class PreparedCudaW8A8(Prepared):
         if (
             type(x) is Tensor
             and x.is_cuda
-            and self.epilogue is None
             and not x.requires_grad
             and not _dispatch_modes()
             and function_transform() is None
@@ -156,7 +156,7 @@ class PreparedCudaW8A8(Prepared):
                 and packed.data_ptr() % cuda.PACKED_ALIGNMENT == 0
             ):
                 get = tensors.get
-                return cuda.linear_w8a8(
+                y = cuda.linear_w8a8(
                     x,
                     packed,
                     tensors["colsum"],
@@ -170,6 +170,7 @@ class PreparedCudaW8A8(Prepared):
                     get("inv_smooth"),
                     x.dtype,
                 )
+                return y if self.epilogue is None else apply_epilogue(y, self.epilogue)
         return self.around(x)
 
     def product(self, x: Tensor, tensors: Mapping[str, Tensor | None], out_dtype: torch.dtype | None) -> Tensor:

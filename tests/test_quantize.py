@@ -201,6 +201,17 @@ def test_quantize_static_hazards(isa: str, kind: dict[str, Any], dtype: torch.dt
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=_name)
+@pytest.mark.parametrize("shape", [(3, 4133), (2, 700, 5), (3, 2, 2049)])
+def test_quantize_strided_channels_across_blocks(
+    isa: str, threads: int, kind: dict[str, Any], shape: tuple[int, ...]
+) -> None:
+    x = seeded(*shape)
+    x[0, ..., -1] = float("nan")
+    arguments = {**kind, "granularity": "channel", "axis": 1}
+    _assert_same(quantize(x, **arguments), x, arguments)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=_name)
 def test_quantize_large_tensor_is_shared_by_threads(isa: str, threads: int, kind: dict[str, Any]) -> None:
     dtypes = (torch.float32,)
     x = seeded(2, 70_001)

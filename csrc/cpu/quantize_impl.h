@@ -13,7 +13,9 @@ namespace qk {
 namespace {
 
 constexpr int64_t kStage = 512;  // elements staged as bytes before int4 packing; even
-constexpr int64_t kColumns = 256;  // columns of a block in the strided case
+// Columns of a block in the strided case: pieces of rows long enough to be read as streams (256 columns ran at a fifth
+// of the bandwidth), of which 5 vectors of operands stay in L1 or L2.
+constexpr int64_t kMinColumns = 256, kColumns = 2048;
 constexpr int kMaxSplit = 64;  // threads that share one contiguous granule
 constexpr int64_t kMinSplit = 64 << 10;  // elements of a contiguous granule worth sharing
 constexpr int64_t kMinElementsPerThread = 16 << 10;
@@ -65,8 +67,12 @@ class Quantize {
         for (int64_t c = range.begin; c < range.end; ++c) row(c);
       });
     } else {
-      const int64_t per_block = p_.inner < kColumns ? kColumns / p_.inner : 1,
-                    blocks = ceil_div(p_.channels, per_block);
+      const int64_t fair =
+                        ceil_div(p_.channels * p_.inner, threads),  // a block for each thread, if that is not too few
+          width = fair < kMinColumns ? kMinColumns
+                  : fair > kColumns  ? kColumns
+                                     : fair;
+      const int64_t per_block = p_.inner < width ? width / p_.inner : 1, blocks = ceil_div(p_.channels, per_block);
       parallel(threads, [&](int thread, int team) {
         const Range range = share(blocks, thread, team);
         for (int64_t b = range.begin; b < range.end; ++b) {
@@ -173,16 +179,21 @@ class Quantize {
   void columns(int64_t c0, int64_t count) const {
     constexpr int kW = V::kLanes;
     const int64_t width = count * p_.inner, pitch = p_.channels * p_.inner, at = c0 * p_.inner;
-    alignas(kAlign) int32_t abs_bits[kColumns + 16] = {}, shift[kColumns + 16] = {};
-    alignas(kAlign) float lo[kColumns + 16] = {}, hi[kColumns + 16] = {}, inv[kColumns + 16] = {};
+    // Whole vectors are read and written, so each array has room for one past the last column.
+    alignas(kAlign) int32_t abs_bits[kColumns + 16], shift[kColumns + 16];
+    alignas(kAlign) float lo[kColumns + 16], hi[kColumns + 16], inv[kColumns + 16];
+    for (int64_t j = 0; j < width + kW; ++j) abs_bits[j] = shift[j] = 0, lo[j] = hi[j] = inv[j] = 0.0f;
+    const bool ranged = !p_.symmetric && !p_.is_static;
     for (int64_t o = 0; o < p_.outer; ++o) {
       const void* x = x_at(o * pitch + at);
       for (int64_t j = 0; j < width; j += kW) {
         const auto v =
             width - j < kW ? V::template load_part<D>(x, j, static_cast<int>(width - j)) : V::template load<D>(x, j);
         V::store_i(abs_bits + j, V::max_i(V::load_i(abs_bits + j), V::abs_bits(v)));
-        V::store_f(lo + j, V::min(v, V::load_f(lo + j)));  // a NaN in v leaves the bound alone; abs_bits tells of it
-        V::store_f(hi + j, V::max(v, V::load_f(hi + j)));
+        if (ranged) {  // a NaN in v leaves the bounds alone; abs_bits tells of it
+          V::store_f(lo + j, V::min(v, V::load_f(lo + j)));
+          V::store_f(hi + j, V::max(v, V::load_f(hi + j)));
+        }
       }
     }
     for (int64_t c = 0; c < count; ++c) {
@@ -306,11 +317,11 @@ class Dequantize {
   void columns(Range rows, int64_t c0, int64_t count) const {
     constexpr int kW = V::kLanes;
     const int64_t width = count * p_.inner, pitch = p_.channels * p_.inner;
-    alignas(kAlign) float scale[kColumns + 16] = {};
-    alignas(kAlign) int32_t zp[kColumns + 16] = {};
-    for (int64_t j = 0; j < width; ++j) {
-      scale[j] = p_.scale[c0 + j / p_.inner];
-      zp[j] = zero_point(c0 + j / p_.inner);
+    alignas(kAlign) float scale[kColumns + 16];
+    alignas(kAlign) int32_t zp[kColumns + 16];
+    for (int64_t j = 0; j < width + kW; ++j) {  // whole vectors are read
+      scale[j] = j < width ? p_.scale[c0 + j / p_.inner] : 0.0f;
+      zp[j] = j < width ? zero_point(c0 + j / p_.inner) : 0;
     }
     for (int64_t o = rows.begin; o < rows.end; ++o) {
       const int64_t at = o * pitch + c0 * p_.inner;

@@ -12,6 +12,7 @@ from .. import cuda
 from ..backends import PreparedReference
 from ..checks import DTYPE_CODES
 from ..cpu_w8a8 import PreparedW8A8
+from ..epilogues import apply_epilogue
 from ..prepared import function_transform
 from ..scheme import Scheme
 from . import available
@@ -63,7 +64,6 @@ class PreparedTritonW8A8(PreparedReference):
         if (
             type(x) is Tensor
             and x.device == self.device
-            and self.epilogue is None
             and x.dtype in DTYPE_CODES
             and x.dim()
             and x.shape[-1] == self.in_features
@@ -74,7 +74,8 @@ class PreparedTritonW8A8(PreparedReference):
             and not _autocast()
             and forward_ad._current_level < 0
         ):
-            return self._launch(x)
+            y = self._launch(x)
+            return y if self.epilogue is None else apply_epilogue(y, self.epilogue)
         return self.around(x)
 
     def _launch(self, x: Tensor) -> Tensor:
