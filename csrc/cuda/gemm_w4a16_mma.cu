@@ -1,8 +1,8 @@
 // y [M, N] = x [M, K] @ w [N, K]^T + bias by mma.sync m16n8k16: 4-bit weights, 16-bit activations, fp32 sums. sm_80 on.
 //
-// Weights are the 16-row operand, tokens the 8-column one. Four warps own 32 channels each of a tile of 128 channels x
-// kTokens, and walk K in slabs of 128 (w4.h): 8 KB of weights, which every lane copies for itself and reads back as its
-// own fragments, so that only activations are shared. Per word of eight codes:
+// Weights are the 16-row operand, tokens the 8-column one. Warps own 16 channels each (up to 16 tokens) or 32 of a tile
+// of 128 channels x kTokens, and walk K in slabs of 128 (w4.h): 8 KB of weights, which every lane copies for itself and
+// reads back as its own fragments, so that only activations are shared. Per word of eight codes:
 //
 //     (word >> 4r) & 0x000f000f | 0x43004300      two bf16 of 128 + q        (fp16: 0x6400, 1024 + q)
 //     - (128 + zero_point)                        exact: q - zero_point      (one packed subtraction)
@@ -21,26 +21,28 @@
 #include "epilogue.cuh"
 #include "groups_w4.cuh"
 #include "host.h"
+#include "launch.h"
 #include "launch_w4.h"
 
 namespace qk::cuda {
 namespace {
 
-constexpr int kThreads = 128;
 constexpr int kChannels = 128;
 constexpr int kWeightBytes = kChannels * kW4SlabK / 2;  // of a slab of a tile
 constexpr int kTokenBytes = kW4SlabK * 2;  // of a token in a slab
-constexpr int kBlocksN = 2;  // m16 blocks of a warp
 
 template <typename T_, int kTokens_, W4Kind kKind_>
 struct Shape {
   using T = T_;
   static constexpr int kTokens = kTokens_, kBlocksM = kTokens / 8;
   static constexpr W4Kind kKind = kKind_;
-  // CTAs of an SM: twelve warps hide each other's latency; 64 tokens have no registers for more than eight.
-  static constexpr int kPerSm = kTokens <= 32 ? 3 : 2;
+  static constexpr int kBlocksN = kTokens == 32 ? 2 : 1;  // m16 blocks of a warp
+  static constexpr int kThreads = kChannels / 16 / kBlocksN * 32;
+  using Groups = GroupCopies<kChannels, kThreads>;
+  // CTAs of an SM: twelve or sixteen warps hide each other's latency; 64 tokens have no registers for more than eight.
+  static constexpr int kPerSm = kTokens == 32 ? 3 : 2;
   // In flight per CTA: 40 KB of weights for few tokens, 16 KB where the tensor cores are the limit.
-  static constexpr int kStages = kTokens == 8 ? 6 : kTokens == 16 ? 5 : kTokens == 32 ? 4 : 3;
+  static constexpr int kStages = kTokens == 8 ? 7 : kTokens == 16 ? 6 : kTokens == 32 ? 4 : 3;
   // Four rows of fp32 scales and minima are the most a stage can have.
   static constexpr int kMostBytes = kStages * (kWeightBytes + kTokens * kTokenBytes + 4 * kChannels * 8);
   static_assert(kMostBytes <= 99 * 1024, "sm_86 and sm_89 have 99 KB");
@@ -97,16 +99,15 @@ __device__ __forceinline__ uint32_t subtract(__half, uint32_t a, uint32_t b) {
   return *reinterpret_cast<const uint32_t*>(&r);
 }
 
-using Groups = GroupCopies<kChannels, kThreads>;
-
+template <typename S>
 __device__ __forceinline__ void load_weights(const Job& job, uint32_t stage, const Cursor& at) {
   const GemmW4A16Args& a = job.a;
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   // Channels and tokens that do not exist are copied from others: what they give is not stored.
-  const uint32_t target = stage + warp * kBlocksN * kW4BlockBytes + lane * 16;
+  const uint32_t target = stage + warp * S::kBlocksN * kW4BlockBytes + lane * 16;
 #pragma unroll
-  for (int i = 0; i < kBlocksN; ++i) {
-    const int block = min(at.tile_n * (kChannels / kW4Rows) + warp * kBlocksN + i, job.blocks_n - 1);
+  for (int i = 0; i < S::kBlocksN; ++i) {
+    const int block = min(at.tile_n * (kChannels / kW4Rows) + warp * S::kBlocksN + i, job.blocks_n - 1);
     const uint8_t* source = a.weight.packed + int64_t(at.slab * job.blocks_n + block) * kW4BlockBytes + lane * 16;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -116,7 +117,7 @@ __device__ __forceinline__ void load_weights(const Job& job, uint32_t stage, con
 }
 
 template <typename S>
-__device__ __forceinline__ void load_tokens_and_groups(const Job& job, const Groups& groups, uint32_t stage,
+__device__ __forceinline__ void load_tokens_and_groups(const Job& job, const typename S::Groups& groups, uint32_t stage,
                                                        const Cursor& at) {
   const GemmW4A16Args& a = job.a;
   const int tid = threadIdx.x;
@@ -124,46 +125,47 @@ __device__ __forceinline__ void load_tokens_and_groups(const Job& job, const Gro
   const int chunk = tid & 15, row0 = tid >> 4, k = at.slab * kW4SlabK + chunk * 8;
   const int bytes = max(0, min(16, (a.weight.k - k) * 2));
   const uint16_t* x = static_cast<const uint16_t*>(a.x) + (bytes > 0 ? k : 0);
+  constexpr int kRowsAtOnce = S::kThreads / 16;
 #pragma unroll
-  for (int i = 0; i < S::kTokens * 16 / kThreads; ++i) {
-    const int row = i * (kThreads / 16) + row0, m = min(at.tile_m * S::kTokens + row, a.m - 1);
+  for (int i = 0; i < (S::kTokens + kRowsAtOnce - 1) / kRowsAtOnce; ++i) {
+    const int row = i * kRowsAtOnce + row0, m = min(at.tile_m * S::kTokens + row, a.m - 1);
+    if (S::kTokens < kRowsAtOnce && row >= S::kTokens) break;
     // Eight rows further is the same place of the swizzle.
-    ptx::cp_async_16(tokens + row0 * kTokenBytes + ((chunk ^ row0) << 4) + i * (kThreads / 16) * kTokenBytes,
+    ptx::cp_async_16(tokens + row0 * kTokenBytes + ((chunk ^ (row0 & 7)) << 4) + i * kRowsAtOnce * kTokenBytes,
                      x + int64_t(m) * a.x_stride, bytes);
   }
   groups.start(a.weight, job.groups, tokens + S::kTokens * kTokenBytes, at.slab, at.tile_n * kChannels);
 }
 
 template <typename S>
-__device__ __forceinline__ void load_slab(const Job& job, const Groups& groups, uint32_t stage, const Cursor& at) {
-  load_weights(job, stage, at);
+__device__ __forceinline__ void load_slab(const Job& job, const typename S::Groups& groups, uint32_t stage,
+                                          const Cursor& at) {
+  load_weights<S>(job, stage, at);
   load_tokens_and_groups<S>(job, groups, stage, at);
 }
 
-// The fragments b of k-step `step` of a slab for all tokens.
+// The fragments b of k-step `step` of a slab. Eight tokens come two k-steps at a time: `pair` keeps the odd one's.
 template <typename S>
-__device__ __forceinline__ void load_tokens(uint32_t tokens, int step, int lane, uint32_t (&b)[S::kBlocksM][2]) {
+__device__ __forceinline__ void load_tokens(uint32_t tokens, int step, int lane, uint32_t (&pair)[4],
+                                            uint32_t (&b)[S::kBlocksM][2]) {
   if constexpr (S::kBlocksM == 1) {
-    // Only lanes 0..15 matter to the two matrices used.
-    const int row = lane & 7, chunk = 2 * step + ((lane >> 3) & 1);
-    uint32_t r[4];
-    ptx::ldmatrix_x4(r, tokens + row * kTokenBytes + ((chunk ^ row) << 4));
-    b[0][0] = r[0], b[0][1] = r[1];
+    const int row = lane & 7, chunk = 2 * step + (lane >> 3), odd = step & 1;
+    if (!odd) ptx::ldmatrix_x4(pair, tokens + row * kTokenBytes + ((chunk ^ row) << 4));
+    b[0][0] = pair[2 * odd], b[0][1] = pair[2 * odd + 1];
   } else {
 #pragma unroll
     for (int j = 0; j < S::kBlocksM / 2; ++j) {
       const int row = 16 * j + (lane & 7) + ((lane >> 4) << 3), chunk = 2 * step + ((lane >> 3) & 1);
-      uint32_t r[4];
-      ptx::ldmatrix_x4(r, tokens + row * kTokenBytes + ((chunk ^ (row & 7)) << 4));
-      b[2 * j][0] = r[0], b[2 * j][1] = r[1], b[2 * j + 1][0] = r[2], b[2 * j + 1][1] = r[3];
+      ptx::ldmatrix_x4(pair, tokens + row * kTokenBytes + ((chunk ^ (row & 7)) << 4));
+      b[2 * j][0] = pair[0], b[2 * j][1] = pair[1], b[2 * j + 1][0] = pair[2], b[2 * j + 1][1] = pair[3];
     }
   }
 }
 
 template <typename S>
 struct Sums {
-  float total[kBlocksN][S::kBlocksM][4];
-  float part[S::kChains][kBlocksN][S::kBlocksM][4];  // since the last scale
+  float total[S::kBlocksN][S::kBlocksM][4];
+  float part[S::kChains][S::kBlocksN][S::kBlocksM][4];  // since the last scale
   float tokens[S::kKind == W4Kind::kMinimum ? S::kBlocksM : 1][4];  // of the activations alone
 };
 
@@ -172,19 +174,19 @@ template <typename S, int kShift>
 __device__ __forceinline__ void multiply_slab(const Job& job, const uint8_t* stage, const uint32_t* book,
                                               Sums<S>& sums) {
   using T = typename S::T;
-  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, channel = warp * 32 + (lane >> 2);
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, channel = (warp * S::kBlocksN) * 16 + (lane >> 2);
   const uint8_t* rows = stage + kWeightBytes + S::kTokens * kTokenBytes;
   const uint32_t tokens = ptx::smem_u32(stage + kWeightBytes);
   const W4Weight& w = job.a.weight;
   const int shift = kShift >= 0 ? kShift : job.groups.row_shift;
-  uint32_t offset[kBlocksN][2];  // what is subtracted from 128 + q (1024 + q), of channels g and g + 8
+  uint32_t offset[S::kBlocksN][2];  // what is subtracted from 128 + q (1024 + q), of channels g and g + 8
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    uint32_t words[kBlocksN][4];
+    uint32_t words[S::kBlocksN][4];
 #pragma unroll
-    for (int i = 0; i < kBlocksN; ++i) {
+    for (int i = 0; i < S::kBlocksN; ++i) {
       const uint4 v =
-          *reinterpret_cast<const uint4*>(stage + (warp * kBlocksN + i) * kW4BlockBytes + half * 512 + lane * 16);
+          *reinterpret_cast<const uint4*>(stage + (warp * S::kBlocksN + i) * kW4BlockBytes + half * 512 + lane * 16);
       words[i][0] = v.x, words[i][1] = v.y, words[i][2] = v.z, words[i][3] = v.w;
     }
 #pragma unroll
@@ -193,7 +195,7 @@ __device__ __forceinline__ void multiply_slab(const Job& job, const uint8_t* sta
       const uint8_t* row = rows + (quarter >> (2 - shift)) * job.groups.row_bytes;
       if (S::kKind != W4Kind::kCodebook && (quarter & (per_row - 1)) == 0) {
 #pragma unroll
-        for (int i = 0; i < kBlocksN; ++i) {
+        for (int i = 0; i < S::kBlocksN; ++i) {
 #pragma unroll
           for (int e = 0; e < 2; ++e) {
             uint32_t zero = S::kKind == W4Kind::kMinimum ? 0u : 8u;
@@ -204,12 +206,13 @@ __device__ __forceinline__ void multiply_slab(const Job& job, const uint8_t* sta
           }
         }
       }
+      uint32_t pair[4];
 #pragma unroll
       for (int s = 2 * part; s < 2 * part + 2; ++s) {
         uint32_t b[S::kBlocksM][2];
-        load_tokens<S>(tokens, 4 * half + s, lane, b);
+        load_tokens<S>(tokens, 4 * half + s, lane, pair, b);
 #pragma unroll
-        for (int i = 0; i < kBlocksN; ++i) {
+        for (int i = 0; i < S::kBlocksN; ++i) {
           uint32_t a[4];
 #pragma unroll
           for (int r = 0; r < 4; ++r) {
@@ -231,7 +234,7 @@ __device__ __forceinline__ void multiply_slab(const Job& job, const uint8_t* sta
       }
       if (((quarter + 1) & (per_row - 1)) == 0) {
 #pragma unroll
-        for (int i = 0; i < kBlocksN; ++i) {
+        for (int i = 0; i < S::kBlocksN; ++i) {
 #pragma unroll
           for (int e = 0; e < 2; ++e) {
             const float scale = row_value(row, w.scale_type, channel + 16 * i + 8 * e);
@@ -270,8 +273,8 @@ template <typename S>
 __device__ __forceinline__ void store_tile(const Job& job, const Cursor& at, const Sums<S>& sums) {
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, m0 = at.tile_m * S::kTokens;
 #pragma unroll
-  for (int i = 0; i < kBlocksN; ++i) {
-    const int n0 = at.tile_n * kChannels + (warp * kBlocksN + i) * 16, n = n0 + (lane >> 2);
+  for (int i = 0; i < S::kBlocksN; ++i) {
+    const int n0 = at.tile_n * kChannels + (warp * S::kBlocksN + i) * 16, n = n0 + (lane >> 2);
     const float low = job.a.bias && n < job.e.n ? __ldg(job.a.bias + n) : -0.0f;
     const float high = job.a.bias && n + 8 < job.e.n ? __ldg(job.a.bias + n + 8) : -0.0f;
 #pragma unroll
@@ -287,7 +290,7 @@ __device__ __forceinline__ void store_tile(const Job& job, const Cursor& at, con
 template <typename S>
 __device__ __forceinline__ bool meet(const Job& job, int tile, bool from_first_slab, Sums<S>& sums) {
   __shared__ bool is_last;
-  constexpr int kQuads = kBlocksN * S::kBlocksM;
+  constexpr int kQuads = S::kBlocksN * S::kBlocksM;
   // A CTA enters at most one tile in its middle, and leaves at most one that it entered at its beginning.
   const auto slot = [&](int cta, bool first) {
     return reinterpret_cast<float4*>(job.a.partials + int64_t(2 * cta + (first ? 1 : 0)) * S::kTileFloats) +
@@ -297,7 +300,7 @@ __device__ __forceinline__ bool meet(const Job& job, int tile, bool from_first_s
 #pragma unroll
   for (int q = 0; q < kQuads; ++q) {
     const float (&d)[4] = sums.total[q / S::kBlocksM][q % S::kBlocksM];
-    __stcg(own + q * kThreads, make_float4(d[0], d[1], d[2], d[3]));
+    __stcg(own + q * S::kThreads, make_float4(d[0], d[1], d[2], d[3]));
   }
   const int first = owner_of(job, tile * job.slabs), last = owner_of(job, (tile + 1) * job.slabs - 1);
   __threadfence();
@@ -323,7 +326,7 @@ __device__ __forceinline__ bool meet(const Job& job, int tile, bool from_first_s
     for (int p = 0; p < kAtOnce; ++p) {
       const int c = min(c0 + p, last);
 #pragma unroll
-      for (int q = 0; q < kQuads; ++q) v[p][q] = __ldcg(slot(c, c == first) + q * kThreads);
+      for (int q = 0; q < kQuads; ++q) v[p][q] = __ldcg(slot(c, c == first) + q * S::kThreads);
     }
 #pragma unroll
     for (int p = 0; p < kAtOnce; ++p) {
@@ -340,7 +343,7 @@ __device__ __forceinline__ bool meet(const Job& job, int tile, bool from_first_s
 }
 
 template <typename S>
-__global__ void __launch_bounds__(kThreads, S::kPerSm) gemm_kernel(const Job job) {
+__global__ void __launch_bounds__(S::kThreads, S::kPerSm) gemm_kernel(const Job job) {
   extern __shared__ __align__(128) uint8_t shared[];
   __shared__ uint32_t book[S::kKind == W4Kind::kCodebook ? 256 : 1];  // pairs of entries, by two codes
   const uint32_t base = ptx::smem_u32(shared);
@@ -350,10 +353,11 @@ __global__ void __launch_bounds__(kThreads, S::kPerSm) gemm_kernel(const Job job
   at.tile_n = at.tile / job.tiles_m, at.tile_m = at.tile - at.tile_n * job.tiles_m;
   Cursor ahead = at;
   int first_slab = at.slab;
-  const Groups groups(job.a.weight, job.groups);
+  const typename S::Groups groups(job.a.weight, job.groups);
+  ptx::grid_dependency_wait();  // whatever wrote x or the weights, or shares the partial sums
   if constexpr (S::kKind == W4Kind::kCodebook) {
     constexpr DType kType = Pairs<typename S::T>::kOnes == Pairs<__half>::kOnes ? DType::kF16 : DType::kBF16;
-    for (int i = threadIdx.x; i < 256; i += kThreads) {
+    for (int i = threadIdx.x; i < 256; i += S::kThreads) {
       book[i] = pack_pair(kType, __ldg(job.a.weight.codebook + (i & 15)), __ldg(job.a.weight.codebook + (i >> 4)));
     }
   }
@@ -391,6 +395,7 @@ __global__ void __launch_bounds__(kThreads, S::kPerSm) gemm_kernel(const Job job
     }
     at.advance(job);
   }
+  ptx::grid_launch_dependents();
 }
 
 template <typename S>
@@ -410,8 +415,9 @@ void run(const GemmW4A16Args& args, const W4A16Plan& plan, cudaStream_t stream) 
   allow_shared_memory(reinterpret_cast<const void*>(gemm_kernel<S>), S::kMostBytes, allowed);
   LaunchShape shape;
   shape.grid = dim3(static_cast<unsigned>(plan.ctas));
-  shape.block = dim3(kThreads);
+  shape.block = dim3(S::kThreads);
   shape.shared_bytes = static_cast<size_t>(S::kStages) * job.stage_bytes;
+  shape.dependent = device_capability() >= 90;  // its start overlaps the end of the kernel before it
   launch(gemm_kernel<S>, shape, stream, "gemm_w4a16", job);
 }
 
@@ -453,10 +459,14 @@ W4A16Plan plan_w4a16(int64_t m, int64_t n, int64_t k, bool minimum, int sms) {
   plan.tokens = m <= 8 ? 8 : m <= 16 ? 16 : m <= 32 || minimum ? 32 : 64;  // the sums of tokens need registers too
   plan.tiles_m = static_cast<int32_t>(blocks(m, plan.tokens));
   plan.tiles_n = static_cast<int32_t>(blocks(n, kChannels));
-  const int64_t units = int64_t(plan.tiles_m) * plan.tiles_n * w4_slabs(k),
-                most = int64_t(sms) * (plan.tokens <= 32 ? 3 : 2);
-  const int64_t worth = (units + 1) / 2;  // two slabs a CTA: fewer do not pay for its start
-  plan.ctas = static_cast<int32_t>(worth < most ? worth : most);
+  const int64_t tiles = int64_t(plan.tiles_m) * plan.tiles_n, slabs = w4_slabs(k), most = int64_t(sms) * 2;
+  if (tiles <= most) {
+    // The same number of CTAs for each tile: none has to end one tile and begin another.
+    const int64_t split = most / tiles, worth = (slabs + 3) / 4;  // of four slabs or more
+    plan.ctas = static_cast<int32_t>(tiles * (split < worth ? split : worth));
+  } else {
+    plan.ctas = static_cast<int32_t>(most);
+  }
   plan.partial_floats = int64_t(plan.ctas) * 2 * kChannels * plan.tokens;
   return plan;
 }

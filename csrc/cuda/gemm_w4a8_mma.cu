@@ -97,7 +97,7 @@ __global__ void __launch_bounds__(kThreads, 2) narrow_kernel(const Job job) {
   const int rounds = (job.slabs + kWarps - 1) / kWarps, shift = job.groups.row_shift, block_k = kW4SlabK >> shift;
   uint8_t* own = shared + warp * S::kStages * S::kStageBytes;
   const uint32_t own_address = ptx::smem_u32(own);
-  int32_t* blocks = reinterpret_cast<int32_t*>(shared + kWarps * S::kStages * S::kStageBytes);
+  int32_t* ints = reinterpret_cast<int32_t*>(shared + kWarps * S::kStages * S::kStageBytes);
 
   const auto load_weights = [&](int round) {
     const int slab = min(round * kWarps + warp, job.slabs - 1);  // copied without need where there is none
@@ -137,7 +137,24 @@ __global__ void __launch_bounds__(kThreads, 2) narrow_kernel(const Job job) {
     token[i] = fragment % S::kBlocksM * 8 + 2 * (l & 3) + (c & 1);
   }
 
+  // Scales (and minima) of the next eight blocks from k on: asked for before the products, wanted after them.
+  constexpr int kAhead = kWarps;
+  float scale[kAhead][S::kPerThread], low[S::kKind == W4Kind::kMinimum ? kAhead : 1][S::kPerThread];
+  const auto fetch = [&](int k) {
+#pragma unroll
+    for (int p = 0; p < kAhead; ++p) {
+      const uint32_t group = group_of(job.groups, min(k + p * block_k, w.k - 1));
+#pragma unroll
+      for (int i = 0; i < S::kPerThread; ++i) {
+        const uint32_t at = group * job.groups.pitch + min(n0 + channel[i], job.groups.pitch - 1);
+        scale[p][i] = stored_value(w.scale, w.scale_type, at);
+        if constexpr (S::kKind == W4Kind::kMinimum) low[p][i] = stored_value(w.minimum, w.scale_type, at);
+      }
+    }
+  };
+
   for (int round = 0; round < rounds; ++round) {
+    fetch((round << shift) * kAhead * block_k);
     ptx::cp_async_wait<S::kStages - 2>();
     __syncwarp();
     const int slab = round * kWarps + warp;
@@ -181,7 +198,7 @@ __global__ void __launch_bounds__(kThreads, 2) narrow_kernel(const Job job) {
           for (int j = 0; j < S::kBlocksM; ++j) ptx::mma_s8(ones[j], f, b[j][0], b[j][1]);
         }
         if (((quarter + 1) & mask) == 0) {
-          int32_t* out = blocks + ((warp << shift) + (quarter >> (2 - shift))) * S::kBlockInts;
+          int32_t* out = ints + ((warp << shift) + (quarter >> (2 - shift))) * S::kBlockInts;
 #pragma unroll
           for (int i = 0; i < S::kBlocksN; ++i) {
 #pragma unroll
@@ -210,36 +227,35 @@ __global__ void __launch_bounds__(kThreads, 2) narrow_kernel(const Job job) {
     }
     ptx::cp_async_commit();
     __syncthreads();
-    const int first = round * kWarps * kW4SlabK, last = min(first + kWarps * kW4SlabK, w.k);
-    int block = 0;
-    uint32_t group = group_of(job.groups, first);
-#pragma unroll 4
-    for (int k = first; k < last; k += block_k, ++block) {
-      const uint32_t next = group_of(job.groups, k + block_k);
-      const bool ends = next != group || k + block_k >= w.k;
+    for (int part = 0; part < 1 << shift; ++part) {
+      const int first = (round << shift) * kAhead * block_k + part * kAhead * block_k;
+      if (part > 0) fetch(first);
 #pragma unroll
-      for (int i = 0; i < S::kPerThread; ++i) {
-        d[i] += blocks[block * S::kBlockInts + tid + i * kThreads];
-        if constexpr (S::kKind == W4Kind::kMinimum) sum[i] += blocks[block * S::kBlockInts + S::kOutputs + token[i]];
-        if (ends) {
-          const int64_t at = int64_t(group) * job.groups.pitch + min(n0 + channel[i], job.groups.pitch - 1);
-          total[i] = __fadd_rn(total[i], __fmul_rn(__int2float_rn(d[i]), stored_value(w.scale, w.scale_type, at)));
-          if constexpr (S::kKind == W4Kind::kMinimum) {
-            const float low = stored_value(w.minimum, w.scale_type, at);
-            total[i] = __fadd_rn(total[i], __fmul_rn(low, __int2float_rn(sum[i])));
-            sum[i] = 0;
+      for (int p = 0; p < kAhead; ++p) {
+        const int k = first + p * block_k, block = part * kAhead + p;
+        if (k >= w.k) break;
+        const bool ends = k + block_k >= w.k || group_of(job.groups, k + block_k) != group_of(job.groups, k);
+#pragma unroll
+        for (int i = 0; i < S::kPerThread; ++i) {
+          d[i] += ints[block * S::kBlockInts + tid + i * kThreads];
+          if constexpr (S::kKind == W4Kind::kMinimum) sum[i] += ints[block * S::kBlockInts + S::kOutputs + token[i]];
+          if (ends) {
+            total[i] = __fadd_rn(total[i], __fmul_rn(__int2float_rn(d[i]), scale[p][i]));
+            d[i] = 0;
+            if constexpr (S::kKind == W4Kind::kMinimum) {
+              total[i] = __fadd_rn(total[i], __fmul_rn(low[p][i], __int2float_rn(sum[i])));
+              sum[i] = 0;
+            }
           }
-          d[i] = 0;
         }
       }
-      group = next;
     }
-    __syncthreads();  // the blocks may be overwritten
+    __syncthreads();  // the integers may be overwritten
   }
   ptx::grid_launch_dependents();
 
   // Through shared memory, so that neighbours store neighbouring channels.
-  float* outputs = reinterpret_cast<float*>(blocks);
+  float* outputs = reinterpret_cast<float*>(ints);
 #pragma unroll
   for (int i = 0; i < S::kPerThread; ++i) {
     const int n = min(n0 + channel[i], w.n - 1), m = min(m0 + token[i], a.m - 1);
@@ -481,11 +497,12 @@ void run_tokens(const GemmW4A8Args& args, int32_t tokens, bool dependent, cudaSt
 
 }  // namespace
 
+// Measured on an H100: a wide CTA needs as long for a slab as the chip for some 630 narrow ones; and 128 tokens beat
+// twice 64 as soon as three quarters of the multiprocessors have a CTA.
 int32_t select_w4a8(int64_t m, int64_t n, int sms) {
   if (m <= 8) return 8;
-  if (m <= 32) return 16;
-  const int64_t columns = blocks(n, 128);
-  return m <= 64 || blocks(m, 128) * columns < sms ? 64 : 128;
+  if (int64_t(blocks(n, 32)) * blocks(m, 16) * 4 <= int64_t(sms) * 19) return 16;
+  return m > 64 && int64_t(blocks(m, 128)) * blocks(n, 128) * 4 >= int64_t(sms) * 3 ? 128 : 64;
 }
 
 void gemm_w4a8(const GemmW4A8Args& args, int32_t tokens, bool dependent, cudaStream_t stream) {
