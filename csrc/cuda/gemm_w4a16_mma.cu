@@ -103,7 +103,7 @@ template <typename S>
 __device__ __forceinline__ void load_weights(const Job& job, uint32_t stage, const Cursor& at) {
   const GemmW4A16Args& a = job.a;
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-  // Channels and tokens that do not exist are copied from others: what they give is not stored.
+  // Channels that do not exist are copied from others: what they give is not stored.
   const uint32_t target = stage + warp * S::kBlocksN * kW4BlockBytes + lane * 16;
 #pragma unroll
   for (int i = 0; i < S::kBlocksN; ++i) {
@@ -132,7 +132,7 @@ __device__ __forceinline__ void load_tokens_and_groups(const Job& job, const typ
     if (S::kTokens < kRowsAtOnce && row >= S::kTokens) break;
     // Eight rows further is the same place of the swizzle.
     ptx::cp_async_16(tokens + row0 * kTokenBytes + ((chunk ^ (row0 & 7)) << 4) + i * kRowsAtOnce * kTokenBytes,
-                     x + int64_t(m) * a.x_stride, bytes);
+                     x + int64_t(m) * a.x_stride, at.tile_m * S::kTokens + row < a.m ? bytes : 0);
   }
   groups.start(a.weight, job.groups, tokens + S::kTokens * kTokenBytes, at.slab, at.tile_n * kChannels);
 }

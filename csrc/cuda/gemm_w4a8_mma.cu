@@ -16,6 +16,8 @@
 //
 // More tokens ("wide"): 128 channels x 64 or 128 tokens, eight warps as 4 along channels x 2 along tokens, each walking
 // all of K with its totals in registers.
+#include <type_traits>
+
 #include "epilogue.cuh"
 #include "groups_w4.cuh"
 #include "host.h"
@@ -32,7 +34,6 @@ struct Job {
   Epilogue e;
   GroupRows groups;
   int32_t slabs, blocks_n, stage_bytes;
-  bool exact_floats;  // sums of a group stay below 2^22: kSeed turns them into floats by a subtraction
 };
 
 constexpr uint32_t kOnes = 0x01010101u;
@@ -57,10 +58,10 @@ __device__ __forceinline__ void load_tokens(uint32_t tokens, int step, int lane,
   }
 }
 
-// Starts the copy of 16 bytes of a token's slab; a token that does not exist gets those of another.
+// Starts the copy of 16 bytes of a token's slab, or of zeros where there is no such token.
 __device__ __forceinline__ void load_token_chunk(const GemmW4A8Args& a, uint32_t tokens, int row, int chunk, int slab,
                                                  int m0) {
-  const int k = slab * kW4SlabK + chunk * 16, bytes = max(0, min(16, a.weight.k - k));
+  const int k = slab * kW4SlabK + chunk * 16, bytes = m0 + row < a.m ? max(0, min(16, a.weight.k - k)) : 0;
   ptx::cp_async_16(tokens + row * kTokenBytes + ((chunk ^ (row & 7)) << 4),
                    a.xq + int64_t(min(m0 + row, a.m - 1)) * a.x_stride + (bytes > 0 ? k : 0), bytes);
 }
@@ -282,14 +283,12 @@ struct Wide {
   static constexpr int kTokens = kTokens_, kChannels = 128, kBlocksN = 2, kBlocksM = kTokens / 16;
   static constexpr W4Kind kKind = kKind_;
   static constexpr int kStages = kTokens == 64 ? 4 : 3;
+  static constexpr int kPerSm = kTokens == 64 && kKind != W4Kind::kMinimum ? 2 : 1;  // CTAs
   static constexpr int kWeightBytes = kChannels * kW4SlabK / 2;
   static constexpr int kMostBytes = kStages * (kWeightBytes + kTokens * kTokenBytes + 4 * kChannels * 8);
   static_assert(kMostBytes <= 99 * 1024, "sm_86 and sm_89 have 99 KB");
 };
 using Groups = GroupCopies<128, kThreads>;
-
-// An integer of magnitude below 2^22 added to these bits is the float 1.5 * 2^23 + integer.
-constexpr int32_t kSeed = 0x4b400000;
 
 template <typename S>
 __device__ __forceinline__ void load_slab(const Job& job, const Groups& groups, uint32_t stage, int slab, int m0,
@@ -311,7 +310,7 @@ __device__ __forceinline__ void load_slab(const Job& job, const Groups& groups, 
 }
 
 template <typename S>
-__global__ void __launch_bounds__(kThreads) wide_kernel(const Job job) {
+__global__ void __launch_bounds__(kThreads, S::kPerSm) wide_kernel(const Job job) {
   extern __shared__ __align__(128) uint8_t shared[];
   const GemmW4A8Args& a = job.a;
   const W4Weight& w = a.weight;
@@ -319,37 +318,21 @@ __global__ void __launch_bounds__(kThreads) wide_kernel(const Job job) {
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warp_n = warp & 3, warp_m = warp >> 2;
   const int n0 = blockIdx.y * S::kChannels, m0 = blockIdx.x * S::kTokens;  // neighbours share weights
   const int channel = warp_n * 32 + (lane >> 2), shift = job.groups.row_shift;
-  const int32_t seed = job.exact_floats ? kSeed : 0;
   const Groups groups(w, job.groups);
-  int32_t acc[S::kBlocksN][S::kBlocksM][4], ones[S::kKind == W4Kind::kMinimum ? S::kBlocksM : 1][4] = {};
+  int32_t acc[S::kBlocksN][S::kBlocksM][4] = {}, ones[S::kKind == W4Kind::kMinimum ? S::kBlocksM : 1][4] = {};
   float total[S::kBlocksN][S::kBlocksM][4] = {};
-#pragma unroll
-  for (int q = 0; q < S::kBlocksN * S::kBlocksM * 4; ++q) acc[q / 4 / S::kBlocksM][q / 4 % S::kBlocksM][q % 4] = seed;
 
-  ptx::grid_dependency_wait();
-#pragma unroll 1
-  for (int s = 0; s < S::kStages - 1; ++s) {
-    if (s < job.slabs) load_slab<S>(job, groups, base + s * job.stage_bytes, s, m0, n0);
-    ptx::cp_async_commit();
-  }
-  int at_stage = 0, free_stage = S::kStages - 1;
-  for (int slab = 0; slab < job.slabs; ++slab) {
-    ptx::cp_async_wait<S::kStages - 2>();
-    __syncthreads();  // the slab has landed for everybody, and everybody is done with the stage refilled below
-    if (slab + S::kStages - 1 < job.slabs) {
-      load_slab<S>(job, groups, base + free_stage * job.stage_bytes, slab + S::kStages - 1, m0, n0);
-    }
-    ptx::cp_async_commit();
-    const uint8_t* stage = shared + at_stage * job.stage_bytes;
+  // One slab. kShift: the row_shift of the groups, -1: only known at run time; most groups are 128 k or more.
+  const auto multiply = [&](auto fixed, const uint8_t* stage, int slab) {
+    constexpr int kShift = decltype(fixed)::value;
+    const int rows_shift = kShift >= 0 ? kShift : shift;
     const uint32_t tokens = ptx::smem_u32(stage + S::kWeightBytes) + warp_m * (S::kTokens / 2) * kTokenBytes;
     const uint8_t* rows = stage + S::kWeightBytes + S::kTokens * kTokenBytes;
-    at_stage = at_stage + 1 == S::kStages ? 0 : at_stage + 1;
-    free_stage = free_stage + 1 == S::kStages ? 0 : free_stage + 1;
     uint32_t zeros[S::kBlocksN][2];
 #pragma unroll
     for (int quarter = 0; quarter < 4; ++quarter) {
-      const int mask = (4 >> shift) - 1;
-      const uint8_t* row = rows + (quarter >> (2 - shift)) * job.groups.row_bytes;
+      const int mask = (4 >> rows_shift) - 1;
+      const uint8_t* row = rows + (quarter >> (2 - rows_shift)) * job.groups.row_bytes;
       if ((quarter & mask) == 0) {
 #pragma unroll
         for (int i = 0; i < S::kBlocksN; ++i) {
@@ -388,7 +371,7 @@ __global__ void __launch_bounds__(kThreads) wide_kernel(const Job job) {
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           const float scale = row_value(row, w.scale_type, channel + 16 * i + 8 * e);
-          float low = 0.0f;
+          [[maybe_unused]] float low = 0.0f;
           if constexpr (S::kKind == W4Kind::kMinimum) {
             low = row_value(row + S::kChannels * job.groups.value_bytes, w.scale_type, channel + 16 * i + 8 * e);
           }
@@ -396,14 +379,12 @@ __global__ void __launch_bounds__(kThreads) wide_kernel(const Job job) {
           for (int j = 0; j < S::kBlocksM; ++j) {
 #pragma unroll
             for (int c = 2 * e; c < 2 * e + 2; ++c) {
-              const float d = job.exact_floats ? __fsub_rn(__int_as_float(acc[i][j][c]), __int_as_float(kSeed))
-                                               : __int2float_rn(acc[i][j][c]);
               float& t = total[i][j][c];
-              t = __fadd_rn(t, __fmul_rn(d, scale));
+              t = __fadd_rn(t, __fmul_rn(__int2float_rn(acc[i][j][c]), scale));
               if constexpr (S::kKind == W4Kind::kMinimum) {
                 t = __fadd_rn(t, __fmul_rn(low, __int2float_rn(ones[j][c])));
               }
-              acc[i][j][c] = seed;
+              acc[i][j][c] = 0;
             }
           }
         }
@@ -413,6 +394,30 @@ __global__ void __launch_bounds__(kThreads) wide_kernel(const Job job) {
         for (int j = 0; j < S::kBlocksM; ++j) ones[j][0] = ones[j][1] = ones[j][2] = ones[j][3] = 0;
       }
     }
+  };
+
+  ptx::grid_dependency_wait();
+#pragma unroll 1
+  for (int s = 0; s < S::kStages - 1; ++s) {
+    if (s < job.slabs) load_slab<S>(job, groups, base + s * job.stage_bytes, s, m0, n0);
+    ptx::cp_async_commit();
+  }
+  int at_stage = 0, free_stage = S::kStages - 1;
+  for (int slab = 0; slab < job.slabs; ++slab) {
+    ptx::cp_async_wait<S::kStages - 2>();
+    __syncthreads();  // the slab has landed for everybody, and everybody is done with the stage refilled below
+    if (slab + S::kStages - 1 < job.slabs) {
+      load_slab<S>(job, groups, base + free_stage * job.stage_bytes, slab + S::kStages - 1, m0, n0);
+    }
+    ptx::cp_async_commit();
+    const uint8_t* landed = shared + at_stage * job.stage_bytes;
+    if (shift == 0) {
+      multiply(std::integral_constant<int, 0>(), landed, slab);
+    } else {
+      multiply(std::integral_constant<int, -1>(), landed, slab);
+    }
+    at_stage = at_stage + 1 == S::kStages ? 0 : at_stage + 1;
+    free_stage = free_stage + 1 == S::kStages ? 0 : free_stage + 1;
   }
   ptx::grid_launch_dependents();
 #pragma unroll
@@ -441,19 +446,18 @@ Job make_job(const GemmW4A8Args& args, int channels) {
   job.groups = make_group_rows(args.weight, channels);
   job.slabs = static_cast<int32_t>(w4_slabs(args.weight.k));
   job.blocks_n = static_cast<int32_t>(w4_blocks(args.weight.n));
-  job.exact_floats = int64_t(args.weight.group) * 15 * 128 < (1 << 22);
   return job;
 }
 
 template <typename S>
-void run_wide(const GemmW4A8Args& args, bool dependent, cudaStream_t stream);
+void run_wide(const GemmW4A8Args& args, cudaStream_t stream);
 
 template <typename S>
 void run_narrow(const GemmW4A8Args& args, bool dependent, cudaStream_t stream) {
   const Job job = make_job(args, S::kChannels);
   static const int limit = shared_memory_limit();
   // Blocks of 32 k are too many for the shared memory of sm_86 and sm_89.
-  if (S::shared_bytes(job.groups.row_shift) > limit) return run_wide<Wide<64, S::kKind>>(args, dependent, stream);
+  if (S::shared_bytes(job.groups.row_shift) > limit) return run_wide<Wide<64, S::kKind>>(args, stream);
   LaunchShape shape;
   shape.grid = dim3(blocks(args.weight.n, S::kChannels), blocks(args.m, S::kTokens));
   shape.block = dim3(kThreads);
@@ -464,8 +468,10 @@ void run_narrow(const GemmW4A8Args& args, bool dependent, cudaStream_t stream) {
   launch(narrow_kernel<S>, shape, stream, "gemm_w4a8 narrow", job);
 }
 
+// Not as a dependent launch: beside the quantizer's last CTAs its own would settle two to a multiprocessor while others
+// stay idle.
 template <typename S>
-void run_wide(const GemmW4A8Args& args, bool dependent, cudaStream_t stream) {
+void run_wide(const GemmW4A8Args& args, cudaStream_t stream) {
   static std::atomic<uint64_t> allowed{0};
   allow_shared_memory(reinterpret_cast<const void*>(wide_kernel<S>), S::kMostBytes, allowed);
   Job job = make_job(args, S::kChannels);
@@ -474,7 +480,6 @@ void run_wide(const GemmW4A8Args& args, bool dependent, cudaStream_t stream) {
   shape.grid = dim3(blocks(args.m, S::kTokens), blocks(args.weight.n, S::kChannels));
   shape.block = dim3(kThreads);
   shape.shared_bytes = static_cast<size_t>(S::kStages) * job.stage_bytes;
-  shape.dependent = dependent;
   launch(wide_kernel<S>, shape, stream, "gemm_w4a8 wide", job);
 }
 
@@ -486,9 +491,9 @@ void run_tokens(const GemmW4A8Args& args, int32_t tokens, bool dependent, cudaSt
     case 16:
       return run_narrow<Narrow<16, kKind>>(args, dependent, stream);
     case 64:
-      return run_wide<Wide<64, kKind>>(args, dependent, stream);
+      return run_wide<Wide<64, kKind>>(args, stream);
     case 128:
-      return run_wide<Wide<128, kKind>>(args, dependent, stream);
+      return run_wide<Wide<128, kKind>>(args, stream);
     default:
       throw std::invalid_argument("gemm_w4a8: expected a tile of 8, 16, 64 or 128 tokens, got " +
                                   std::to_string(tokens));
@@ -501,7 +506,7 @@ void run_tokens(const GemmW4A8Args& args, int32_t tokens, bool dependent, cudaSt
 // twice 64 as soon as three quarters of the multiprocessors have a CTA.
 int32_t select_w4a8(int64_t m, int64_t n, int sms) {
   if (m <= 8) return 8;
-  if (int64_t(blocks(n, 32)) * blocks(m, 16) * 4 <= int64_t(sms) * 19) return 16;
+  if (m <= 16 || int64_t(blocks(n, 32)) * blocks(m, 16) * 4 <= int64_t(sms) * 19) return 16;
   return m > 64 && int64_t(blocks(m, 128)) * blocks(n, 128) * 4 >= int64_t(sms) * 3 ? 128 : 64;
 }
 
