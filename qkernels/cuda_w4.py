@@ -21,6 +21,7 @@ from .checks import DTYPE_CODES, check_input, check_out_dtype
 from .cpu_packed import PreparedPacked
 from .cuda import _address, _cuda, _on, _stream, capability, quantize_rows, unavailable
 from .eager import is_plain
+from .epilogues import apply_epilogue
 from .prepared import Prepared, effective_weight, scheme_from_key, scheme_key
 from .scheme import Scheme
 
@@ -409,7 +410,7 @@ class PreparedCudaW4(Prepared):
 
     def run(self, x: Tensor) -> Tensor:
         """See :meth:`Prepared.run`.  Plain eager calls go straight to the binding."""
-        if is_plain(x) and x.is_cuda and self.epilogue is None:
+        if is_plain(x) and x.is_cuda:
             tensors = self.tensors
             packed = tensors["packed"]
             if (
@@ -421,7 +422,8 @@ class PreparedCudaW4(Prepared):
                 and x.layout is torch.strided
                 and packed.data_ptr() % 16 == 0
             ):
-                return _run(x, tensors, self.scheme, self.out_features, self.in_features, x.dtype)
+                y = _run(x, tensors, self.scheme, self.out_features, self.in_features, x.dtype)
+                return y if self.epilogue is None else apply_epilogue(y, self.epilogue)
         return self.around(x)
 
     def product(self, x: Tensor, tensors: Mapping[str, Tensor | None], out_dtype: torch.dtype | None) -> Tensor:
