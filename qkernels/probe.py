@@ -24,8 +24,8 @@ import torch
 from torch import Tensor, nn
 
 from .calibrate import first_input
+from .gains import gain_kind, is_gain, out_features, same, shared_weights, tolerance
 from .observe import Call, call_model, evaluating
-from .survey import is_conv1d, storage_key
 
 __all__ = ["Group", "Producer", "find_groups", "output_tensors", "quiescent", "trim"]
 
@@ -217,9 +217,9 @@ class _Search:
         self.gains = {
             name: module
             for name, module in model.named_modules()
-            if id(module) not in linears and _is_gain(module) and "forward" not in module.__dict__
+            if id(module) not in linears and is_gain(module) and "forward" not in module.__dict__
         }
-        self.shared = _shared_weights(model)
+        self.shared = shared_weights(model)
 
     # -- running ----------------------------------------------------------------------------------------------
 
@@ -321,7 +321,7 @@ class _Search:
         for name, (args, kwargs, output) in trace.made.items():
             module = self.gains[name]
             if _key(output) == _key(x) and name not in trace.repeated and id(module) not in self.shared:
-                kind = _gain_kind(module, args, kwargs, output)
+                kind = gain_kind(module, args, kwargs, output)
                 if kind is not None:
                     found.append(_Candidate(name, module, kind, 0, k))
         if found:
@@ -330,7 +330,7 @@ class _Search:
             module = self.layers[name]
             if name in trace.repeated or id(module) in self.shared or name in group.layers:
                 continue
-            rows = _out_features(module)
+            rows = out_features(module)
             if rows <= k and k % rows == 0:
                 slices = [(0, rows)]
             else:
@@ -382,16 +382,16 @@ class _Search:
             inputs={name: x for name, x in trace.calls if name in mine},
             outputs={c.name: _Noise(c, None) for c in chosen.values()},
         )
-        same = _same(trace.outputs, probe.outputs) and _same(
+        unmoved = same(trace.outputs, probe.outputs) and same(
             [x for name, x in trace.calls if name not in mine], [x for name, x in probe.calls if name not in mine]
         )
-        if same:
+        if unmoved:
             again = self._probe(groups, chosen, trace, batch)
-            same = all(
+            unmoved = all(
                 index in again and torch.equal(again[index].channel, producer.channel)
                 for index, (_, producer) in accepted.items()
             )
-        if same:
+        if unmoved:
             return {index: producer for index, (_, producer) in accepted.items()}
         if len(accepted) == 1:
             return {}
@@ -462,74 +462,5 @@ def _read_digit(start: Tensor, seen: Tensor) -> Tensor | None:
         return None
     digit = (-torch.log2(ratio)).round().clamp(0, BASE - 1)
     expected = start * torch.exp2(-digit).to(torch.float32)
-    limit = start.abs().amax(0) * torch.exp2(-digit).to(torch.float32) * _tolerance(start.dtype)
+    limit = start.abs().amax(0) * torch.exp2(-digit).to(torch.float32) * tolerance(start.dtype)
     return digit.to(torch.int64) if bool(((seen - expected).abs() <= limit).all()) else None
-
-
-def _tolerance(dtype: torch.dtype) -> float:
-    return 1e-3 if dtype == torch.float32 else 3e-2
-
-
-def _same(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:
-    if len(first) != len(second):
-        return False
-    for a, b in zip(first, second, strict=True):
-        if a.shape != b.shape:
-            return False
-        a64, b64 = a.double(), b.double()
-        kept = torch.isfinite(a64)
-        if not torch.equal(kept, torch.isfinite(b64)):
-            return False
-        size = float(a64[kept].norm())
-        if float((a64[kept] - b64[kept]).norm()) > _tolerance(a.dtype) * 0.1 * max(size, 1e-30):
-            return False
-    return True
-
-
-# -- modules ------------------------------------------------------------------------------------------------------
-
-
-def _is_gain(module: nn.Module) -> bool:
-    """A module without children whose only parameters are a weight and perhaps a bias, one value per feature."""
-    own = {name: p for name, p in module._parameters.items() if p is not None}
-    return (
-        not module._modules
-        and not module._buffers
-        and "weight" in own
-        and set(own) <= {"weight", "bias"}
-        and all(type(p) is nn.Parameter and p.dim() == 1 for p in own.values())
-        and not hasattr(module, "parametrizations")
-    )
-
-
-def _gain_kind(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor) -> str | None:
-    """How the gain enters, tried out on the module itself; None if its output does not follow."""
-    own = {name: p.detach() for name, p in module._parameters.items() if p is not None}
-    generator = torch.Generator().manual_seed(7)
-    factor = torch.exp2(torch.randint(-2, 3, own["weight"].shape, generator=generator)).to(own["weight"])
-    if own["weight"].shape[0] != output.shape[-1]:
-        return None
-    for kind, weight in (("gain", own["weight"] * factor), ("gain_plus_one", (1 + own["weight"]) * factor - 1)):
-        changed = {"weight": weight}
-        if "bias" in own:
-            changed["bias"] = own["bias"] * factor
-        # With a norm's gain at zero, or all at one value, both ways may agree: then the first of them is right too.
-        result = torch.func.functional_call(module, changed, args, dict(kwargs))
-        if _same([output * factor], [result]):
-            return kind
-    return None
-
-
-def _out_features(module: nn.Module) -> int:
-    weight = module._parameters["weight"]
-    return 0 if weight is None else int(weight.shape[1 if is_conv1d(module) else 0])
-
-
-def _shared_weights(model: nn.Module) -> set[int]:
-    """Modules that hold a parameter which another module holds as well."""
-    holders: dict[tuple[object, ...], list[nn.Module]] = {}
-    for module in model.modules():
-        for parameter in module._parameters.values():
-            if parameter is not None and parameter.device.type != "meta":
-                holders.setdefault(storage_key(parameter), []).append(module)
-    return {id(module) for modules in holders.values() if len(modules) > 1 for module in modules}

@@ -11,7 +11,6 @@ multiply in where they round their input.  The model computes the same function 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -23,14 +22,15 @@ from torch import Tensor, nn
 from . import reference
 from .calibrate import LayerStats, Statistics, calibrate
 from .hooks import Smoothing, Target, register_smoother
-from .observe import call_model, run_batches, take_batches
+from .observe import run_batches, take_batches
 from .originals import Originals
 from .patterns import compile_patterns
-from .probe import Group, Producer, find_groups, output_tensors, quiescent
+from .probe import Group, Producer, find_groups
 from .progress import Progress, tracking
 from .scheme import Scheme
 from .smoothed import attach, attached, detach
 from .survey import Layer, is_conv1d, survey
+from .unchanged import difference_of, layer_outputs, limit_of, outputs_of
 
 __all__ = [
     "SmoothReport",
@@ -210,7 +210,7 @@ class Smoother:
         wanted = {name for name, scheme in schemes.items() if self.wants(scheme)}
         stats.require(name for name in wanted if name in modules)
         groups = find_groups(self.model, modules, example, producers=self.fold == "auto")
-        before = _outputs(self.model, example)
+        before = outputs_of(self.model, example)
         entries: list[SmoothedGroup] = []
         changed: list[tuple[Group, Producer | None, Tensor]] = []
         with torch.no_grad(), tracking(progress, total=len(groups), what="smoothing") as step:
@@ -221,8 +221,8 @@ class Smoother:
                 if scale is not None:
                     changed.append((group, producer, scale))
                 step(count + 1, len(groups), next(iter(group.layers)))
-        difference = _difference(before, _outputs(self.model, example))
-        if not difference <= _limit(self.model):
+        difference = difference_of(before, outputs_of(self.model, example))
+        if not difference <= limit_of(self.model):
             raise ValueError(self._accuse(example, changed, difference))
         for group, _, scale in changed:
             for name in group.layers:
@@ -292,14 +292,14 @@ class Smoother:
         """The message that names the layer where smoothed and original model part."""
         names = [name for group, _, _ in changed for name in group.layers]
         modules = {name: module for group, _, _ in changed for name, module in group.layers.items()}
-        after = _layer_outputs(self.model, modules, example)
+        after = layer_outputs(self.model, modules, example)
         self.undo()
-        before = _layer_outputs(self.model, modules, example)
+        before = layer_outputs(self.model, modules, example)
         factors = {p.name: _row_factor(p, scale) for _, p, scale in changed if p is not None and p.kind == "linear"}
         worst = ""
         for name in before:
             expected = before[name] if name not in factors else before[name] / factors[name].to(before[name])
-            if name in after and not _difference([expected], [after[name]]) <= _limit(self.model):
+            if name in after and not difference_of([expected], [after[name]]) <= limit_of(self.model):
                 worst = name
                 break
         where = f"first at {worst!r}" if worst else f"among {len(names)} layers"
@@ -419,53 +419,6 @@ def _weight(module: nn.Module) -> Tensor:
     if weight is None:
         raise ValueError(f"weight: expected a {type(module).__name__} with a weight")
     return weight.detach().t() if is_conv1d(module) else weight.detach()
-
-
-# -- verification -----------------------------------------------------------------------------------------------------
-
-
-def _outputs(model: nn.Module, batch: Any) -> list[Tensor]:
-    with quiescent(model):
-        return [tensor.detach().clone() for tensor in output_tensors(call_model(model, batch))]
-
-
-def _difference(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
-    """Norm of the change over the norm, the worst of all tensors; infinite where something stopped being finite."""
-    worst = 0.0
-    for a, b in zip(before, after, strict=True):
-        a64, b64 = a.double(), b.double()
-        kept = torch.isfinite(a64)
-        if not torch.equal(kept, torch.isfinite(b64)):
-            return math.inf
-        size = float(a64[kept].norm())
-        change = float((a64[kept] - b64[kept]).norm())
-        worst = max(worst, change / size if size else change)
-    return worst
-
-
-def _limit(model: nn.Module) -> float:
-    """What rounding may move the outputs by: folding in fp32 stays near 1e-6, folding by powers of two is exact."""
-    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
-    return 1e-4 if dtypes <= {torch.float32, torch.float64} else 2e-2
-
-
-def _layer_outputs(model: nn.Module, modules: Mapping[str, nn.Module], batch: Any) -> dict[str, Tensor]:
-    found: dict[str, Tensor] = {}
-
-    def keep(name: str) -> Any:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            if isinstance(output, Tensor):
-                found.setdefault(name, output.detach().clone())
-
-        return hook
-
-    handles = [module.register_forward_hook(keep(name)) for name, module in modules.items()]
-    try:
-        _outputs(model, batch)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return found
 
 
 # -- quantize_(smooth=...) --------------------------------------------------------------------------------------------

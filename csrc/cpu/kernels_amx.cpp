@@ -27,7 +27,7 @@ struct Amx : ZmmVerbs {
   static constexpr const char* kIsa = "amx";
   static constexpr int kTileM = 32, kTileN = 32, kOffset = 0, kSliceK = 4096;
   static constexpr int kDepthAlign = 64, kMaxBlockTiles = 8, kDirectRows = 0;
-  static constexpr bool kFusesGroups = false, kPrefetchesSlices = false;
+  static constexpr bool kFusesGroups = false, kPrefetchesSlices = false, kFinishesTiles = false;
   static constexpr int64_t kBlockBytes = 1 << 20;
 
   struct Session {

@@ -42,7 +42,7 @@ struct Avx2 : YmmVerbs {
   static constexpr const char* kIsa = "avx2";
   static constexpr int kTileM = 4, kTileN = 16, kOffset = 0, kSliceK = 512;
   static constexpr int kDepthAlign = 8, kMaxBlockTiles = 16, kDirectRows = 1;
-  static constexpr bool kFusesGroups = false, kPrefetchesSlices = true;
+  static constexpr bool kFusesGroups = false, kPrefetchesSlices = true, kFinishesTiles = false;
   static constexpr int64_t kBlockBytes = 384 << 10;
   struct Session {
     Session() {}

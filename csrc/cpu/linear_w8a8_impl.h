@@ -7,6 +7,8 @@
 //   kBlockBytes       activations of a block of row tiles, at most kMaxBlockTiles of them
 //   kDepthAlign       a tile's depth is rounded up to this; both operands are padded with zeros up to 64
 //   kPrefetchesSlices whether the next slice is asked for while one is worked on
+//   kFinishesTiles    whether finished_tile<D>(...) takes the sums of kFinishedRows rows or more through the epilogue
+//                     without storing them
 //   Session           constructed in each thread around its tiles
 //   tile(rows, ...)   c [rows, kTileN] (+)= a [rows, 4 * steps] * b, b being a slice of the packed superblock
 //   tile_one(...)     the same for one row and all 64 columns: M = 1 reads the weights as one sequential stream
@@ -146,6 +148,9 @@ class LinearW8A8 {
       epilogue<kBlockN>(row, {0, 1}, scales, sums, columns, n0, 0);
       return;
     }
+    if constexpr (V::kFinishesTiles) {
+      if (finishes(columns, rows, tiles)) return finished(row, rows, tiles, range, q, scales, columns, weights, n0);
+    }
     alignas(kAlign) int32_t sums[V::kMaxBlockTiles * V::kTileM * kBlockN];
     for (int64_t k0 = 0;; k0 += V::kSliceK) {
       const int64_t depth = p_.k - k0 < V::kSliceK ? p_.k - k0 : V::kSliceK;
@@ -167,6 +172,55 @@ class LinearW8A8 {
         }
       }
       if (last) break;
+    }
+  }
+
+  // ---- tiles that finish by themselves ------------------------------------------------------------------------
+
+  // What a finished tile needs: its first row's scale and place in y, and the operands of its 64 columns.
+  struct TileEpilogue {
+    const RowScale* rows;
+    const int32_t *shared, *colsum;
+    const float *scale, *bias;
+    void* y;
+    int64_t at, y_stride;
+  };
+
+  // One slice, whole columns, no function after the bias, and no tile of fewer rows than are served.
+  bool finishes(const Columns& columns, int64_t rows, int64_t tiles) const {
+    return p_.k <= V::kSliceK && columns.count == kBlockN && columns.member->function == Activation::kNone &&
+           rows / tiles >= V::kFinishedRows;
+  }
+
+  void finished(int64_t row, int64_t rows, int64_t tiles, Range range, const uint8_t* q, const RowScale* scales,
+                const Columns& columns, const int8_t* weights, int64_t n0) const {
+    switch (columns.member->y_dtype) {
+      case DType::kF32:
+        return finished_as<DType::kF32>(row, rows, tiles, range, q, scales, columns, weights, n0);
+      case DType::kBF16:
+        return finished_as<DType::kBF16>(row, rows, tiles, range, q, scales, columns, weights, n0);
+      default:
+        return finished_as<DType::kF16>(row, rows, tiles, range, q, scales, columns, weights, n0);
+    }
+  }
+
+  template <DType D>
+  void finished_as(int64_t row, int64_t rows, int64_t tiles, Range range, const uint8_t* q, const RowScale* scales,
+                   const Columns& columns, const int8_t* weights, int64_t n0) const {
+    const LinearW8A8Args& w = *columns.member;
+    const int64_t steps = round_up(p_.k, V::kDepthAlign) / kPackK;
+    for (int64_t t = range.begin; t < range.end; ++t) {
+      const Range tile_rows = share(rows, static_cast<int>(t), static_cast<int>(tiles));
+      const TileEpilogue epilogue{scales + tile_rows.begin,
+                                  columns.shared,
+                                  columns.colsum,
+                                  columns.scale,
+                                  columns.bias,
+                                  w.y,
+                                  (row + tile_rows.begin) * w.y_stride + n0,
+                                  w.y_stride};
+      V::template finished_tile<D>(static_cast<int>(tile_rows.end - tile_rows.begin), q + tile_rows.begin * stride_,
+                                   stride_, weights, steps, epilogue);
     }
   }
 

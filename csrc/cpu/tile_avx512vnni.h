@@ -24,7 +24,7 @@ struct Avx512Vnni : ZmmVerbs {
   static constexpr const char* kIsa = "avx512vnni";
   static constexpr int kTileM = 6, kTileN = 64, kOffset = 128, kSliceK = 4096;
   static constexpr int kDepthAlign = 8, kMaxBlockTiles = 16, kDirectRows = 4;
-  static constexpr bool kFusesGroups = true, kPrefetchesSlices = false;
+  static constexpr bool kFusesGroups = true, kPrefetchesSlices = false, kFinishesTiles = true;
   static constexpr int64_t kBlockBytes = 384 << 10;
   struct Session {
     Session() {}
@@ -81,7 +81,73 @@ struct Avx512Vnni : ZmmVerbs {
     QK_SAVE(0) QK_SAVE(1) QK_SAVE(2) QK_SAVE(3) QK_SAVE(4) QK_SAVE(5)
   }
 
-  // The same over a whole group of 4-bit weights with one zero point: total [rows, 64] += float(start + sum) * scale
+  // A tile whose sums become results without a stop in memory: they start at minus the zero point times the sum of the
+  // column, and go through the epilogue (linear_w8a8_impl.h) from their registers.
+#define QK_BEGIN(r)                                                                                                    \
+  __m512i c##r##0 = zero, c##r##1 = zero, c##r##2 = zero, c##r##3 = zero;                                              \
+  if constexpr (kRows > r) {                                                                                           \
+    if (e.shared) {                                                                                                    \
+      c##r##0 = sub_i(zero, load_i(e.shared)), c##r##1 = sub_i(zero, load_i(e.shared + 16));                           \
+      c##r##2 = sub_i(zero, load_i(e.shared + 32)), c##r##3 = sub_i(zero, load_i(e.shared + 48));                      \
+    } else {                                                                                                           \
+      const __m512i minus = set_i(-e.rows[r].zero_point);                                                              \
+      c##r##0 = mul_i(minus, load_i(e.colsum)), c##r##1 = mul_i(minus, load_i(e.colsum + 16));                         \
+      c##r##2 = mul_i(minus, load_i(e.colsum + 32)), c##r##3 = mul_i(minus, load_i(e.colsum + 48));                    \
+    }                                                                                                                  \
+  }
+#define QK_FINISH_VECTOR(c, j)                                                                                         \
+  {                                                                                                                    \
+    __m512 v = mul(mul(to_f(c), scale_x), load_f(e.scale + j));                                                        \
+    if (e.bias) v = add(v, load_f(e.bias + j));                                                                        \
+    store<D>(e.y, at + j, v);                                                                                          \
+  }
+#define QK_FINISH(r)                                                                                                   \
+  if constexpr (kRows > r) {                                                                                           \
+    const __m512 scale_x = set(e.rows[r].scale);                                                                       \
+    const int64_t at = e.at + r * e.y_stride;                                                                          \
+    QK_FINISH_VECTOR(c##r##0, 0)                                                                                       \
+    QK_FINISH_VECTOR(c##r##1, 16) QK_FINISH_VECTOR(c##r##2, 32) QK_FINISH_VECTOR(c##r##3, 48)                          \
+  }
+  template <DType D, int kRows, class Epilogue>
+  QK_NOINLINE static void finished_rows(const uint8_t* a, int64_t lda, const int8_t* b, int64_t steps,
+                                        const Epilogue& e) {
+    constexpr bool kUnsignedWeights = false;
+    const __m512i zero = _mm512_setzero_si512();
+    const uint8_t* a3 = a + 3 * lda;
+    QK_BEGIN(0)
+    QK_BEGIN(1)
+    QK_BEGIN(2) QK_BEGIN(3) QK_BEGIN(4) QK_BEGIN(5) for (int64_t k = 0; k < steps; ++k, b += kBlockN * kPackK) {
+      const __m512i b0 = _mm512_load_si512(b), b1 = _mm512_load_si512(b + 64), b2 = _mm512_load_si512(b + 128),
+                    b3 = _mm512_load_si512(b + 192);
+      QK_ROW(0, a)
+      QK_ROW(1, a + lda)
+      QK_ROW(2, a + 2 * lda)
+      QK_ROW(3, a3)
+      QK_ROW(4, a3 + lda)
+      QK_ROW(5, a3 + 2 * lda)
+    }
+    QK_FINISH(0) QK_FINISH(1) QK_FINISH(2) QK_FINISH(3) QK_FINISH(4) QK_FINISH(5)
+  }
+#undef QK_BEGIN
+#undef QK_FINISH
+#undef QK_FINISH_VECTOR
+
+  // Rows of a tile that finished_tile serves.
+  static constexpr int kFinishedRows = 4;
+  template <DType D, class Epilogue>
+  static void finished_tile(int rows, const uint8_t* a, int64_t lda, const int8_t* b, int64_t steps,
+                            const Epilogue& e) {
+    switch (rows) {
+      case 4:
+        return finished_rows<D, 4>(a, lda, b, steps, e);
+      case 5:
+        return finished_rows<D, 5>(a, lda, b, steps, e);
+      default:
+        return finished_rows<D, 6>(a, lda, b, steps, e);
+    }
+  }
+
+  // As tile, over a whole group of 4-bit weights with one zero point: total [rows, 64] += float(start + sum) * scale
   // [64], start [rows] being minus the zero point times the sum of the row's activations.
 #define QK_START(r)                                                                                                    \
   __m512i c##r##0 = _mm512_set1_epi32(kRows > r ? start[r] : 0), c##r##1 = c##r##0, c##r##2 = c##r##0,                 \
