@@ -5,9 +5,12 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from time import perf_counter_ns
+from time import perf_counter_ns, sleep
 from typing import Protocol
 
+REST_SECONDS = 3e-3
+"""Before each sample: thread pools go on spinning for a while after their last call, and would take the cores of those
+who come next."""
 SAMPLE_SECONDS = 300e-6  # a sample repeats its call until it lasts about this long
 
 
@@ -74,6 +77,7 @@ def interleave(samplers: Sequence[Sampler], *, rounds: int, seconds: float, warm
             # Those with few samples take them evenly over all the rounds.
             if turn * enough // rounds == (turn - 1) * enough // rounds and turn > 0:
                 continue
+            sleep(REST_SECONDS)
             if warm:
                 sampler.sample(1)
             values.append(sampler.sample(count) / count)
