@@ -43,6 +43,15 @@ def test_w4a8_every_grid_and_tail(isa: str, threads: int, grid: str, group_size:
 
 
 @pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("group_size", [32, 1200, None])
+def test_w4a8_rows_around_the_change_of_path(isa: str, grid: str, group_size: int | None) -> None:
+    rule = scheme(grid, group_size, activation_symmetric=False)
+    layer = QuantLinear.from_float(seeded(70, 1300), seeded(70), rule)
+    for rows in (1, 2, 4, 5, 6, 7, 8, 9, 23, 24, 25):
+        check(layer, seeded(rows, 1300, seed=rows) + 0.4, isa)
+
+
+@pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_w4a8_asymmetric_and_static_activations(isa: str, grid: str, dtype: torch.dtype) -> None:
     x = (seeded(9, 200) + 0.7).to(dtype)
