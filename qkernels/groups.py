@@ -71,13 +71,22 @@ class InputGroup:
         # As in PreparedW8A8.run, every line here was timed: for one row it all costs as much as the product.
         waiting = self._waiting
         if slot:
-            held = getattr(waiting, "held", None)
-            if held is not None and held[0] is x and held[1] == (-1 if x.is_inference() else x._version):
-                y = held[slot + 1]
+            held, prepared = getattr(waiting, "held", None), layer._prepared
+            if (
+                held is not None
+                and held[0] is x
+                and held[1] == (-1 if x.is_inference() else x._version)
+                and type(prepared) is PreparedW8A8
+                and prepared.native() is held[2][slot]  # the weights are those that were multiplied with
+            ):
+                y = held[3][slot]
                 if slot + 1 == len(self._members):
                     waiting.held = None
-                return y  # type: ignore[no-any-return]
-            return layer._prepared.run(x)
+                else:
+                    held[3][slot] = None  # a second call is a product of its own
+                if y is not None:
+                    return y  # type: ignore[no-any-return]
+            return prepared.run(x)
         waiting.held = None
         if not is_plain(x) or not x.is_cpu or x.layout is not _strided or not x.is_contiguous():
             return layer._prepared.run(x)
@@ -95,8 +104,10 @@ class InputGroup:
             outputs = [_new_empty(x, *shape[:-1], n) for n in self._rows]
         addresses = [y.data_ptr() for y in outputs]
         self._run(x.data_ptr(), code, count, features, addresses, code, _num_threads())
-        waiting.held = (x, -1 if x.is_inference() else x._version, *outputs[1:])
-        return outputs[0]
+        first = outputs[0]
+        waiting.held = (x, -1 if x.is_inference() else x._version, natives, outputs)
+        outputs[0] = None  # type: ignore[call-overload]
+        return first
 
     def _current(self) -> list[Any] | None:
         """The native calls of all members, which ``self._run`` joins; None where one of them has none."""

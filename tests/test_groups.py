@@ -190,6 +190,32 @@ def test_input_written_to_in_between_is_noticed():
     H.assert_bits_equal(grouped.k(x), alone.k(x))
 
 
+def test_second_call_gives_a_tensor_of_its_own():
+    grouped, alone = pair(Attention())
+    x = H.seeded(4, 40)
+    with torch.inference_mode():
+        for _ in range(2):
+            grouped.q(x)
+            grouped.k(x).zero_()
+            H.assert_bits_equal(grouped.k(x), alone.k(x))
+            H.assert_bits_equal(grouped.v(x), alone.v(x))
+            H.assert_bits_equal(grouped.v(x), alone.v(x))
+
+
+def test_weights_loaded_in_between_are_used():
+    grouped, alone = pair(Attention())
+    x = H.seeded(4, 40)
+    state = {name: t.clone() for name, t in pair(Attention())[1].state_dict().items()}
+    with torch.inference_mode():
+        grouped.q(x)
+        grouped.load_state_dict(state)
+        alone.load_state_dict(state)
+        H.assert_bits_equal(grouped.k(x), alone.k(x))
+        grouped.q(x)
+        grouped.k.bias = alone.k.bias = None
+        H.assert_bits_equal(grouped.k(x), alone.k(x))
+
+
 def test_gradients_autocast_views_and_empty_inputs():
     grouped, alone = pair(Attention())
     one, two = (H.seeded(4, 40).requires_grad_() for _ in range(2))
