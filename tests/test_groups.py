@@ -145,7 +145,7 @@ def test_grouped_equals_alone_to_the_bit(symmetric, isa, threads):
 
 def test_grouped_quantizes_once(monkeypatch):
     grouped, _ = pair(Attention())
-    x, calls = H.seeded(8, 40), []
+    x, calls = H.seeded(64, 40), []
     for layer in (grouped.q, grouped.k, grouped.v):
         monkeypatch.setattr(layer._prepared, "run", lambda x: calls.append(1))
     with torch.no_grad():
@@ -174,7 +174,7 @@ def test_report_names_the_others():
 
 def test_other_inputs_run_alone():
     grouped, alone = pair(Attention())
-    x, other = H.seeded(4, 40), H.seeded(4, 40, seed=9)
+    x, other = H.seeded(64, 40), H.seeded(64, 40, seed=9)
     with torch.inference_mode():
         grouped.q(x)
         H.assert_bits_equal(grouped.k(other), alone.k(other))
@@ -184,7 +184,7 @@ def test_other_inputs_run_alone():
 
 def test_input_written_to_in_between_is_noticed():
     grouped, alone = pair(Attention())
-    x = H.seeded(4, 40)
+    x = H.seeded(64, 40)
     grouped.q(x)
     x.mul_(3)
     H.assert_bits_equal(grouped.k(x), alone.k(x))
@@ -192,7 +192,7 @@ def test_input_written_to_in_between_is_noticed():
 
 def test_second_call_gives_a_tensor_of_its_own():
     grouped, alone = pair(Attention())
-    x = H.seeded(4, 40)
+    x = H.seeded(64, 40)
     with torch.inference_mode():
         for _ in range(2):
             grouped.q(x)
@@ -204,7 +204,7 @@ def test_second_call_gives_a_tensor_of_its_own():
 
 def test_weights_loaded_in_between_are_used():
     grouped, alone = pair(Attention())
-    x = H.seeded(4, 40)
+    x = H.seeded(64, 40)
     state = {name: t.clone() for name, t in pair(Attention())[1].state_dict().items()}
     with torch.inference_mode():
         grouped.q(x)
@@ -233,7 +233,7 @@ def test_gradients_autocast_views_and_empty_inputs():
 
 def test_new_weights_are_seen():
     grouped, alone = pair(Attention())
-    x = H.seeded(4, 40)
+    x = H.seeded(64, 40)
     grouped(x)
     state = {name: t.clone() for name, t in pair(Attention())[1].state_dict().items()}
     for model in (grouped, alone):
@@ -246,7 +246,7 @@ def test_new_weights_are_seen():
 
 def test_member_that_is_gone_leaves_the_others_working():
     grouped, alone = pair(Attention())
-    x = H.seeded(4, 40)
+    x = H.seeded(64, 40)
     grouped.v = None
     gc.collect()
     H.assert_bits_equal(grouped.q(x), alone.q(x))
@@ -258,7 +258,7 @@ def test_copies_form_groups_of_their_own(way):
     grouped, alone = pair(Attention())
     other = way(grouped)
     assert other.q._group[0] is other.k._group[0] is not grouped.q._group[0]
-    x = H.seeded(4, 40)
+    x = H.seeded(64, 40)
     H.assert_bits_equal(other(x), alone(x))
     one = way(grouped.k)
     H.assert_bits_equal(one(x), alone.k(x))
@@ -277,7 +277,7 @@ def test_unfuse_and_dequantize_dissolve():
 
 def test_threads_do_not_meet():
     grouped, alone = pair(Attention())
-    inputs = [H.seeded(4, 40, seed=s) for s in range(8)]
+    inputs = [H.seeded(64, 40, seed=s) for s in range(8)]
     expected = [alone(x) for x in inputs]
     failures = []
 
@@ -296,7 +296,7 @@ def test_threads_do_not_meet():
 
 def test_compiled_group():
     grouped, alone = pair(Attention())
-    x = H.seeded(4, 40)
+    x = H.seeded(64, 40)
     H.assert_bits_equal(torch.compile(grouped, fullgraph=True)(x), alone(x))
 
 
