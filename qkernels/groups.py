@@ -34,8 +34,8 @@ _dtype_code = DTYPE_CODES.get
 _strided = torch.strided
 
 _MIN_ROWS, _MIN_ROWS_OF_ONE_THREAD = 2, 32
-"""Fewer rows gain nothing: what one quantization and one parallel region less save, the bookkeeping costs (measured at 384
-and 4096 features with two threads, and with one, which has no region to save)."""
+"""Fewer rows gain nothing: what one quantization and one parallel region less save, the bookkeeping costs (measured at
+384 to 4096 features with two threads, and with one, which has no region to save)."""
 
 
 class InputGroup:
