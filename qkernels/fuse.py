@@ -16,6 +16,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, fx, nn
 
 from .cpu_w8a8 import PreparedW8A8
@@ -215,7 +216,8 @@ def _trace(module: nn.Module, defaults: Mapping[str, Any]) -> fx.Graph:
     double.__dict__.update(module.__dict__)
     for own in ("_modules", "_parameters", "_buffers"):
         double.__dict__[own] = dict(module.__dict__[own])
-    return _Tracer().trace(double, dict(defaults))
+    with torch.random.fork_rng(devices=[]):  # what it may draw is drawn for real
+        return _Tracer().trace(double, dict(defaults))
 
 
 def _feeds(graph: fx.Graph, linear: str, activation: str) -> bool:

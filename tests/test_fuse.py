@@ -68,6 +68,11 @@ class Remembers(Block):
         return self.down(self.act(self.last))
 
 
+class Draws(Block):
+    def forward(self, x):
+        return self.down(self.act(self.up(x)) + torch.rand(32))
+
+
 class Functional(Block):
     def forward(self, x):
         return self.down(functional.gelu(self.up(x)))
@@ -155,6 +160,16 @@ def test_forward_may_assign_without_leaving_placeholders_behind():
     fused, _, _ = converted(Remembers())
     assert "last" not in fused.__dict__
     assert passed(fused) == 1
+
+
+def test_forward_may_draw_without_moving_the_generator():
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    model = Draws()
+    torch.manual_seed(5)
+    qk.quantize_(model, exclude=())
+    assert passed(model) == 1
+    H.assert_bits_equal(torch.rand(3), expected)
 
 
 def test_hooks_keep_both_apart():
