@@ -46,6 +46,20 @@ struct Avx512Vnni : ZmmVerbs {
       QK_DOT4(c##r##3, v, b3);                                                                                         \
     }                                                                                                                  \
   }
+// All steps of six rows, and something for each of the rows.
+#define QK_STEPS()                                                                                                     \
+  const uint8_t* a3 = a + 3 * lda;                                                                                     \
+  for (int64_t k = 0; k < steps; ++k, b += kBlockN * kPackK) {                                                         \
+    const __m512i b0 = _mm512_load_si512(b), b1 = _mm512_load_si512(b + 64), b2 = _mm512_load_si512(b + 128),          \
+                  b3 = _mm512_load_si512(b + 192);                                                                     \
+    QK_ROW(0, a)                                                                                                       \
+    QK_ROW(1, a + lda)                                                                                                 \
+    QK_ROW(2, a + 2 * lda)                                                                                             \
+    QK_ROW(3, a3)                                                                                                      \
+    QK_ROW(4, a3 + lda)                                                                                                \
+    QK_ROW(5, a3 + 2 * lda)                                                                                            \
+  }
+#define QK_SIX(what) what(0) what(1) what(2) what(3) what(4) what(5)
 #define QK_INIT(r)                                                                                                     \
   __m512i c##r##0 = zero, c##r##1 = zero, c##r##2 = zero, c##r##3 = zero;                                              \
   if (kRows > r && accumulate) {                                                                                       \
@@ -66,19 +80,9 @@ struct Avx512Vnni : ZmmVerbs {
   QK_NOINLINE static void tile_rows(const uint8_t* a, int64_t lda, const int8_t* b, int64_t steps, int32_t* c,
                                     bool accumulate) {
     const __m512i zero = _mm512_setzero_si512();
-    const uint8_t* a3 = a + 3 * lda;
-    QK_INIT(0)
-    QK_INIT(1) QK_INIT(2) QK_INIT(3) QK_INIT(4) QK_INIT(5) for (int64_t k = 0; k < steps; ++k, b += kBlockN * kPackK) {
-      const __m512i b0 = _mm512_load_si512(b), b1 = _mm512_load_si512(b + 64), b2 = _mm512_load_si512(b + 128),
-                    b3 = _mm512_load_si512(b + 192);
-      QK_ROW(0, a)
-      QK_ROW(1, a + lda)
-      QK_ROW(2, a + 2 * lda)
-      QK_ROW(3, a3)
-      QK_ROW(4, a3 + lda)
-      QK_ROW(5, a3 + 2 * lda)
-    }
-    QK_SAVE(0) QK_SAVE(1) QK_SAVE(2) QK_SAVE(3) QK_SAVE(4) QK_SAVE(5)
+    QK_SIX(QK_INIT)
+    QK_STEPS()
+    QK_SIX(QK_SAVE)
   }
 
   // A tile whose sums become results without a stop in memory: they start at minus the zero point times the sum of the
@@ -113,20 +117,9 @@ struct Avx512Vnni : ZmmVerbs {
                                         const Epilogue& e) {
     constexpr bool kUnsignedWeights = false;
     const __m512i zero = _mm512_setzero_si512();
-    const uint8_t* a3 = a + 3 * lda;
-    QK_BEGIN(0)
-    QK_BEGIN(1)
-    QK_BEGIN(2) QK_BEGIN(3) QK_BEGIN(4) QK_BEGIN(5) for (int64_t k = 0; k < steps; ++k, b += kBlockN * kPackK) {
-      const __m512i b0 = _mm512_load_si512(b), b1 = _mm512_load_si512(b + 64), b2 = _mm512_load_si512(b + 128),
-                    b3 = _mm512_load_si512(b + 192);
-      QK_ROW(0, a)
-      QK_ROW(1, a + lda)
-      QK_ROW(2, a + 2 * lda)
-      QK_ROW(3, a3)
-      QK_ROW(4, a3 + lda)
-      QK_ROW(5, a3 + 2 * lda)
-    }
-    QK_FINISH(0) QK_FINISH(1) QK_FINISH(2) QK_FINISH(3) QK_FINISH(4) QK_FINISH(5)
+    QK_SIX(QK_BEGIN)
+    QK_STEPS()
+    QK_SIX(QK_FINISH)
   }
 #undef QK_BEGIN
 #undef QK_FINISH
@@ -164,24 +157,15 @@ struct Avx512Vnni : ZmmVerbs {
   QK_NOINLINE static void group_rows(const uint8_t* a, int64_t lda, const int8_t* b, int64_t steps,
                                      const int32_t* start, const float* scale, float* total) {
     constexpr bool kUnsignedWeights = true;
-    const uint8_t* a3 = a + 3 * lda;
-    QK_START(0)
-    QK_START(1)
-    QK_START(2) QK_START(3) QK_START(4) QK_START(5) for (int64_t k = 0; k < steps; ++k, b += kBlockN * kPackK) {
-      const __m512i b0 = _mm512_load_si512(b), b1 = _mm512_load_si512(b + 64), b2 = _mm512_load_si512(b + 128),
-                    b3 = _mm512_load_si512(b + 192);
-      QK_ROW(0, a)
-      QK_ROW(1, a + lda)
-      QK_ROW(2, a + 2 * lda)
-      QK_ROW(3, a3)
-      QK_ROW(4, a3 + lda)
-      QK_ROW(5, a3 + 2 * lda)
-    }
+    QK_SIX(QK_START)
+    QK_STEPS()
     const __m512 s0 = load_f(scale), s1 = load_f(scale + 16), s2 = load_f(scale + 32), s3 = load_f(scale + 48);
-    QK_TOTAL(0) QK_TOTAL(1) QK_TOTAL(2) QK_TOTAL(3) QK_TOTAL(4) QK_TOTAL(5)
+    QK_SIX(QK_TOTAL)
   }
 #undef QK_START
 #undef QK_TOTAL
+#undef QK_SIX
+#undef QK_STEPS
 #undef QK_ROW
 #undef QK_INIT
 #undef QK_SAVE
