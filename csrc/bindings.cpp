@@ -18,6 +18,25 @@ using qk::run_released;
 
 namespace {
 
+// Runs members whose outputs are known; what they share is filled in at the first.
+void launch_members(qk::LinearW8A8Args* members, size_t count, int64_t m, int64_t x_stride, int threads) {
+  QK_CHECK_GE(m, 0);
+  QK_CHECK_GE(threads, 1);
+  qk::LinearW8A8Args& first = members[0];
+  first.m = m;
+  first.act.x_stride = x_stride;
+  first.threads = threads;
+  const qk::KernelTable& table = qk::kernels();
+  first.scratch_bytes = table.linear_w8a8_scratch_bytes(m, first.k, threads);
+  first.scratch = qk::scratch(first.scratch_bytes);
+  int64_t columns = 0;
+  for (size_t i = 0; i < count; ++i) columns += members[i].n;
+  const char* isa = table.isa;
+  run_released((m + 1) * columns * first.k > qk::kReleaseGilBytes,
+               [&] { isa = table.linear_w8a8(members, static_cast<int>(count)); });
+  note("w8a8", isa);
+}
+
 // One layer's weights, by borrowed pointers: the Python owner keeps the tensors alive and makes a new object when they
 // move.
 class LinearW8A8 {
@@ -65,20 +84,10 @@ class LinearW8A8 {
  private:
   static void launch(qk::LinearW8A8Args& args, int64_t m, int64_t x_stride, uintptr_t y, int y_dtype, int64_t y_stride,
                      int threads) {
-    QK_CHECK_GE(m, 0);
-    QK_CHECK_GE(threads, 1);
-    args.m = m;
-    args.act.x_stride = x_stride;
     args.y = pointer<void>(y);
     args.y_dtype = dtype(y_dtype);
     args.y_stride = y_stride;
-    args.threads = threads;
-    const qk::KernelTable& table = qk::kernels();
-    args.scratch_bytes = table.linear_w8a8_scratch_bytes(m, args.k, threads);
-    args.scratch = qk::scratch(args.scratch_bytes);
-    const char* isa = table.isa;
-    run_released((m + 1) * args.n * args.k > qk::kReleaseGilBytes, [&] { isa = table.linear_w8a8(&args, 1); });
-    note("w8a8", isa);
+    launch_members(&args, 1, m, x_stride, threads);
   }
 
   qk::LinearW8A8Args args_{};
@@ -95,13 +104,10 @@ class LinearW8A8Group {
       QK_CHECK_EQ(member.act.symmetric, members_[0].act.symmetric);
       QK_CHECK_EQ(member.act.scale, members_[0].act.scale);
       QK_CHECK_EQ(member.act.zero_point, members_[0].act.zero_point);
-      columns_ += member.n;
     }
   }
 
   void run(uintptr_t x, int x_dtype, int64_t m, int64_t x_stride, const py::list& y, int y_dtype, int threads) const {
-    QK_CHECK_GE(m, 0);
-    QK_CHECK_GE(threads, 1);
     QK_CHECK_EQ(y.size(), members_.size());
     std::vector<qk::LinearW8A8Args> members = members_;
     for (size_t i = 0; i < members.size(); ++i) {
@@ -109,24 +115,13 @@ class LinearW8A8Group {
       members[i].y_dtype = dtype(y_dtype);
       members[i].y_stride = members[i].n;
     }
-    qk::LinearW8A8Args& first = members[0];
-    first.act.x = pointer<const void>(x);
-    first.act.x_dtype = dtype(x_dtype);
-    first.act.x_stride = x_stride;
-    first.m = m;
-    first.threads = threads;
-    const qk::KernelTable& table = qk::kernels();
-    first.scratch_bytes = table.linear_w8a8_scratch_bytes(m, first.k, threads);
-    first.scratch = qk::scratch(first.scratch_bytes);
-    const char* isa = table.isa;
-    run_released((m + 1) * columns_ * first.k > qk::kReleaseGilBytes,
-                 [&] { isa = table.linear_w8a8(members.data(), static_cast<int>(members.size())); });
-    note("w8a8", isa);
+    members[0].act.x = pointer<const void>(x);
+    members[0].act.x_dtype = dtype(x_dtype);
+    launch_members(members.data(), members.size(), m, x_stride, threads);
   }
 
  private:
   std::vector<qk::LinearW8A8Args> members_;
-  int64_t columns_ = 0;
 };
 
 void check_view(int64_t outer, int64_t channels, int64_t inner, int64_t group, qk::QKind q_kind, int threads) {

@@ -2,30 +2,14 @@
 //
 // Pointers and streams are integers (tensor.data_ptr(), torch.cuda.Stream.cuda_stream); dtype codes are those of
 // args.h. Nothing here allocates or synchronises, and every check of a tensor lives in Python.
-#include <pybind11/pybind11.h>
+#include "bindings.h"
 
-#include "bindings_w4.h"
-#include "check.h"
 #include "launch.h"
 
 namespace py = pybind11;
 
 namespace qk::cuda {
 namespace {
-
-using Address = uintptr_t;
-
-template <typename T>
-T* pointer(Address address) {
-  return reinterpret_cast<T*>(address);
-}
-cudaStream_t stream_of(Address stream) { return reinterpret_cast<cudaStream_t>(stream); }
-
-DType dtype_of(int code) {
-  QK_CHECK_GE(code, 0);
-  QK_CHECK_LE(code, 2);
-  return static_cast<DType>(code);
-}
 
 W8A8Config config_of(const py::tuple& values) {
   QK_CHECK_EQ(values.size(), size_t{5});
@@ -44,7 +28,7 @@ void quantize_rows_at(Address x, int x_dtype, int64_t m, int64_t k, int64_t x_st
   QK_CHECK_GE(m, 0);
   QK_CHECK_GE(k, 1);
   QuantizeRowsArgs a = {};
-  a.x = pointer<const void>(x), a.x_dtype = dtype_of(x_dtype), a.m = m, a.k = k, a.x_stride = x_stride;
+  a.x = pointer<const void>(x), a.x_dtype = dtype(x_dtype), a.m = m, a.k = k, a.x_stride = x_stride;
   a.q = pointer<int8_t>(q), a.q_stride = q_stride, a.scale = pointer<float>(scale);
   a.zero_point = pointer<int32_t>(zero_point), a.inv_smooth = pointer<const float>(inv_smooth);
   a.is_static = static_scale != 0, a.static_scale = pointer<const float>(static_scale);
@@ -71,7 +55,7 @@ void gemm_at(Address xq, int64_t x_stride, Address x_scale, Address x_zero_point
   a.colsum = pointer<const int32_t>(colsum), a.weight_scale = pointer<const float>(weight_scale);
   a.bias = pointer<const float>(bias);
   a.m = static_cast<int32_t>(m), a.n = static_cast<int32_t>(n), a.k = static_cast<int32_t>(k);
-  a.y = pointer<void>(y), a.y_dtype = dtype_of(y_dtype), a.y_stride = y_stride;
+  a.y = pointer<void>(y), a.y_dtype = dtype(y_dtype), a.y_stride = y_stride;
   gemm_w8a8(a, config_of(config), dependent, stream_of(stream));
 }
 
@@ -99,7 +83,7 @@ void quantize_at(Address x, int x_dtype, int64_t outer, int64_t channels, int64_
   QK_CHECK_GE(kind, 0);
   QK_CHECK_LE(kind, 2);
   QuantizeArgs a = {};
-  a.x = pointer<const void>(x), a.x_dtype = dtype_of(x_dtype);
+  a.x = pointer<const void>(x), a.x_dtype = dtype(x_dtype);
   a.outer = outer, a.channels = channels, a.inner = inner, a.group = group;
   a.q = pointer<void>(q), a.kind = static_cast<QKind>(kind), a.scale = pointer<float>(scale);
   a.zero_point = pointer<int32_t>(zero_point), a.symmetric = symmetric, a.is_static = is_static;
@@ -114,7 +98,7 @@ void dequantize_at(Address q, int kind, int64_t outer, int64_t channels, int64_t
   a.q = pointer<const void>(q), a.kind = static_cast<QKind>(kind);
   a.outer = outer, a.channels = channels, a.inner = inner, a.group = group;
   a.scale = pointer<const float>(scale), a.zero_point = pointer<const int32_t>(zero_point);
-  a.out = pointer<void>(out), a.out_dtype = dtype_of(out_dtype);
+  a.out = pointer<void>(out), a.out_dtype = dtype(out_dtype);
   dequantize(a, stream_of(stream));
 }
 

@@ -1,7 +1,6 @@
 // 4-bit weights: addresses, sizes and a stream in, launches out; rules as in bindings.cpp.
-#include "bindings_w4.h"
+#include "bindings.h"
 
-#include "check.h"
 #include "host.h"
 #include "launch.h"
 #include "launch_w4.h"
@@ -11,19 +10,6 @@ namespace py = pybind11;
 namespace qk::cuda {
 namespace {
 
-using Address = uintptr_t;
-
-template <typename T>
-T* pointer(Address address) {
-  return reinterpret_cast<T*>(address);
-}
-cudaStream_t stream_of(Address stream) { return reinterpret_cast<cudaStream_t>(stream); }
-
-DType dtype_of(int code) {
-  QK_CHECK_GE(code, 0);
-  QK_CHECK_LE(code, 2);
-  return static_cast<DType>(code);
-}
 W4Order order_of(int code) {
   QK_CHECK_GE(code, 0);
   QK_CHECK_LE(code, 1);
@@ -40,7 +26,7 @@ W4Weight weight_of(const py::tuple& v) {
   w.codebook = pointer<const float>(address(4));
   const int scale = v[5].cast<int>();
   QK_CHECK_EQ(scale % 2, 0);
-  w.scale_type = dtype_of(scale) == DType::kF32 ? ScaleType::kF32 : ScaleType::kF16;
+  w.scale_type = dtype(scale) == DType::kF32 ? ScaleType::kF32 : ScaleType::kF16;
   w.order = order_of(v[6].cast<int>());
   const auto n = v[7].cast<int64_t>(), k = v[8].cast<int64_t>(), group = v[9].cast<int64_t>();
   QK_CHECK_GE(n, 1);
@@ -78,9 +64,9 @@ void gemm_w4a16_at(const py::tuple& weight, Address x, int x_dtype, int64_t m, i
   QK_CHECK_EQ(x % 16, Address{0});
   QK_CHECK_EQ(x_stride % 8, 0);
   QK_CHECK_GE(x_dtype, 1);
-  a.x = pointer<const void>(x), a.x_dtype = dtype_of(x_dtype), a.x_stride = x_stride;
+  a.x = pointer<const void>(x), a.x_dtype = dtype(x_dtype), a.x_stride = x_stride;
   a.bias = pointer<const float>(bias), a.m = static_cast<int32_t>(m);
-  a.y = pointer<void>(y), a.y_dtype = dtype_of(y_dtype), a.y_stride = y_stride;
+  a.y = pointer<void>(y), a.y_dtype = dtype(y_dtype), a.y_stride = y_stride;
   a.counters = pointer<int32_t>(counters), a.partials = pointer<float>(partials);
   gemm_w4a16(a, plan_of(plan), stream_of(stream));
 }
@@ -96,7 +82,7 @@ void gemm_w4a8_at(const py::tuple& weight, Address xq, int64_t m, int64_t x_stri
   QK_CHECK_EQ(x_stride % 16, 0);
   a.xq = pointer<const int8_t>(xq), a.x_stride = x_stride, a.x_scale = pointer<const float>(x_scale);
   a.bias = pointer<const float>(bias), a.m = static_cast<int32_t>(m);
-  a.y = pointer<void>(y), a.y_dtype = dtype_of(y_dtype), a.y_stride = y_stride;
+  a.y = pointer<void>(y), a.y_dtype = dtype(y_dtype), a.y_stride = y_stride;
   gemm_w4a8(a, tokens, dependent, stream_of(stream));
 }
 
@@ -135,7 +121,7 @@ void bind_w4(py::module_& m) {
         const W4Weight w = weight_of(weight);
         QK_CHECK_EQ(first_row % kW4Rows, int64_t{0});
         QK_CHECK_LE(first_row + rows, int64_t{w.n});
-        dequantize_w4(w, first_row, rows, pointer<void>(out), dtype_of(out_dtype), stream_of(stream));
+        dequantize_w4(w, first_row, rows, pointer<void>(out), dtype(out_dtype), stream_of(stream));
       },
       py::arg("weight"), py::arg("first_row"), py::arg("rows"), py::arg("out"), py::arg("out_dtype"),
       py::arg("stream"));

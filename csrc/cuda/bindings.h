@@ -1,0 +1,19 @@
+// What the binding files of qkernels._cuda share, beside binding_helpers.h.
+#pragma once
+
+#include <cuda_runtime.h>
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+
+#include "binding_helpers.h"
+
+namespace qk::cuda {
+
+using Address = uintptr_t;
+
+inline cudaStream_t stream_of(Address stream) { return reinterpret_cast<cudaStream_t>(stream); }
+
+void bind_w4(pybind11::module_& m);  // 4-bit weights
+
+}  // namespace qk::cuda
