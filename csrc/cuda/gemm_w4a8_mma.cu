@@ -2,9 +2,7 @@
 // m16n8k32: 4-bit weights, int8 activations. sm_80 on. Equal to the definition bit for bit: d_g is exact in int32, and
 // the groups of an output are added by one thread in the order of K, each step rounded once.
 //
-// Weights are the 16-row operand. A word of eight codes becomes two fragment registers (w4.h):
-//
-//     ((word & 0x0f0f0f0f | 0x80808080) - zero_point * 0x01010101) ^ 0x80808080       four signed bytes q - zero_point
+// Weights are the 16-row operand; how codes become its fragments stands in operands_w4a8.cuh.
 //
 // Few tokens ("narrow"): a CTA owns 32 channels x 8 or 16 tokens and its eight warps take the slabs of 128 k in turns,
 // so that one CTA per 32 channels is enough to keep the memory busy. Every warp leaves the integers of its blocks (the
@@ -22,12 +20,12 @@
 #include "groups_w4.cuh"
 #include "host.h"
 #include "launch_w4.h"
+#include "operands_w4a8.cuh"
 
 namespace qk::cuda {
 namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / 32;
-constexpr int kTokenBytes = kW4SlabK;  // of a token in a slab
 
 struct Job {
   GemmW4A8Args a;
@@ -35,36 +33,6 @@ struct Job {
   GroupRows groups;
   int32_t slabs, blocks_n, stage_bytes;
 };
-
-constexpr uint32_t kOnes = 0x01010101u;
-
-// Four bytes q - zero of the low (high) nibbles of a word; `zeros` is zero * kOnes.
-__device__ __forceinline__ uint32_t low_bytes(uint32_t word, uint32_t zeros) {
-  return (ptx::and_or(word, 0x0f0f0f0fu, 0x80808080u) - zeros) ^ 0x80808080u;
-}
-__device__ __forceinline__ uint32_t high_bytes(uint32_t word, uint32_t zeros) { return low_bytes(word >> 4, zeros); }
-
-// The fragments b of k-step `step` (32 k) for kBlocks times eight tokens, rows of kTokenBytes from `tokens` on.
-template <int kBlocks>
-__device__ __forceinline__ void load_tokens(uint32_t tokens, int step, int lane, uint32_t (&b)[kBlocks][2]) {
-#pragma unroll
-  for (int j = 0; j < (kBlocks + 1) / 2; ++j) {
-    // Of eight tokens only the first two matrices count, and the others are the same again.
-    const int row = 16 * j + (lane & 7) + (kBlocks > 1 ? (lane >> 4) << 3 : 0), chunk = 2 * step + ((lane >> 3) & 1);
-    uint32_t r[4];
-    ptx::ldmatrix_x4(r, tokens + row * kTokenBytes + ((chunk ^ (row & 7)) << 4));
-    b[2 * j][0] = r[0], b[2 * j][1] = r[1];
-    if constexpr (kBlocks > 1) b[2 * j + 1][0] = r[2], b[2 * j + 1][1] = r[3];
-  }
-}
-
-// Starts the copy of 16 bytes of a token's slab, or of zeros where there is no such token.
-__device__ __forceinline__ void load_token_chunk(const GemmW4A8Args& a, uint32_t tokens, int row, int chunk, int slab,
-                                                 int m0) {
-  const int k = slab * kW4SlabK + chunk * 16, bytes = m0 + row < a.m ? max(0, min(16, a.weight.k - k)) : 0;
-  ptx::cp_async_16(tokens + row * kTokenBytes + ((chunk ^ (row & 7)) << 4),
-                   a.xq + int64_t(min(m0 + row, a.m - 1)) * a.x_stride + (bytes > 0 ? k : 0), bytes);
-}
 
 __device__ __forceinline__ float stored_value(const void* values, ScaleType type, int64_t at) {
   return type == ScaleType::kF32 ? __ldg(static_cast<const float*>(values) + at)
