@@ -17,26 +17,22 @@ import torch
 from torch import Tensor
 
 from . import _C
+from ._library import register_rules, vmap_rows
 from .checks import DTYPE_CODES, check_features, check_input, check_out_dtype, check_static
 from .eager import is_plain
 from .epilogues import epilogue_code
 from .native import ALIGNMENT, pack_w8, run_native, unpack_w8
-from .prepared import Prepared, effective_weight, input_gradient, scheme_from_key, scheme_key
+from .packed import GROUPED, PackedLayer, codebook_tensor, group_count
+from .prepared import effective_weight, input_gradient, scheme_from_key
 from .scheme import MAX_INTEGER_K, Scheme
 
 __all__ = ["PreparedPacked", "register_operators"]
 
+_CPU = torch.device("cpu")
 _num_threads = torch.get_num_threads
 _new_empty = Tensor.new_empty
 _dtype_code = DTYPE_CODES.get
 _strided = torch.strided
-
-_GROUPED = {"weight_scale": "packed_scale", "weight_zero_point": "packed_zero_point", "weight_min": "packed_min"}
-"""What belongs to groups: its canonical name ``[N, G]`` and its packed one ``[ceil(N / 64) * G * 64]``."""
-
-
-def _groups(scheme: Scheme, features: int) -> int:
-    return max(1, -(-features // scheme.resolve_group_size(features)))
 
 
 def _op(scheme: Scheme) -> str:
@@ -49,7 +45,7 @@ def _op(scheme: Scheme) -> str:
 def _pack(canonical: Mapping[str, Tensor], scheme: Scheme, features: int) -> dict[str, Tensor]:
     """The resident form of canonical tensors on the CPU, or their shapes on the meta device."""
     weight = canonical["weight"]
-    rows, groups = weight.shape[0], _groups(scheme, features)
+    rows, groups = weight.shape[0], group_count(scheme, features)
     meta = weight.device.type == "meta"
     packed: dict[str, Tensor] = {}
     if scheme.weight_bits == 8:
@@ -62,7 +58,7 @@ def _pack(canonical: Mapping[str, Tensor], scheme: Scheme, features: int) -> dic
         if not meta:
             address = packed["packed"].data_ptr()
             _C.pack_w4(weight.contiguous().data_ptr(), rows, features, address, _num_threads())
-    for name, own in _GROUPED.items():
+    for name, own in GROUPED.items():
         tensor = canonical.get(name)
         if tensor is None:
             continue
@@ -89,9 +85,9 @@ def _unpack(packed: Mapping[str, Tensor | None], scheme: Scheme, rows: int, feat
         if device.type == "cpu":
             target = canonical["weight"].data_ptr()
             _C.unpack_w4(codes.data_ptr(), rows, features, target, _num_threads())
-    groups = _groups(scheme, features)
+    groups = group_count(scheme, features)
     shape = (rows,) if scheme.weight_granularity == "per_channel" else (rows, groups)
-    for name, own in _GROUPED.items():
+    for name, own in GROUPED.items():
         tensor = packed.get(own)
         if tensor is None:
             continue
@@ -106,12 +102,6 @@ def _unpack(packed: Mapping[str, Tensor | None], scheme: Scheme, rows: int, feat
 
 
 # -- the binding ----------------------------------------------------------------------------------------------------
-
-
-@functools.lru_cache(maxsize=64)
-def _codebook(entries: tuple[float, ...]) -> Tensor:
-    """Kept for good: native objects borrow its address."""
-    return torch.tensor(entries, dtype=torch.float32)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -145,7 +135,7 @@ def _native(
         )
     if scheme.weight_bits == 8:
         return _C.LinearW8A16(packed, scale, bias, rows, features, smooth, function)
-    book = 0 if scheme.codebook is None else _codebook(scheme.codebook).data_ptr()
+    book = 0 if scheme.codebook is None else codebook_tensor(scheme.codebook, _CPU).data_ptr()
     return _C.LinearW4A16(
         packed, scale, zero_point, low, scale_code, book, bias, rows, features, group, smooth, function
     )
@@ -155,19 +145,9 @@ def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-class PreparedPacked(Prepared):
+class PreparedPacked(PackedLayer):
     """A layer whose weights lie in the packed layout of the CPU kernels; see the head of this file."""
 
-    names = (
-        "packed",
-        "packed_scale",
-        "packed_zero_point",
-        "packed_min",
-        "bias",
-        "act_scale",
-        "act_zero_point",
-        "inv_smooth",
-    )
     fuses = True
 
     @classmethod
@@ -185,30 +165,24 @@ class PreparedPacked(Prepared):
         return ""
 
     @classmethod
-    def from_canonical(
-        cls, canonical: Mapping[str, Tensor], scheme: Scheme, in_features: int, reason: str = ""
-    ) -> PreparedPacked:
-        """Packs the weight and what belongs to its groups."""
-        tensors: dict[str, Tensor | None] = {"bias": None, **_pack(canonical, scheme, in_features)}
-        tensors.update((name, tensor) for name, tensor in canonical.items() if name in cls.names)
-        return cls(tensors, scheme, in_features, canonical["weight"].shape[0], reason)
+    def pack(cls, canonical: Mapping[str, Tensor], scheme: Scheme, in_features: int) -> dict[str, Tensor]:
+        """See the base class."""
+        return _pack(canonical, scheme, in_features)
+
+    def unpack(self) -> dict[str, Tensor]:
+        """See the base class."""
+        return _unpack(self.tensors, self.scheme, self.out_features, self.in_features)
 
     def __init__(
         self, tensors: Mapping[str, Any], scheme: Scheme, in_features: int, out_features: int, reason: str = ""
     ) -> None:
         super().__init__(tensors, scheme, in_features, out_features, reason)
-        self._key = scheme_key(scheme)  # here, since tracing does not follow json
         self.moved()
 
     @property
     def kernel(self) -> str:
         """The operation and the tier of instructions in use: ``"w4a8.avx2"``."""
         return f"{_op(self.scheme)}.{_C.info()['isa']}"
-
-    @property
-    def device(self) -> torch.device:
-        """Where the packed weight is."""
-        return self.tensors["packed"].device
 
     def moved(self) -> None:
         """Forget the object that borrows addresses."""
@@ -269,35 +243,6 @@ class PreparedPacked(Prepared):
                 return out
         return self.around(x)
 
-    def product(self, x: Tensor, tensors: Mapping[str, Tensor | None], out_dtype: torch.dtype | None) -> Tensor:
-        """Through ``torch.ops.qkernels.linear_packed``."""
-        return torch.ops.qkernels.linear_packed(
-            x,
-            *(tensors.get(name) for name in self.names),
-            self._key,
-            self.out_features,
-            self.in_features,
-            out_dtype,
-        )
-
-    def weight_of(self, tensors: Mapping[str, Tensor | None], dtype: torch.dtype) -> Tensor:
-        """Through ``torch.ops.qkernels.dequantize_packed``."""
-        return torch.ops.qkernels.dequantize_packed(
-            *(tensors.get(name) for name in self.names[:4]),
-            tensors.get("inv_smooth"),
-            self._key,
-            self.out_features,
-            self.in_features,
-            dtype,
-        )
-
-    def canonical(self) -> dict[str, Tensor]:
-        """Unpacks; the small tensors are the resident ones."""
-        resident = self.resident()
-        canonical = _unpack(resident, self.scheme, self.out_features, self.in_features)
-        canonical.update((name, tensor) for name, tensor in resident.items() if not name.startswith("packed"))
-        return canonical
-
     def load(self, canonical: Mapping[str, Tensor]) -> None:
         """Packs into the resident memory."""
         merged = {name: tensor.detach().to(self.device) for name, tensor in {**self.canonical(), **canonical}.items()}
@@ -309,7 +254,7 @@ class PreparedPacked(Prepared):
 
 
 def _sizes_fit(resident: Mapping[str, Tensor], scheme: Scheme, rows: int, features: int) -> bool:
-    elements = rows if scheme.weight_bits == 8 else _C.packed_group_elements(rows, _groups(scheme, features))
+    elements = rows if scheme.weight_bits == 8 else _C.packed_group_elements(rows, group_count(scheme, features))
     codes = _C.packed_w8_bytes(rows, features) if scheme.weight_bits == 8 else _C.packed_w4_bytes(rows, features)
     sizes = {"packed": codes, "bias": rows, "inv_smooth": features, "act_scale": 1, "act_zero_point": 1}
     return all(tensor.numel() == sizes.get(name, elements) for name, tensor in resident.items())
@@ -411,13 +356,6 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return (input_gradient(grad, weight, ctx.dtype), *(None,) * 12)
 
 
-def _vmap(info: Any, in_dims: tuple[int | None, ...], x: Tensor, *rest: Any) -> tuple[Tensor, int]:
-    """Batching over the input alone: any leading dimension is more rows."""
-    if any(dim is not None for dim in in_dims[1:]):
-        raise ValueError(f"linear_packed: expected vmap over the input alone, got in_dims {in_dims}")
-    return torch.ops.qkernels.linear_packed(x.movedim(in_dims[0] or 0, 0), *rest), 0
-
-
 def register_operators(library: torch.library.Library) -> None:
     """Define ``torch.ops.qkernels.linear_packed`` and ``dequantize_packed``."""
     packed = "Tensor packed, Tensor packed_scale, Tensor? packed_zero_point, Tensor? packed_min"
@@ -432,6 +370,4 @@ def register_operators(library: torch.library.Library) -> None:
     library.impl("dequantize_packed", _dequantize_packed, "CPU")
     torch.library.register_fake("qkernels::linear_packed", _linear_packed_fake, lib=library)
     torch.library.register_fake("qkernels::dequantize_packed", _dequantize_packed_fake, lib=library)
-    torch.library.register_autograd("qkernels::linear_packed", _backward, setup_context=_setup, lib=library)
-    if hasattr(torch.library, "register_vmap"):
-        torch.library.register_vmap("qkernels::linear_packed", _vmap, lib=library)
+    register_rules(library, "linear_packed", backward=_backward, setup=_setup, vmap=vmap_rows("linear_packed"))

@@ -12,6 +12,7 @@ from torch.autograd import forward_ad
 
 from . import _C
 from .checks import DTYPE_CODES, check_static
+from .eager import autocast, dispatch_modes, jit_trace
 from .epilogues import epilogue_code
 from .native import ALIGNMENT, native_linear_w8a8, pack_w8, run_native, unpack_w8
 from .prepared import Prepared, function_transform
@@ -21,11 +22,6 @@ __all__ = ["PreparedW8A8"]
 
 _CPU = torch.device("cpu")
 
-# Is anything between a call and the kernel that a direct call would go around?  Each is a cheap question to torch;
-# where a release of torch does not know it, the dispatcher serves every call.
-_dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
-_jit_trace = getattr(torch._C, "_get_tracing_state", lambda: True)
-_autocast = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
 _strided = torch.strided
 _dtype_code = DTYPE_CODES.get
 _num_threads = torch.get_num_threads
@@ -190,6 +186,7 @@ class PreparedW8A8(Prepared):
 
     def native(self) -> Any:
         """The native call for what is resident now, a bound method of ``_C.LinearW8A8``; None where there is none."""
+        # Written out in `run` once more: this call would cost it 0.2 of its 2.9 microseconds.
         tensors = self.tensors
         packed, colsum, scale, bias, more, native, *_ = self._binding
         if (
@@ -204,15 +201,15 @@ class PreparedW8A8(Prepared):
 
     def run(self, x: Tensor) -> Tensor:
         """See :meth:`Prepared.run`.  Plain eager calls go straight to the binding."""
-        # What follows costs as much as a small product: every line was timed.
+        # What follows costs as much as a small product, so is_plain is written out and every line was timed.
         if (
             type(x) is Tensor
             and x.is_cpu
             and not x.requires_grad
-            and not _dispatch_modes()
+            and not dispatch_modes()
             and function_transform() is None
-            and _jit_trace() is None
-            and not _autocast()
+            and jit_trace() is None
+            and not autocast()
             and forward_ad._current_level < 0
         ):
             tensors = self.tensors

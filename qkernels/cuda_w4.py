@@ -21,8 +21,8 @@ from .checks import DTYPE_CODES, check_input, check_out_dtype
 from .cpu_packed import PreparedPacked
 from .cuda import _address, _cuda, _on, _stream, capability, quantize_rows, unavailable
 from .eager import is_plain
-from .epilogues import apply_epilogue
-from .prepared import Prepared, effective_weight, scheme_from_key, scheme_key
+from .packed import GROUPED, PackedLayer, codebook_tensor, group_count
+from .prepared import effective_weight, scheme_from_key
 from .scheme import Scheme
 
 __all__ = [
@@ -51,8 +51,6 @@ _SLICE_BYTES = 32 << 20
 _SLICE_ROWS = 128
 _ORDERS = {None: 0, 8: 1}
 """``W4Order`` of ``csrc/cuda/w4.h``, by the bits of activations."""
-
-_GROUPED = {"weight_scale": "packed_scale", "weight_zero_point": "packed_zero_point", "weight_min": "packed_min"}
 
 Weight = tuple[int, ...]
 """Addresses of packed, scale, zero point, minimum and codebook; scale dtype code; order; N, K, group."""
@@ -99,20 +97,10 @@ def _unpack_groups(packed: Tensor, shape: tuple[int, ...]) -> Tensor:
     return wide[:, : shape[0]].t().reshape(shape).contiguous()
 
 
-@functools.lru_cache(maxsize=64)
-def _codebook(entries: tuple[float, ...], device: torch.device) -> Tensor:
-    """Kept for good: launches borrow its address."""
-    return torch.tensor(entries, dtype=torch.float32).to(device)
-
-
-def _groups(scheme: Scheme, features: int) -> int:
-    return max(1, -(-features // scheme.resolve_group_size(features)))
-
-
 def _describe(tensors: Mapping[str, Tensor | None], scheme: Scheme, rows: int, features: int) -> Weight:
     """What the binding is told of a weight."""
     packed, scale = cast(Tensor, tensors["packed"]), cast(Tensor, tensors["packed_scale"])
-    book = 0 if scheme.codebook is None else _codebook(scheme.codebook, packed.device).data_ptr()
+    book = 0 if scheme.codebook is None else codebook_tensor(scheme.codebook, packed.device).data_ptr()
     return (
         packed.data_ptr(),
         scale.data_ptr(),
@@ -326,21 +314,12 @@ def linear_w4a8(
 # -- layers -----------------------------------------------------------------------------------------------------------
 
 
-def _resident(canonical: Mapping[str, Tensor], scheme: Scheme, features: int) -> dict[str, Tensor]:
-    """The packed tensors that canonical ones become."""
-    packed = {"packed": pack_w4(canonical["weight"].contiguous(), features, _ORDERS[scheme.activation_bits])}
-    for name, own in _GROUPED.items():
-        if name in canonical:
-            packed[own] = _pack_groups(canonical[name])
-    return packed
-
-
 def _canonical(tensors: Mapping[str, Tensor | None], scheme: Scheme, rows: int, features: int) -> dict[str, Tensor]:
-    """The other way round."""
+    """The canonical tensors that :meth:`PreparedCudaW4.pack` packed."""
     codes = cast(Tensor, tensors["packed"])
     canonical = {"weight": unpack_w4(codes, rows, features, _ORDERS[scheme.activation_bits])}
-    shape = (rows,) if scheme.weight_granularity == "per_channel" else (rows, _groups(scheme, features))
-    for name, own in _GROUPED.items():
+    shape = (rows,) if scheme.weight_granularity == "per_channel" else (rows, group_count(scheme, features))
+    for name, own in GROUPED.items():
         if (tensor := tensors.get(own)) is not None:
             canonical[name] = _unpack_groups(tensor, shape)
     return canonical
@@ -357,13 +336,11 @@ def _run(
     return linear_w4a8(x, weight, bias, tensors.get("act_scale"), smooth, dtype)
 
 
-class PreparedCudaW4(Prepared):
+class PreparedCudaW4(PackedLayer):
     """4-bit weights on a GPU, by the CUDA kernels.
 
     Resident: the packed codes, what belongs to their groups transposed, and the small canonical tensors.
     """
-
-    names = PreparedPacked.names
 
     @classmethod
     def objection(cls, scheme: Scheme, in_features: int, out_features: int, device: torch.device) -> str:
@@ -382,31 +359,24 @@ class PreparedCudaW4(Prepared):
         return unavailable(device)
 
     @classmethod
-    def from_canonical(
-        cls, canonical: Mapping[str, Tensor], scheme: Scheme, in_features: int, reason: str = ""
-    ) -> PreparedCudaW4:
-        """Packs the weight and what belongs to its groups."""
-        tensors: dict[str, Any] = {"bias": None, **_resident(canonical, scheme, in_features)}
-        tensors.update((name, tensor) for name, tensor in canonical.items() if name in cls.names)
+    def pack(cls, canonical: Mapping[str, Tensor], scheme: Scheme, in_features: int) -> dict[str, Tensor]:
+        """See the base class."""
+        packed = {"packed": pack_w4(canonical["weight"].contiguous(), in_features, _ORDERS[scheme.activation_bits])}
+        for name, own in GROUPED.items():
+            if name in canonical:
+                packed[own] = _pack_groups(canonical[name])
         if scheme.codebook is not None:  # here: a copy to the device has no place in a CUDA graph
-            _codebook(scheme.codebook, tensors["packed"].device)
-        return cls(tensors, scheme, in_features, canonical["weight"].shape[0], reason)
+            codebook_tensor(scheme.codebook, packed["packed"].device)
+        return packed
 
-    def __init__(
-        self, tensors: Mapping[str, Any], scheme: Scheme, in_features: int, out_features: int, reason: str = ""
-    ) -> None:
-        super().__init__(tensors, scheme, in_features, out_features, reason)
-        self._key = scheme_key(scheme)  # here, since tracing does not follow json
+    def unpack(self) -> dict[str, Tensor]:
+        """See the base class."""
+        return _canonical(self.tensors, self.scheme, self.out_features, self.in_features)
 
     @property
     def kernel(self) -> str:
         """``"w4a16.cuda.sm"`` and the compute capability."""
         return f"w4a{self.scheme.activation_bits or 16}.cuda.sm{capability(self.device.index or 0)}"
-
-    @property
-    def device(self) -> torch.device:
-        """Where the packed weight is."""
-        return self.tensors["packed"].device
 
     def run(self, x: Tensor) -> Tensor:
         """See :meth:`Prepared.run`.  Plain eager calls go straight to the binding."""
@@ -422,38 +392,8 @@ class PreparedCudaW4(Prepared):
                 and x.layout is torch.strided
                 and packed.data_ptr() % 16 == 0
             ):
-                y = _run(x, tensors, self.scheme, self.out_features, self.in_features, x.dtype)
-                return y if self.epilogue is None else apply_epilogue(y, self.epilogue)
+                return self.finished(_run(x, tensors, self.scheme, self.out_features, self.in_features, x.dtype))
         return self.around(x)
-
-    def product(self, x: Tensor, tensors: Mapping[str, Tensor | None], out_dtype: torch.dtype | None) -> Tensor:
-        """Through ``torch.ops.qkernels.linear_packed``."""
-        return torch.ops.qkernels.linear_packed(
-            x,
-            *(tensors.get(name) for name in self.names),
-            self._key,
-            self.out_features,
-            self.in_features,
-            out_dtype,
-        )
-
-    def weight_of(self, tensors: Mapping[str, Tensor | None], dtype: torch.dtype) -> Tensor:
-        """Through ``torch.ops.qkernels.dequantize_packed``."""
-        return torch.ops.qkernels.dequantize_packed(
-            *(tensors.get(name) for name in self.names[:4]),
-            tensors.get("inv_smooth"),
-            self._key,
-            self.out_features,
-            self.in_features,
-            dtype,
-        )
-
-    def canonical(self) -> dict[str, Tensor]:
-        """Unpacks; the small tensors are the resident ones."""
-        resident = self.resident()
-        canonical = _canonical(resident, self.scheme, self.out_features, self.in_features)
-        canonical.update((name, tensor) for name, tensor in resident.items() if not name.startswith("packed"))
-        return canonical
 
     def load(self, canonical: Mapping[str, Tensor]) -> None:
         """Packs into the resident memory."""
@@ -462,8 +402,8 @@ class PreparedCudaW4(Prepared):
                 if name == "weight":
                     codes = tensor.detach().to(self.device).contiguous()
                     pack_w4(codes, self.in_features, _ORDERS[self.scheme.activation_bits], self.tensors["packed"])
-                elif name in _GROUPED:
-                    own = self.tensors[_GROUPED[name]]
+                elif name in GROUPED:
+                    own = self.tensors[GROUPED[name]]
                     own.copy_(_pack_groups(tensor.detach().to(self.device)))
                 else:
                     self.tensors[name].copy_(tensor)
@@ -482,7 +422,7 @@ def _checked(given: Mapping[str, Tensor | None], scheme: Scheme, rows: int, feat
     objection = PreparedCudaW4.objection(scheme, features, rows, device)
     if objection:
         raise ValueError(f"packed: {objection}")
-    groups = _groups(scheme, features) * _cuda.w4_group_pitch(rows)
+    groups = group_count(scheme, features) * _cuda.w4_group_pitch(rows)
     sizes = {"packed": _cuda.packed_w4_bytes(rows, features), "bias": rows, "inv_smooth": features}
     sizes |= {"act_scale": 1, "act_zero_point": 1}
     tensors: dict[str, Tensor | None] = {}
@@ -507,7 +447,7 @@ def _linear_packed(x: Tensor, *rest: Any) -> Tensor:
     check_input(x, features, given[0].device, "x")
     check_out_dtype(out_dtype)
     scheme = scheme_from_key(key)
-    tensors = _checked(dict(zip(PreparedPacked.names, given, strict=True)), scheme, rows, features)
+    tensors = _checked(dict(zip(PackedLayer.names, given, strict=True)), scheme, rows, features)
     return _run(x, tensors, scheme, rows, features, out_dtype or x.dtype)
 
 
@@ -515,7 +455,7 @@ def _dequantize_packed(*rest: Any) -> Tensor:
     """``torch.ops.qkernels.dequantize_packed`` on CUDA tensors."""
     *given, smooth, key, rows, features, dtype = rest
     scheme = scheme_from_key(key)
-    tensors = _checked(dict(zip(PreparedPacked.names[:4], given, strict=True)), scheme, rows, features)
+    tensors = _checked(dict(zip(PackedLayer.names[:4], given, strict=True)), scheme, rows, features)
     if smooth is None:
         weight = _describe(tensors, scheme, rows, features)
         return dequantize_w4(weight, 0, rows, dtype, cast(Tensor, tensors["packed"]).device)

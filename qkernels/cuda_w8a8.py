@@ -7,20 +7,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from . import cuda
 from .checks import DTYPE_CODES, check_input, check_out_dtype
 from .cpu_w8a8 import PreparedW8A8
-from .epilogues import apply_epilogue
-from .prepared import Prepared, effective_weight, function_transform
+from .eager import is_plain
+from .prepared import Prepared, effective_weight
 from .scheme import MAX_INTEGER_K, Scheme
 
 __all__ = ["PreparedCudaW8A8", "register_operators"]
-
-_dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
-_jit_trace = getattr(torch._C, "_get_tracing_state", lambda: True)
-_autocast = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
 
 
 def _require(name: str, tensor: Tensor | None, dtype: torch.dtype, numel: int, device: torch.device) -> None:
@@ -135,16 +130,7 @@ class PreparedCudaW8A8(Prepared):
 
     def run(self, x: Tensor) -> Tensor:
         """See :meth:`Prepared.run`.  Plain eager calls go straight to the binding."""
-        if (
-            type(x) is Tensor
-            and x.is_cuda
-            and not x.requires_grad
-            and not _dispatch_modes()
-            and function_transform() is None
-            and _jit_trace() is None
-            and not _autocast()
-            and forward_ad._current_level < 0
-        ):
+        if is_plain(x) and x.is_cuda:
             tensors = self.tensors
             packed, scale = tensors["packed"], tensors["weight_scale"]
             if (
@@ -170,7 +156,7 @@ class PreparedCudaW8A8(Prepared):
                     get("inv_smooth"),
                     x.dtype,
                 )
-                return y if self.epilogue is None else apply_epilogue(y, self.epilogue)
+                return self.finished(y)
         return self.around(x)
 
     def product(self, x: Tensor, tensors: Mapping[str, Tensor | None], out_dtype: torch.dtype | None) -> Tensor:

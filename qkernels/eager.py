@@ -8,12 +8,12 @@ from torch.autograd import forward_ad
 
 from .prepared import function_transform
 
-__all__ = ["is_plain"]
+__all__ = ["autocast", "dispatch_modes", "is_plain", "jit_trace"]
 
 # Where a release of torch does not know one of these questions, the dispatcher serves every call.
-_dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
-_jit_trace = getattr(torch._C, "_get_tracing_state", lambda: True)
-_autocast = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
+dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
+jit_trace = getattr(torch._C, "_get_tracing_state", lambda: True)
+autocast = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
 
 
 def is_plain(x: Tensor) -> bool:
@@ -21,9 +21,9 @@ def is_plain(x: Tensor) -> bool:
     return (
         type(x) is Tensor
         and not x.requires_grad
-        and not _dispatch_modes()
+        and not dispatch_modes()
         and function_transform() is None
-        and _jit_trace() is None
-        and not _autocast()
+        and jit_trace() is None
+        and not autocast()
         and forward_ad._current_level < 0
     )

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from . import _C
+from ._library import register_rules
 from .checks import DTYPE_CODES, check_out_dtype
 
 __all__ = ["EPILOGUES", "apply_epilogue", "check_epilogue", "epilogue_code", "epilogue_of", "register_operators"]
@@ -34,14 +35,14 @@ _TORCH: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def check_epilogue(name: object, argument: str = "epilogue") -> str | None:
+def check_epilogue(name: object) -> str | None:
     """``name`` itself where it is None or the name of an epilogue.
 
     Raises:
         ValueError: it is neither.
     """
     if name is not None and name not in EPILOGUES:
-        raise ValueError(f"{argument}: expected None or one of {', '.join(EPILOGUES)}, got {name!r}")
+        raise ValueError(f"epilogue: expected None or one of {', '.join(EPILOGUES)}, got {name!r}")
     return name  # type: ignore[return-value]
 
 
@@ -154,6 +155,4 @@ def register_operators(library: torch.library.Library) -> None:
     library.impl("epilogue", _epilogue, "CPU")
     library.impl("epilogue", _epilogue_elsewhere, "CompositeExplicitAutograd")
     torch.library.register_fake("qkernels::epilogue", _fake, lib=library)
-    torch.library.register_autograd("qkernels::epilogue", _backward, setup_context=_setup, lib=library)
-    if hasattr(torch.library, "register_vmap"):
-        torch.library.register_vmap("qkernels::epilogue", _vmap, lib=library)
+    register_rules(library, "epilogue", backward=_backward, setup=_setup, vmap=_vmap)

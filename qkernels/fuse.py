@@ -143,15 +143,16 @@ class _Family:
             for name, child in parent._modules.items():
                 self._parents.setdefault(id(child), []).append((parent, name))
         self._model = model
+        self._graphs: dict[int, list[fx.Graph]] = {}
 
     def pairs(self, parent: nn.Module) -> list[_Pair]:
         """The children of ``parent`` that can be fused."""
-        own = {name: child for name, child in parent._modules.items() if child is not None and self._single(child)}
+        own = {name: child for name, child in parent._modules.items() if child is not None and self._separable(child)}
         linears = [name for name, child in own.items() if isinstance(child, QuantLinear) and not child.epilogue]
         activations = [name for name, child in own.items() if epilogue_of(child) is not None]
         if not linears or not activations or not self._called_as_a_whole(parent):
             return []
-        graphs = _traces(parent)
+        graphs = self._traced(parent)
         return [
             _Pair(parent, linear, activation)
             for linear in linears
@@ -164,7 +165,7 @@ class _Family:
         own = {
             name: child
             for name, child in parent._modules.items()
-            if type(child) is QuantLinear and child._group is None and len(self._parents[id(child)]) == 1
+            if type(child) is QuantLinear and child._group is None and self._in_one_place(child)
         }
         groups = [[own[name] for name in names] for names in readers(parent, list(own))]
         return [
@@ -173,16 +174,25 @@ class _Family:
             if type(members[0]._prepared) is PreparedW8A8 and all(compatible(members[0], m) for m in members[1:])
         ]
 
-    def _single(self, child: nn.Module) -> bool:
+    def _in_one_place(self, child: nn.Module) -> bool:
+        return len(self._parents[id(child)]) == 1
+
+    def _separable(self, child: nn.Module) -> bool:
         hooked = any((child._forward_hooks, child._forward_pre_hooks, child._backward_hooks, child._backward_pre_hooks))
-        return not hooked and len(self._parents[id(child)]) == 1
+        return not hooked and self._in_one_place(child)
+
+    def _traced(self, module: nn.Module) -> list[fx.Graph]:
+        """:func:`_traces`, once for all that ask: a container may be the parent of many."""
+        if id(module) not in self._graphs:
+            self._graphs[id(module)] = _traces(module)
+        return self._graphs[id(module)]
 
     def _called_as_a_whole(self, module: nn.Module) -> bool:
         """Whether nobody calls the children of a container past its ``forward``."""
         if module is self._model or not isinstance(module, nn.Sequential):
             return not isinstance(module, (nn.ModuleList, nn.ModuleDict))
         for parent, name in self._parents[id(module)]:
-            graphs = _traces(parent)
+            graphs = self._traced(parent)
             targets = {str(node.target) for graph in graphs for node in graph.nodes if node.op == "call_module"}
             if not graphs or any(target.startswith(f"{name}.") for target in targets):
                 return False

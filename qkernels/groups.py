@@ -8,6 +8,7 @@ form a group is read from the source of their parent's ``forward`` (:func:`reade
 from __future__ import annotations
 
 import ast
+import functools
 import inspect
 import textwrap
 import threading
@@ -111,28 +112,23 @@ class InputGroup:
         return first
 
     def _current(self) -> list[Any] | None:
-        """The native calls of all members, which ``self._run`` joins; None where one of them has none."""
-        natives = []
+        """The native calls of all members, which ``self._run`` joins; None where they cannot be joined."""
+        members, natives = [], []
         for reference in self._members:
             member = None if reference is None else reference()
             prepared = None if member is None else member._prepared
             native = prepared.native() if type(prepared) is PreparedW8A8 else None
-            if native is None:
+            if member is None or native is None:
                 return None
+            members.append(member)
             natives.append(native)
         if natives != self._natives:
-            if not self._agree():
+            if not all(compatible(members[0], member) for member in members[1:]):
                 return None
             self._run = _C.LinearW8A8Group([native.__self__ for native in natives]).run
-            self._rows = [reference().out_features for reference in self._members]  # type: ignore[misc, union-attr]
+            self._rows = [member.out_features for member in members]
             self._natives = natives
         return natives
-
-    def _agree(self) -> bool:
-        """Whether the members quantize alike now."""
-        members = [reference() for reference in self._members if reference is not None]
-        first = members[0]
-        return first is not None and all(m is not None and compatible(first, m) for m in members[1:])
 
 
 def compatible(one: QuantLinear, other: QuantLinear) -> bool:
@@ -163,21 +159,15 @@ def readers(parent: nn.Module, names: Sequence[str]) -> list[list[str]]:
         Groups of two or more names in the order of their calls.  Each child is called once in the whole function, the
         calls of a group stand in one block, and from the first to the last of them the variable is only looked at.
     """
-    if "forward" in parent.__dict__ or not names:
-        return []
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(type(parent).forward)))
-    except (OSError, TypeError, SyntaxError):
-        return []
-    function = tree.body[0]
-    if not isinstance(function, ast.FunctionDef) or not function.args.args:
+    function = None if "forward" in parent.__dict__ or len(names) < 2 else _parsed(type(parent).forward)
+    if function is None or not function.args.args:
         return []
     own = function.args.args[0].arg
-    calls = [_call(node, own) for node in ast.walk(tree)]
+    calls = [_call(node, own) for node in ast.walk(function)]
     counts = [call[0] for call in calls if call is not None]
-    once = {name for name in names if counts.count(name) == 1 and _mentions(tree, name) == 1}
+    once = {name for name in names if counts.count(name) == 1 and _mentions(function, name) == 1}
     groups = []
-    for block in _blocks(tree):
+    for block in _blocks(function):
         found: dict[str, list[tuple[int, str]]] = {}
         for index, statement in enumerate(block):
             if any(isinstance(node, _NOT_ONCE) for node in _below(statement)):
@@ -191,6 +181,16 @@ def readers(parent: nn.Module, names: Sequence[str]) -> list[list[str]]:
             if len(members) > 1 and _only_read(block[first : last + 1], variable, own):
                 groups.append([name for _, name in members])
     return groups
+
+
+@functools.lru_cache(maxsize=256)
+def _parsed(function: Any) -> ast.FunctionDef | None:
+    """Its source as a tree, read once for all the layers of a model; None where there is no such source."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    except (OSError, TypeError, SyntaxError):
+        return None
+    return tree.body[0] if isinstance(tree.body[0], ast.FunctionDef) else None
 
 
 _NOT_ONCE = (

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from . import _C, reference
+from ._library import register_rules, vmap_rows
 from .backends import Prepared, prepare, register
 from .checks import check_features, check_input, check_out_dtype, check_static
 from .native import ALIGNMENT, native_linear_w8a8, pack_w8, run_native, unpack_w8
@@ -289,24 +290,11 @@ def _backward_quantized(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return (input_gradient(grad, weight, ctx.dtype), *(None,) * 11)
 
 
-def _vmap_rows(name: str) -> Any:
-    """Batching over the input alone: any leading dimension is more rows."""
-
-    def rule(info: Any, in_dims: tuple[int | None, ...], x: Tensor, *rest: Any) -> tuple[Tensor, int]:
-        if any(dim is not None for dim in in_dims[1:]):
-            raise ValueError(f"{name}: expected vmap over the input alone, got in_dims {in_dims}")
-        return getattr(torch.ops.qkernels, name)(x.movedim(in_dims[0] or 0, 0), *rest), 0
-
-    return rule
-
-
 for _name, _backward, _setup in (
     ("linear_w8a8", _backward_w8a8, _setup_w8a8),
     ("linear_quantized", _backward_quantized, _setup_quantized),
 ):
-    torch.library.register_autograd(f"qkernels::{_name}", _backward, setup_context=_setup, lib=_LIBRARY)
-    if hasattr(torch.library, "register_vmap"):
-        torch.library.register_vmap(f"qkernels::{_name}", _vmap_rows(_name), lib=_LIBRARY)
+    register_rules(_LIBRARY, _name, backward=_backward, setup=_setup, vmap=vmap_rows(_name))
 
 
 # -- 4-bit weights, and floating-point activations ------------------------------------------------------------------

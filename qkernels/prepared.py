@@ -158,6 +158,10 @@ class Prepared(ABC):
         y = self.product(x, tensors, torch.float32 if self.fuses else None)
         return torch.ops.qkernels.epilogue(y, self.epilogue, x.dtype)
 
+    def finished(self, y: Tensor) -> Tensor:
+        """The output of a kernel that does not fuse, through the epilogue in torch's own words."""
+        return y if self.epilogue is None else apply_epilogue(y, self.epilogue)
+
     def around(self, x: Tensor) -> Tensor:
         """:meth:`run` for whatever a direct call would go around: gradients, function transforms, modes, subclasses."""
         if function_transform() is not None or forward_ad._current_level >= 0:
@@ -239,5 +243,4 @@ def through_transforms(x: Tensor, prepared: Prepared) -> Tensor:
     """``prepared.run(x)`` under ``torch.func`` transforms or forward mode."""
     x = autocast_input(x)
     check_input(x, prepared.in_features, prepared.device)
-    y = _Transformable.apply(x, prepared)
-    return y if prepared.epilogue is None else apply_epilogue(y, prepared.epilogue)
+    return prepared.finished(_Transformable.apply(x, prepared))

@@ -6,22 +6,16 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from .. import cuda
 from ..backends import PreparedReference
 from ..checks import DTYPE_CODES
 from ..cpu_w8a8 import PreparedW8A8
-from ..epilogues import apply_epilogue
-from ..prepared import function_transform
+from ..eager import is_plain
 from ..scheme import Scheme
 from . import available
 
 __all__ = ["PreparedTritonW8A8"]
-
-_dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
-_jit_trace = getattr(torch._C, "_get_tracing_state", lambda: True)
-_autocast = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
 
 
 class PreparedTritonW8A8(PreparedReference):
@@ -62,20 +56,13 @@ class PreparedTritonW8A8(PreparedReference):
     def run(self, x: Tensor) -> Tensor:
         """See :meth:`Prepared.run`.  Plain eager calls go to the Triton kernels."""
         if (
-            type(x) is Tensor
+            is_plain(x)
             and x.device == self.device
             and x.dtype in DTYPE_CODES
             and x.dim()
             and x.shape[-1] == self.in_features
-            and not x.requires_grad
-            and not _dispatch_modes()
-            and function_transform() is None
-            and _jit_trace() is None
-            and not _autocast()
-            and forward_ad._current_level < 0
         ):
-            y = self._launch(x)
-            return y if self.epilogue is None else apply_epilogue(y, self.epilogue)
+            return self.finished(self._launch(x))
         return self.around(x)
 
     def _launch(self, x: Tensor) -> Tensor:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import cuda, cuda_w4
+from .. import cuda
+from .._library import register_rules, vmap_rows
 from ..backends import PreparedReference
 from ..checks import check_features, check_input, check_out_dtype
 from ..cpu_packed import PreparedPacked
+from ..packed import codebook_tensor
 from ..prepared import input_gradient, scheme_from_key
 from ..scheme import Scheme
 from . import available
@@ -93,7 +95,7 @@ def _linear(
             group_size=scheme.resolve_group_size(features),
             weight_zero_point=None if zero_point is None else zero_point.contiguous(),
             weight_min=None if low is None else low.contiguous(),
-            codebook=None if scheme.codebook is None else cuda_w4._codebook(scheme.codebook, x.device),
+            codebook=None if scheme.codebook is None else codebook_tensor(scheme.codebook, x.device),
             out_dtype=out_dtype or x.dtype,
         )
     return y.view(*x.shape[:-1], weight.shape[0])
@@ -115,13 +117,6 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return (input_gradient(grad, weight, ctx.dtype), *(None,) * 9)
 
 
-def _vmap(info: Any, in_dims: tuple[int | None, ...], x: Tensor, *rest: Any) -> tuple[Tensor, int]:
-    """Batching over the input alone: any leading dimension is more rows."""
-    if any(dim is not None for dim in in_dims[1:]):
-        raise ValueError(f"linear_w4a16_triton: expected vmap over the input alone, got in_dims {in_dims}")
-    return cast(Tensor, torch.ops.qkernels.linear_w4a16_triton(x.movedim(in_dims[0] or 0, 0), *rest)), 0
-
-
 def register_operators(library: torch.library.Library) -> None:
     """Define ``torch.ops.qkernels.linear_w4a16_triton``."""
     library.define(
@@ -130,6 +125,5 @@ def register_operators(library: torch.library.Library) -> None:
     )
     library.impl("linear_w4a16_triton", _linear, "CUDA")
     torch.library.register_fake("qkernels::linear_w4a16_triton", _fake, lib=library)
-    torch.library.register_autograd("qkernels::linear_w4a16_triton", _backward, setup_context=_setup, lib=library)
-    if hasattr(torch.library, "register_vmap"):
-        torch.library.register_vmap("qkernels::linear_w4a16_triton", _vmap, lib=library)
+    rule = vmap_rows("linear_w4a16_triton")
+    register_rules(library, "linear_w4a16_triton", backward=_backward, setup=_setup, vmap=rule)

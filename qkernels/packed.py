@@ -1,0 +1,94 @@
+"""Layers over packed weights, whichever device packs them: what runs under ``torch.ops.qkernels.linear_packed``."""
+
+from __future__ import annotations
+
+import functools
+from abc import abstractmethod
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from .prepared import Prepared
+from .scheme import Scheme
+
+__all__ = ["GROUPED", "PackedLayer", "codebook_tensor", "group_count"]
+
+GROUPED = {"weight_scale": "packed_scale", "weight_zero_point": "packed_zero_point", "weight_min": "packed_min"}
+"""What belongs to groups: its canonical name, and that of its resident form."""
+
+
+def group_count(scheme: Scheme, features: int) -> int:
+    """Groups of a row, at least one."""
+    return max(1, -(-features // scheme.resolve_group_size(features)))
+
+
+@functools.cache
+def codebook_tensor(entries: tuple[float, ...], device: torch.device) -> Tensor:
+    """Float32 ``[16]``, kept for good: kernels borrow its address."""
+    return torch.tensor(entries, dtype=torch.float32).to(device)
+
+
+class PackedLayer(Prepared):
+    """A layer that holds its weight in the layout of its kernels, and the small canonical tensors as they are."""
+
+    names = (
+        "packed",
+        "packed_scale",
+        "packed_zero_point",
+        "packed_min",
+        "bias",
+        "act_scale",
+        "act_zero_point",
+        "inv_smooth",
+    )
+
+    @classmethod
+    @abstractmethod
+    def pack(cls, canonical: Mapping[str, Tensor], scheme: Scheme, in_features: int) -> dict[str, Tensor]:
+        """The packed tensors that canonical ones become."""
+
+    @abstractmethod
+    def unpack(self) -> dict[str, Tensor]:
+        """The canonical tensors that :meth:`pack` packed, without loss."""
+
+    @classmethod
+    def from_canonical(
+        cls, canonical: Mapping[str, Tensor], scheme: Scheme, in_features: int, reason: str = ""
+    ) -> PackedLayer:
+        """Packs the weight and what belongs to its groups."""
+        tensors: dict[str, Tensor | None] = {"bias": None, **cls.pack(canonical, scheme, in_features)}
+        tensors.update((name, tensor) for name, tensor in canonical.items() if name in cls.names)
+        return cls(tensors, scheme, in_features, canonical["weight"].shape[0], reason)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the packed weight is."""
+        return self.tensors["packed"].device
+
+    def product(self, x: Tensor, tensors: Mapping[str, Tensor | None], out_dtype: torch.dtype | None) -> Tensor:
+        """Through ``torch.ops.qkernels.linear_packed``."""
+        return torch.ops.qkernels.linear_packed(
+            x,
+            *(tensors.get(name) for name in self.names),
+            self.scheme_key,
+            self.out_features,
+            self.in_features,
+            out_dtype,
+        )
+
+    def weight_of(self, tensors: Mapping[str, Tensor | None], dtype: torch.dtype) -> Tensor:
+        """Through ``torch.ops.qkernels.dequantize_packed``."""
+        return torch.ops.qkernels.dequantize_packed(
+            *(tensors.get(name) for name in self.names[:4]),
+            tensors.get("inv_smooth"),
+            self.scheme_key,
+            self.out_features,
+            self.in_features,
+            dtype,
+        )
+
+    def canonical(self) -> dict[str, Tensor]:
+        """Unpacks; the small tensors are the resident ones."""
+        small = {name: tensor for name, tensor in self.resident().items() if not name.startswith("packed")}
+        return {**self.unpack(), **small}
