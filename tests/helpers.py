@@ -7,6 +7,11 @@ Python integers for the products, ``np.float32`` for every step of the arithmeti
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -284,3 +289,40 @@ def oracle_unpack(packed: Tensor, count: int) -> np.ndarray:
         byte = data[:, i // 2].astype(np.int64)
         out[:, i] = byte // 16 if i % 2 else byte % 16
     return out
+
+
+# -- what tests of several kernels ask ---------------------------------------------------------------------------------
+
+CODEBOOK = tuple((i - 7.3) * abs(i - 7.3) / 60 for i in range(16))
+W4_KINDS: dict[str, dict[str, object]] = {
+    "symmetric": {},
+    "zero point": {"weight_symmetric": False},
+    "minimum": {"weight_symmetric": False, "weight_zero": "float"},
+    "codebook": {"codebook": CODEBOOK},
+}
+"""Options of a 4-bit Scheme."""
+
+
+def run_in_interpreter(path: str) -> None:
+    """A test file again, in a process of its own: Triton's interpreter is chosen when triton is imported."""
+    file = Path(path).resolve()
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file)]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=file.parents[1])
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def assert_compiled_and_differentiated(prepared: Any, x: Tensor, wanted: Tensor, weight: Tensor) -> None:
+    """A layer's compiled call and its differentiable one give ``wanted``, and the gradient of their sum is the float
+    ``weight [N, K]``'s column sums."""
+    n, k = weight.shape
+    compiled = torch.compile(lambda t: prepared.call(t, prepared.tensors), fullgraph=True)
+    assert_bits_equal(compiled(x), wanted)
+    leaf = x.clone().requires_grad_()
+    y = prepared.run(leaf)
+    assert_bits_equal(y, wanted)
+    y.sum().backward()
+    assert leaf.grad is not None
+    # n products and sums in fp32 on both sides
+    expected = weight.sum(0).expand(x.shape[0], k)
+    torch.testing.assert_close(leaf.grad.cpu(), expected, rtol=n * 2.0**-23, atol=n * 2.0**-23)

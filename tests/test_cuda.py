@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import DTYPES, assert_bits_equal, hazard_rows, seeded, strided
+from helpers import DTYPES, assert_bits_equal, assert_compiled_and_differentiated, hazard_rows, seeded, strided
 
 from qkernels import cuda, ops, reference
 from qkernels.cuda_w8a8 import PreparedCudaW8A8
@@ -224,17 +224,8 @@ def test_layer_compiled_and_differentiated() -> None:
     scheme, n, k = Scheme(), 96, 64
     prepared, tensors = on_gpu(scheme, n, k), canonical(scheme, n, k)
     x = seeded(7, k)
-    wanted = reference.linear(x, tensors, scheme, k)
-    compiled = torch.compile(lambda t: prepared.call(t, prepared.tensors), fullgraph=True)
-    assert_bits_equal(compiled(x.to("cuda")), wanted)
-    leaf = x.to("cuda").requires_grad_()
-    y = prepared.run(leaf)
-    assert_bits_equal(y, wanted)
-    y.sum().backward()
-    weight = reference.dequantize_weight(tensors, scheme, k)
-    assert leaf.grad is not None
-    # n products and sums in fp32 on both sides
-    torch.testing.assert_close(leaf.grad.cpu(), weight.sum(0).expand(7, k), rtol=n * 2.0**-23, atol=n * 2.0**-23)
+    wanted, weight = reference.linear(x, tensors, scheme, k), reference.dequantize_weight(tensors, scheme, k)
+    assert_compiled_and_differentiated(prepared, x.to("cuda"), wanted, weight)
 
 
 @needs_gpu

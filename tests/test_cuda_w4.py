@@ -17,7 +17,15 @@ import itertools
 
 import pytest
 import torch
-from helpers import DTYPES, assert_bits_equal, hazard_rows, seeded, strided
+from helpers import (
+    DTYPES,
+    W4_KINDS,
+    assert_bits_equal,
+    assert_compiled_and_differentiated,
+    hazard_rows,
+    seeded,
+    strided,
+)
 from torch import Tensor
 
 from qkernels import cuda, cuda_w4, ops, reference
@@ -30,17 +38,10 @@ gpu = [
     pytest.mark.skipif(cuda._cuda is None, reason="this installation was built without the CUDA module"),
 ]
 STEP = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
-BOOK = tuple((i - 7.3) * abs(i - 7.3) / 60 for i in range(16))
-KINDS = {
-    "symmetric": {},
-    "zero point": {"weight_symmetric": False},
-    "minimum": {"weight_symmetric": False, "weight_zero": "float"},
-    "codebook": {"codebook": BOOK},
-}
 
 
 def scheme_of(kind: str, group: int | None, *, activation_bits: int | None = None, fp32: bool = False) -> Scheme:
-    options = dict(KINDS[kind])
+    options = dict(W4_KINDS[kind])
     if group is not None:
         options |= {"weight_granularity": "per_group", "group_size": group}
         if fp32:
@@ -135,7 +136,7 @@ class TestPacking:
         if n * k > 1:
             assert not torch.equal(packed, cuda_w4.pack_w4(weight, k, 1 - order))
 
-    @pytest.mark.parametrize("kind", KINDS)
+    @pytest.mark.parametrize("kind", W4_KINDS)
     @pytest.mark.parametrize("dtype", DTYPES)
     def test_dequantize_equals_the_reference(self, kind: str, dtype: torch.dtype) -> None:
         for (n, k), group in itertools.product([(1, 1), (17, 129), (130, 333), (203, 1000)], (None, 32, 64, 128, 96)):
@@ -154,7 +155,7 @@ class TestW4A16:
 
     pytestmark = gpu
 
-    @pytest.mark.parametrize("kind", KINDS)
+    @pytest.mark.parametrize("kind", W4_KINDS)
     @pytest.mark.parametrize("group", [None, 32, 64, 128, 96, 256])
     @pytest.mark.parametrize("dtype", DTYPES)
     def test_products_are_within_rounding(self, kind: str, group: int | None, dtype: torch.dtype) -> None:
@@ -217,7 +218,7 @@ class TestW4A16:
         assert_bits_equal(prepared.run(flat.copy_(x)), wanted)
         assert prepared.run(x[:0]).shape == (0, 5, n)
 
-    @pytest.mark.parametrize("kind", KINDS)
+    @pytest.mark.parametrize("kind", W4_KINDS)
     def test_canonical_tensors_come_back(self, kind: str) -> None:
         scheme, n, k = scheme_of(kind, 64), 75, 201
         tensors = canonical(scheme, n, k, smooth=True)
@@ -293,17 +294,8 @@ class TestW4A16:
         tensors = canonical(scheme, n, k)
         prepared = on_gpu(tensors, scheme, k)
         x = seeded(7, k).to("cuda")
-        wanted = prepared.run(x)
-        compiled = torch.compile(lambda t: prepared.call(t, prepared.tensors), fullgraph=True)
-        assert_bits_equal(compiled(x), wanted)
-        leaf = x.clone().requires_grad_()
-        y = prepared.run(leaf)
-        assert_bits_equal(y, wanted)
-        y.sum().backward()
         weight = reference.dequantize_weight(tensors, scheme, k)
-        assert leaf.grad is not None
-        # n products and sums in fp32 on both sides
-        torch.testing.assert_close(leaf.grad.cpu(), weight.sum(0).expand(7, k), rtol=n * 2.0**-23, atol=n * 2.0**-23)
+        assert_compiled_and_differentiated(prepared, x, prepared.run(x), weight)
 
 
 # -- W4A8 -------------------------------------------------------------------------------------------------------------

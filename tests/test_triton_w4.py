@@ -7,13 +7,10 @@ rounded to the dtype of x.
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from helpers import seeded
+from helpers import CODEBOOK, W4_KINDS, run_in_interpreter, seeded
 
 from qkernels import reference
 from qkernels.scheme import Scheme
@@ -22,24 +19,11 @@ pytest.importorskip("triton")
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = torch.device("cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu")
-BOOK = tuple((i - 7.3) * abs(i - 7.3) / 60 for i in range(16))
-KINDS = {
-    "symmetric": {},
-    "zero point": {"weight_symmetric": False},
-    "minimum": {"weight_symmetric": False, "weight_zero": "float"},
-    "codebook": {"codebook": BOOK},
-}
 
 if DEVICE.type == "cpu" and not INTERPRETED:
 
     def test_triton_w4_in_the_interpreter() -> None:
-        """This file again, in a process of its own: the interpreter is chosen when triton is imported."""
-        root = Path(__file__).resolve().parent
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(root / "test_triton_w4.py")]
-        done = subprocess.run(
-            command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, cwd=root.parent
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
+        run_in_interpreter(__file__)
 
 else:
     pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
@@ -51,10 +35,10 @@ else:
 
     @pytest.mark.parametrize("dtype", INPUTS)
     @pytest.mark.parametrize("group", [None, 32, 64, 128])
-    @pytest.mark.parametrize("kind", KINDS)
+    @pytest.mark.parametrize("kind", W4_KINDS)
     def test_gemm_w4a16_odd_shapes(kind: str, group: int | None, dtype: torch.dtype) -> None:
         options = {} if group is None else {"weight_granularity": "per_group", "group_size": group}
-        scheme = Scheme(4, activation_bits=None, **options, **KINDS[kind])  # type: ignore[arg-type]
+        scheme = Scheme(4, activation_bits=None, **options, **W4_KINDS[kind])  # type: ignore[arg-type]
         for m, n, k in [(1, 8, 64), (3, 5, 33), (17, 40, 200)]:
             tensors = reference.quantize_weight(seeded(n, k, seed=n), scheme)
             bias, x = seeded(n, seed=2), seeded(m, k, seed=3).to(dtype)
@@ -67,7 +51,7 @@ else:
                 group_size=group,
                 weight_zero_point=at.get("weight_zero_point"),
                 weight_min=at.get("weight_min"),
-                codebook=torch.tensor(BOOK, device=DEVICE) if kind == "codebook" else None,
+                codebook=torch.tensor(CODEBOOK, device=DEVICE) if kind == "codebook" else None,
                 out_dtype=torch.float32,
                 block=(16, 16),
             )

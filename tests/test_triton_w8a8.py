@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from helpers import DTYPES, assert_bits_equal, hazard_rows, seeded
+from helpers import DTYPES, assert_bits_equal, hazard_rows, run_in_interpreter, seeded
 
 from qkernels import reference
 
@@ -21,13 +18,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() and not INTERPRETED el
 if DEVICE.type == "cpu" and not INTERPRETED:
 
     def test_triton_kernels_in_the_interpreter() -> None:
-        """This file again, in a process of its own: the interpreter is chosen when triton is imported."""
-        root = Path(__file__).resolve().parent
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(root / "test_triton_w8a8.py")]
-        done = subprocess.run(
-            command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, cwd=root.parent
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
+        run_in_interpreter(__file__)
 
 else:
     pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
