@@ -156,9 +156,12 @@ def _workspace(device: torch.device, stream: int, counters: int, floats: int) ->
 
 
 @functools.lru_cache(maxsize=4096)
-def _plan(rows: int, channels: int, features: int, minimum: bool, index: int) -> tuple[int, ...]:
+def _plan(
+    activation_bits: int | None, rows: int, channels: int, features: int, minimum: bool, index: int
+) -> tuple[int, ...]:
+    """``W4Plan`` of ``csrc/cuda/w4.h``: kernel, tokens of a tile, CTAs, counters, partial sums."""
     sms = torch.cuda.get_device_properties(index).multi_processor_count
-    return _cuda.plan_w4a16(rows, channels, features, minimum, sms)
+    return _cuda.plan_w4(activation_bits == 8, rows, channels, features, minimum, capability(index), sms)
 
 
 def _fused(x: Tensor, weight: Weight, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
@@ -169,7 +172,7 @@ def _fused(x: Tensor, weight: Weight, bias: Tensor | None, out_dtype: torch.dtyp
         aligned = x.new_empty(rows, -(-features // 8) * 8)[:, :features]
         x = aligned.copy_(x)
     out = torch.empty((rows, channels), dtype=out_dtype, device=device)
-    plan = _plan(rows, channels, features, bool(weight[3]), device.index or 0)
+    plan = _plan(None, rows, channels, features, bool(weight[3]), device.index or 0)
     with _on(device):
         stream = _stream(device)
         _cuda.gemm_w4a16(
@@ -183,7 +186,7 @@ def _fused(x: Tensor, weight: Weight, bias: Tensor | None, out_dtype: torch.dtyp
             DTYPE_CODES[out_dtype],
             channels,
             plan,
-            *_workspace(device, stream, plan[1] * plan[2], plan[4]),
+            *_workspace(device, stream, plan[3], plan[4]),
             stream,
         )
     return out
@@ -248,11 +251,6 @@ def linear_w4a16(
 # -- W4A8 -------------------------------------------------------------------------------------------------------------
 
 
-@functools.lru_cache(maxsize=4096)
-def _tile(rows: int, channels: int, index: int) -> int:
-    return _cuda.select_w4a8(rows, channels, torch.cuda.get_device_properties(index).multi_processor_count)
-
-
 def gemm_w4a8(
     q: Tensor,
     x_scale: Tensor,
@@ -260,14 +258,14 @@ def gemm_w4a8(
     bias: Tensor | None,
     out_dtype: torch.dtype,
     *,
-    tokens: int | None = None,
+    plan: tuple[int, ...] | None = None,
     dependent: bool = False,
 ) -> Tensor:
     """The product and its epilogue for int8 ``q [M, K]`` of aligned rows, as :func:`cuda.quantize_rows` makes them.
 
     Args:
         x_scale: float32 ``[M]``; bias: float32 ``[N]``.
-        tokens: of a tile, 8, 16, 64 or 128; None: the module's own choice.
+        plan: ``W4Plan`` of ``csrc/cuda/w4.h``; None: the module's own choice.
         dependent: the launch may fetch weights while the kernel before it ends; that one must not write them.
     """
     rows, channels, device = q.shape[0], weight[7], q.device
@@ -284,7 +282,7 @@ def gemm_w4a8(
                 out.data_ptr(),
                 DTYPE_CODES[out_dtype],
                 channels,
-                _tile(rows, channels, device.index or 0) if tokens is None else tokens,
+                plan or _plan(8, rows, channels, weight[8], bool(weight[3]), device.index or 0),
                 dependent,
                 _stream(device),
             )

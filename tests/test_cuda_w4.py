@@ -106,15 +106,24 @@ def test_w4_kernels_say_what_they_leave_alone() -> None:
 
 
 @pytest.mark.skipif(cuda._cuda is None, reason="this installation was built without the CUDA module")
-def test_w4_plans_cover_every_slab() -> None:
-    sizes = ((1, 8, 9, 16, 33, 64, 65, 320), (1, 129, 4096, 28672), (1, 129, 4096, 14336), (False, True))
+@pytest.mark.parametrize("eight_bits", [False, True])
+@pytest.mark.parametrize("capability", [80, 90])
+def test_w4_plans_have_room_for_what_is_shared(eight_bits: bool, capability: int) -> None:
+    sizes = ((1, 8, 9, 16, 33, 64, 65, 320, 8192), (1, 129, 4096, 28672), (1, 129, 4096, 14336), (False, True))
     for m, n, k, minimum in itertools.product(*sizes):
-        tokens, tiles_m, tiles_n, ctas, floats = cuda._cuda.plan_w4a16(m, n, k, minimum, 132)
-        units = tiles_m * tiles_n * -(-k // 128)
-        assert tokens * tiles_m >= m
-        assert 128 * tiles_n >= n
-        assert 1 <= ctas <= min(units, 396)
-        assert floats == ctas * 2 * 128 * tokens
+        kernel, tokens, ctas, counters, floats = cuda._cuda.plan_w4(eight_bits, m, n, k, minimum, capability, 132)
+        assert tokens in (8, 16, 32, 64, 128)
+        assert kernel == 0 or tokens <= (64 if minimum else 128)
+        if eight_bits:
+            assert (counters, floats) == (0, 0)
+        elif kernel == 0:
+            units = -(-m // tokens) * -(-n // 128) * -(-k // 128)
+            assert 1 <= ctas <= min(units, 264)
+            assert floats == ctas * 2 * 128 * tokens
+        else:
+            assert 1 <= ctas <= 264
+            assert floats == 0 or floats % (ctas * 2 * 128 * tokens) == 0
+            assert (floats == 0) == (counters == 0)
 
 
 # -- packing ----------------------------------------------------------------------------------------------------------
@@ -318,19 +327,44 @@ class TestW4A8:
                 x = seeded(rows, k, seed=rows).to("cuda", dtype)
                 assert_bits_equal(prepared.run(x), reference.linear(x, moved, scheme, k), f"{n}x{k}, {rows} rows")
 
-    @pytest.mark.parametrize("tokens", [8, 16, 64, 128])
-    @pytest.mark.parametrize("kind", ["symmetric", "minimum"])
-    def test_every_tile_of_every_size(self, tokens: int, kind: str) -> None:
-        scheme, n, k = scheme_of(kind, 128, activation_bits=8), 264, 1100
-        tensors = canonical(scheme, n, k)
-        prepared = on_gpu(tensors, scheme, k)
-        moved = {name: tensor.to("cuda") for name, tensor in tensors.items()}
-        weight = cuda_w4._describe(prepared.tensors, scheme, n, k)
-        for rows in (1, 5, 33, 150):
-            x = seeded(rows, k, seed=rows).to("cuda", torch.bfloat16)
-            q, scale, _ = cuda.quantize_rows(x)
-            y = cuda_w4.gemm_w4a8(q, scale, weight, moved["bias"], torch.float32, tokens=tokens)
-            assert_bits_equal(y, reference.linear(x, moved, scheme, k, torch.float32), f"{rows} rows")
+    @pytest.mark.parametrize("tokens", [8, 16, 32, 64, 128])
+    @pytest.mark.parametrize("kernel", [0, 1])
+    @pytest.mark.parametrize("kind", ["symmetric", "zero point", "minimum"])
+    def test_every_tile_of_every_size(self, tokens: int, kernel: int, kind: str) -> None:
+        if kernel == 1 and cuda.capability(torch.cuda.current_device()) != 90:
+            pytest.skip("wgmma is an instruction of compute capability 9.0")
+        if (kernel, tokens) == (0, 32) or (kernel, tokens, kind) == (1, 128, "minimum"):
+            pytest.skip("no such instance")
+        n, k = 264, 1100
+        for group in (32, 64, 128, 256, 512):
+            scheme = scheme_of(kind, group, activation_bits=8)
+            tensors = canonical(scheme, n, k)
+            prepared = on_gpu(tensors, scheme, k)
+            moved = {name: tensor.to("cuda") for name, tensor in tensors.items()}
+            weight = cuda_w4._describe(prepared.tensors, scheme, n, k)
+            for rows in (1, 5, 33, 150):
+                x = seeded(rows, k, seed=rows).to("cuda", torch.bfloat16)
+                q, scale, _ = cuda.quantize_rows(x)
+                plan = (kernel, tokens, 1 + rows % 3, 0, 0)
+                y = cuda_w4.gemm_w4a8(q, scale, weight, moved["bias"], torch.float32, plan=plan)
+                wanted = reference.linear(x, moved, scheme, k, torch.float32)
+                assert_bits_equal(y, wanted, f"group {group}, {rows} rows")
+
+    def test_codes_and_activations_at_their_ends(self) -> None:
+        for n, k, group in [(32, 256, 256), (24, 65536, None), (8, 640, 128)]:
+            scheme = scheme_of("symmetric", group, activation_bits=8)
+            groups = 1 if group is None else -(-k // group)
+            shape = (n,) if group is None else (n, groups)
+            scale = torch.rand(shape) + 0.5
+            tensors = {"weight": torch.zeros(n, k // 2, dtype=torch.uint8), "weight_scale": scale}  # codes of -8
+            if group is not None:
+                tensors["weight_scale"] = scale.to(torch.float16)
+                tensors["weight_scale"][1, 0], tensors["weight_scale"][2, 0] = torch.inf, 2.0**-24
+            prepared = on_gpu(tensors, scheme, k)
+            for rows in (1, 20, 130):
+                x = torch.full((rows, k), 127.0)
+                x[0].neg_()
+                assert_bits_equal(prepared.run(x.to("cuda")), reference.linear(x, tensors, scheme, k), f"{n}x{k}")
 
     def test_hazardous_rows_static_scales_and_smoothing(self) -> None:
         k = 200

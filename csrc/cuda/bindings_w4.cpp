@@ -42,15 +42,21 @@ W4Weight weight_of(const py::tuple& v) {
   return w;
 }
 
-W4A16Plan plan_of(const py::tuple& v) {
+// (kernel, tokens, ctas, counters, partial sums), as `plan` makes it.
+W4Plan plan_of(const py::tuple& v) {
   QK_CHECK_EQ(v.size(), size_t{5});
-  return W4A16Plan{v[0].cast<int32_t>(), v[1].cast<int32_t>(), v[2].cast<int32_t>(), v[3].cast<int32_t>(),
-                   v[4].cast<int64_t>()};
+  const int kernel = v[0].cast<int>();
+  QK_CHECK_GE(kernel, 0);
+  QK_CHECK_LE(kernel, 1);
+  W4Plan p = {static_cast<W4Kernel>(kernel), v[1].cast<int32_t>(), v[2].cast<int32_t>(), v[3].cast<int64_t>(),
+              v[4].cast<int64_t>()};
+  QK_CHECK_GE(p.ctas, 0);
+  return p;
 }
 
-py::tuple plan_at(int64_t m, int64_t n, int64_t k, bool minimum, int sms) {
-  const W4A16Plan p = plan_w4a16(m, n, k, minimum, sms);
-  return py::make_tuple(p.tokens, p.tiles_m, p.tiles_n, p.ctas, p.partial_floats);
+py::tuple plan(bool bytes, int64_t m, int64_t n, int64_t k, bool minimum, int capability, int sms) {
+  const W4Plan p = bytes ? plan_w4a8(m, n, k, minimum, capability, sms) : plan_w4a16(m, n, k, minimum, capability, sms);
+  return py::make_tuple(static_cast<int>(p.kernel), p.tokens, p.ctas, p.counters, p.partial_floats);
 }
 
 void gemm_w4a16_at(const py::tuple& weight, Address x, int x_dtype, int64_t m, int64_t x_stride, Address bias,
@@ -72,7 +78,7 @@ void gemm_w4a16_at(const py::tuple& weight, Address x, int x_dtype, int64_t m, i
 }
 
 void gemm_w4a8_at(const py::tuple& weight, Address xq, int64_t m, int64_t x_stride, Address x_scale, Address bias,
-                  Address y, int y_dtype, int64_t y_stride, int tokens, bool dependent, Address stream) {
+                  Address y, int y_dtype, int64_t y_stride, const py::tuple& plan, bool dependent, Address stream) {
   GemmW4A8Args a = {};
   a.weight = weight_of(weight);
   QK_CHECK_EQ(static_cast<int>(a.weight.order), 1);
@@ -83,7 +89,7 @@ void gemm_w4a8_at(const py::tuple& weight, Address xq, int64_t m, int64_t x_stri
   a.xq = pointer<const int8_t>(xq), a.x_stride = x_stride, a.x_scale = pointer<const float>(x_scale);
   a.bias = pointer<const float>(bias), a.m = static_cast<int32_t>(m);
   a.y = pointer<void>(y), a.y_dtype = dtype(y_dtype), a.y_stride = y_stride;
-  gemm_w4a8(a, tokens, dependent, stream_of(stream));
+  gemm_w4a8(a, plan_of(plan), dependent, stream_of(stream));
 }
 
 // 0 where the stream is not being captured, else a number of this capture alone.
@@ -125,13 +131,13 @@ void bind_w4(py::module_& m) {
       },
       py::arg("weight"), py::arg("first_row"), py::arg("rows"), py::arg("out"), py::arg("out_dtype"),
       py::arg("stream"));
-  m.def("plan_w4a16", &plan_at, py::arg("m"), py::arg("n"), py::arg("k"), py::arg("minimum"), py::arg("sms"));
+  m.def("plan_w4", &plan, py::arg("bytes"), py::arg("m"), py::arg("n"), py::arg("k"), py::arg("minimum"),
+        py::arg("capability"), py::arg("sms"));
   m.def("gemm_w4a16", &gemm_w4a16_at, py::arg("weight"), py::arg("x"), py::arg("x_dtype"), py::arg("m"),
         py::arg("x_stride"), py::arg("bias"), py::arg("y"), py::arg("y_dtype"), py::arg("y_stride"), py::arg("plan"),
         py::arg("counters"), py::arg("partials"), py::arg("stream"));
-  m.def("select_w4a8", &select_w4a8, py::arg("m"), py::arg("n"), py::arg("sms"));
   m.def("gemm_w4a8", &gemm_w4a8_at, py::arg("weight"), py::arg("xq"), py::arg("m"), py::arg("x_stride"),
-        py::arg("x_scale"), py::arg("bias"), py::arg("y"), py::arg("y_dtype"), py::arg("y_stride"), py::arg("tokens"),
+        py::arg("x_scale"), py::arg("bias"), py::arg("y"), py::arg("y_dtype"), py::arg("y_stride"), py::arg("plan"),
         py::arg("dependent"), py::arg("stream"));
   m.def("capture_id", &capture_id, py::arg("stream"));
 }

@@ -2,14 +2,10 @@
 //
 // Weights are the 16-row operand, tokens the 8-column one. Warps own 16 channels each (up to 16 tokens) or 32 of a tile
 // of 128 channels x kTokens, and walk K in slabs of 128 (w4.h): 8 KB of weights, which every lane copies for itself and
-// reads back as its own fragments, so that only activations are shared. Per word of eight codes:
-//
-//     (word >> 4r) & 0x000f000f | 0x43004300      two bf16 of 128 + q        (fp16: 0x6400, 1024 + q)
-//     - (128 + zero_point)                        exact: q - zero_point      (one packed subtraction)
-//
-// and the products are exact in fp32. Sums of a group (or of 128 k of a longer one) are multiplied by their scale in
-// fp32 and added to the total, so weights are never rounded; only a codebook's entries are, to the activations' dtype.
-// A minimum multiplies the sum of the activations, which one more mma against ones gives.
+// reads back as its own fragments, so that only activations are shared. Codes become 16-bit floats without rounding
+// (operands_w4a16.cuh) and the products are exact in fp32. Sums of a group (or of 128 k of a longer one) are multiplied
+// by their scale in fp32 and added to the total, so weights are never rounded; only a codebook's entries are, to the
+// activations' dtype. A minimum multiplies the sum of the activations, which one more mma against ones gives.
 //
 // Work is cut evenly ("stream-K"): the slabs of all tiles in a row are dealt out to the CTAs in equal runs.
 //
@@ -23,6 +19,7 @@
 #include "host.h"
 #include "launch.h"
 #include "launch_w4.h"
+#include "operands_w4a16.cuh"
 
 namespace qk::cuda {
 namespace {
@@ -77,27 +74,6 @@ struct Cursor {
     if (++tile_m == job.tiles_m) tile_m = 0, ++tile_n;
   }
 };
-
-// 1 and 1024 (or 128) as pairs, and the mantissa base that codes are or-ed into.
-template <typename T>
-struct Pairs;
-template <>
-struct Pairs<__nv_bfloat16> {
-  static constexpr uint32_t kBase = 0x43004300u, kOnes = 0x3f803f80u;
-};
-template <>
-struct Pairs<__half> {
-  static constexpr uint32_t kBase = 0x64006400u, kOnes = 0x3c003c00u;
-};
-
-__device__ __forceinline__ uint32_t subtract(__nv_bfloat16, uint32_t a, uint32_t b) {
-  const __nv_bfloat162 r = __hsub2(*reinterpret_cast<__nv_bfloat162*>(&a), *reinterpret_cast<__nv_bfloat162*>(&b));
-  return *reinterpret_cast<const uint32_t*>(&r);
-}
-__device__ __forceinline__ uint32_t subtract(__half, uint32_t a, uint32_t b) {
-  const __half2 r = __hsub2(*reinterpret_cast<__half2*>(&a), *reinterpret_cast<__half2*>(&b));
-  return *reinterpret_cast<const uint32_t*>(&r);
-}
 
 template <typename S>
 __device__ __forceinline__ void load_weights(const Job& job, uint32_t stage, const Cursor& at) {
@@ -202,7 +178,7 @@ __device__ __forceinline__ void multiply_slab(const Job& job, const uint8_t* sta
             if (S::kKind == W4Kind::kZeroPoint && w.zero_point) {
               zero = row[kChannels * job.groups.value_bytes + channel + 16 * i + 8 * e];
             }
-            offset[i][e] = Pairs<T>::kBase | zero | zero << 16;
+            offset[i][e] = pair_offset<T>(zero);
           }
         }
       }
@@ -217,10 +193,9 @@ __device__ __forceinline__ void multiply_slab(const Job& job, const uint8_t* sta
 #pragma unroll
           for (int r = 0; r < 4; ++r) {
             if constexpr (S::kKind == W4Kind::kCodebook) {
-              const uint32_t two = (words[i][s] >> (4 * r)) & 0x000f000fu;
-              a[r] = book[(two | two >> 12) & 0xffu];
+              a[r] = pair_of(words[i][s], r, book);
             } else {
-              a[r] = subtract(T(), ptx::and_or(words[i][s] >> (4 * r), 0x000f000fu, Pairs<T>::kBase), offset[i][r & 1]);
+              a[r] = pair_of<T>(words[i][s], r, offset[i][r & 1]);
             }
           }
 #pragma unroll
@@ -356,10 +331,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kPerSm) gemm_kernel(const Job 
   const typename S::Groups groups(job.a.weight, job.groups);
   ptx::grid_dependency_wait();  // whatever wrote x or the weights, or shares the partial sums
   if constexpr (S::kKind == W4Kind::kCodebook) {
-    constexpr DType kType = Pairs<typename S::T>::kOnes == Pairs<__half>::kOnes ? DType::kF16 : DType::kBF16;
-    for (int i = threadIdx.x; i < 256; i += S::kThreads) {
-      book[i] = pack_pair(kType, __ldg(job.a.weight.codebook + (i & 15)), __ldg(job.a.weight.codebook + (i >> 4)));
-    }
+    fill_book<typename S::T>(book, job.a.weight.codebook, S::kThreads);
   }
 #pragma unroll 1
   for (int s = 0; s < S::kStages - 1; ++s) {
@@ -399,15 +371,15 @@ __global__ void __launch_bounds__(S::kThreads, S::kPerSm) gemm_kernel(const Job 
 }
 
 template <typename S>
-void run(const GemmW4A16Args& args, const W4A16Plan& plan, cudaStream_t stream) {
+void run(const GemmW4A16Args& args, const W4Plan& plan, cudaStream_t stream) {
   Job job = {};
   job.a = args;
   job.e = make_store(args.y, args.y_dtype, args.y_stride, args.m, args.weight.n);
   job.groups = make_group_rows(args.weight, kChannels);
-  job.tiles_m = plan.tiles_m;
+  job.tiles_m = static_cast<int32_t>(blocks(args.m, S::kTokens));
   job.slabs = static_cast<int32_t>(w4_slabs(args.weight.k));
   job.blocks_n = static_cast<int32_t>(w4_blocks(args.weight.n));
-  const int64_t units = int64_t(plan.tiles_m) * plan.tiles_n * job.slabs;
+  const int64_t units = int64_t(job.tiles_m) * blocks(args.weight.n, kChannels) * job.slabs;
   if (units > 0x7fffffff) throw std::invalid_argument("gemm_w4a16: expected less than 2^31 slabs of work");
   job.run = static_cast<int32_t>(units / plan.ctas), job.longer = static_cast<int32_t>(units % plan.ctas);
   job.stage_bytes = kWeightBytes + S::kTokens * kTokenBytes + (job.groups.row_bytes << job.groups.row_shift);
@@ -422,7 +394,7 @@ void run(const GemmW4A16Args& args, const W4A16Plan& plan, cudaStream_t stream) 
 }
 
 template <typename T, W4Kind kKind>
-void run_tokens(const GemmW4A16Args& args, const W4A16Plan& plan, cudaStream_t stream) {
+void run_tokens(const GemmW4A16Args& args, const W4Plan& plan, cudaStream_t stream) {
   switch (plan.tokens) {
     case 8:
       return run<Shape<T, 8, kKind>>(args, plan, stream);
@@ -441,7 +413,7 @@ void run_tokens(const GemmW4A16Args& args, const W4A16Plan& plan, cudaStream_t s
 }
 
 template <typename T>
-void run_kind(const GemmW4A16Args& args, const W4A16Plan& plan, cudaStream_t stream) {
+void run_kind(const GemmW4A16Args& args, const W4Plan& plan, cudaStream_t stream) {
   switch (args.weight.kind) {
     case W4Kind::kZeroPoint:
       return run_tokens<T, W4Kind::kZeroPoint>(args, plan, stream);
@@ -454,25 +426,7 @@ void run_kind(const GemmW4A16Args& args, const W4A16Plan& plan, cudaStream_t str
 
 }  // namespace
 
-W4A16Plan plan_w4a16(int64_t m, int64_t n, int64_t k, bool minimum, int sms) {
-  W4A16Plan plan = {};
-  plan.tokens = m <= 8 ? 8 : m <= 16 ? 16 : m <= 32 || minimum ? 32 : 64;  // the sums of tokens need registers too
-  plan.tiles_m = static_cast<int32_t>(blocks(m, plan.tokens));
-  plan.tiles_n = static_cast<int32_t>(blocks(n, kChannels));
-  const int64_t tiles = int64_t(plan.tiles_m) * plan.tiles_n, slabs = w4_slabs(k), most = int64_t(sms) * 2;
-  if (tiles <= most) {
-    // The same number of CTAs for each tile: none has to end one tile and begin another.
-    const int64_t split = most / tiles, worth = (slabs + 3) / 4;  // of four slabs or more
-    plan.ctas = static_cast<int32_t>(tiles * (split < worth ? split : worth));
-  } else {
-    plan.ctas = static_cast<int32_t>(most);
-  }
-  plan.partial_floats = int64_t(plan.ctas) * 2 * kChannels * plan.tokens;
-  return plan;
-}
-
-void gemm_w4a16(const GemmW4A16Args& args, const W4A16Plan& plan, cudaStream_t stream) {
-  if (args.m == 0) return;
+void gemm_w4a16_mma(const GemmW4A16Args& args, const W4Plan& plan, cudaStream_t stream) {
   if (args.x_dtype == DType::kBF16) return run_kind<__nv_bfloat16>(args, plan, stream);
   return run_kind<__half>(args, plan, stream);
 }

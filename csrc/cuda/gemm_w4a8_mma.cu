@@ -470,16 +470,7 @@ void run_tokens(const GemmW4A8Args& args, int32_t tokens, bool dependent, cudaSt
 
 }  // namespace
 
-// Measured on an H100: a wide CTA needs as long for a slab as the chip for some 630 narrow ones; and 128 tokens beat
-// twice 64 as soon as three quarters of the multiprocessors have a CTA.
-int32_t select_w4a8(int64_t m, int64_t n, int sms) {
-  if (m <= 8) return 8;
-  if (m <= 16 || int64_t(blocks(n, 32)) * blocks(m, 16) * 4 <= int64_t(sms) * 19) return 16;
-  return m > 64 && int64_t(blocks(m, 128)) * blocks(n, 128) * 4 >= int64_t(sms) * 3 ? 128 : 64;
-}
-
-void gemm_w4a8(const GemmW4A8Args& args, int32_t tokens, bool dependent, cudaStream_t stream) {
-  if (args.m == 0) return;
+void gemm_w4a8_mma(const GemmW4A8Args& args, int32_t tokens, bool dependent, cudaStream_t stream) {
   if (args.weight.kind == W4Kind::kMinimum) return run_tokens<W4Kind::kMinimum>(args, tokens, dependent, stream);
   return run_tokens<W4Kind::kZeroPoint>(args, tokens, dependent, stream);
 }

@@ -27,7 +27,7 @@
 #include "host.h"
 #include "launch.h"
 #include "tensor_map.h"
-#include "wgmma_s8.cuh"
+#include "wgmma.cuh"
 
 namespace qk::cuda {
 namespace {

@@ -2,7 +2,7 @@
 // warpgroups a multiprocessor keep the tensor cores busy; on a chip at its power limit this is what the limit allows.
 #include "host.h"
 #include "launch.h"
-#include "wgmma_s8.cuh"
+#include "wgmma.cuh"
 
 namespace qk::cuda {
 namespace {

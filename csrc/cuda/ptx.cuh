@@ -17,6 +17,13 @@ __device__ __forceinline__ uint32_t smem_u32(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
+// `v`, which the compiler then keeps in a register: finding an address or a lane out anew takes tens of cycles.
+__device__ __forceinline__ uint32_t keep(uint32_t v) {
+  uint32_t r;
+  asm volatile("mov.b32 %0, %1;" : "=r"(r) : "r"(v));
+  return r;
+}
+
 // ---- Warp level ----------------------------------------------------------------------------------------------------
 
 // "elect.sync": exactly one lane of a converged warp gets true.
@@ -125,6 +132,16 @@ __device__ __forceinline__ void mbarrier_arrive_cluster(uint32_t bar, uint32_t r
       "mbarrier.arrive.shared::cluster.b64 _, [remote];\n}" ::"r"(bar),
       "r"(rank)
       : "memory");
+}
+// The address in CTA `rank` of the cluster of what has `address` here ("mapa"), and the same arrival at such a one: for
+// loops, where finding it out anew takes longer than the arrival.
+__device__ __forceinline__ uint32_t cluster_address(uint32_t address, uint32_t rank) {
+  uint32_t there;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank));
+  return there;
+}
+__device__ __forceinline__ void mbarrier_arrive_there(uint32_t there) {
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(there) : "memory");
 }
 // One arrival, and the phase will also wait for `bytes` of asynchronous copies.
 __device__ __forceinline__ void mbarrier_arrive_expect_tx(uint32_t bar, uint32_t bytes) {

@@ -68,17 +68,32 @@ struct GemmW4A16Args {
   void* y;
   DType y_dtype;
   int64_t y_stride;
-  int32_t* counters;  // [tiles] zeros, left as zeros
-  float* partials;  // [2 * ctas * channels * tokens of a tile]
+  int32_t* counters;  // as W4Plan says
+  float* partials;
 };
 
-// How the work of a W4A16 product is cut: tiles of 128 channels x `tokens`, and `ctas` that share all their slabs.
-struct W4A16Plan {
-  int32_t tokens;  // 8, 16, 32 or 64
-  int32_t tiles_m, tiles_n;
-  int32_t ctas;
-  int64_t partial_floats;  // of GemmW4A16Args::partials
+// Which kernel runs a product, and how its work is cut.
+enum class W4Kernel : int32_t {
+  kMma = 0,  // mma.sync, sm_80 and up
+  kWgmma = 1,  // wgmma, weights in registers; sm_90a
 };
+struct W4Plan {
+  W4Kernel kernel;
+  int32_t tokens;  // of a tile
+  int32_t ctas;  // that share all slabs in equal runs; kWgmma: clusters. Without meaning to W4A8 by mma.sync
+  int64_t counters;  // int32 zeros that the kernel is to be given, and leaves as zeros
+  int64_t partial_floats;  // of memory for the sums of tiles that several share
+};
+
+// CTAs of a cluster that fetch a tile of tokens together, for kWgmma.
+constexpr int w4_cluster(bool bytes, int tokens) { return tokens >= 32 || (!bytes && tokens >= 16) ? 2 : 1; }
+// CTAs of a multiprocessor, for kWgmma: two where their sums leave registers for them.
+constexpr int w4_per_sm(bool bytes, int tokens, bool minimum) { return tokens <= 16 && (bytes || !minimum) ? 2 : 1; }
+// Of so many tiles, how many `ctas` (or clusters) take whole, in full waves; the others' slabs are dealt out in equal
+// runs: those of the last wave, which is not full, and of one before it, lest runs be short.
+constexpr int64_t w4_whole_tiles(int64_t tiles, int64_t ctas) {
+  return tiles % ctas == 0 ? tiles : tiles < ctas ? 0 : (tiles / ctas - 1) * ctas;
+}
 
 // y [M, N] from int8 activations: total = sum over groups in order of float(d_g) * scale_g (+ min_g * float(sum_g)),
 // y = round(total * x_scale + bias), each step rounded once; d_g = sum (q - zero) * xq in int32.

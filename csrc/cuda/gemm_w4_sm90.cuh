@@ -1,0 +1,305 @@
+// Products of 4-bit weights by wgmma with the weights in registers, for 16-bit and for 8-bit activations. sm_90a.
+//
+// Channels are the 64-row wgmma operand, tokens the n operand. A CTA owns 128 channels x kTokens tokens, two consumer
+// warpgroups of 64 channels each, and walks K in slabs of 128 (w4.h) through a ring of stages that one producer lane
+// fills with bulk copies: 8 KB of codes, the scales of the slab's groups, and the tokens, 128-byte swizzled.
+//
+//          kTokens                        cluster of kCluster: the CTAs take neighbouring channels and the same tokens;
+//      +-------------+                    each fetches its part of the token tile and multicasts it to all, so that a
+//  64  |  warps 0-3  |   x K              token crosses the L2 once for 128 * kCluster channels.
+//      +-------------+
+//  64  |  warps 4-7  |                    warp 8: producer. Warps 9-11, if any, only hand over registers.
+//      +-------------+
+//
+// A block of codes is in the order of wgmma's register operand, so a warp reads 16 bytes a lane, makes 64 k of them
+// whole (8 or 16 registers) and multiplies them with the tokens in shared memory. Halves of a slab take turns: while
+// one is multiplied, the other is read and unpacked, and while a warpgroup adds its sums up, the other one's products
+// run.
+//
+//     tensor cores    | even half   | odd half                 |                        | even half of the next ...
+//     this warpgroup  | unpack odd  | unpack even of the next  | total += sums * scale  | ...
+//
+// Weights are never rounded: codes less their zero point are exact, and the sums of a group are multiplied by its
+// scale. 8-bit activations: sums are int32 and exact, and the groups of an output are added in the order of K, each
+// step rounded once. 16-bit activations: fp32 sums, promoted at the end of each group and of each slab.
+//
+// Work: every cluster takes whole tiles (cluster, cluster + clusters, ...). What is left over, less than two tiles per
+// cluster, is dealt out in equal runs of slabs ("stream-K") where K may be split: CTAs that share a tile leave their
+// sums in memory, and whoever comes last adds them all in the order of K. So bits do not depend on timing, and nobody
+// waits.
+#pragma once
+
+#include "host.h"
+#include "launch.h"
+#include "tensor_map.h"
+#include "tile_w4_sm90.cuh"
+
+namespace qk::cuda {
+namespace {
+
+// What the producer copies for a slab besides tokens. `bar` also expects those.
+template <typename S>
+__device__ __forceinline__ void load_packed(const Job& job, int channel0, int slab, uint32_t target, uint32_t bar,
+                                            uint64_t policy) {
+  const W4Weight& w = job.weight;
+  const GroupRows& r = job.groups;
+  // Channels of the tile that are stored; the others keep what the stage held, and what they give is not stored.
+  const uint32_t channels = static_cast<uint32_t>(max(0, min(kChannels, r.pitch - channel0)));
+  const uint32_t value_bytes = channels * static_cast<uint32_t>(r.value_bytes);
+  const uint32_t row_bytes = value_bytes * (S::kMinimum ? 2 : 1) + (w.zero_point ? channels : 0);
+  ptx::mbarrier_arrive_expect_tx(bar, S::kTokenBytes + channels * (kW4SlabK / 2) + (row_bytes << r.row_shift));
+  if (channels == 0) return;
+  ptx::bulk_load(target, w.packed + (int64_t(slab) * job.blocks_n + channel0 / kW4Rows) * kW4BlockBytes,
+                 channels * (kW4SlabK / 2), bar, policy);
+  uint32_t row = target + kChannels * (kW4SlabK / 2);
+  for (int p = 0; p < 1 << r.row_shift; ++p, row += r.row_bytes) {
+    const int k = min(slab * kW4SlabK + p * (kW4SlabK >> r.row_shift), w.k - 1);
+    const int64_t at = int64_t(group_of(r, k)) * r.pitch + channel0;
+    ptx::bulk_load(row, static_cast<const uint8_t*>(w.scale) + at * r.value_bytes, value_bytes, bar, ptx::kEvictNormal);
+    if constexpr (S::kMinimum) {
+      ptx::bulk_load(row + kChannels * r.value_bytes, static_cast<const uint8_t*>(w.minimum) + at * r.value_bytes,
+                     value_bytes, bar, ptx::kEvictNormal);
+    } else if (w.zero_point) {
+      ptx::bulk_load(row + kChannels * r.value_bytes, w.zero_point + at, channels, bar, ptx::kEvictNormal);
+    }
+  }
+}
+
+// The place in the ring of stages.
+struct Ring {
+  int stage = 0;
+  uint32_t parity = 0;
+  __device__ __forceinline__ void advance(int stages) {
+    if (++stage == stages) stage = 0, parity ^= 1;
+  }
+};
+
+template <typename S>
+__global__ void __launch_bounds__(S::kThreads, S::kPerSm)
+    gemm_kernel(const __grid_constant__ CUtensorMap x_map, const Job job) {
+  extern __shared__ uint8_t shared[];
+  __shared__ __align__(8) uint64_t full_barriers[kMostStages], empty_barriers[kMostStages];
+  __shared__ uint32_t book[S::kCodebook ? 256 : 1];
+  __shared__ bool is_last[2];
+  const uint32_t base = (ptx::smem_u32(shared) + kAlignment - 1) / kAlignment * kAlignment;
+  const uint32_t full = ptx::smem_u32(full_barriers), empty = ptx::smem_u32(empty_barriers);
+  const uint32_t packed_base = base + job.stages * S::kTokenBytes;
+  const int warp = threadIdx.x >> 5, group = warp >> 2;  // warpgroup
+  const int rank = S::kCluster > 1 ? static_cast<int>(ptx::cluster_rank()) : 0;
+  const int cluster = blockIdx.x / S::kCluster;
+
+  if (threadIdx.x == 0) {
+    for (int s = 0; s < job.stages; ++s) {
+      ptx::mbarrier_init(full + 8 * s, 1);
+      ptx::mbarrier_init(empty + 8 * s, kConsumerWarps * S::kCluster);  // all CTAs read what any of them fetches
+    }
+    ptx::fence_mbarrier_init();
+  }
+  if constexpr (S::kCodebook) fill_book<typename S::T>(book, job.weight.codebook, S::kThreads);
+  __syncthreads();
+  if constexpr (S::kCluster > 1) {
+    ptx::cluster_arrive_relaxed();
+    ptx::cluster_wait();
+  }
+
+  if (warp >= kConsumerWarps) {
+    if constexpr (S::kMovesRegisters) ptx::registers_decrease<S::kProducerRegisters>();
+    if (warp == kConsumerWarps && ptx::elect_one()) {
+      ptx::prefetch_tensor_map(&x_map);
+      const uint64_t policy = job.tiles_m == 1 ? ptx::kEvictFirst : ptx::kEvictNormal;
+      const auto load_weights = [&](const Segment& s, int slab, int stage) {
+        load_packed<S>(job, (place_of(job, s.tile).n * S::kCluster + rank) * kChannels, slab,
+                       packed_base + stage * job.packed_bytes, full + 8 * stage, policy);
+      };
+      Walk walk(job, cluster);
+      Segment s;
+      // The first stages' weights, which nothing before this kernel writes, are on their way before the activations are
+      // there.
+      int ahead = min(walk.slabs(job), job.stages);
+      {
+        Walk early = walk;
+        int stage = 0;
+        while (stage < ahead && early.next(job, s)) {
+          for (int slab = s.first; slab < s.last && stage < ahead; ++slab) load_weights(s, slab, stage++);
+        }
+      }
+      ptx::grid_dependency_wait();
+      Ring ring;
+      ring.parity = 1;  // of an empty barrier nobody has used: its "previous" phase counts as complete
+      while (walk.next(job, s)) {
+        const int m0 = place_of(job, s.tile).m * S::kTokens + rank * S::kPart;
+#pragma unroll 1
+        for (int slab = s.first; slab < s.last; ++slab) {
+          if (ahead > 0) {
+            --ahead;
+          } else {
+            ptx::mbarrier_wait(empty + 8 * ring.stage, ring.parity);
+            load_weights(s, slab, ring.stage);
+          }
+          const uint32_t target = base + ring.stage * S::kTokenBytes + rank * S::kPart * 128;
+#pragma unroll
+          for (int b = 0; b < S::kBoxes; ++b) {
+            const uint32_t box = target + b * S::kTokens * 128;
+            if constexpr (S::kCluster > 1) {
+              ptx::tensor_load_2d_multicast(box, &x_map, slab * S::kRowBytes + b * 128, m0, full + 8 * ring.stage,
+                                            (1 << S::kCluster) - 1, ptx::kEvictNormal);
+            } else {
+              ptx::tensor_load_2d(box, &x_map, slab * S::kRowBytes + b * 128, m0, full + 8 * ring.stage,
+                                  ptx::kEvictNormal);
+            }
+          }
+          ring.advance(job.stages);
+        }
+      }
+      ptx::grid_launch_dependents();
+      if constexpr (S::kCluster > 1) {  // stay until the last arrivals of the other CTAs are here
+        for (int i = 0; i < job.stages; ++i) {
+          ptx::mbarrier_wait(empty + 8 * ring.stage, ring.parity);
+          ring.advance(job.stages);
+        }
+      }
+    }
+    __syncwarp();
+  } else {
+    if constexpr (S::kMovesRegisters) ptx::registers_increase<S::kConsumerRegisters>();
+    const Thread t;
+    const uint32_t packed_offset = ptx::keep(packed_base - ptx::smem_u32(shared));
+    const auto packed_at = [&](int stage) { return shared + packed_offset + stage * job.packed_bytes; };
+    const uint32_t full_here = ptx::keep(full);
+    const uint32_t empty_there = S::kCluster > 1 ? ptx::cluster_address(empty, t.lane % S::kCluster) : ptx::keep(empty);
+    Sums<S> sums;
+    uint32_t even[S::kFragments], odd[S::kFragments];  // halves of a slab
+    uint4 odd_codes;
+    Walk walk(job, cluster);
+    int left = walk.slabs(job);
+    Ring ring;
+    int group_left;  // rows until the end of the group, counted for integers alone
+
+    // One slab whose groups have 1 << kShift rows. Its even half is unpacked, and so is the next one's when it ends.
+    // What takes long, waiting for the next stage and reading from shared memory, happens behind products.
+    // kEach: groups end with each row, and there are no rows of padding.
+    const auto slab_of = [&](auto fixed, auto each, int slab) {
+      constexpr int kShift = decltype(fixed)::value, kRows = 1 << kShift, kPerRow = S::kSteps >> kShift;
+      constexpr bool kEach = decltype(each)::value;
+      const uint8_t* packed = packed_at(ring.stage);
+      const uint8_t* rows = packed + kChannels * (kW4SlabK / 2);
+      const uint32_t tokens = base + ring.stage * S::kTokenBytes;
+      const int own = ring.stage;
+      const uint32_t own_parity = ring.parity;
+      ring.advance(job.stages);
+      // After the last slab: this one's stage, to no purpose.
+      const int next = --left > 0 ? ring.stage : own;
+      const uint32_t next_parity = left > 0 ? ring.parity : own_parity;
+      const uint8_t* next_packed = packed_at(next);
+      if constexpr (S::kTurns) ptx::named_barrier(kTurnBarrier + group, kConsumers);
+#pragma unroll
+      for (int row = 0; row < kRows; ++row) {
+        const bool fresh = kEach || group_left == job.group_rows;
+        // The last group may be short, and nothing comes of rows of padding.
+        const int at = slab * kRows + row;
+        const bool ends = kEach || at == job.rows - 1 || (--group_left == 0 && at < job.rows);
+        if constexpr (kShift == 0) {
+          multiply<S, 0, S::kSteps / 2, kPerRow>(even, tokens, fresh, sums);
+          unpack_half<S>(job, t, packed, odd_codes, book, 1, odd);
+          multiply<S, S::kSteps / 2, S::kSteps / 2, kPerRow>(odd, tokens, fresh, sums);
+        } else {
+          multiply_row<S, kPerRow>(row, even, odd, tokens, fresh, sums);
+          if (row == 0) unpack_half<S>(job, t, packed, odd_codes, book, 1, odd);
+        }
+        if (S::kTurns && row == kRows - 1) ptx::named_barrier_arrive(kTurnBarrier + 1 - group, kConsumers);
+        const Factors f = load_factors<S>(job, t, rows + row * job.groups.row_bytes);
+        if (row == kRows / 2) {
+          ptx::mbarrier_wait(full_here + 8 * next, next_parity);
+          const uint4 even_codes = load_codes(t, next_packed, 0);
+          odd_codes = load_codes(t, next_packed, 1);
+          if (kShift == 0) ptx::wgmma_wait<1>();  // the even half may be overwritten
+          unpack_half<S>(job, t, next_packed, even_codes, book, 0, even);
+        }
+        ptx::wgmma_wait<0>();
+        if (!S::kBytes || ends) promote<S>(f, sums);
+        if (!kEach && ends) group_left = job.group_rows;
+      }
+      __syncwarp();  // everybody has read codes and scales
+      if (S::kCluster > 1) {
+        if (t.lane < S::kCluster) ptx::mbarrier_arrive_there(empty_there + 8 * own);
+      } else if (t.lane == 0) {
+        ptx::mbarrier_arrive(empty_there + 8 * own);
+      }
+    };
+
+    ptx::grid_dependency_wait();
+    if (left > 0) {
+      ptx::mbarrier_wait(full, 0);
+      unpack_half<S>(job, t, packed_at(0), load_codes(t, packed_at(0), 0), book, 0, even);
+      odd_codes = load_codes(t, packed_at(0), 1);
+      if (S::kTurns && group == 1) ptx::named_barrier_arrive(kTurnBarrier, kConsumers);
+    }
+    Segment s;
+    while (walk.next(job, s)) {
+#pragma unroll
+      for (int i = 0; i < S::kValues; ++i) sums.total[i] = 0.0f;
+      group_left = job.group_rows;
+      const auto run_slabs = [&](auto shift, auto each) {
+#pragma unroll 1
+        for (int slab = s.first; slab < s.last; ++slab) slab_of(shift, each, slab);
+      };
+      constexpr std::true_type kYes = {};
+      constexpr std::false_type kNo = {};
+      if (job.groups.row_shift == 0) {
+        if (!S::kBytes || job.group_rows == 1) {
+          run_slabs(std::integral_constant<int, 0>(), kYes);
+        } else {
+          run_slabs(std::integral_constant<int, 0>(), kNo);
+        }
+      } else if (job.groups.row_shift == 1) {
+        run_slabs(std::integral_constant<int, 1>(), kNo);
+      } else {
+        run_slabs(std::integral_constant<int, 2>(), kNo);
+      }
+      const Place place = place_of(job, s.tile);
+      const bool all = s.first == 0 && s.last == job.slabs;
+      if (all || meet<S>(job, s.tile - job.whole, s.first == 0, cluster, rank, is_last, sums)) {
+        store_tile<S>(job, place.m * S::kTokens, (place.n * S::kCluster + rank) * kChannels + t.warp * kW4Rows, sums);
+      }
+    }
+  }
+}
+
+// Launches the instance S; job: what is not worked out here. `split`: K may be.
+template <typename S>
+void run_shape(Job job, const void* x, int64_t x_stride, bool split, const W4Plan& plan, bool dependent,
+               const char* name, cudaStream_t stream) {
+  const W4Weight& w = job.weight;
+  job.groups = make_group_rows(w, kChannels);
+  job.slabs = static_cast<int32_t>(w4_slabs(w.k));
+  job.blocks_n = static_cast<int32_t>(w4_blocks(w.n));
+  job.tiles_m = static_cast<int32_t>(blocks(job.e.m, S::kTokens));
+  job.tiles_n = static_cast<int32_t>(blocks(w.n, kChannels * S::kCluster));
+  const int64_t tiles = int64_t(job.tiles_m) * job.tiles_n;
+  if (tiles * job.slabs > 0x7fffffff) throw std::invalid_argument("expected less than 2^31 slabs of work");
+  job.clusters = plan.ctas;
+  job.whole = static_cast<int32_t>(split ? w4_whole_tiles(tiles, plan.ctas) : tiles);
+  const int64_t units = (tiles - job.whole) * job.slabs;
+  job.run = static_cast<int32_t>(units / plan.ctas), job.longer = static_cast<int32_t>(units % plan.ctas);
+  job.packed_bytes = kChannels * (kW4SlabK / 2) + (job.groups.row_bytes << job.groups.row_shift);
+  const int row_k = kW4SlabK >> job.groups.row_shift;
+  job.rows = static_cast<int32_t>(blocks(w.k, row_k));
+  job.group_rows = w.group >= w.k ? job.rows + 1 : w.group / row_k;
+  constexpr int kSharedBytes = (S::kPerSm == 1 ? 224 : 110) * 1024;
+  job.stages = (kSharedBytes - kAlignment) / (job.packed_bytes + S::kTokenBytes);
+  if (job.stages > kMostStages) job.stages = kMostStages;
+  static std::atomic<uint64_t> allowed{0};
+  allow_shared_memory(reinterpret_cast<const void*>(gemm_kernel<S>), kSharedBytes, allowed);
+  const int64_t bytes = sizeof(typename S::T);
+  const CUtensorMap map = byte_matrix_map(x, job.e.m, w.k * bytes, x_stride * bytes, S::kPart);
+  LaunchShape shape;
+  shape.grid = dim3(static_cast<unsigned>(plan.ctas * S::kCluster));
+  shape.block = dim3(S::kThreads);
+  shape.shared_bytes = static_cast<size_t>(job.stages) * (job.packed_bytes + S::kTokenBytes) + kAlignment;
+  shape.cluster_x = S::kCluster;
+  shape.dependent = dependent;
+  launch(gemm_kernel<S>, shape, stream, name, map, job);
+}
+
+}  // namespace
+}  // namespace qk::cuda

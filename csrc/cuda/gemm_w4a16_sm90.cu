@@ -1,0 +1,63 @@
+// W4A16 products by wgmma (gemm_w4_sm90.cuh): the instances for 16-bit activations.
+#include "gemm_w4_sm90.cuh"
+
+namespace qk::cuda {
+namespace {
+
+template <typename T, W4Kind kKind, int kTokens>
+void run(const GemmW4A16Args& args, const W4Plan& plan, cudaStream_t stream) {
+  Job job = {};
+  job.weight = args.weight;
+  job.e = make_store(args.y, args.y_dtype, args.y_stride, args.m, args.weight.n);
+  job.e.bias = args.bias;
+  job.counters = args.counters, job.partials = args.partials;
+  const auto launch_as = [&](auto zeros) {
+    run_shape<Shape<T, kTokens, kKind, decltype(zeros)::value, w4_cluster(false, kTokens)>>(
+        job, args.x, args.x_stride, true, plan, true, "gemm_w4a16_sm90", stream);
+  };
+  if constexpr (kKind == W4Kind::kZeroPoint) {
+    if (args.weight.zero_point) return launch_as(std::true_type());
+  }
+  launch_as(std::false_type());
+}
+
+template <typename T, W4Kind kKind>
+void run_tokens(const GemmW4A16Args& args, const W4Plan& plan, cudaStream_t stream) {
+  switch (plan.tokens) {
+    case 8:
+      return run<T, kKind, 8>(args, plan, stream);
+    case 16:
+      return run<T, kKind, 16>(args, plan, stream);
+    case 32:
+      return run<T, kKind, 32>(args, plan, stream);
+    case 64:
+      return run<T, kKind, 64>(args, plan, stream);
+    case 128:  // the sums of tokens, which minima multiply, find no room
+      if constexpr (kKind != W4Kind::kMinimum) return run<T, kKind, 128>(args, plan, stream);
+      break;
+    default:
+      break;
+  }
+  throw std::invalid_argument("gemm_w4a16_sm90: no instance with " + std::to_string(plan.tokens) + " tokens");
+}
+
+template <typename T>
+void run_kind(const GemmW4A16Args& args, const W4Plan& plan, cudaStream_t stream) {
+  switch (args.weight.kind) {
+    case W4Kind::kZeroPoint:
+      return run_tokens<T, W4Kind::kZeroPoint>(args, plan, stream);
+    case W4Kind::kMinimum:
+      return run_tokens<T, W4Kind::kMinimum>(args, plan, stream);
+    case W4Kind::kCodebook:
+      return run_tokens<T, W4Kind::kCodebook>(args, plan, stream);
+  }
+}
+
+}  // namespace
+
+void gemm_w4a16_sm90(const GemmW4A16Args& args, const W4Plan& plan, cudaStream_t stream) {
+  if (args.x_dtype == DType::kBF16) return run_kind<__nv_bfloat16>(args, plan, stream);
+  return run_kind<__half>(args, plan, stream);
+}
+
+}  // namespace qk::cuda

@@ -1,0 +1,61 @@
+// 4-bit codes as pairs of 16-bit floats. Per word of eight codes (w4.h, kHalf) and register r of its fragment:
+//
+//     (word >> 4r) & 0x000f000f | 0x43004300      two bf16 of 128 + q        (fp16: 0x6400, 1024 + q)
+//     - (128 + zero_point)                        exact: q - zero_point      (one packed subtraction)
+#pragma once
+
+#include "numeric.cuh"
+#include "ptx.cuh"
+
+namespace qk::cuda {
+namespace {
+
+// 128 (or 1024), which codes are or-ed into, and 1, as pairs.
+template <typename T>
+struct Pairs;
+template <>
+struct Pairs<__nv_bfloat16> {
+  static constexpr uint32_t kBase = 0x43004300u, kOnes = 0x3f803f80u;
+  static constexpr DType kType = DType::kBF16;
+};
+template <>
+struct Pairs<__half> {
+  static constexpr uint32_t kBase = 0x64006400u, kOnes = 0x3c003c00u;
+  static constexpr DType kType = DType::kF16;
+};
+
+__device__ __forceinline__ uint32_t subtract(__nv_bfloat16, uint32_t a, uint32_t b) {
+  const __nv_bfloat162 r = __hsub2(*reinterpret_cast<__nv_bfloat162*>(&a), *reinterpret_cast<__nv_bfloat162*>(&b));
+  return *reinterpret_cast<const uint32_t*>(&r);
+}
+__device__ __forceinline__ uint32_t subtract(__half, uint32_t a, uint32_t b) {
+  const __half2 r = __hsub2(*reinterpret_cast<__half2*>(&a), *reinterpret_cast<__half2*>(&b));
+  return *reinterpret_cast<const uint32_t*>(&r);
+}
+
+// What is subtracted from a pair of codes with the base or-ed in.
+template <typename T>
+__device__ __forceinline__ uint32_t pair_offset(uint32_t zero_point) {
+  return Pairs<T>::kBase | zero_point | zero_point << 16;
+}
+
+// The pair r of a word; a codebook's comes from a table of all 256 pairs of its entries.
+template <typename T>
+__device__ __forceinline__ uint32_t pair_of(uint32_t word, int r, uint32_t offset) {
+  return subtract(T(), ptx::and_or(word >> (4 * r), 0x000f000fu, Pairs<T>::kBase), offset);
+}
+__device__ __forceinline__ uint32_t pair_of(uint32_t word, int r, const uint32_t* book) {
+  const uint32_t two = (word >> (4 * r)) & 0x000f000fu;
+  return book[(two | two >> 12) & 0xffu];
+}
+
+// Fills that table by `threads` threads of a block.
+template <typename T>
+__device__ __forceinline__ void fill_book(uint32_t* book, const float* codebook, int threads) {
+  for (int i = threadIdx.x; i < 256; i += threads) {
+    book[i] = pack_pair(Pairs<T>::kType, __ldg(codebook + (i & 15)), __ldg(codebook + (i >> 4)));
+  }
+}
+
+}  // namespace
+}  // namespace qk::cuda

@@ -1,0 +1,361 @@
+// What a consumer warpgroup of gemm_w4_sm90.cuh does with a tile of 64 channels: which slabs are its own, codes to
+// fragments, sums times scales, the meeting of those that share a tile, and the way out.
+#pragma once
+
+#include <type_traits>
+
+#include "epilogue.cuh"
+#include "groups_w4.cuh"
+#include "launch_w4.h"
+#include "operands_w4a16.cuh"
+#include "operands_w4a8.cuh"
+#include "wgmma.cuh"
+
+namespace qk::cuda {
+namespace {
+
+constexpr int kChannels = 128;
+constexpr int kGroupChannels = 64;  // of a warpgroup
+constexpr int kConsumers = 256, kConsumerWarps = kConsumers / 32;
+constexpr int kAlignment = 1024;
+constexpr int kMostStages = 24;
+constexpr int kTurnBarrier = 3;  // named barriers: 1 and 2 are the warpgroups' own, 3 and 4 their turns
+constexpr int kTileGroup = 16;  // token tiles walked before the next channels
+
+// kZeros_: zero points are read, and scales may be of fp32; else the former are 8. Integers: the latter of fp16, too.
+template <typename T_, int kTokens_, W4Kind kKind_, bool kZeros_, int kCluster_>
+struct Shape {
+  using T = T_;
+  static constexpr bool kBytes = std::is_same<T, int8_t>::value;
+  using Sum = typename std::conditional<kBytes, int32_t, float>::type;
+  static constexpr int kTokens = kTokens_, kCluster = kCluster_;
+  static constexpr W4Kind kKind = kKind_;
+  static constexpr bool kMinimum = kKind == W4Kind::kMinimum, kCodebook = kKind == W4Kind::kCodebook;
+  static constexpr bool kZeros = kZeros_;
+  // Integer products are 16 times the true ones (operands_w4a8.cuh).
+  static constexpr bool kSixteenfold = kBytes && kKind == W4Kind::kZeroPoint && !kZeros;
+  static constexpr int kRowBytes = kW4SlabK * static_cast<int>(sizeof(T));  // of a token in a slab
+  static constexpr int kBoxes = kRowBytes / 128;
+  static constexpr int kTokenBytes = kTokens * kRowBytes;
+  static constexpr int kPart = kTokens / kCluster;  // tokens that a CTA of the cluster fetches
+  static_assert(kPart % 8 == 0, "whole swizzle atoms");
+  static constexpr int kSteps = kRowBytes / 32;  // products of a slab
+  static constexpr int kFragments = kSteps / 2 * 4;  // registers of half a slab
+  static constexpr int kValues = kTokens / 2;  // sums of a thread
+  // Few tokens leave registers for two CTAs, which hide each other's latency. With more, the producer's registers go to
+  // the consumers, and it is a whole warpgroup since setmaxnreg works on those: 168 a thread at launch.
+  static constexpr int kPerSm = w4_per_sm(kBytes, kTokens, kMinimum);
+  static constexpr bool kMovesRegisters = kPerSm == 1;
+  static constexpr int kThreads = kConsumers + (kMovesRegisters ? 128 : 32);
+  // The warpgroups take turns to start a slab's products, lest they finish, and leave the tensor cores idle, together.
+  static constexpr bool kTurns = kTokens >= 64;
+  static constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
+};
+
+struct Job {
+  W4Weight weight;
+  Epilogue e;
+  GroupRows groups;
+  int32_t slabs, blocks_n;
+  int32_t tiles_m, tiles_n, whole;  // tiles of a cluster; those done whole, the first ones
+  int32_t clusters, run, longer;  // shared slabs of a cluster; the first `longer` have one more
+  int32_t stages, packed_bytes;  // of a stage: codes, then rows of scales
+  int32_t rows, group_rows;  // of scales, as groups_w4.cuh cuts slabs: of K, of a group
+  int32_t* counters;
+  float* partials;
+};
+
+__device__ __forceinline__ int begin_of(const Job& job, int cluster) {
+  return cluster * job.run + min(cluster, job.longer);
+}
+// The cluster that has a shared slab.
+__device__ __forceinline__ int owner_of(const Job& job, int unit) {
+  const int head = job.longer * (job.run + 1);
+  return unit < head ? unit / (job.run + 1) : job.longer + (unit - head) / job.run;
+}
+
+// The slabs first ... last - 1 of a tile.
+struct Segment {
+  int tile, first, last;
+};
+
+// The segments of a cluster, one after the other.
+struct Walk {
+  int tile, unit, end;
+  __device__ __forceinline__ Walk(const Job& job, int cluster)
+      : tile(cluster), unit(begin_of(job, cluster)), end(begin_of(job, cluster + 1)) {}
+  __device__ __forceinline__ int slabs(const Job& job) const {
+    const int tiles = tile < job.whole ? (job.whole - tile - 1) / job.clusters + 1 : 0;
+    return tiles * job.slabs + end - unit;
+  }
+  __device__ __forceinline__ bool next(const Job& job, Segment& s) {
+    if (tile < job.whole) {
+      s.tile = tile, s.first = 0, s.last = job.slabs;
+      tile += job.clusters;
+      return true;
+    }
+    if (unit == end) return false;
+    const int shared = unit / job.slabs;
+    s.tile = job.whole + shared, s.first = unit - shared * job.slabs;
+    s.last = min(job.slabs, s.first + end - unit);
+    unit += s.last - s.first;
+    return true;
+  }
+};
+
+struct Place {
+  int m, n;  // tile of tokens, of a cluster's channels
+};
+
+// Groups of kTileGroup token tiles are walked before the next channels, so that what runs at one time shares operands;
+// the last group may be shorter.
+__device__ __forceinline__ Place place_of(const Job& job, int tile) {
+  const int per_group = kTileGroup * job.tiles_n, group = tile / per_group, first = group * kTileGroup;
+  const int rows = min(kTileGroup, job.tiles_m - first), inside = tile - group * per_group;
+  return Place{first + inside % rows, inside / rows};
+}
+
+// What a consumer thread needs again and again.
+struct Thread {
+  int lane, warp;
+  int channel;  // of the tile: the first of its two, the other is 8 further
+  uint32_t codes;  // bytes from the stage's codes on to this thread's
+  __device__ __forceinline__ Thread()
+      : lane(static_cast<int>(ptx::keep(threadIdx.x & 31))),
+        warp(__shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x >> 5), 0)),
+        channel(static_cast<int>(ptx::keep(warp * kW4Rows + (lane >> 2)))),
+        codes(ptx::keep(warp * kW4BlockBytes + lane * 16)) {}
+};
+
+// This thread's codes of half a slab (64 k).
+__device__ __forceinline__ uint4 load_codes(const Thread& t, const uint8_t* packed, int half) {
+  return *reinterpret_cast<const uint4*>(packed + t.codes + half * 512);
+}
+
+// Those codes as wgmma fragments. packed: the stage's codes, with the rows of its groups behind them.
+template <typename S>
+__device__ __forceinline__ void unpack_half(const Job& job, const Thread& t, const uint8_t* packed, const uint4& v,
+                                            const uint32_t* book, int half, uint32_t (&f)[S::kFragments]) {
+  const uint32_t words[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+  for (int part = 0; part < 2; ++part) {  // 32 k
+    uint32_t zero[2] = {S::kMinimum ? 0u : 8u, S::kMinimum ? 0u : 8u};  // of channels g and g + 8
+    if (S::kZeros && job.weight.zero_point) {
+      const uint8_t* row = packed + kChannels * (kW4SlabK / 2) + kChannels * job.groups.value_bytes +
+                           ((2 * half + part) >> (2 - job.groups.row_shift)) * job.groups.row_bytes;
+      zero[0] = row[t.channel], zero[1] = row[t.channel + 8];
+    }
+    if constexpr (S::kBytes) {
+      if constexpr (S::kSixteenfold) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          f[4 * part + 2 * i] = low_bytes_sixteenfold(words[2 * part + i]);
+          f[4 * part + 2 * i + 1] = high_bytes_sixteenfold(words[2 * part + i]);
+        }
+      } else {
+        const uint32_t z0 = zero[0] * kOnes, z1 = zero[1] * kOnes;
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          if constexpr (S::kMinimum) {
+            f[4 * part + 2 * i] = words[2 * part + i] & 0x0f0f0f0fu;
+            f[4 * part + 2 * i + 1] = (words[2 * part + i] >> 4) & 0x0f0f0f0fu;
+          } else {
+            f[4 * part + 2 * i] = low_bytes(words[2 * part + i], z0);
+            f[4 * part + 2 * i + 1] = high_bytes(words[2 * part + i], z1);
+          }
+        }
+      }
+    } else {
+      using T = typename S::T;
+      const uint32_t offset[2] = {pair_offset<T>(zero[0]), pair_offset<T>(zero[1])};
+#pragma unroll
+      for (int s = 2 * part; s < 2 * part + 2; ++s) {
+#pragma unroll
+        for (int r = 0; r < 4; ++r) {
+          if constexpr (S::kCodebook) {
+            f[4 * s + r] = pair_of(words[s], r, book);
+          } else {
+            f[4 * s + r] = pair_of<T>(words[s], r, offset[r & 1]);
+          }
+        }
+      }
+    }
+  }
+}
+
+// A register of ones as the activations' operand.
+template <typename T>
+struct OnesOf {
+  static constexpr uint32_t kValue = Pairs<T>::kOnes;
+};
+template <>
+struct OnesOf<int8_t> {
+  static constexpr uint32_t kValue = kOnes;
+};
+
+template <typename S>
+struct Sums {
+  typename S::Sum part[S::kValues];  // since the last scale
+  typename S::Sum tokens[S::kMinimum ? S::kValues : 1];  // of the activations alone
+  float total[S::kValues];
+};
+
+// A sum of products as a float, times `factor`, rounded once: what follows needs neither a conversion, which runs at an
+// eighth of the rate, nor a second multiplication. The integer was accumulated onto the bits of 1.5 * 2^23, so that
+// they are those of the float 1.5 * 2^23 + d; and (1.5 * 2^23 + d) * factor - 1.5 * 2^23 * factor is d * factor before
+// the one rounding of the FMA, since the last term is exact for a `factor` of 22 bits or less.
+constexpr float kSeed = 12582912.0f;
+__device__ __forceinline__ float scaled_by_seed(int32_t sum, float factor, float seed_times_factor) {
+  return __fmaf_rn(__int_as_float(sum), factor, -seed_times_factor);
+}
+
+// Starts the products of k-steps kFirst ... kFirst + kCount - 1 of a slab, whose fragments are f. Sums begin anew with
+// each row of scales, of kPerRow steps, but integers only if `fresh`.
+template <typename S, int kFirst, int kCount, int kPerRow>
+__device__ __forceinline__ void multiply(const uint32_t* f, uint32_t tokens, bool fresh, Sums<S>& sums) {
+  constexpr uint32_t kOne = OnesOf<typename S::T>::kValue;
+  const uint32_t ones[4] = {kOne, kOne, kOne, kOne};
+  ptx::wgmma_fence();
+#pragma unroll
+  for (int s = 0; s < kCount; ++s) {
+    const int step = kFirst + s;
+    const uint64_t b = ptx::wgmma_descriptor(tokens + step / 4 * S::kTokens * 128) + 2 * (step % 4);
+    const int accumulate = step % kPerRow != 0 || (S::kBytes && !fresh);
+    WgmmaRegisters<typename S::T, S::kTokens>::run(sums.part, f + 4 * s, b, accumulate);
+    if constexpr (S::kMinimum) WgmmaRegisters<typename S::T, S::kTokens>::run(sums.tokens, ones, b, accumulate);
+  }
+  ptx::wgmma_commit();
+}
+
+// The same for all steps of a row, by which half and which part of it they are in.
+template <typename S, int kPerRow>
+__device__ __forceinline__ void multiply_row(int row, const uint32_t* even, const uint32_t* odd, uint32_t tokens,
+                                             bool fresh, Sums<S>& sums) {
+  if constexpr (kPerRow == S::kSteps / 2) {
+    if (row == 0) multiply<S, 0, kPerRow, kPerRow>(even, tokens, fresh, sums);
+    if (row == 1) multiply<S, kPerRow, kPerRow, kPerRow>(odd, tokens, fresh, sums);
+  } else {
+    if (row == 0) multiply<S, 0, kPerRow, kPerRow>(even, tokens, fresh, sums);
+    if (row == 1) multiply<S, kPerRow, kPerRow, kPerRow>(even + 4 * kPerRow, tokens, fresh, sums);
+    if (row == 2) multiply<S, 2 * kPerRow, kPerRow, kPerRow>(odd, tokens, fresh, sums);
+    if (row == 3) multiply<S, 3 * kPerRow, kPerRow, kPerRow>(odd + 4 * kPerRow, tokens, fresh, sums);
+  }
+}
+
+// A row of scales (and minima) as a thread's two channels need it.
+struct Factors {
+  float scale[2], low[2];
+};
+template <typename S>
+__device__ __forceinline__ Factors load_factors(const Job& job, const Thread& t, const uint8_t* row) {
+  const ScaleType type = S::kSixteenfold ? ScaleType::kF16 : job.weight.scale_type;
+  Factors f;
+#pragma unroll
+  for (int e = 0; e < 2; ++e) {
+    f.scale[e] = row_value(row, type, t.channel + 8 * e);
+    f.low[e] = 0.0f;
+    if constexpr (S::kMinimum) {
+      f.low[e] = row_value(row + kChannels * job.groups.value_bytes, type, t.channel + 8 * e);
+    }
+  }
+  return f;
+}
+
+// total += part * scale (+ tokens * minimum). Integers: each step rounded once.
+template <typename S>
+__device__ __forceinline__ void promote(Factors f, Sums<S>& sums) {
+  if constexpr (S::kSixteenfold) f.scale[0] *= 0.0625f, f.scale[1] *= 0.0625f;  // exact for what fp16 holds
+#pragma unroll
+  for (int i = 0; i < S::kValues; ++i) {
+    const int e = (i >> 1) & 1;
+    float& total = sums.total[i];
+    if constexpr (S::kBytes) {
+      total = __fadd_rn(total, __fmul_rn(__int2float_rn(sums.part[i]), f.scale[e]));
+      if constexpr (S::kMinimum) total = __fadd_rn(total, __fmul_rn(f.low[e], __int2float_rn(sums.tokens[i])));
+    } else {
+      total = __fmaf_rn(sums.part[i], f.scale[e], total);
+      if constexpr (S::kMinimum) total = __fmaf_rn(sums.tokens[i], f.low[e], total);
+    }
+  }
+}
+
+// Leaves this warpgroup's totals of a tile that clusters share; the last to come replaces its own by the sum of all,
+// and gets true.
+template <typename S>
+__device__ __forceinline__ bool meet(const Job& job, int shared, bool from_first_slab, int cluster, int rank,
+                                     bool* is_last, Sums<S>& sums) {
+  constexpr int kQuads = S::kValues / 4;
+  const int group = threadIdx.x >> 7, member = threadIdx.x & 127;
+  // A cluster enters at most one shared tile in its middle, and leaves at most one that it entered at its beginning.
+  const auto slot = [&](int c, bool first) {
+    const int64_t index = (int64_t(2 * c + (first ? 1 : 0)) * S::kCluster + rank) * 2 + group;
+    return reinterpret_cast<float4*>(job.partials + index * kGroupChannels * S::kTokens) + member;
+  };
+  float4* own = slot(cluster, from_first_slab);
+#pragma unroll
+  for (int q = 0; q < kQuads; ++q) {
+    const float* d = sums.total + 4 * q;
+    __stcg(own + q * 128, make_float4(d[0], d[1], d[2], d[3]));
+  }
+  const int first = owner_of(job, shared * job.slabs), last = owner_of(job, (shared + 1) * job.slabs - 1);
+  __threadfence();
+  ptx::named_barrier(1 + group, 128);
+  if (member == 0) {
+    int32_t* counter = job.counters + (shared * S::kCluster + rank) * 2 + group;
+    is_last[group] = atomicAdd(counter, 1) == last - first;
+    if (is_last[group]) *counter = 0;
+  }
+  ptx::named_barrier(1 + group, 128);
+  const bool mine = is_last[group];
+  if (!mine) return false;
+  __threadfence();
+#pragma unroll
+  for (int i = 0; i < S::kValues; ++i) sums.total[i] = 0.0f;
+  // Loads take long, and the order of additions is the same.
+  constexpr int kAtOnce = kQuads <= 2 ? 4 : kQuads <= 4 ? 2 : 1;
+  for (int c0 = first; c0 <= last; c0 += kAtOnce) {
+    float4 v[kAtOnce][kQuads];
+#pragma unroll
+    for (int p = 0; p < kAtOnce; ++p) {
+      const int c = min(c0 + p, last);
+      // Only the last one left the tile before its end, having begun it; the first one began it.
+#pragma unroll
+      for (int q = 0; q < kQuads; ++q) v[p][q] = __ldcg(slot(c, c == first) + q * 128);
+    }
+#pragma unroll
+    for (int p = 0; p < kAtOnce; ++p) {
+      if (c0 + p > last) break;
+#pragma unroll
+      for (int q = 0; q < kQuads; ++q) {
+        float* d = sums.total + 4 * q;
+        d[0] = __fadd_rn(d[0], v[p][q].x), d[1] = __fadd_rn(d[1], v[p][q].y);
+        d[2] = __fadd_rn(d[2], v[p][q].z), d[3] = __fadd_rn(d[3], v[p][q].w);
+      }
+    }
+  }
+  return true;
+}
+
+template <typename S>
+__device__ __forceinline__ void store_tile(const Job& job, int m0, int n0, const Sums<S>& sums) {
+  const int lane = threadIdx.x & 31, n = n0 + (lane >> 2);
+  const Epilogue& e = job.e;
+  const float low = e.bias && n < e.n ? __ldg(e.bias + n) : -0.0f;
+  const float high = e.bias && n + 8 < e.n ? __ldg(e.bias + n + 8) : -0.0f;
+#pragma unroll
+  for (int j = 0; j < S::kTokens / 8; ++j) {
+    const int m = m0 + 8 * j;
+    if (m >= e.m) break;
+    float v[4];
+#pragma unroll
+    for (int c = 0; c < 4; ++c) {
+      float y = sums.total[4 * j + c];
+      if constexpr (S::kBytes) y = __fmul_rn(y, *(e.x_scale + min(m + 2 * (lane & 3) + (c & 1), e.m - 1)));
+      v[c] = __fadd_rn(y, c < 2 ? low : high);
+    }
+    store_values(e, v, n0, m, lane);
+  }
+}
+
+}  // namespace
+}  // namespace qk::cuda
