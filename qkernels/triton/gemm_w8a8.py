@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .raster import grouped_tile
+
 __all__ = ["Tile", "gemm_w8a8", "tile_for"]
 
 
@@ -43,14 +45,7 @@ def _gemm_kernel(
     BIAS: tl.constexpr,
 ):
     program = tl.program_id(0)
-    tiles_m = tl.cdiv(M, BLOCK_M)
-    tiles_n = tl.cdiv(N, BLOCK_N)
-    per_group = GROUP_M * tiles_n
-    first = (program // per_group) * GROUP_M
-    rows_in_group = tl.minimum(tiles_m - first, GROUP_M)
-    tile_m = first + (program % per_group) % rows_in_group
-    tile_n = (program % per_group) // rows_in_group
-
+    tile_m, tile_n = grouped_tile(program, tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
     tokens = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     channels = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     # Rows outside wrap around to rows that exist: loads stay unmasked along them, and the store drops what they gave.
