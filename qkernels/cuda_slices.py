@@ -48,7 +48,7 @@ def by_slices(
     """``x [M, K]`` times the weight ``[channels, K]``, plus ``bias``, in the dtype of ``x``.
 
     Args:
-        dequantize: ``(first, rows, out)`` writes rows ``first ... first + rows - 1`` into ``out [rows, K]``, ``first`` a
+        dequantize: ``(first, rows, out)`` writes rows ``first ... first + rows - 1`` into ``out``; ``first`` is a
             multiple of 128.
         bias: float32 ``[channels]``.
     """

@@ -53,7 +53,7 @@ def gather_w8(
     first: int = 0,
     packed: bool = True,
 ) -> Tensor:
-    """Rows of an 8-bit table as floats: ``out[i] = scale[row] * table[row]``, ``row`` being ``ids[i]`` or ``first + i``.
+    """Rows of an 8-bit table as floats: ``out[i] = scale[row] * table[row]``, ``row = ids[i]`` or ``first + i``.
 
     Args:
         table: int8, packed by :func:`qkernels.cuda.pack_w8` or, with ``packed=False``, ``[N, K]`` contiguous.
@@ -324,7 +324,7 @@ def _embedding_w8_fake(
 
 
 def register_operators(library: torch.library.Library) -> torch.library.Library:
-    """Define ``torch.ops.qkernels.embedding_w8``, and CUDA implementations of operators that :mod:`qkernels.ops` defines.
+    """Define ``torch.ops.qkernels.embedding_w8``, and implement on CUDA what :mod:`qkernels.ops` defines.
 
     The library returned must be kept alive.
     """

@@ -13,14 +13,14 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator, Mapping
-from typing import Any, Union
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import _C, cuda, reference
-from .backends import PreparedReference, PreparedW8A8
+from .backends import Prepared, PreparedReference, PreparedW8A8
 from .checks import DTYPE_CODES, TensorSpec, check_canonical, check_out_dtype
 from .cuda_w8a8 import PreparedCudaW8A8
 from .cuda_w8a16 import PreparedCudaW8A16, embedding_w8
@@ -35,14 +35,13 @@ __all__ = ["QuantEmbedding", "TiedQuantLinear"]
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 _TABLE_SCHEME = Scheme(activation_bits=None)
 _TABLE_NAMES = ("weight", "weight_scale")
-_Head = Union[PreparedW8A8, PreparedCudaW8A8, PreparedCudaW8A16]
 _SHARED_NAMES = {"q_weight": "table", "packed_scale": "weight_scale"}
 """What a head's kernel calls a tensor, and what the table does, where that is not the same."""
 
 
-def _head_kernel(scheme: Scheme, features: int, rows: int, device: torch.device) -> tuple[type[_Head] | None, str]:
+def _head_kernel(scheme: Scheme, features: int, rows: int, device: torch.device) -> tuple[type[Prepared] | None, str]:
     """What multiplies by a packed table there; None and the reason where only the reference does."""
-    kernel: type[_Head] = PreparedW8A8
+    kernel: type[Prepared] = PreparedW8A8
     if device.type == "cuda":
         kernel = PreparedCudaW8A16 if scheme.weight_only else PreparedCudaW8A8
     reason = kernel.objection(scheme, features, rows, device)
@@ -420,7 +419,7 @@ class TiedQuantLinear(QuantLinear):
         tensors = _SharedTensors(self._buffers, table)
         sizes = (self.in_features, self.out_features)
         kernel, reason = _head_kernel(self.scheme, *sizes, table._device())
-        prepared: _Head | PreparedReference
+        prepared: Prepared
         if not table._packed or kernel is None:
             prepared = PreparedReference(tensors, self.scheme, *sizes, reason)
         elif kernel is PreparedW8A8:

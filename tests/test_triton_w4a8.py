@@ -1,5 +1,6 @@
-"""The W4A8 Triton kernel against the reference, bit for bit: in the interpreter on the CPU (fp32 outputs), compiled where
-there is a GPU."""
+"""The W4A8 Triton kernel against the reference, bit for bit: in the interpreter on the CPU (fp32 outputs), compiled
+where there is a GPU.
+"""
 
 from __future__ import annotations
 

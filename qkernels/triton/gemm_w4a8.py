@@ -98,7 +98,7 @@ def _gemm_kernel(
     if SHIFTED:
         shift = tl.load(x_zero_point_ptr + tokens, mask=token_mask, other=0) - 128
     total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for g in range(0, tl.cdiv(K, GROUP)):
+    for g in range(tl.cdiv(K, GROUP)):
         first = g * GROUP
         place = channel_rows * scale_stride + g
         if ZERO_POINT:

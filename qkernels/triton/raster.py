@@ -9,7 +9,7 @@ __all__ = ["grouped_tile"]
 
 
 @triton.jit
-def grouped_tile(program, tiles_m, tiles_n, GROUP_M: tl.constexpr):
+def grouped_tile(program, tiles_m, tiles_n, GROUP_M: tl.constexpr):  # noqa: ANN201 (what Triton makes of it)
     """Tile (m, n): programs are ordered in groups of GROUP_M token tiles, so that those under way at one time share
     operands in the L2."""
     per_group = GROUP_M * tiles_n
