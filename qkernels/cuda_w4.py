@@ -33,7 +33,6 @@ __all__ = [
     "linear_w4a8",
     "linear_w4a16",
     "pack_w4",
-    "register_operators",
     "unpack_w4",
 ]
 
@@ -459,11 +458,3 @@ def _dequantize_packed(*rest: Any) -> Tensor:
         return dequantize_w4(weight, 0, rows, dtype, cast(Tensor, tensors["packed"]).device)
     canonical = {**_canonical(tensors, scheme, rows, features), "inv_smooth": smooth}
     return effective_weight(canonical, scheme, features, dtype).contiguous()
-
-
-def register_operators() -> torch.library.Library:
-    """CUDA implementations of operators that :mod:`qkernels.ops` defines.  The library must be kept alive."""
-    library = torch.library.Library("qkernels", "IMPL", "CUDA")
-    library.impl("linear_packed", _linear_packed)
-    library.impl("dequantize_packed", _dequantize_packed)
-    return library

@@ -1,9 +1,12 @@
 """QuantEmbedding, and the output head that shares its table.
 
 The table is int8 ``[V, K]`` with one float32 scale per row.  Alone, it is resident row by row.  Once a head reads
-it, the packed form the head's kernel reads is the only one resident, and lookups gather their rows from there:
+it, the packed form the head's kernel reads is the only one resident, and lookups gather their rows from there; on the
+CPU that is
 
     packed[n // 64, k // 4, n % 64, k % 4] = table[n, k]
+
+and on a GPU the layout of :func:`qkernels.cuda.pack_w8`.
 """
 
 from __future__ import annotations
@@ -16,9 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import _C, reference
-from .backends import PreparedReference, PreparedW8A8
+from . import _C, cuda, reference
+from .backends import Prepared, PreparedReference, PreparedW8A8
 from .checks import DTYPE_CODES, TensorSpec, check_canonical, check_out_dtype
+from .cuda_w8a8 import PreparedCudaW8A8
+from .cuda_w8a16 import PreparedCudaW8A16, embedding_w8
 from .eager import is_plain
 from .linear import QuantLinear
 from .module import QuantModule
@@ -30,6 +35,17 @@ __all__ = ["QuantEmbedding", "TiedQuantLinear"]
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 _TABLE_SCHEME = Scheme(activation_bits=None)
 _TABLE_NAMES = ("weight", "weight_scale")
+_SHARED_NAMES = {"q_weight": "table", "packed_scale": "weight_scale"}
+"""What a head's kernel calls a tensor, and what the table does, where that is not the same."""
+
+
+def _head_kernel(scheme: Scheme, features: int, rows: int, device: torch.device) -> tuple[type[Prepared] | None, str]:
+    """What multiplies by a packed table there; None and the reason where only the reference does."""
+    kernel: type[Prepared] = PreparedW8A8
+    if device.type == "cuda":
+        kernel = PreparedCudaW8A16 if scheme.weight_only else PreparedCudaW8A8
+    reason = kernel.objection(scheme, features, rows, device)
+    return (None, reason) if reason else (kernel, "")
 
 
 class QuantEmbedding(QuantModule):
@@ -71,6 +87,7 @@ class QuantEmbedding(QuantModule):
         self._epoch = 0  # changes whenever a head has to look at the table anew
         self._packed = False
         self._has_minus128 = True
+        self._on_gpu = False  # and the CUDA module serves lookups
         self.__dict__["_unpacked"] = None
         given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
         self._install(check_canonical(given, _TABLE_SCHEME, embedding_dim, num_embeddings))
@@ -119,12 +136,21 @@ class QuantEmbedding(QuantModule):
 
         Raises:
             TypeError: not integers.
-            IndexError: an id outside the table.
+            ValueError: on another device than the table.
+            IndexError: an id outside the table.  On a GPU the kernel stops with a failed assertion, as torch's does.
         """
         if not isinstance(input, Tensor) or input.dtype not in (torch.int32, torch.int64):
             got = input.dtype if isinstance(input, Tensor) else type(input).__name__
             raise TypeError(f"input: expected an int32 or int64 tensor, got {got}")
         buffers = self._buffers
+        if self._on_gpu:
+            table = buffers["packed" if self._packed else "table"]
+            if _is_dynamo_compiling() or not is_plain(input):
+                size = (self.num_embeddings, self.embedding_dim)
+                return torch.ops.qkernels.embedding_w8(
+                    input, table, buffers["weight_scale"], self._packed, *size, self.dtype
+                )
+            return embedding_w8(input, table, buffers["weight_scale"], self._packed, self.embedding_dim, self.dtype)
         if not _is_dynamo_compiling() and is_plain(input) and input.is_cpu and self._readable():
             return self._native_lookup(input)
         scale = F.embedding(input, buffers["weight_scale"].unsqueeze(1))  # checks the range of the ids
@@ -198,13 +224,18 @@ class QuantEmbedding(QuantModule):
     @property
     def kernel(self) -> str:
         """What serves lookups."""
-        return f"embedding.{_C.info()['isa']}" if self._device().type == "cpu" else "reference"
+        device = self._device()
+        if self._on_gpu:
+            return f"embedding.cuda.sm{cuda.capability(device.index or 0)}"
+        return f"embedding.{_C.info()['isa']}" if device.type == "cpu" else "reference"
 
     @property
     def reason(self) -> str:
         """Why no faster kernel serves it; "" where there is nothing to explain."""
-        device = self._device().type
-        return "" if device == "cpu" else f"no native lookup for device {device}"
+        device = self._device()
+        if self._on_gpu or device.type == "cpu":
+            return ""
+        return (device.type == "cuda" and cuda.unavailable(device)) or f"no native lookup for device {device.type}"
 
     def canonical(self) -> dict[str, Tensor]:
         """``weight`` and ``weight_scale``, as in the state dict."""
@@ -226,7 +257,9 @@ class QuantEmbedding(QuantModule):
             weight = known()
             if weight is not None and weight._version == version and key == self._table_key():
                 return weight
-        weight = unpack_w8(self._buffers["packed"], self.num_embeddings, self.embedding_dim)
+        packed = self._buffers["packed"]
+        unpack = cuda.unpack_w8 if packed.is_cuda else unpack_w8
+        weight = unpack(packed, self.num_embeddings, self.embedding_dim)
         if not weight.is_inference():
             self.__dict__["_unpacked"] = (weakref.ref(weight), weight._version, self._table_key())
         return weight
@@ -253,20 +286,27 @@ class QuantEmbedding(QuantModule):
     def _hold(self, tensors: Mapping[str, Tensor]) -> None:
         self._buffers.update(tensors)
         self._non_persistent_buffers_set.update(tensors)
-        self._epoch += 1
+        self._moved()
 
     def _pack_for_head(self) -> None:
         """Pack the table if a head reads it and its kernel runs where the table is."""
         if self._packed or self._head_scheme is None:
             return
         table = self._buffers["table"]
-        if PreparedW8A8.objection(self._head_scheme, self.embedding_dim, self.num_embeddings, table.device):
+        if _head_kernel(self._head_scheme, self.embedding_dim, self.num_embeddings, table.device)[0] is None:
             return
-        tensors = {"weight": table, "weight_scale": self._buffers["weight_scale"]}
-        prepared = PreparedW8A8.from_canonical(tensors, Scheme(), self.embedding_dim)
+        if table.is_cuda:
+            packed, colsum = cuda.pack_w8(table.contiguous())
+            self._has_minus128 = True  # the kernels there do not ask
+            resident = {"packed": packed, "colsum": colsum}
+        else:
+            tensors = {"weight": table, "weight_scale": self._buffers["weight_scale"]}
+            prepared = PreparedW8A8.from_canonical(tensors, Scheme(), self.embedding_dim)
+            self._has_minus128 = prepared.has_minus128
+            resident = prepared.resident()
         del self._buffers["table"]
-        self._packed, self._has_minus128 = True, prepared.has_minus128
-        self._hold(prepared.resident())
+        self._packed = True
+        self._hold(resident)
 
     def _overwrite(self, canonical: Mapping[str, Tensor]) -> None:
         buffers = self._buffers
@@ -276,11 +316,18 @@ class QuantEmbedding(QuantModule):
             if "weight" in canonical and not self._packed:
                 buffers["table"].copy_(canonical["weight"])
             elif "weight" in canonical:
-                weight = canonical["weight"].to("cpu").contiguous()
-                self._has_minus128 = pack_w8(weight, buffers["packed"], buffers["colsum"])[2]
+                packed, colsum = buffers["packed"], buffers["colsum"]
+                weight = canonical["weight"].to(packed.device).contiguous()
+                if packed.is_cuda:
+                    cuda.pack_w8(weight, packed, colsum)
+                else:
+                    self._has_minus128 = pack_w8(weight, packed, colsum)[2]
         self._epoch += 1
 
     def _moved(self) -> None:
+        device = self._device()
+        filled = self.num_embeddings > 0 and self.embedding_dim > 0
+        self._on_gpu = filled and device.type == "cuda" and not cuda.unavailable(device)
         self._epoch += 1
 
     def _weight_shape(self) -> tuple[int, int]:
@@ -328,7 +375,7 @@ class _SharedTensors(Mapping[str, Any]):
     def __getitem__(self, name: str) -> Any:
         if name in self.own:
             return self.own[name]
-        return self.table._buffers["table" if name == "q_weight" else name]
+        return self.table._buffers[_SHARED_NAMES.get(name, name)]
 
     def __iter__(self) -> Iterator[str]:
         yield from self.own
@@ -371,12 +418,14 @@ class TiedQuantLinear(QuantLinear):
         table = self._table
         tensors = _SharedTensors(self._buffers, table)
         sizes = (self.in_features, self.out_features)
-        reason = PreparedW8A8.objection(self.scheme, *sizes, table._device())
-        prepared: PreparedW8A8 | PreparedReference
-        if table._packed:
+        kernel, reason = _head_kernel(self.scheme, *sizes, table._device())
+        prepared: Prepared
+        if not table._packed or kernel is None:
+            prepared = PreparedReference(tensors, self.scheme, *sizes, reason)
+        elif kernel is PreparedW8A8:
             prepared = PreparedW8A8(tensors, self.scheme, *sizes, has_minus128=table._has_minus128)
         else:
-            prepared = PreparedReference(tensors, self.scheme, *sizes, reason)
+            prepared = kernel(tensors, self.scheme, *sizes)
         self.__dict__["_prepared"] = prepared
         self.__dict__["_table_epoch"] = table._epoch
 
@@ -398,7 +447,7 @@ class TiedQuantLinear(QuantLinear):
         shared = self._table._buffers
         for name in self._prepared.names:
             own = self._buffers.get(name)
-            tensors[name] = own if own is not None else shared.get("table" if name == "q_weight" else name)
+            tensors[name] = own if own is not None else shared.get(_SHARED_NAMES.get(name, name))
         return tensors
 
     def _resident_names(self) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ or to the reference where no kernel exists.
     dequantize_packed  the float weight of those
     linear_quantized  any scheme, canonical tensors, by the reference
     dequantize_quantized   the float weight of those
+    embedding_w8      rows of an 8-bit table on a GPU (defined in :mod:`qkernels.cuda_w8a16`)
     epilogue          what follows a Linear, by itself (defined in :mod:`qkernels.epilogues`)
     quantize, dequantize   tensors to integers and back (registered in :mod:`qkernels.tensor_ops`)
 """
@@ -310,16 +311,18 @@ register(cpu_packed.PreparedPacked)
 #
 # Each is asked before the one registered earlier: the CUDA module, then Triton, then what serves the CPU.
 
-from . import cuda_w4, cuda_w8a8  # noqa: E402  need the operators above
-from .triton import layer_w4  # noqa: E402
-from .triton.layer import PreparedTritonW8A8  # noqa: E402
+from . import cuda_w4, cuda_w8a8, cuda_w8a16  # noqa: E402  need the operators above
+from .triton import layer_weight_only  # noqa: E402
+from .triton.layer import PreparedTritonW4A8, PreparedTritonW8A8  # noqa: E402
 
-_CUDA_LIBRARIES = (cuda_w8a8.register_operators(), cuda_w4.register_operators())
-layer_w4.register_operators(_LIBRARY)
+_CUDA_LIBRARIES = (cuda_w8a8.register_operators(), cuda_w8a16.register_operators(_LIBRARY))
+layer_weight_only.register_operators(_LIBRARY)
 register(PreparedTritonW8A8)
-register(layer_w4.PreparedTritonW4)
+register(PreparedTritonW4A8)
+register(layer_weight_only.PreparedTritonWeightOnly)
 register(cuda_w8a8.PreparedCudaW8A8)
 register(cuda_w4.PreparedCudaW4)
+register(cuda_w8a16.PreparedCudaW8A16)
 
 
 # -- functions ------------------------------------------------------------------------------------------------------

@@ -75,11 +75,11 @@ else:
 
     @pytest.mark.skipif(DEVICE.type == "cpu", reason="layers of the kernel live on a GPU")
     def test_layer_compiled_and_differentiated() -> None:
-        from qkernels.triton.layer_w4 import PreparedTritonW4
+        from qkernels.triton.layer_weight_only import PreparedTritonWeightOnly
 
         scheme, n, k = Scheme.from_preset("w4a16"), 96, 256
         tensors = reference.quantize_weight(seeded(n, k), scheme)
-        prepared = PreparedTritonW4.from_canonical({key: t.to(DEVICE) for key, t in tensors.items()}, scheme, k)
+        prepared = PreparedTritonWeightOnly.from_canonical({key: t.to(DEVICE) for key, t in tensors.items()}, scheme, k)
         x = seeded(7, k).to(DEVICE)
         y = prepared.run(x)
         torch.testing.assert_close(y.cpu(), reference.linear(x.cpu(), tensors, scheme, k), rtol=1e-4, atol=1e-4)

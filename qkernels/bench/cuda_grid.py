@@ -1,5 +1,6 @@
-"""``qkernels bench --device cuda``: W8A8 (and, by ``--schemes``, 4-bit weights, see :mod:`qkernels.bench.cuda_w4`) on a
-GPU, cold weights, CUDA graphs, rivals in turns with ours.
+"""``qkernels bench --device cuda``: W8A8 on a GPU, cold weights, CUDA graphs, rivals in turns with ours.
+
+By ``--schemes``, other weights and activations: see :mod:`qkernels.bench.cuda_w4`, :mod:`qkernels.bench.cuda_w8a16`.
 
 Each contender's calls, one per copy of the weight, are captured into a graph; graphs are replayed in turns and a row is
 the median over the replays.  The copies together are larger than the L2.  Nothing of ours is timed before its result
@@ -31,6 +32,7 @@ from torch import Tensor
 
 from qkernels import cuda, reference, triton
 from qkernels.bench.cuda_w4 import ProblemW4
+from qkernels.bench.cuda_w8a16 import ProblemW8A16
 from qkernels.bench.grid import commit, traffic, versions
 from qkernels.info import info
 from qkernels.progress import tracking
@@ -233,16 +235,15 @@ def run_cuda_grid(args: argparse.Namespace) -> int:
     dtype = getattr(torch, args.dtype)
     rows: list[CudaRow] = []
     notes: list[str] = []
-    unknown = sorted(set(args.schemes) - {"w8a8", "w4a16", "w4a8"})
+    unknown = sorted(set(args.schemes) - {"w8a8", "w8a16", "w4a16", "w4a8"})
     if unknown:
-        raise ValueError(f"--schemes: expected w8a8, w4a16 or w4a8 with --device cuda, got {', '.join(unknown)}")
+        raise ValueError(f"--schemes: expected w8a8, w8a16, w4a16 or w4a8 with --device cuda, got {', '.join(unknown)}")
     cases = list(itertools.product(args.schemes, args.shapes, args.rows))
     with torch.inference_mode(), tracking(None, total=len(cases), what="bench") as step:
         for number, (name, (k, n), m) in enumerate(cases):
             step(number, len(cases), f"{name} K={k} N={n} M={m}")
             cold = args.cold_mb << 20
-            problem = Problem(k, n, m, cold, dtype) if name == "w8a8" else ProblemW4(name, k, n, m, cold, dtype)
-            new = _run_problem(problem, ceilings, args.rounds, notes)
+            new = _run_problem(_problem(name, k, n, m, cold, dtype), ceilings, args.rounds, notes)
             print("\n" + table(new), flush=True)
             rows += new
     for note in notes:
@@ -269,7 +270,15 @@ def run_cuda_grid(args: argparse.Namespace) -> int:
     return 1 if notes else 0
 
 
-def _run_problem(problem: Problem | ProblemW4, ceilings: CudaCeilings, rounds: int, notes: list[str]) -> list[CudaRow]:
+def _problem(name: str, k: int, n: int, m: int, cold: int, dtype: torch.dtype) -> Problem | ProblemW4 | ProblemW8A16:
+    if name.startswith("w4"):
+        return ProblemW4(name, k, n, m, cold, dtype)
+    return (ProblemW8A16 if name == "w8a16" else Problem)(k, n, m, cold, dtype)
+
+
+def _run_problem(
+    problem: Problem | ProblemW4 | ProblemW8A16, ceilings: CudaCeilings, rounds: int, notes: list[str]
+) -> list[CudaRow]:
     k, n, m = problem.k, problem.n, problem.m
     operations = 2.0 * m * n * k
     size = problem.dtype.itemsize

@@ -14,6 +14,9 @@ STYLES = {
     "cublas bf16": "C4v:",
     "w4a16 layer": "C5o-",
     "w4a16 triton": "C2^-",
+    "w4a8 triton": "C2^-",
+    "w8a16 layer": "C8o-",
+    "w8a16 triton": "C2^-",
     "w4a8 layer": "C6s-",
     "w4a8 gemm": "C6o-",
 }

@@ -4,6 +4,7 @@
     w4a16 triton       the portable kernel
     w4a8 layer         quantize and gemm from floating-point activations
     w4a8 gemm          int8 activations to scaled output
+    w4a8 triton        the portable kernel, likewise
     cublas bf16        torch.mm in bfloat16, its weights cold too
 
 W4A16 is timed once its distance from the float32 reference is below half a step of the output; W4A8 once it has the
@@ -60,6 +61,7 @@ class ProblemW4:
                 True,
                 lambda index: cuda_w4.gemm_w4a8(q, scale, weights[index % count], None, self.dtype),
             )
+            yield from self._portable_w4a8(q, scale)
         elif not triton.available() and self.m <= MOST_ROWS_OF_TRITON:
             from qkernels.triton.gemm_w4a16 import gemm_w4a16
 
@@ -73,6 +75,18 @@ class ProblemW4:
         wide = [torch.randn(self.n, self.k, device="cuda").to(torch.bfloat16) for _ in range(max(2, count // 4))]
         x16, out16 = x.to(torch.bfloat16), torch.empty(self.m, self.n, dtype=torch.bfloat16, device="cuda")
         yield "cublas bf16", False, lambda index: torch.mm(x16, wide[index % len(wide)].t(), out=out16)
+
+    def _portable_w4a8(self, q: Tensor, scale: Tensor) -> Iterator[tuple[str, bool, Callable[[int], object]]]:
+        if not triton.available():
+            from qkernels.triton.gemm_w4a8 import gemm_w4a8
+
+            group, dtype = self.scheme.resolve_group_size(self.k), self.dtype
+
+            def portable(index: int) -> Tensor:
+                t = self.canonical[index % len(self.canonical)]
+                return gemm_w4a8(q, scale, None, t["weight"], t["weight_scale"], group_size=group, out_dtype=dtype)
+
+            yield "w4a8 triton", True, portable
 
     def exact(self, call: Callable[[int], object]) -> bool:
         """Whether the result over the first weight is the reference's, in the sense of the file's head."""

@@ -1,7 +1,8 @@
-"""Layers on the Triton kernels: W8A8 where the CUDA module cannot serve a GPU."""
+"""Layers on the Triton kernels of integer products, W8A8 and W4A8, where the CUDA module cannot serve a GPU."""
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping
 
 import torch
@@ -10,19 +11,54 @@ from torch import Tensor
 from .. import cuda
 from ..backends import PreparedReference
 from ..checks import DTYPE_CODES
+from ..cpu_packed import PreparedPacked
 from ..cpu_w8a8 import PreparedW8A8
 from ..eager import is_plain
 from ..scheme import Scheme
-from . import available
+from . import available, unfit
 
-__all__ = ["PreparedTritonW8A8"]
+__all__ = ["PreparedTritonW4A8", "PreparedTritonW8A8"]
 
 
-class PreparedTritonW8A8(PreparedReference):
-    """8-bit weights per output channel and 8-bit activations by the Triton kernels, over the canonical weight.
+class _IntegerProduct(PreparedReference):
+    """8-bit activations by a Triton kernel, over the canonical weight.
 
-    Resident: the reference's tensors and ``colsum``.  Whatever needs torch's dispatcher runs the reference, whose bits
-    are the same.
+    Plain eager calls go to the kernel.  Whatever needs torch's dispatcher runs the reference, whose bits are the same.
+    """
+
+    def run(self, x: Tensor) -> Tensor:
+        """See :meth:`Prepared.run`."""
+        if (
+            is_plain(x)
+            and x.device == self.device
+            and x.dtype in DTYPE_CODES
+            and x.dim()
+            and x.shape[-1] == self.in_features
+        ):
+            from .quantize import quantize_rows
+
+            tensors = self.tensors
+            with cuda._on(x.device):
+                q, scale, zero_point = quantize_rows(
+                    x.reshape(-1, self.in_features),
+                    symmetric=self.scheme.activation_symmetric,
+                    scale=tensors.get("act_scale"),
+                    zero_point=tensors.get("act_zero_point"),
+                    inv_smooth=tensors.get("inv_smooth"),
+                )
+                y = self.multiply(q, scale, zero_point, x.dtype)
+            return self.finished(y.view(*x.shape[:-1], self.out_features))
+        return self.around(x)
+
+    @abstractmethod
+    def multiply(self, q: Tensor, scale: Tensor, zero_point: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+        """The product of quantized rows ``[M, K]``, asymmetric codes less 128, and its epilogue: ``[M, N]``."""
+
+
+class PreparedTritonW8A8(_IntegerProduct):
+    """8-bit weights per output channel and 8-bit activations.
+
+    Resident: the reference's tensors and ``colsum``.
     """
 
     names = (*PreparedReference.names, "colsum")  # type: ignore[assignment]
@@ -34,9 +70,7 @@ class PreparedTritonW8A8(PreparedReference):
             return PreparedW8A8.objection(scheme, in_features, out_features, device) or cuda.unavailable(device)
         if (scheme.weight_bits, scheme.activation_bits, scheme.weight_granularity) != (8, 8, "per_channel"):
             return f"no Triton kernel for scheme {scheme.name}"
-        if in_features == 0 or out_features == 0:
-            return f"no Triton kernel for an empty weight [{out_features}, {in_features}]"
-        return available()
+        return unfit(scheme, in_features, out_features) or available()
 
     @classmethod
     def from_canonical(
@@ -53,32 +87,12 @@ class PreparedTritonW8A8(PreparedReference):
         """``"w8a8.triton"``."""
         return "w8a8.triton"
 
-    def run(self, x: Tensor) -> Tensor:
-        """See :meth:`Prepared.run`.  Plain eager calls go to the Triton kernels."""
-        if (
-            is_plain(x)
-            and x.device == self.device
-            and x.dtype in DTYPE_CODES
-            and x.dim()
-            and x.shape[-1] == self.in_features
-        ):
-            return self.finished(self._launch(x))
-        return self.around(x)
-
-    def _launch(self, x: Tensor) -> Tensor:
+    def multiply(self, q: Tensor, scale: Tensor, zero_point: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+        """See the base class."""
         from .gemm_w8a8 import gemm_w8a8
-        from .quantize import quantize_rows
 
         tensors = self.tensors
-        rows = x.reshape(-1, self.in_features)
-        q, scale, zero_point = quantize_rows(
-            rows,
-            symmetric=self.scheme.activation_symmetric,
-            scale=tensors.get("act_scale"),
-            zero_point=tensors.get("act_zero_point"),
-            inv_smooth=tensors.get("inv_smooth"),
-        )
-        y = gemm_w8a8(
+        return gemm_w8a8(
             q,
             scale,
             zero_point,
@@ -86,9 +100,8 @@ class PreparedTritonW8A8(PreparedReference):
             tensors["weight_scale"],
             tensors.get("bias"),
             colsum=tensors["colsum"],
-            out_dtype=x.dtype,
+            out_dtype=out_dtype,
         )
-        return y.view(*x.shape[:-1], self.out_features)
 
     def canonical(self) -> dict[str, Tensor]:
         """The resident tensors themselves, without the sums."""
@@ -102,3 +115,39 @@ class PreparedTritonW8A8(PreparedReference):
         if "weight" in canonical:
             with torch.no_grad():
                 self.tensors["colsum"].copy_(self.tensors["q_weight"].sum(1, dtype=torch.int32))
+
+
+class PreparedTritonW4A8(_IntegerProduct):
+    """4-bit weights, per channel or in groups, and 8-bit activations."""
+
+    @classmethod
+    def objection(cls, scheme: Scheme, in_features: int, out_features: int, device: torch.device) -> str:
+        """What keeps the Triton kernels from a layer."""
+        if device.type != "cuda":  # nothing to add to what the CPU's kernels say
+            return PreparedPacked.objection(scheme, in_features, out_features, device) or cuda.unavailable(device)
+        if (scheme.weight_bits, scheme.activation_bits) != (4, 8):
+            return f"no Triton kernel for scheme {scheme.name}"
+        return unfit(scheme, in_features, out_features) or available()
+
+    @property
+    def kernel(self) -> str:
+        """``"w4a8.triton"``."""
+        return "w4a8.triton"
+
+    def multiply(self, q: Tensor, scale: Tensor, zero_point: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+        """See the base class."""
+        from .gemm_w4a8 import gemm_w4a8
+
+        tensors = self.tensors
+        return gemm_w4a8(
+            q,
+            scale,
+            zero_point,
+            tensors["q_weight"],
+            tensors["weight_scale"],
+            tensors.get("bias"),
+            group_size=self.scheme.resolve_group_size(self.in_features),
+            weight_zero_point=tensors.get("weight_zero_point"),
+            weight_min=tensors.get("weight_min"),
+            out_dtype=out_dtype,
+        )

@@ -1,4 +1,4 @@
-"""W4A16 layers on the Triton kernel, where the CUDA module cannot serve a GPU."""
+"""W4A16 and W8A16 layers on the Triton kernels, where the CUDA module cannot serve a GPU."""
 
 from __future__ import annotations
 
@@ -16,43 +16,40 @@ from ..cpu_packed import PreparedPacked
 from ..packed import codebook_tensor
 from ..prepared import input_gradient, scheme_from_key
 from ..scheme import Scheme
-from . import available
+from . import available, unfit
 
-__all__ = ["PreparedTritonW4", "register_operators"]
-
-GROUP_STEP = 32
-"""Groups are a multiple of it, or the whole row: what a block of the kernel covers."""
+__all__ = ["PreparedTritonWeightOnly", "register_operators"]
 
 
-class PreparedTritonW4(PreparedReference):
-    """4-bit weights under floating-point activations by the Triton kernel, over the canonical tensors.
+class PreparedTritonWeightOnly(PreparedReference):
+    """4-bit and 8-bit weights under floating-point activations by the Triton kernels, over the canonical tensors.
 
-    Every call goes through ``torch.ops.qkernels.linear_w4a16_triton``, so that compiled and eager ones agree.
+    Every call goes through ``torch.ops.qkernels.linear_weight_only_triton``, so that compiled and eager ones agree.
     """
 
     @classmethod
     def objection(cls, scheme: Scheme, in_features: int, out_features: int, device: torch.device) -> str:
-        """What keeps the Triton kernel from a layer."""
+        """What keeps the Triton kernels from a layer."""
         if device.type != "cuda":  # nothing to add to what the CPU's kernels say
             return PreparedPacked.objection(scheme, in_features, out_features, device) or cuda.unavailable(device)
-        if (scheme.weight_bits, scheme.activation_bits) != (4, None):
+        if not scheme.weight_only:
             return f"no Triton kernel for scheme {scheme.name}"
-        if in_features == 0 or out_features == 0:
-            return f"no Triton kernel for an empty weight [{out_features}, {in_features}]"
-        group = scheme.resolve_group_size(in_features)
-        if group % GROUP_STEP and group < in_features:
-            return f"no Triton kernel for groups of {group} (multiples of {GROUP_STEP})"
+        if scheme.weight_bits == 8 and scheme.weight_granularity != "per_channel":
+            return f"no Triton kernel for group-wise 8-bit weights (scheme {scheme.name})"
+        reason = unfit(scheme, in_features, out_features)
+        if reason:
+            return reason
         return available()
 
     @property
     def kernel(self) -> str:
-        """``"w4a16.triton"``."""
-        return "w4a16.triton"
+        """``"w4a16.triton"`` or ``"w8a16.triton"``."""
+        return f"w{self.scheme.weight_bits}a16.triton"
 
     def product(self, x: Tensor, tensors: Mapping[str, Tensor | None], out_dtype: torch.dtype | None) -> Tensor:
-        """Through ``torch.ops.qkernels.linear_w4a16_triton``."""
+        """Through ``torch.ops.qkernels.linear_weight_only_triton``."""
         get = tensors.get
-        return torch.ops.qkernels.linear_w4a16_triton(
+        return torch.ops.qkernels.linear_weight_only_triton(
             x,
             get("q_weight"),
             get("weight_scale"),
@@ -79,6 +76,7 @@ def _linear(
     out_dtype: torch.dtype | None,
 ) -> Tensor:
     from .gemm_w4a16 import gemm_w4a16
+    from .gemm_w8a16 import gemm_w8a16
 
     check_input(x, features, weight.device, "x")
     check_out_dtype(out_dtype)
@@ -86,7 +84,11 @@ def _linear(
     flat = x.reshape(-1, features)
     if smooth is not None:
         flat = flat.to(torch.float32) * smooth
+    dtype = out_dtype or x.dtype
     with cuda._on(x.device):
+        if scheme.weight_bits == 8:
+            y = gemm_w8a16(flat, weight.contiguous(), scale.contiguous(), bias, out_dtype=dtype)
+            return y.view(*x.shape[:-1], weight.shape[0])
         y = gemm_w4a16(
             flat,
             weight.contiguous(),
@@ -96,7 +98,7 @@ def _linear(
             weight_zero_point=None if zero_point is None else zero_point.contiguous(),
             weight_min=None if low is None else low.contiguous(),
             codebook=None if scheme.codebook is None else codebook_tensor(scheme.codebook, x.device),
-            out_dtype=out_dtype or x.dtype,
+            out_dtype=dtype,
         )
     return y.view(*x.shape[:-1], weight.shape[0])
 
@@ -118,12 +120,12 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def register_operators(library: torch.library.Library) -> None:
-    """Define ``torch.ops.qkernels.linear_w4a16_triton``."""
+    """Define ``torch.ops.qkernels.linear_weight_only_triton``."""
     library.define(
-        "linear_w4a16_triton(Tensor x, Tensor weight, Tensor weight_scale, Tensor? weight_zero_point, "
+        "linear_weight_only_triton(Tensor x, Tensor weight, Tensor weight_scale, Tensor? weight_zero_point, "
         "Tensor? weight_min, Tensor? bias, Tensor? inv_smooth, str scheme, int K, ScalarType? out_dtype) -> Tensor"
     )
-    library.impl("linear_w4a16_triton", _linear, "CUDA")
-    torch.library.register_fake("qkernels::linear_w4a16_triton", _fake, lib=library)
-    rule = vmap_rows("linear_w4a16_triton")
-    register_rules(library, "linear_w4a16_triton", backward=_backward, setup=_setup, vmap=rule)
+    library.impl("linear_weight_only_triton", _linear, "CUDA")
+    torch.library.register_fake("qkernels::linear_weight_only_triton", _fake, lib=library)
+    rule = vmap_rows("linear_weight_only_triton")
+    register_rules(library, "linear_weight_only_triton", backward=_backward, setup=_setup, vmap=rule)

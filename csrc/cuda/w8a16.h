@@ -1,0 +1,44 @@
+// Launches for 8-bit weights under floating-point activations, and for tables of 8-bit rows; rules as in launch.h. Both
+// read the packed weight of w8a8.h, so that one resident table can serve a head of either kind and the lookups.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "w8a8.h"
+
+namespace qk::cuda {
+
+// y [M, N] = round(sum_k x[m, k] * w[n, k] * scale_w[n] + bias[n]), 16-bit x, fp32 sums.
+struct GemmW8A16Args {
+  const void* x;
+  DType x_dtype;  // kBF16 or kF16
+  int64_t x_stride;  // elements between rows, a multiple of 8; x is 16-byte aligned
+  const int8_t* packed;  // K slabs, 128-byte aligned
+  const float* weight_scale;  // [N]
+  const float* bias;  // [N] or nullptr
+  int32_t m, n, k;
+  void* y;
+  DType y_dtype;
+  int64_t y_stride;
+};
+
+// `blocks` of 16 channels per CTA: 1 or 2.
+int32_t select_w8a16(int64_t m, int64_t n, int sms);
+void gemm_w8a16(const GemmW8A16Args& args, int32_t blocks, cudaStream_t stream);
+
+// out [count, K] = round(scale[row] * table[row, :]), row = ids[i], or first + i where ids is nullptr. Ids outside the
+// table stop the kernel with an assertion, as torch's own lookups do.
+struct GatherW8Args {
+  const int8_t* table;
+  bool packed;  // K slabs, 128-byte aligned; else [N, K] as it is
+  const float* scale;  // [N]
+  int32_t n, k;
+  const void* ids;  // int32 or int64 [count], or nullptr
+  bool wide_ids;
+  int64_t first, count;
+  void* out;
+  DType out_dtype;
+};
+void gather_w8(const GatherW8Args& args, cudaStream_t stream);
+
+}  // namespace qk::cuda

@@ -1,0 +1,341 @@
+"""8-bit weights under floating-point activations on a GPU, and lookups in 8-bit tables.
+
+Both read the packed weight of the W8A8 kernels (:func:`qkernels.cuda.pack_w8`), so that one resident table serves an
+embedding and its head in either scheme.
+
+    up to FUSED_ROWS rows    the fused kernel: the weight streamed once, products of 16-bit values, float32 sums
+    above                    dequantized in slices and multiplied by the vendor's library
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from . import cuda, cuda_w4
+from ._library import vmap_rows
+from .checks import DTYPE_CODES, check_input, check_out_dtype
+from .cpu_packed import PreparedPacked
+from .cuda import _address, _cuda, _on, _stream
+from .cuda_slices import aligned_rows, by_slices, split_float32
+from .eager import is_plain
+from .packed import PackedLayer
+from .prepared import effective_weight, scheme_from_key
+from .scheme import Scheme
+
+__all__ = [
+    "FUSED_ROWS",
+    "PreparedCudaW8A16",
+    "embedding_w8",
+    "gather_w8",
+    "gemm_w8a16",
+    "linear_w8a16",
+    "register_operators",
+]
+
+FUSED_ROWS = 64
+"""Up to here the fused kernel runs."""
+
+
+# -- kernels ----------------------------------------------------------------------------------------------------------
+
+
+def gather_w8(
+    table: Tensor,
+    scale: Tensor,
+    features: int,
+    out: Tensor,
+    *,
+    ids: Tensor | None = None,
+    first: int = 0,
+    packed: bool = True,
+) -> Tensor:
+    """Rows of an 8-bit table as floats: ``out[i] = scale[row] * table[row]``, ``row = ids[i]`` or ``first + i``.
+
+    Args:
+        table: int8, packed by :func:`qkernels.cuda.pack_w8` or, with ``packed=False``, ``[N, K]`` contiguous.
+        scale: float32 ``[N]``.
+        out: contiguous, ``ids.numel()`` rows (or any number of them) of ``features`` values; returned.
+        ids: int32 or int64, contiguous.  One outside the table stops the kernel with an assertion, as torch's own
+            lookups do on a GPU.
+    """
+    count = out.numel() // features
+    with _on(out.device):
+        _cuda.gather_w8(
+            table.data_ptr(),
+            packed,
+            scale.data_ptr(),
+            scale.numel(),
+            features,
+            _address(ids),
+            ids is not None and ids.dtype == torch.int64,
+            first,
+            count,
+            out.data_ptr(),
+            DTYPE_CODES[out.dtype],
+            _stream(out.device),
+        )
+    return out
+
+
+def embedding_w8(ids: Tensor, table: Tensor, scale: Tensor, packed: bool, features: int, dtype: torch.dtype) -> Tensor:
+    """``[*ids.shape, features]`` from a table, see :func:`gather_w8`.
+
+    Raises:
+        TypeError: ids of another dtype than int32 and int64.
+        ValueError: ids elsewhere than the table.
+    """
+    if ids.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"input: expected an int32 or int64 tensor, got {ids.dtype}")
+    if ids.device != table.device:
+        raise ValueError(f"input: expected a tensor on {table.device}, as the table is, got {ids.device}")
+    out = torch.empty((*ids.shape, features), dtype=dtype, device=table.device)
+    return gather_w8(table, scale, features, out, ids=ids.contiguous(), packed=packed) if ids.numel() else out
+
+
+def gemm_w8a16(
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+    *,
+    blocks: int | None = None,
+) -> Tensor:
+    """The fused product of 16-bit ``x [M, K]``, M >= 1.
+
+    Args:
+        packed: as :func:`qkernels.cuda.pack_w8` packs it; scale: float32 ``[N]``; bias: float32 ``[N]``.
+        blocks: of 16 channels for a CTA, 1 or 2; None: the module's own choice.
+    """
+    x = aligned_rows(x)
+    rows, features = x.shape
+    channels, device = scale.numel(), x.device
+    out = torch.empty((rows, channels), dtype=out_dtype, device=device)
+    if blocks is None:
+        sms = torch.cuda.get_device_properties(device).multi_processor_count
+        blocks = _cuda.select_w8a16(rows, channels, sms)
+    with _on(device):
+        _cuda.gemm_w8a16(
+            x.data_ptr(),
+            DTYPE_CODES[x.dtype],
+            rows,
+            x.stride(0),
+            packed.data_ptr(),
+            scale.data_ptr(),
+            _address(bias),
+            channels,
+            features,
+            out.data_ptr(),
+            DTYPE_CODES[out_dtype],
+            channels,
+            blocks,
+            _stream(device),
+        )
+    return out
+
+
+def linear_w8a16(
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    inv_smooth: Tensor | None,
+    features: int,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """``x [..., K]`` times a packed weight, plus bias, in fp32 sums.
+
+    Args:
+        x: float32, bfloat16 or float16.  The kernel multiplies 16-bit values, which hold every code exactly: float32,
+            or what smoothing makes, goes in as three bfloat16 terms, without loss.
+        scale, bias: float32 ``[N]``; inv_smooth: float32 ``[K]``.
+    """
+    channels = scale.numel()
+    flat = x.reshape(-1, features)
+    shape, rows = (*x.shape[:-1], channels), flat.shape[0]
+    if not rows:
+        return torch.empty(shape, dtype=out_dtype, device=x.device)
+    if inv_smooth is not None:
+        flat = flat.to(torch.float32) * inv_smooth
+    if rows > FUSED_ROWS:
+
+        def dequantize(first: int, count: int, out: Tensor) -> Tensor:
+            return gather_w8(packed, scale, features, out, first=first)
+
+        return by_slices(flat.contiguous(), channels, dequantize, bias, out_dtype).view(shape)
+    if flat.dtype != torch.float32:
+        return gemm_w8a16(flat, packed, scale, bias, out_dtype).view(shape)
+    terms = gemm_w8a16(split_float32(flat.contiguous()), packed, scale, None, torch.float32).view(3, rows, channels)
+    y = (terms[2] + terms[1]) + terms[0]
+    return (y if bias is None else y + bias).to(out_dtype).view(shape)
+
+
+# -- layers -----------------------------------------------------------------------------------------------------------
+
+
+class PreparedCudaW8A16(PackedLayer):
+    """8-bit weights per output channel under floating-point activations on a GPU, by the CUDA kernels."""
+
+    @classmethod
+    def objection(cls, scheme: Scheme, in_features: int, out_features: int, device: torch.device) -> str:
+        """What keeps the CUDA kernels from a layer."""
+        if device.type != "cuda" or scheme.weight_bits != 8 or not scheme.weight_only:
+            # nothing to add to what the other kernels say
+            return PreparedPacked.objection(scheme, in_features, out_features, device) or cuda.unavailable(device)
+        if scheme.weight_granularity != "per_channel":
+            return f"no CUDA kernel for group-wise 8-bit weights (scheme {scheme.name})"
+        if in_features == 0 or out_features == 0:
+            return f"no CUDA kernel for an empty weight [{out_features}, {in_features}]"
+        return cuda.unavailable(device)
+
+    @classmethod
+    def pack(cls, canonical: Mapping[str, Tensor], scheme: Scheme, in_features: int) -> dict[str, Tensor]:
+        """See the base class."""
+        packed, _ = cuda.pack_w8(canonical["weight"].contiguous())
+        return {"packed": packed, "packed_scale": canonical["weight_scale"]}
+
+    def unpack(self) -> dict[str, Tensor]:
+        """See the base class."""
+        tensors = self.tensors
+        weight = cuda.unpack_w8(tensors["packed"], self.out_features, self.in_features)
+        return {"weight": weight, "weight_scale": tensors["packed_scale"]}
+
+    @property
+    def kernel(self) -> str:
+        """``"w8a16.cuda.sm"`` and the compute capability."""
+        return f"w8a16.cuda.sm{cuda.capability(self.device.index or 0)}"
+
+    def run(self, x: Tensor) -> Tensor:
+        """See :meth:`Prepared.run`.  Plain eager calls go straight to the binding."""
+        if is_plain(x) and x.is_cuda:
+            tensors, features = self.tensors, self.in_features
+            packed = tensors["packed"]
+            if (
+                type(packed) is Tensor
+                and packed.device == x.device
+                and x.dtype in DTYPE_CODES
+                and x.dim()
+                and x.shape[-1] == features
+                and x.layout is torch.strided
+                and packed.data_ptr() % 16 == 0
+            ):
+                bias, smooth = tensors.get("bias"), tensors.get("inv_smooth")
+                y = linear_w8a16(x, packed, tensors["packed_scale"], bias, smooth, features, x.dtype)
+                return self.finished(y)
+        return self.around(x)
+
+    def load(self, canonical: Mapping[str, Tensor]) -> None:
+        """Packs into the resident memory."""
+        with torch.no_grad():
+            for name, tensor in canonical.items():
+                if name == "weight":
+                    cuda.pack_w8(tensor.detach().to(self.device).contiguous(), self.tensors["packed"])
+                else:
+                    self.tensors["packed_scale" if name == "weight_scale" else name].copy_(tensor)
+
+
+# -- operators --------------------------------------------------------------------------------------------------------
+
+
+def _checked(given: Mapping[str, Tensor | None], scheme: Scheme, rows: int, features: int) -> dict[str, Tensor | None]:
+    """Contiguous, aligned tensors of the sizes that a kernel reads.
+
+    Raises:
+        ValueError: naming the tensor.
+    """
+    device = cast(Tensor, given["packed"]).device
+    objection = PreparedCudaW8A16.objection(scheme, features, rows, device)
+    if objection:
+        raise ValueError(f"packed: {objection}")
+    sizes = {"packed": cuda.packed_w8_bytes(rows, features), "inv_smooth": features}
+    tensors: dict[str, Tensor | None] = {}
+    for name, tensor in given.items():
+        if tensor is not None:
+            wanted = sizes.get(name, rows)
+            if tensor.numel() != wanted or tensor.device != device:
+                raise ValueError(
+                    f"{name}: expected {wanted} elements on {device} for a [{rows}, {features}] layer of scheme "
+                    f"{scheme.name}, got {tensor.numel()} on {tensor.device}"
+                )
+            tensor = tensor.contiguous()
+            if name == "packed" and tensor.data_ptr() % 16:
+                tensor = tensor.clone()
+        tensors[name] = tensor
+    return tensors
+
+
+def _linear_packed(x: Tensor, *rest: Any) -> Tensor:
+    """``torch.ops.qkernels.linear_packed`` on CUDA tensors."""
+    *given, key, rows, features, out_dtype = rest
+    scheme = scheme_from_key(key)
+    if scheme.weight_bits == 4:
+        return cuda_w4._linear_packed(x, *rest)
+    check_input(x, features, given[0].device, "x")
+    check_out_dtype(out_dtype)
+    tensors: Any = _checked(dict(zip(PackedLayer.names, given, strict=True)), scheme, rows, features)
+    return linear_w8a16(
+        x,
+        tensors["packed"],
+        tensors["packed_scale"],
+        tensors["bias"],
+        tensors["inv_smooth"],
+        features,
+        out_dtype or x.dtype,
+    )
+
+
+def _dequantize_packed(*rest: Any) -> Tensor:
+    """``torch.ops.qkernels.dequantize_packed`` on CUDA tensors."""
+    *given, smooth, key, rows, features, dtype = rest
+    scheme = scheme_from_key(key)
+    if scheme.weight_bits == 4:
+        return cuda_w4._dequantize_packed(*rest)
+    tensors: Any = _checked(dict(zip(PackedLayer.names[:4], given, strict=True)), scheme, rows, features)
+    packed, scale = tensors["packed"], tensors["packed_scale"]
+    if smooth is None:
+        return gather_w8(packed, scale, features, packed.new_empty((rows, features), dtype=dtype))
+    canonical = {"weight": cuda.unpack_w8(packed, rows, features), "weight_scale": scale, "inv_smooth": smooth}
+    return effective_weight(canonical, scheme, features, dtype).contiguous()
+
+
+def _embedding_w8(
+    ids: Tensor, table: Tensor, scale: Tensor, packed: bool, N: int, K: int, dtype: torch.dtype
+) -> Tensor:
+    """``torch.ops.qkernels.embedding_w8`` on CUDA tensors."""
+    check_out_dtype(dtype, "dtype")
+    wanted = cuda.packed_w8_bytes(N, K) if packed else N * K
+    if table.dtype != torch.int8 or table.numel() != wanted or not table.is_contiguous():
+        raise ValueError(f"table: expected {wanted} contiguous int8 elements, got {table.dtype} {list(table.shape)}")
+    if scale.dtype != torch.float32 or scale.numel() != N or not scale.is_contiguous() or scale.device != table.device:
+        raise ValueError(f"scale: expected {N} contiguous float32 elements on {table.device}, got {list(scale.shape)}")
+    if packed and table.data_ptr() % 16:
+        table = table.clone()
+    return embedding_w8(ids, table, scale, packed, K, dtype)
+
+
+def _embedding_w8_fake(
+    ids: Tensor, table: Tensor, scale: Tensor, packed: bool, N: int, K: int, dtype: torch.dtype
+) -> Tensor:
+    return table.new_empty((*ids.shape, K), dtype=dtype)
+
+
+def register_operators(library: torch.library.Library) -> torch.library.Library:
+    """Define ``torch.ops.qkernels.embedding_w8``, and implement on CUDA what :mod:`qkernels.ops` defines.
+
+    The library returned must be kept alive.
+    """
+    library.define(
+        "embedding_w8(Tensor ids, Tensor table, Tensor scale, bool packed, int N, int K, ScalarType dtype) -> Tensor"
+    )
+    library.impl("embedding_w8", _embedding_w8, "CUDA")
+    torch.library.register_fake("qkernels::embedding_w8", _embedding_w8_fake, lib=library)
+    if hasattr(torch.library, "register_vmap"):
+        torch.library.register_vmap("qkernels::embedding_w8", vmap_rows("embedding_w8"), lib=library)
+    implementations = torch.library.Library("qkernels", "IMPL", "CUDA")
+    implementations.impl("linear_packed", _linear_packed)
+    implementations.impl("dequantize_packed", _dequantize_packed)
+    return implementations

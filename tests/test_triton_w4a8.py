@@ -1,0 +1,134 @@
+"""The W4A8 Triton kernel against the reference, bit for bit: in the interpreter on the CPU (fp32 outputs), compiled
+where there is a GPU.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+
+import pytest
+import torch
+from helpers import DTYPES, W4_KINDS, assert_bits_equal, hazard_rows, run_in_interpreter, seeded
+from torch import Tensor
+
+from qkernels import reference
+from qkernels.scheme import Scheme
+
+pytest.importorskip("triton")
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = torch.device("cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu")
+
+if DEVICE.type == "cpu" and not INTERPRETED:
+
+    def test_triton_w4a8_in_the_interpreter() -> None:
+        run_in_interpreter(__file__)
+
+    def test_layers_say_what_they_leave_alone() -> None:
+        from qkernels.triton.layer import PreparedTritonW4A8
+
+        there, scheme = torch.device("cuda", 0), Scheme.from_preset("w4a8")
+        assert PreparedTritonW4A8.objection(scheme, 256, 64, there) == ""
+        assert "groups of 40" in PreparedTritonW4A8.objection(scheme.replace(group_size=40), 256, 64, there)
+        assert PreparedTritonW4A8.objection(scheme.replace(group_size=40), 24, 64, there) == ""
+        assert "empty" in PreparedTritonW4A8.objection(scheme, 0, 64, there)
+        assert "w4a16" in PreparedTritonW4A8.objection(Scheme.from_preset("w4a16"), 256, 64, there)
+        assert PreparedTritonW4A8.objection(scheme, 256, 64, torch.device("cpu"))
+
+else:
+    pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
+
+    from qkernels.triton.gemm_w4a8 import gemm_w4a8
+    from qkernels.triton.quantize import quantize_rows
+
+    KINDS = {name: options for name, options in W4_KINDS.items() if name != "codebook"}
+    OUTPUTS = (torch.float32,) if INTERPRETED else DTYPES  # the interpreter truncates where it should round
+    SMALL = (16, 16) if INTERPRETED else None
+
+    def scheme_of(kind: str, group: int | None, *, symmetric: bool) -> Scheme:
+        options = {} if group is None else {"weight_granularity": "per_group", "group_size": group}
+        return Scheme(4, activation_symmetric=symmetric, **options, **KINDS[kind])  # type: ignore[arg-type]
+
+    def product(
+        x: Tensor, tensors: dict[str, Tensor], scheme: Scheme, out_dtype: torch.dtype, block: tuple[int, int] | None
+    ) -> Tensor:
+        at = {name: tensor.to(DEVICE) for name, tensor in tensors.items()}
+        q, scale, zero = quantize_rows(x.to(DEVICE), symmetric=scheme.activation_symmetric)
+        return gemm_w4a8(
+            q,
+            scale,
+            zero,
+            at["weight"],
+            at["weight_scale"],
+            at.get("bias"),
+            group_size=scheme.resolve_group_size(x.shape[1]),
+            weight_zero_point=at.get("weight_zero_point"),
+            weight_min=at.get("weight_min"),
+            out_dtype=out_dtype,
+            block=block,
+        )
+
+    @pytest.mark.parametrize("symmetric", [True, False])
+    @pytest.mark.parametrize("group", [None, 32, 64, 128, 96, 256])
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_gemm_w4a8_odd_shapes(kind: str, group: int | None, symmetric: bool) -> None:
+        scheme = scheme_of(kind, group, symmetric=symmetric)
+        shapes = [(1, 8, 64), (3, 5, 33), (17, 20, 330)]
+        if not INTERPRETED:
+            shapes += [(70, 200, 1000), (150, 136, 512), (2, 576, 1536)]
+        for (m, n, k), out_dtype in zip(shapes, itertools.cycle(OUTPUTS)):
+            tensors = reference.quantize_weight(seeded(n, k, seed=n), scheme)
+            if n % 2:
+                tensors["bias"] = seeded(n, seed=2)
+            x = seeded(m, k, seed=3)
+            wanted = reference.linear(x, tensors, scheme, k, out_dtype)
+            assert_bits_equal(product(x, tensors, scheme, out_dtype, SMALL), wanted, f"{m}x{n}x{k}")
+
+    @pytest.mark.parametrize("symmetric", [True, False])
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_gemm_w4a8_hazards(kind: str, symmetric: bool) -> None:
+        k = 70
+        scheme = scheme_of(kind, 32, symmetric=symmetric)
+        tensors = reference.quantize_weight(seeded(9, k), scheme)
+        tensors["weight"][0] = 0x00  # codes at both ends
+        tensors["weight"][1] = 0xFF
+        if kind == "zero point":
+            tensors["weight_zero_point"][:2] = torch.tensor([[0], [15]], dtype=torch.uint8)
+            tensors["weight_zero_point"][2] = 128  # foreign checkpoints may hold more than 15
+        tensors["bias"] = seeded(9, seed=4)
+        x = hazard_rows(k)
+        wanted = reference.linear(x, tensors, scheme, k, torch.float32)
+        assert_bits_equal(product(x, tensors, scheme, torch.float32, SMALL), wanted)
+
+    def test_gemm_w4a8_says_which_groups_it_takes() -> None:
+        q, weight = (
+            torch.ones(1, 96, dtype=torch.int8, device=DEVICE),
+            torch.zeros(2, 48, dtype=torch.uint8, device=DEVICE),
+        )
+        ones = torch.ones(2, 3, device=DEVICE)
+        with pytest.raises(ValueError, match="group_size"):
+            gemm_w4a8(q, ones[0, :1], None, weight, ones, group_size=40)
+
+    @pytest.mark.skipif(DEVICE.type == "cpu", reason="layers of the kernel live on a GPU")
+    @pytest.mark.parametrize("symmetric", [True, False])
+    def test_layer_static_smoothed_and_through_the_dispatcher(symmetric: bool) -> None:
+        from qkernels.triton.layer import PreparedTritonW4A8
+
+        n, k = 96, 256
+        scheme = scheme_of("zero point", 64, symmetric=symmetric)
+        tensors = reference.quantize_weight(seeded(n, k), scheme)
+        tensors["inv_smooth"] = seeded(k, seed=6).abs() + 0.5
+        for static in (False, True):
+            if static:
+                scheme = scheme.replace(activation_dynamic=False, activation_granularity="per_tensor")
+                tensors["act_scale"] = torch.tensor(0.021)
+                if not symmetric:
+                    tensors["act_zero_point"] = torch.tensor(101, dtype=torch.int32)
+            moved = {name: tensor.to(DEVICE) for name, tensor in tensors.items()}
+            prepared = PreparedTritonW4A8.from_canonical(moved, scheme, k)
+            assert prepared.kernel == "w4a8.triton"
+            x = hazard_rows(k).to(torch.bfloat16)
+            wanted = reference.linear(x, tensors, scheme, k)
+            assert_bits_equal(prepared.run(x.to(DEVICE)), wanted)
+            assert_bits_equal(prepared.call(x.to(DEVICE), prepared.tensors), wanted)

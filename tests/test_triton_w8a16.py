@@ -1,0 +1,82 @@
+"""The W8A16 Triton kernel against the reference: in the interpreter on the CPU, compiled where there is a GPU.
+
+Tolerance: K products and sums in fp32 on both sides, of codes and entries of x that are exact.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from helpers import assert_compiled_and_differentiated, run_in_interpreter, seeded
+
+from qkernels import reference
+from qkernels.scheme import Scheme
+
+pytest.importorskip("triton")
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = torch.device("cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu")
+SCHEME = Scheme.from_preset("w8a16")
+
+if DEVICE.type == "cpu" and not INTERPRETED:
+
+    def test_triton_w8a16_in_the_interpreter() -> None:
+        run_in_interpreter(__file__)
+
+    def test_layers_say_what_they_leave_alone() -> None:
+        from qkernels.triton.layer_weight_only import PreparedTritonWeightOnly
+
+        there = torch.device("cuda", 0)
+        assert PreparedTritonWeightOnly.objection(SCHEME, 256, 64, there) == ""
+        groups = SCHEME.replace(weight_granularity="per_group", group_size=64)
+        assert "group-wise 8-bit" in PreparedTritonWeightOnly.objection(groups, 256, 64, there)
+        assert "empty" in PreparedTritonWeightOnly.objection(SCHEME, 256, 0, there)
+        assert "w8a8" in PreparedTritonWeightOnly.objection(Scheme(), 256, 64, there)
+
+else:
+    pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
+
+    from qkernels.triton.gemm_w8a16 import gemm_w8a16
+
+    # The interpreter truncates float32 to bfloat16: fp16 and fp32 inputs and fp32 outputs there.
+    INPUTS = (torch.float32, torch.float16) if INTERPRETED else (torch.float32, torch.float16, torch.bfloat16)
+
+    @pytest.mark.parametrize("bias", [True, False])
+    @pytest.mark.parametrize("dtype", INPUTS)
+    def test_gemm_w8a16_odd_shapes(dtype: torch.dtype, bias: bool) -> None:
+        shapes = [(1, 8, 64), (3, 5, 33), (17, 40, 200)]
+        if not INTERPRETED:
+            shapes += [(130, 203, 1000), (70, 576, 1536)]
+        for m, n, k in shapes:
+            weight = torch.randint(-128, 128, (n, k), dtype=torch.int8, generator=torch.Generator().manual_seed(n))
+            scale, x = seeded(n, seed=2).abs() + 0.01, seeded(m, k, seed=3).to(dtype)
+            shift = seeded(n, seed=4) if bias else None
+            y = gemm_w8a16(
+                x.to(DEVICE),
+                weight.to(DEVICE),
+                scale.to(DEVICE),
+                None if shift is None else shift.to(DEVICE),
+                out_dtype=torch.float32,
+                block=(16, 16) if INTERPRETED else None,
+            ).cpu()
+            wide = weight.double() * scale.double()[:, None]
+            expected = x.double() @ wide.T + (0.0 if shift is None else shift.double())
+            bound = (k + 4) * 2.0**-24 * (x.double().abs() @ wide.abs().T) + 2.0**-23 * (expected.abs() + 1)
+            off = (y.double() - expected).abs()
+            assert bool((off <= bound).all()), f"{m}x{n}x{k}: up to {(off / bound).max()} of the bound"
+
+    @pytest.mark.skipif(DEVICE.type == "cpu", reason="layers of the kernel live on a GPU")
+    def test_layer_compiled_and_differentiated() -> None:
+        from qkernels.triton.layer_weight_only import PreparedTritonWeightOnly
+
+        n, k = 96, 256
+        tensors = reference.quantize_weight(seeded(n, k), SCHEME)
+        moved = {name: tensor.to(DEVICE) for name, tensor in tensors.items()}
+        prepared = PreparedTritonWeightOnly.from_canonical(moved, SCHEME, k)
+        assert prepared.kernel == "w8a16.triton"
+        x = seeded(7, k).to(DEVICE)
+        y = prepared.run(x)
+        torch.testing.assert_close(y.cpu(), reference.linear(x.cpu(), tensors, SCHEME, k), rtol=1e-4, atol=1e-4)
+        assert_compiled_and_differentiated(prepared, x, y, reference.dequantize_weight(tensors, SCHEME, k))
