@@ -37,33 +37,50 @@
 namespace qk::cuda {
 namespace {
 
-// What the producer copies for a slab besides tokens. `bar` also expects those.
+// Where the producer finds a tile's codes and group values: worked out once for each run of slabs, since one lane starts
+// all copies of a CTA, and what it computes for each delays them.
 template <typename S>
-__device__ __forceinline__ void load_packed(const Job& job, int channel0, int slab, uint32_t target, uint32_t bar,
-                                            uint64_t policy) {
-  const W4Weight& w = job.weight;
-  const GroupRows& r = job.groups;
-  // Channels of the tile that are stored; the others keep what the stage held, and what they give is not stored.
-  const uint32_t channels = static_cast<uint32_t>(max(0, min(kChannels, r.pitch - channel0)));
-  const uint32_t value_bytes = channels * static_cast<uint32_t>(r.value_bytes);
-  const uint32_t row_bytes = value_bytes * (S::kMinimum ? 2 : 1) + (w.zero_point ? channels : 0);
-  ptx::mbarrier_arrive_expect_tx(bar, S::kTokenBytes + channels * (kW4SlabK / 2) + (row_bytes << r.row_shift));
-  if (channels == 0) return;
-  ptx::bulk_load(target, w.packed + (int64_t(slab) * job.blocks_n + channel0 / kW4Rows) * kW4BlockBytes,
-                 channels * (kW4SlabK / 2), bar, policy);
-  uint32_t row = target + kChannels * (kW4SlabK / 2);
-  for (int p = 0; p < 1 << r.row_shift; ++p, row += r.row_bytes) {
-    const int k = min(slab * kW4SlabK + p * (kW4SlabK >> r.row_shift), w.k - 1);
-    const int64_t at = int64_t(group_of(r, k)) * r.pitch + channel0;
-    ptx::bulk_load(row, static_cast<const uint8_t*>(w.scale) + at * r.value_bytes, value_bytes, bar, ptx::kEvictNormal);
-    if constexpr (S::kMinimum) {
-      ptx::bulk_load(row + kChannels * r.value_bytes, static_cast<const uint8_t*>(w.minimum) + at * r.value_bytes,
-                     value_bytes, bar, ptx::kEvictNormal);
-    } else if (w.zero_point) {
-      ptx::bulk_load(row + kChannels * r.value_bytes, w.zero_point + at, channels, bar, ptx::kEvictNormal);
+struct PackedSource {
+  const uint8_t *codes, *scale, *minimum, *zero_point;  // of the next slab; of group 0
+  int64_t step;  // bytes from one slab's codes to the next one's
+  uint32_t channels;  // of the tile that are stored; the others keep what the stage held, and what they give is dropped
+  uint32_t code_bytes, value_bytes, bytes;  // of a slab: codes, one row's scales, everything and the tokens
+
+  __device__ __forceinline__ PackedSource(const Job& job, int channel0, int slab) {
+    const W4Weight& w = job.weight;
+    const GroupRows& r = job.groups;
+    channels = static_cast<uint32_t>(max(0, min(kChannels, r.pitch - channel0)));
+    code_bytes = channels * (kW4SlabK / 2), value_bytes = channels * static_cast<uint32_t>(r.value_bytes);
+    step = int64_t(job.blocks_n) * kW4BlockBytes;
+    codes = w.packed + slab * step + int64_t(channel0 / kW4Rows) * kW4BlockBytes;
+    scale = static_cast<const uint8_t*>(w.scale) + int64_t(channel0) * r.value_bytes;
+    minimum = S::kMinimum ? static_cast<const uint8_t*>(w.minimum) + int64_t(channel0) * r.value_bytes : nullptr;
+    zero_point = S::kZeros && w.zero_point ? w.zero_point + channel0 : nullptr;
+    const uint32_t row_bytes = value_bytes * (S::kMinimum ? 2 : 1) + (zero_point ? channels : 0);
+    bytes = S::kTokenBytes + code_bytes + (row_bytes << r.row_shift);
+  }
+
+  // Starts the copies of the next slab, which is `slab`, but for its tokens; `bar` expects those as well.
+  __device__ __forceinline__ void load(const Job& job, int slab, uint32_t target, uint32_t bar, uint64_t policy) {
+    ptx::mbarrier_arrive_expect_tx(bar, bytes);
+    if (channels == 0) return;
+    ptx::bulk_load(target, codes, code_bytes, bar, policy);
+    codes += step;
+    const GroupRows& r = job.groups;
+    uint32_t row = target + kChannels * (kW4SlabK / 2);
+    int k = slab * kW4SlabK;
+    for (int p = 0; p < 1 << r.row_shift; ++p, row += r.row_bytes, k += kW4SlabK >> r.row_shift) {
+      const int64_t at = int64_t(group_of(r, min(k, job.weight.k - 1))) * r.pitch;
+      ptx::bulk_load(row, scale + at * r.value_bytes, value_bytes, bar, ptx::kEvictNormal);
+      const uint32_t behind = row + kChannels * r.value_bytes;
+      if constexpr (S::kMinimum) {
+        ptx::bulk_load(behind, minimum + at * r.value_bytes, value_bytes, bar, ptx::kEvictNormal);
+      } else if (S::kZeros && zero_point) {
+        ptx::bulk_load(behind, zero_point + at, channels, bar, ptx::kEvictNormal);
+      }
     }
   }
-}
+};
 
 // The place in the ring of stages.
 struct Ring {
@@ -107,45 +124,45 @@ __global__ void __launch_bounds__(S::kThreads, S::kPerSm)
     if (warp == kConsumerWarps && ptx::elect_one()) {
       ptx::prefetch_tensor_map(&x_map);
       const uint64_t policy = job.tiles_m == 1 ? ptx::kEvictFirst : ptx::kEvictNormal;
-      const auto load_weights = [&](const Segment& s, int slab, int stage) {
-        load_packed<S>(job, (place_of(job, s.tile).n * S::kCluster + rank) * kChannels, slab,
-                       packed_base + stage * job.packed_bytes, full + 8 * stage, policy);
-      };
+      const uint32_t full_here = ptx::keep(full), empty_here = ptx::keep(empty);
+      const uint32_t tokens_here = ptx::keep(base + rank * S::kPart * 128), packed_here = ptx::keep(packed_base);
       Walk walk(job, cluster);
       Segment s;
-      // The first stages' weights, which nothing before this kernel writes, are on their way before the activations are
-      // there.
-      int ahead = min(walk.slabs(job), job.stages);
-      {
-        Walk early = walk;
-        int stage = 0;
-        while (stage < ahead && early.next(job, s)) {
-          for (int slab = s.first; slab < s.last && stage < ahead; ++slab) load_weights(s, slab, stage++);
-        }
-      }
-      ptx::grid_dependency_wait();
       Ring ring;
       ring.parity = 1;  // of an empty barrier nobody has used: its "previous" phase counts as complete
+      bool waited = false;
       while (walk.next(job, s)) {
-        const int m0 = place_of(job, s.tile).m * S::kTokens + rank * S::kPart;
+        const Place place = place_of(job, s.tile);
+        PackedSource<S> source(job, (place.n * S::kCluster + rank) * kChannels, s.first);
+        const int m0 = place.m * S::kTokens + rank * S::kPart;
+        int ahead = 0;
+        if (!waited) {
+          // The first stages' weights, which nothing before this kernel writes, are on their way before the activations
+          // are there.
+          for (; ahead < min(s.last - s.first, job.stages); ++ahead) {
+            source.load(job, s.first + ahead, packed_here + ahead * job.packed_bytes, full_here + 8 * ahead, policy);
+          }
+          ptx::grid_dependency_wait();
+          waited = true;
+        }
 #pragma unroll 1
         for (int slab = s.first; slab < s.last; ++slab) {
+          const uint32_t bar = full_here + 8 * ring.stage;
           if (ahead > 0) {
             --ahead;
           } else {
-            ptx::mbarrier_wait(empty + 8 * ring.stage, ring.parity);
-            load_weights(s, slab, ring.stage);
+            ptx::mbarrier_wait(empty_here + 8 * ring.stage, ring.parity);
+            source.load(job, slab, packed_here + ring.stage * job.packed_bytes, bar, policy);
           }
-          const uint32_t target = base + ring.stage * S::kTokenBytes + rank * S::kPart * 128;
+          const uint32_t target = tokens_here + ring.stage * S::kTokenBytes;
 #pragma unroll
           for (int b = 0; b < S::kBoxes; ++b) {
             const uint32_t box = target + b * S::kTokens * 128;
             if constexpr (S::kCluster > 1) {
-              ptx::tensor_load_2d_multicast(box, &x_map, slab * S::kRowBytes + b * 128, m0, full + 8 * ring.stage,
+              ptx::tensor_load_2d_multicast(box, &x_map, slab * S::kRowBytes + b * 128, m0, bar,
                                             (1 << S::kCluster) - 1, ptx::kEvictNormal);
             } else {
-              ptx::tensor_load_2d(box, &x_map, slab * S::kRowBytes + b * 128, m0, full + 8 * ring.stage,
-                                  ptx::kEvictNormal);
+              ptx::tensor_load_2d(box, &x_map, slab * S::kRowBytes + b * 128, m0, bar, ptx::kEvictNormal);
             }
           }
           ring.advance(job.stages);

@@ -48,7 +48,7 @@ struct Shape {
   static constexpr bool kMovesRegisters = kPerSm == 1;
   static constexpr int kThreads = kConsumers + (kMovesRegisters ? 128 : 32);
   // The warpgroups take turns to start a slab's products, lest they finish, and leave the tensor cores idle, together.
-  static constexpr bool kTurns = kTokens >= 64;
+  static constexpr bool kTurns = false;
   static constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
 };
 
