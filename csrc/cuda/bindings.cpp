@@ -156,6 +156,7 @@ PYBIND11_MODULE(_cuda, m) {
         py::arg("inner"), py::arg("group"), py::arg("scale"), py::arg("zero_point"), py::arg("out"),
         py::arg("out_dtype"), py::arg("stream"));
   bind_w4(m);
+  bind_rows(m);
 }
 
 }  // namespace qk::cuda

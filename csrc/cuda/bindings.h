@@ -15,5 +15,6 @@ using Address = uintptr_t;
 inline cudaStream_t stream_of(Address stream) { return reinterpret_cast<cudaStream_t>(stream); }
 
 void bind_w4(pybind11::module_& m);  // 4-bit weights
+void bind_rows(pybind11::module_& m);  // rows computed before they are quantized
 
 }  // namespace qk::cuda
