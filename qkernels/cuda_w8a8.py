@@ -168,8 +168,8 @@ class PreparedCudaW8A8(Prepared):
 
     def input_grid(self) -> RowGrid | None:
         """See :meth:`Prepared.input_grid`."""
-        get = self.tensors.get
-        if get("packed").data_ptr() % cuda.PACKED_ALIGNMENT:
+        get, packed = self.tensors.get, self.tensors["packed"]
+        if packed.data_ptr() % cuda.PACKED_ALIGNMENT:
             return None
         return RowGrid(self.scheme.activation_symmetric, get("act_scale"), get("act_zero_point"), get("inv_smooth"))
 
