@@ -129,6 +129,14 @@ class Changes(Block):
         return self.attention(normed)[0]
 
 
+class ChangesLater(Block):
+    def forward(self, hidden):
+        normed = self.first(hidden)
+        out = self.attention(normed)[0]
+        normed += 1.0
+        return out + normed
+
+
 class Sometimes(Block):
     def forward(self, hidden, flag=False):
         normed = self.first(hidden)
@@ -179,6 +187,7 @@ class Integers(PreparedReference):
         return super().finished(y)
 
 
+@torch.no_grad()
 def quantize_norm(x, weight, bias, eps, grid, *, layer, residual=None, for_gemm=False):
     options = {"symmetric": grid.symmetric, "scale": grid.scale, "zero_point": grid.zero_point}
     rows = x.reshape(-1, x.shape[-1])
@@ -189,6 +198,7 @@ def quantize_norm(x, weight, bias, eps, grid, *, layer, residual=None, for_gemm=
     return Codes(*got[:3]), None
 
 
+@torch.no_grad()
 def quantize_activation(x, activation, up, grid, *, for_gemm=False):
     rows = x.reshape(-1, x.shape[-1])
     up = None if up is None else up.reshape(rows.shape)
@@ -259,6 +269,7 @@ def test_norms_are_known_by_what_they_compute() -> None:
         (KeepsIt(), []),
         (ReturnsIt(), []),
         (Changes(), []),
+        (ChangesLater(), []),
         (Sometimes(), []),
         (Twice(), []),
         (Captures(), []),
@@ -385,6 +396,10 @@ def test_gradients_hooks_and_transforms_go_the_old_way(stand_in: None) -> None:
     assert close(x.grad, wanted.grad)  # type: ignore[arg-type]
     assert fused.first.weight.grad is not None
     assert Integers.taken == 0
+    fused.zero_grad()
+    fused(X).sum().backward()  # parameters alone
+    assert fused.first.weight.grad.abs().sum() > 0
+    assert Integers.taken == 0
     seen = []
     handle = fused.first.register_forward_hook(lambda m, i, o: seen.append(o))
     with torch.no_grad():
@@ -395,6 +410,9 @@ def test_gradients_hooks_and_transforms_go_the_old_way(stand_in: None) -> None:
         assert close(torch.func.vmap(fused)(X), plain(X))
         with torch.autocast("cpu", torch.bfloat16):
             assert fused.attention.q(fused.first(X)).dtype == torch.bfloat16
+        normed = fused.first(X)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert fused.attention.q(normed).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("whole", [True, False])
@@ -413,8 +431,7 @@ def test_compiled_models_go_the_old_way(stand_in: None, whole: bool) -> None:
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])
 def test_copies_hand_over_among_themselves(stand_in: None, how: str) -> None:
     fused, plain = converted(Block())
-    clone = copy.deepcopy(fused) if how == "deepcopy" else pickle.loads(pickle.dumps(fused))
-    adopt(clone)
+    clone = copy.deepcopy(fused) if how == "deepcopy" else adopt(pickle.loads(pickle.dumps(fused)))
     assert clone.first.forward._module is clone.first
     assert clone.first.forward._handoff._reader() is clone.attention.q
     assert clone.mlp.gate._feeds[0]._reader() is clone.mlp.down
@@ -451,6 +468,18 @@ def test_unfuse_and_dequantize_take_it_apart(stand_in: None) -> None:
         qk.dequantize_(fused)
     assert handing(fused) == []
     assert type(fused.first(X)) is Tensor
+
+
+def test_unfuse_reaches_a_forward_that_was_wrapped(stand_in: None) -> None:
+    """As accelerate's hooks do."""
+    fused, plain = converted(Block())
+    wrapped = fused.first.forward
+    fused.first.forward = lambda x: wrapped(x)
+    with torch.no_grad():
+        assert isinstance(fused.first(X), QuantizedInput)
+        unfuse_(fused)
+        assert type(fused.first(X)) is Tensor
+        assert_bits_equal(fused.first(X), plain.first(X))
 
 
 def test_a_failed_fusion_is_taken_back(stand_in: None) -> None:

@@ -114,15 +114,7 @@ void run(const QuantizeActivationArgs& n, cudaStream_t stream) {
 
 void quantize_activation(const QuantizeActivationArgs& args, cudaStream_t stream) {
   if (args.codes.m == 0) return;
-  switch (args.codes.x_dtype) {
-    case DType::kF32:
-      return run<float>(args, stream);
-    case DType::kBF16:
-      return run<__nv_bfloat16>(args, stream);
-    case DType::kF16:
-      return run<__half>(args, stream);
-  }
-  throw std::invalid_argument("quantize_activation: expected dtype 0, 1 or 2");
+  for_type(args.codes.x_dtype, "quantize_activation", [&](auto type) { run<decltype(type)>(args, stream); });
 }
 
 }  // namespace qk::cuda

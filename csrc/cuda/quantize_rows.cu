@@ -116,15 +116,7 @@ void run(const QuantizeRowsArgs& a, cudaStream_t stream) {
 
 void quantize_rows(const QuantizeRowsArgs& args, cudaStream_t stream) {
   if (args.m == 0) return;
-  switch (args.x_dtype) {
-    case DType::kF32:
-      return run<float>(args, stream);
-    case DType::kBF16:
-      return run<__nv_bfloat16>(args, stream);
-    case DType::kF16:
-      return run<__half>(args, stream);
-  }
-  throw std::invalid_argument("quantize_rows: expected dtype 0, 1 or 2");
+  for_type(args.x_dtype, "quantize_rows", [&](auto type) { run<decltype(type)>(args, stream); });
 }
 
 }  // namespace qk::cuda

@@ -204,6 +204,20 @@ inline bool vectors_fit(const QuantizeRowsArgs& a, int64_t longest) {
          aligned_to(a.q, kVector) && aligned_to(a.inv_smooth, 16) && a.k <= longest;
 }
 
+// run(T{}) for the type of the rows.
+template <typename Run>
+void for_type(DType dtype, const char* name, const Run& run) {
+  switch (dtype) {
+    case DType::kF32:
+      return run(float{});
+    case DType::kBF16:
+      return run(__nv_bfloat16{});
+    case DType::kF16:
+      return run(__half{});
+  }
+  throw std::invalid_argument(std::string(name) + ": expected dtype 0, 1 or 2");
+}
+
 struct RowShape {
   LaunchShape launch;
   int64_t each;  // vectors of a thread, rounded up
