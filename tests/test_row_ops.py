@@ -292,7 +292,7 @@ def test_operators_describe_themselves() -> None:
 
 @gpu
 @pytest.mark.parametrize("k", [4096, 4100, 16384, 16392, 28672, 40000])
-@pytest.mark.parametrize("rows", [3, 700])
+@pytest.mark.parametrize("rows", [3, 300])
 def test_every_instance_of_the_kernels(k: int, rows: int) -> None:
     """One warp a row, a CTA a row, rows too long for registers; few rows and many."""
     for dtype in DTYPES:
