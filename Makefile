@@ -20,7 +20,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(wildcard cmake/*/* csrc/*.* csrc/*/*.*)
 CXX_FILES = $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
 
-.PHONY: demo test lint format test-gpu bench clean
+.PHONY: demo test lint format test-gpu sanitize-gpu bench clean
 
 demo: $(VENV)/installed-demo
 	$(BIN)/qkernels demo $(DEMO_ARGS)
@@ -42,6 +42,11 @@ format: $(VENV)/installed-test
 test-gpu: export QKERNELS_CUDA = 1
 test-gpu: $(VENV)/installed-gpu
 	$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
+
+# Every CUDA kernel once under compute-sanitizer, in under three minutes.
+sanitize-gpu: export QKERNELS_CUDA = 1
+sanitize-gpu: $(VENV)/installed-gpu
+	$(BIN)/python scripts/sanitize_cuda.py
 
 bench: $(VENV)/installed-bench
 	$(BIN)/qkernels bench $(BENCH_ARGS)

@@ -11,6 +11,8 @@ from torch import Tensor
 from . import cuda
 from .checks import DTYPE_CODES, check_input, check_out_dtype
 from .cpu_w8a8 import PreparedW8A8
+from .cuda_rows import Codes, RowGrid
+from .deferred import Deferred, QuantizedInput, hand_activation
 from .eager import is_plain
 from .prepared import Prepared, effective_weight
 from .scheme import MAX_INTEGER_K, Scheme
@@ -130,6 +132,11 @@ class PreparedCudaW8A8(Prepared):
 
     def run(self, x: Tensor) -> Tensor:
         """See :meth:`Prepared.run`.  Plain eager calls go straight to the binding."""
+        if isinstance(x, Deferred):
+            codes = x.codes_for(self) if isinstance(x, QuantizedInput) else None
+            if codes is not None:
+                return self.finished(self._product_of(codes, x.dtype).view(*x.shape[:-1], self.out_features))
+            x = x.value()
         if is_plain(x) and x.is_cuda:
             tensors = self.tensors
             packed, scale = tensors["packed"], tensors["weight_scale"]
@@ -158,6 +165,26 @@ class PreparedCudaW8A8(Prepared):
                 )
                 return self.finished(y)
         return self.around(x)
+
+    def input_grid(self) -> RowGrid | None:
+        """See :meth:`Prepared.input_grid`."""
+        get, packed = self.tensors.get, self.tensors["packed"]
+        if packed.data_ptr() % cuda.PACKED_ALIGNMENT:
+            return None
+        return RowGrid(self.scheme.activation_symmetric, get("act_scale"), get("act_zero_point"), get("inv_smooth"))
+
+    def finished(self, y: Tensor) -> Tensor:
+        """See :meth:`Prepared.finished`; the next Linear may get it as integers."""
+        if self.epilogue is not None and self.feeds is not None:
+            handed = hand_activation(y, self.epilogue, *self.feeds)
+            if handed is not None:
+                return handed
+        return super().finished(y)
+
+    def _product_of(self, codes: Codes, out_dtype: torch.dtype) -> Tensor:
+        """``[M, N]`` of rows that are integers already."""
+        overlaps = cuda.capability(codes.q.device.index or 0) >= 90
+        return cuda.gemm_w8a8(*codes, self.tensors, out_dtype=out_dtype, dependent=overlaps)
 
     def product(self, x: Tensor, tensors: Mapping[str, Tensor | None], out_dtype: torch.dtype | None) -> Tensor:
         """Through ``torch.ops.qkernels.linear_w8a8``."""

@@ -1,7 +1,8 @@
 """Fewer passes over memory, chosen from how modules call their children, and reversible.
 
 Activation modules are applied inside the Linear before them; Linears that read one input run as one product (see
-:mod:`qkernels.groups`).
+:mod:`qkernels.groups`); on a GPU, norms and activations quantize their output in the pass that computes it, where 8-bit
+Linears alone read it (:mod:`qkernels.norms`, :mod:`qkernels.deferred`).
 
 An activation is fused where the parent's own ``forward``, traced with every child as a leaf, calls the quantized Linear
 once, hands its output to the activation and to nothing else, and calls the activation once.  The Linear gets the
@@ -13,6 +14,7 @@ several places, children with hooks, which could see the difference, and parents
 from __future__ import annotations
 
 import inspect
+import operator
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -20,9 +22,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from .cpu_w8a8 import PreparedW8A8
+from .deferred import Handoff
 from .epilogues import epilogue_of
+from .flow import linears_behind
 from .groups import InputGroup, compatible, readers
 from .linear import QuantLinear
+from .norms import Norm, NormHandoff, norm_of
 
 __all__ = ["Passed", "fuse_", "unfuse_"]
 
@@ -52,13 +57,26 @@ class Passed(nn.Module):
 
 
 class _Pair(NamedTuple):
+    """``activation`` follows ``linear``; ``reader``, if any, reads what it gives (``gated``: times something else)."""
+
     parent: nn.Module
     linear: str
     activation: str
+    reader: str | None = None
+    gated: bool = False
+
+
+class _Read(NamedTuple):
+    """A norm, and the Linears that alone read its output."""
+
+    module: nn.Module
+    norm: Norm
+    readers: list[QuantLinear]
 
 
 def fuse_(model: nn.Module, *, on_failure: OnFailure | None = None) -> dict[str, str]:
-    """Apply activations in the quantized Linears before them, and join Linears that read one input; in place.
+    """Apply activations in the quantized Linears before them, join Linears that read one input, and let norms and
+    activations hand integers to the Linears behind them on a GPU; in place.
 
     Args:
         model: looked through as a whole.
@@ -70,15 +88,22 @@ def fuse_(model: nn.Module, *, on_failure: OnFailure | None = None) -> dict[str,
     family = _Family(model)
     pairs = [pair for parent in model.modules() for pair in family.pairs(parent)]
     groups = [group for parent in model.modules() for group in family.groups(parent)]
+    reads = [read for parent in model.modules() for read in family.reads(parent)]
     if on_failure is not None:
-        on_failure(_restorer(pairs, [layer for group in groups for layer in group]))
+        on_failure(_restorer(model, pairs, [read.module for read in reads]))
     done: dict[str, str] = {}
-    for parent, linear, activation in pairs:
+
+    def note(layer: nn.Module, words: str) -> None:
+        name = family.names[id(layer)]
+        if words:
+            done[name] = "; ".join(filter(None, (done.get(name), words)))
+
+    for parent, linear, activation, _, _ in pairs:
         layer, function = parent._modules[linear], parent._modules[activation]
         if isinstance(layer, QuantLinear) and function is not None:
             layer.epilogue = epilogue_of(function)
             parent._modules[activation] = Passed(function, linear).train(function.training)
-            done[family.names[id(layer)]] = f"applies {activation}"
+            note(layer, f"applies {activation}")
     for members in groups:
         names = [family.names[id(layer)] for layer in members]
         shared = InputGroup(len(members))
@@ -86,12 +111,33 @@ def fuse_(model: nn.Module, *, on_failure: OnFailure | None = None) -> dict[str,
             layer._group = (shared, slot)
             shared.join(slot, layer)
             others = " and ".join(other.rpartition(".")[2] for other in names if other != name)
-            done[name] = "; ".join([*([done[name]] if name in done else []), f"runs with {others}"])
+            note(layer, f"runs with {others}")
+    for parent, linear, activation, name, gated in pairs:
+        layer, reader = parent._modules[linear], parent._modules.get(name or "")
+        if isinstance(layer, QuantLinear) and isinstance(reader, QuantLinear) and family.takes_codes(reader):
+            layer.feed((_join(reader), gated))
+            note(reader, _words(reader, activation))
+    for module, norm, layers in reads:
+        if layers[0]._reads is None:
+            module.__dict__["forward"] = NormHandoff(module, norm, _join(layers[0]))
+            for layer in layers:
+                note(layer, _words(layer, family.names[id(module)].rpartition(".")[2]))
     return done
 
 
+def _words(reader: QuantLinear, source: str) -> str:
+    """What the report says of a Linear whose input may come as integers; nothing where no kernel makes them."""
+    return f"reads {source} as integers" if reader._device().type == "cuda" else ""
+
+
+def _join(reader: QuantLinear) -> Handoff:
+    reader._reads = Handoff()
+    reader._reads.join(reader)
+    return reader._reads
+
+
 def unfuse_(model: nn.Module, *, on_failure: OnFailure | None = None) -> None:
-    """Put back every activation that :func:`fuse_` took, and let every Linear run by itself.
+    """Put back every activation that :func:`fuse_` took, and let every Linear and every norm run by itself.
 
     Args:
         model: looked through as a whole.
@@ -103,12 +149,18 @@ def unfuse_(model: nn.Module, *, on_failure: OnFailure | None = None) -> None:
         for name, child in parent._modules.items()
         if isinstance(child, Passed)
     ]
-    grouped = [m for m in model.modules() if isinstance(m, QuantLinear) and m._group is not None]
+    handing = [m for m in model.modules() if isinstance(m.__dict__.get("forward"), NormHandoff)]
     if on_failure is not None:
-        on_failure(_restorer(pairs, grouped))
-    for member in grouped:
+        on_failure(_restorer(model, pairs, handing))
+    for member in _linears(model):
         member._group = None
-    for parent, linear, name in pairs:
+        member.feed(None)
+        if member._reads is not None:
+            member._reads.leave()
+            member._reads = None
+    for norm in handing:
+        del norm.__dict__["forward"]
+    for parent, linear, name, _, _ in pairs:
         layer, passed = parent._modules.get(linear), parent._modules[name]
         if isinstance(layer, QuantLinear):
             layer.epilogue = None
@@ -116,19 +168,28 @@ def unfuse_(model: nn.Module, *, on_failure: OnFailure | None = None) -> None:
             parent._modules[name] = passed.__dict__["original"].train(passed.training)
 
 
-def _restorer(pairs: list[_Pair], grouped: list[QuantLinear]) -> Callable[[], None]:
-    """A function that makes both halves of each pair, and the group of each layer, what they are now."""
-    groups = [layer._group for layer in grouped]
-    now = [(p, p.parent._modules.get(p.linear), p.parent._modules.get(p.activation)) for p in pairs]
-    epilogues = [layer.epilogue if isinstance(layer, QuantLinear) else None for _, layer, _ in now]
+def _linears(model: nn.Module) -> list[QuantLinear]:
+    return [module for module in model.modules() if isinstance(module, QuantLinear)]
+
+
+def _restorer(model: nn.Module, pairs: list[_Pair], norms: list[nn.Module]) -> Callable[[], None]:
+    """A function that makes both halves of each pair, every Linear and these norms what they are now."""
+    layers = [(x, x.epilogue, x._group, x._reads, x._feeds) for x in _linears(model)]
+    activations = [(pair, pair.parent._modules.get(pair.activation)) for pair in pairs]
+    forwards = [(norm, norm.__dict__.get("forward")) for norm in norms]
 
     def restore() -> None:
-        for (pair, layer, activation), epilogue in zip(now, epilogues, strict=True):
-            if isinstance(layer, QuantLinear):
-                layer.epilogue = epilogue
+        for layer, epilogue, group, reads, feeds in layers:
+            layer.epilogue, layer._group, layer._reads = epilogue, group, reads
+            layer.feed(feeds)
+            if reads is not None:
+                reads.join(layer)
+        for pair, activation in activations:
             pair.parent._modules[pair.activation] = activation
-        for layer, group in zip(grouped, groups, strict=True):
-            layer._group = group
+        for norm, forward in forwards:
+            norm.__dict__.pop("forward", None)
+            if forward is not None:
+                norm.__dict__["forward"] = forward
 
     return restore
 
@@ -154,7 +215,7 @@ class _Family:
             return []
         graphs = self._traced(parent)
         return [
-            _Pair(parent, linear, activation)
+            _Pair(parent, linear, activation, *_reader(graphs, activation))
             for linear in linears
             for activation in activations
             if graphs and all(_feeds(graph, linear, activation) for graph in graphs)
@@ -173,6 +234,27 @@ class _Family:
             for members in groups
             if type(members[0]._prepared) is PreparedW8A8 and all(compatible(members[0], m) for m in members[1:])
         ]
+
+    def reads(self, parent: nn.Module) -> list[_Read]:
+        """The norms among the children of ``parent`` whose output quantized Linears alone read."""
+        found = []
+        for name, child in parent._modules.items():
+            if child is None or not self._separable(child) or not self._called_as_a_whole(parent):
+                continue
+            norm = norm_of(child)
+            readers = None if norm is None else linears_behind(parent, name, lambda m: isinstance(m, QuantLinear))
+            layers = [m for m in readers or () if isinstance(m, QuantLinear) and self.takes_codes(m)]
+            if norm is None or readers is None or len(layers) != len(readers):
+                continue
+            if all(compatible(layers[0], layer) for layer in layers[1:]):
+                found.append(_Read(child, norm, layers))
+        return found
+
+    def takes_codes(self, child: QuantLinear) -> bool:
+        """Whether a Linear multiplies 8-bit integers, per channel, and nothing hands it any yet."""
+        scheme = child.scheme
+        eight = (scheme.weight_bits, scheme.activation_bits, scheme.weight_granularity) == (8, 8, "per_channel")
+        return eight and type(child) is QuantLinear and child._reads is None and self._in_one_place(child)
 
     def _in_one_place(self, child: nn.Module) -> bool:
         return len(self._parents[id(child)]) == 1
@@ -228,6 +310,28 @@ def _trace(module: nn.Module, defaults: Mapping[str, Any]) -> fx.Graph:
         double.__dict__[own] = dict(module.__dict__[own])
     with torch.random.fork_rng(devices=[]):  # what it may draw is drawn for real
         return _Tracer().trace(double, dict(defaults))
+
+
+def _reader(graphs: list[fx.Graph], activation: str) -> tuple[str | None, bool]:
+    """The child that alone reads the output of ``activation``, and whether it reads its product with something."""
+    found = {_reader_in(graph, activation) for graph in graphs}
+    return found.pop() if len(found) == 1 else (None, False)
+
+
+def _reader_in(graph: fx.Graph, activation: str) -> tuple[str | None, bool]:
+    (node,) = (n for n in graph.nodes if n.op == "call_module" and n.target == activation)
+    gated = False
+    if len(node.users) == 1:
+        (user,) = node.users
+        product = user.op in ("call_function", "call_method") and user.target in (operator.mul, torch.mul, "mul")
+        if product and len(user.args) == 2 and not user.kwargs and len(user.users) == 1:
+            node, gated = user, user.args[0] is not user.args[1]
+            (user,) = user.users
+            if not gated:
+                return None, False
+        if user.op == "call_module" and user.args == (node,) and not user.kwargs:
+            return str(user.target), gated
+    return None, False
 
 
 def _feeds(graph: fx.Graph, linear: str, activation: str) -> bool:

@@ -27,7 +27,7 @@ from .eager import is_plain
 if TYPE_CHECKING:
     from .linear import QuantLinear
 
-__all__ = ["InputGroup", "compatible", "readers"]
+__all__ = ["NOT_ONCE", "InputGroup", "called_child", "compatible", "mentions", "parsed", "readers"]
 
 _new_empty = Tensor.new_empty
 _num_threads = torch.get_num_threads
@@ -159,21 +159,21 @@ def readers(parent: nn.Module, names: Sequence[str]) -> list[list[str]]:
         Groups of two or more names in the order of their calls.  Each child is called once in the whole function, the
         calls of a group stand in one block, and from the first to the last of them the variable is only looked at.
     """
-    function = None if "forward" in parent.__dict__ or len(names) < 2 else _parsed(type(parent).forward)
+    function = None if "forward" in parent.__dict__ or len(names) < 2 else parsed(type(parent).forward)
     if function is None or not function.args.args:
         return []
     own = function.args.args[0].arg
-    calls = [_call(node, own) for node in ast.walk(function)]
+    calls = [called_child(node, own) for node in ast.walk(function)]
     counts = [call[0] for call in calls if call is not None]
-    once = {name for name in names if counts.count(name) == 1 and _mentions(function, name) == 1}
+    once = {name for name in names if counts.count(name) == 1 and mentions(function, name) == 1}
     groups = []
     for block in _blocks(function):
         found: dict[str, list[tuple[int, str]]] = {}
         for index, statement in enumerate(block):
-            if any(isinstance(node, _NOT_ONCE) for node in _below(statement)):
+            if any(isinstance(node, NOT_ONCE) for node in _below(statement)):
                 continue  # what stands in an inner block belongs to that one
             for node in _below(statement):
-                call = _call(node, own)
+                call = called_child(node, own)
                 if call is not None and call[0] in once and call[1] is not None:
                     found.setdefault(call[1], []).append((index, call[0]))
         for variable, members in found.items():
@@ -184,7 +184,7 @@ def readers(parent: nn.Module, names: Sequence[str]) -> list[list[str]]:
 
 
 @functools.lru_cache(maxsize=256)
-def _parsed(function: Any) -> ast.FunctionDef | None:
+def parsed(function: Any) -> ast.FunctionDef | None:
     """Its source as a tree, read once for all the layers of a model; None where there is no such source."""
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
@@ -193,7 +193,7 @@ def _parsed(function: Any) -> ast.FunctionDef | None:
     return tree.body[0] if isinstance(tree.body[0], ast.FunctionDef) else None
 
 
-_NOT_ONCE = (
+NOT_ONCE = (
     ast.stmt,
     ast.Lambda,
     ast.IfExp,
@@ -225,7 +225,7 @@ def _below(statement: ast.stmt) -> Iterator[ast.AST]:
         pending[:0] = list(ast.iter_child_nodes(node))
 
 
-def _call(node: ast.AST, own: str) -> tuple[str, str | None] | None:
+def called_child(node: ast.AST, own: str) -> tuple[str, str | None] | None:
     """``own.child(variable)`` as (child, variable); the variable is None where it is anything else."""
     if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
         return None
@@ -236,7 +236,8 @@ def _call(node: ast.AST, own: str) -> tuple[str, str | None] | None:
     return node.func.attr, node.args[0].id if plain else None  # type: ignore[attr-defined]
 
 
-def _mentions(tree: ast.AST, name: str) -> int:
+def mentions(tree: ast.AST, name: str) -> int:
+    """How often an attribute of that name stands in a tree."""
     return sum(isinstance(node, ast.Attribute) and node.attr == name for node in ast.walk(tree))
 
 
@@ -246,7 +247,7 @@ def _only_read(statements: Sequence[ast.stmt], variable: str, own: str) -> bool:
     for number, statement in enumerate(statements):
         harmless: set[ast.AST] = set()
         for node in ast.walk(statement):
-            if _call(node, own) is not None:
+            if called_child(node, own) is not None:
                 harmless.update(node.args)  # type: ignore[attr-defined]
             if isinstance(node, ast.Attribute) and not node.attr.endswith("_"):
                 harmless.add(node.value)

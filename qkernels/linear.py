@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from . import reference
 from .checks import TensorSpec, canonical_specs, check_out_dtype
+from .deferred import Handoff
 from .epilogues import check_epilogue
 from .groups import InputGroup
 from .module import QuantModule
@@ -49,6 +50,8 @@ class QuantLinear(QuantModule):
     _prepared: Prepared
     _epilogue: str | None = None
     _group: tuple[InputGroup, int] | None = None  # and the number of this member
+    _reads: Handoff | None = None  # by which its input may come as integers
+    _feeds: tuple[Handoff, bool] | None = None  # where its output goes as integers; through a product?
 
     def __init__(
         self,
@@ -176,6 +179,10 @@ class QuantLinear(QuantModule):
         self._epilogue = self._prepared.epilogue = check_epilogue(name)
         self._prepared.moved()
 
+    def feed(self, feeds: tuple[Handoff, bool] | None) -> None:
+        """Where the output goes as integers where it can (see :mod:`qkernels.deferred`), or None."""
+        self._feeds = self._prepared.feeds = feeds
+
     @property
     def reason(self) -> str:
         """Why no faster kernel serves it; "" where there is nothing to explain."""
@@ -212,7 +219,7 @@ class QuantLinear(QuantModule):
         self._buffers.update(prepared.tensors)
         self._non_persistent_buffers_set.update(prepared.resident())
         prepared.tensors = self._buffers
-        prepared.epilogue = self._epilogue
+        prepared.epilogue, prepared.feeds = self._epilogue, self._feeds
         self.__dict__["_prepared"] = prepared
 
     def _tensors(self) -> dict[str, Tensor | None]:
@@ -279,5 +286,18 @@ class QuantLinear(QuantModule):
             prepared.tensors = resident
             prepared.moved()
             self._adopt(prepared)
+        self._join()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> QuantModule:
+        """See :class:`QuantModule`."""
+        clone = super().__deepcopy__(memo)
+        if isinstance(clone, QuantLinear):
+            clone._join()
+        return clone
+
+    def _join(self) -> None:
+        """Take the place that the layer this is a copy of had beside others."""
         if self._group is not None:
             self._group[0].join(self._group[1], self)
+        if self._reads is not None:
+            self._reads.join(self)

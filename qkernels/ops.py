@@ -12,6 +12,8 @@ or to the reference where no kernel exists.
     dequantize_quantized   the float weight of those
     embedding_w8      rows of an 8-bit table on a GPU (defined in :mod:`qkernels.cuda_w8a16`)
     epilogue          what follows a Linear, by itself (defined in :mod:`qkernels.epilogues`)
+    rms_norm_quantize, layer_norm_quantize, activation_quantize   rows computed and quantized in one pass (defined in
+                      :mod:`qkernels.row_ops`)
     quantize, dequantize   tensors to integers and back (registered in :mod:`qkernels.tensor_ops`)
 """
 
@@ -300,10 +302,11 @@ for _name, _backward, _setup in (
 
 # -- 4-bit weights, and floating-point activations ------------------------------------------------------------------
 
-from . import cpu_packed, epilogues  # noqa: E402  needs the library above
+from . import cpu_packed, epilogues, row_ops  # noqa: E402  needs the library above
 
 cpu_packed.register_operators(_LIBRARY)
 epilogues.register_operators(_LIBRARY)
+row_ops.register_operators(_LIBRARY)
 register(cpu_packed.PreparedPacked)
 
 

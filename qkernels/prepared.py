@@ -13,7 +13,7 @@ import functools
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -23,6 +23,10 @@ from . import reference
 from .checks import DTYPE_CODES, check_input
 from .epilogues import apply_epilogue
 from .scheme import Scheme
+
+if TYPE_CHECKING:
+    from .cuda_rows import RowGrid
+    from .deferred import Handoff
 
 __all__ = [
     "Prepared",
@@ -66,6 +70,7 @@ class Prepared(ABC):
             looks at what is in it.
         scheme, in_features, out_features: what the layer is; scheme_key: the scheme as operators take it.
         epilogue: name of the function applied to the output, or None; call :meth:`moved` after changing it.
+        feeds: to the Linear that reads the output after its epilogue, and whether a product lies between; or None.
         reason: why no faster kernel serves it; "" where there is nothing to explain.
     """
 
@@ -84,6 +89,7 @@ class Prepared(ABC):
         self.out_features = out_features
         self.reason = reason
         self.epilogue: str | None = None
+        self.feeds: tuple[Handoff, bool] | None = None
         self.scheme_key = scheme_key(scheme)
 
     @classmethod
@@ -158,6 +164,10 @@ class Prepared(ABC):
         y = self.product(x, tensors, torch.float32 if self.fuses else None)
         return torch.ops.qkernels.epilogue(y, self.epilogue, x.dtype)
 
+    def input_grid(self) -> RowGrid | None:
+        """How inputs are quantized, if the kernel takes inputs that are integers already (``qkernels.deferred``)."""
+        return None
+
     def finished(self, y: Tensor) -> Tensor:
         """The output of a kernel that does not fuse, through the epilogue in torch's own words."""
         return y if self.epilogue is None else apply_epilogue(y, self.epilogue)
@@ -180,6 +190,7 @@ class Prepared(ABC):
         clone = copy.copy(self)
         memo[id(self)] = clone
         clone.tensors = copy.deepcopy(self.tensors, memo)
+        clone.feeds = copy.deepcopy(self.feeds, memo)
         clone.moved()
         return clone
 

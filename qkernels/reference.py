@@ -2,8 +2,8 @@
 
 Runs on any device, needs no compiled code, and favours being read over being fast.  Results are defined to the
 bit for everything that enters the product as integers; weight-only products are float32 with unspecified order
-of summation.  Rounding rules are in ``_rounding.py``,
-tensors of any shape in ``_tensors.py``, weights in ``_weights.py``.  Names and shapes:
+of summation.  Rounding rules are in ``_rounding.py``, tensors of any shape in ``_tensors.py``, weights in
+``_weights.py``, norms and activations before a quantization in ``_fused.py``.  Names and shapes:
 
     x [..., K]    weight [N, K]    y [..., N] = x @ weight.T + bias
 
@@ -28,15 +28,20 @@ import torch
 from torch import Tensor
 
 from qkernels import _rounding as rounding
+from qkernels._fused import ACTIVATIONS, activated, add_residual, layer_norm, rms_norm
 from qkernels._granules import check_positive
 from qkernels._tensors import check_static, dequantize, pack_int4, quantize, unpack_int4
 from qkernels._weights import dequantize_weight, quantize_weight, round_to_grid, weight_codes, weight_grid, widen_groups
 from qkernels.scheme import MAX_INTEGER_K, Scheme
 
 __all__ = [
+    "ACTIVATIONS",
+    "activated",
+    "add_residual",
     "check_static",
     "dequantize",
     "dequantize_weight",
+    "layer_norm",
     "linear",
     "linear_w4a8",
     "linear_w4a16",
@@ -47,6 +52,7 @@ __all__ = [
     "quantize",
     "quantize_activations",
     "quantize_weight",
+    "rms_norm",
     "round_to_grid",
     "unpack_int4",
     "weight_codes",

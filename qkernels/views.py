@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-__all__ = ["DequantizedWeight"]
+__all__ = ["METADATA", "DequantizedWeight", "writes"]
 
 _ATTRIBUTES = (
     "device",
@@ -53,9 +53,10 @@ _METHODS = (
     "size",
     "stride",
 )
-_METADATA = {getattr(Tensor, name).__get__ for name in _ATTRIBUTES if hasattr(Tensor, name)}
-_METADATA |= {getattr(Tensor, name) for name in _METHODS if hasattr(Tensor, name)}
-_METADATA |= {torch.is_floating_point, torch.is_complex, torch.numel}
+METADATA = {getattr(Tensor, name).__get__ for name in _ATTRIBUTES if hasattr(Tensor, name)}
+METADATA |= {getattr(Tensor, name) for name in _METHODS if hasattr(Tensor, name)}
+METADATA |= {torch.is_floating_point, torch.is_complex, torch.numel}
+"""Functions of torch that do not look at values."""
 
 
 class DequantizedWeight(Tensor):
@@ -86,12 +87,12 @@ class DequantizedWeight(Tensor):
     ) -> Any:
         """Metadata at once; anything else over the values."""
         kwargs = kwargs or {}
-        if func in _METADATA:
+        if func in METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         if func is Tensor.requires_grad_ and not any((*args[1:], *kwargs.values())) and len(args) + len(kwargs) > 1:
             return args[0]
-        if _writes(func) and isinstance((*args, *kwargs.values(), None)[0], cls):
+        if writes(func) and isinstance((*args, *kwargs.values(), None)[0], cls):
             raise RuntimeError(
                 "weight: read-only, built from integers on demand; load a state dict, or dequantize the layer first"
             )
@@ -105,7 +106,8 @@ class DequantizedWeight(Tensor):
         return func(*_values(args), **_values(kwargs or {}))
 
 
-def _writes(func: Callable[..., Any]) -> bool:
+def writes(func: Callable[..., Any]) -> bool:
+    """Whether a function of torch changes its first argument, by its name."""
     name = getattr(func, "__name__", "")
     if name in ("__set__", "__delete__", "__setitem__", "__idiv__"):
         return True

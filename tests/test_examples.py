@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -76,3 +77,38 @@ def test_distilbert_example_reaches_the_size() -> None:
 def test_document_sessions_print_what_they_say(path: Path) -> None:
     outcome = doctest.testfile(str(path), module_relative=False, optionflags=doctest.NORMALIZE_WHITESPACE)
     assert outcome.failed == 0
+
+
+@pytest.mark.parametrize("name", ["llama_gpu.py", "generate_gpu.py"])
+def test_gpu_examples_run_without_one(name: str, tmp_path: Path) -> None:
+    options = ["--cases", "1x1", "2x5"] if name == "llama_gpu.py" else ["--prompt-tokens", "5", "--new-tokens", "6"]
+    file = tmp_path / "out.json"
+    text = run(name, "--device", "cpu", "--shape", "tiny", "--rounds", "1", "--json", str(file), *options)
+    rows = json.loads(file.read_text(encoding="utf-8"))["rows"]
+    if name == "llama_gpu.py":
+        assert [(row["batch"], row["length"]) for row in rows] == [(1, 1), (2, 5)]
+        assert all(row["cosine"]["w8a8"] > 0.99 for row in rows)
+    else:
+        assert [row["scheme"] for row in rows] == ["bf16", "w8a8", "w4a16"]
+        assert rows[0]["bytes"] > rows[1]["bytes"] > rows[2]["bytes"]
+        assert "tokens/s" in text
+
+
+def test_generated_tokens_are_those_of_the_whole_sequence() -> None:
+    """The static cache and its mask: every token is the best one after all those before it."""
+    import torch
+
+    sys.path.insert(0, str(EXAMPLES))
+    try:
+        from generate_gpu import Generator
+        from llama_gpu import random_llama
+    finally:
+        sys.path.remove(str(EXAMPLES))
+    model = random_llama("tiny", None, torch.device("cpu")).float()
+    prompt = torch.randint(0, 256, (2, 5), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        run = Generator(model, prompt, 8)
+        run.prefill()
+        run.decode(7)
+        best = model(run.tokens).logits.argmax(-1)
+    assert torch.equal(run.tokens[:, 5:], best[:, 4:-1])

@@ -157,6 +157,7 @@ PYBIND11_MODULE(_cuda, m) {
         py::arg("out_dtype"), py::arg("stream"));
   bind_w4(m);
   bind_w8a16(m);
+  bind_rows(m);
 }
 
 }  // namespace qk::cuda

@@ -16,5 +16,6 @@ inline cudaStream_t stream_of(Address stream) { return reinterpret_cast<cudaStre
 
 void bind_w4(pybind11::module_& m);  // 4-bit weights
 void bind_w8a16(pybind11::module_& m);  // 8-bit weights, floating-point activations
+void bind_rows(pybind11::module_& m);  // rows computed before they are quantized
 
 }  // namespace qk::cuda

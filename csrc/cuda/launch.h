@@ -26,10 +26,39 @@ struct QuantizeRowsArgs {
   bool dependent;  // the launch may overlap the end of the kernel before it
 };
 
+// Rows that are computed before they are quantized; `codes` says where they go, its `x`, `x_dtype` and `x_stride` what
+// is read first. What is written keeps the dtype of x, what is beside it may have its own.
+
+// Norms of total = x + residual, rounded to the dtype of x (of x itself where there is no residual):
+//   rms:    total * rstd * weight                  rstd = 1 / sqrt(mean(total^2) + eps)
+//   layer:  (total - mean) * rstd * weight + bias  rstd = 1 / sqrt(mean((total - mean)^2) + eps)
+struct QuantizeNormArgs {
+  QuantizeRowsArgs codes;
+  bool layer;
+  float eps;
+  const void* residual;  // [M, K] in the dtype of x, or nullptr
+  int64_t residual_stride;  // elements between rows
+  void* total;  // [M, K], contiguous, no part of x or residual; nullptr exactly where residual is
+  const void* weight;  // [K] or nullptr: ones
+  const void* bias;  // [K] or nullptr: none; layer only
+  bool wide_factors;  // weight and bias are fp32; else they have the dtype of x
+};
+
+// activation(x), times `up` where that is given.
+enum class Activation : int32_t { kNone = 0, kRelu = 1, kGelu = 2, kGeluTanh = 3, kSilu = 4 };
+struct QuantizeActivationArgs {
+  QuantizeRowsArgs codes;
+  Activation activation;
+  const void* up;  // [M, K] in the dtype of x, or nullptr
+  int64_t up_stride;  // elements between rows
+};
+
 // Any granularity, as csrc/args.h describes it. `stats` is [2 * granules] zeroed words.
 void quantize(const QuantizeArgs& args, uint32_t* stats, cudaStream_t stream);
 void dequantize(const DequantizeArgs& args, cudaStream_t stream);
 void quantize_rows(const QuantizeRowsArgs& args, cudaStream_t stream);
+void quantize_norm(const QuantizeNormArgs& args, cudaStream_t stream);
+void quantize_activation(const QuantizeActivationArgs& args, cudaStream_t stream);
 
 void pack_w8(const int8_t* weight, int64_t n, int64_t k, int8_t* packed, int32_t* colsum, cudaStream_t stream);
 void unpack_w8(const int8_t* packed, int64_t n, int64_t k, int8_t* weight, cudaStream_t stream);

@@ -38,7 +38,13 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("--shapes", nargs="+", type=_shape, metavar="KxN", help=f"default: {' '.join(SHAPES)}")
     parser.add_argument("--rows", "-M", nargs="+", type=_positive, metavar="M", help=f"default: {ROWS}")
-    parser.add_argument("--schemes", nargs="+", default=["w8a8"], metavar="NAME", help="presets (default: w8a8)")
+    parser.add_argument(
+        "--schemes",
+        nargs="+",
+        default=["w8a8"],
+        metavar="NAME",
+        help="presets, and with --device cuda quantize (default: w8a8)",
+    )
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the input")
     parser.add_argument(
         "--rivals", nargs="*", metavar="NAME", help=f"default: all that are installed, of {', '.join(RIVALS)}"

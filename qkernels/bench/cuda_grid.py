@@ -1,6 +1,7 @@
 """``qkernels bench --device cuda``: W8A8 on a GPU, cold weights, CUDA graphs, rivals in turns with ours.
 
-By ``--schemes``, other weights and activations: see :mod:`qkernels.bench.cuda_w4`, :mod:`qkernels.bench.cuda_w8a16`.
+By ``--schemes``, other weights and activations (:mod:`qkernels.bench.cuda_w4`, :mod:`qkernels.bench.cuda_w8a16`) and
+the quantizers of rows (:mod:`qkernels.bench.cuda_rows`).
 
 Each contender's calls, one per copy of the weight, are captured into a graph; graphs are replayed in turns and a row is
 the median over the replays.  The copies together are larger than the L2.  Nothing of ours is timed before its result
@@ -31,6 +32,7 @@ import torch
 from torch import Tensor
 
 from qkernels import cuda, reference, triton
+from qkernels.bench.cuda_rows import ProblemRows
 from qkernels.bench.cuda_w4 import ProblemW4
 from qkernels.bench.cuda_w8a16 import ProblemW8A16
 from qkernels.bench.grid import commit, traffic, versions
@@ -235,10 +237,13 @@ def run_cuda_grid(args: argparse.Namespace) -> int:
     dtype = getattr(torch, args.dtype)
     rows: list[CudaRow] = []
     notes: list[str] = []
-    unknown = sorted(set(args.schemes) - {"w8a8", "w8a16", "w4a16", "w4a8"})
+    known = ("w8a8", "w8a16", "w4a16", "w4a8", "quantize")
+    unknown = sorted(set(args.schemes) - set(known))
     if unknown:
-        raise ValueError(f"--schemes: expected w8a8, w8a16, w4a16 or w4a8 with --device cuda, got {', '.join(unknown)}")
-    cases = list(itertools.product(args.schemes, args.shapes, args.rows))
+        raise ValueError(f"--schemes: expected {', '.join(known)} with --device cuda, got {', '.join(unknown)}")
+    cases = list(itertools.product((s for s in args.schemes if s != "quantize"), args.shapes, args.rows))
+    if "quantize" in args.schemes:
+        cases += [("quantize", (k, k), m) for k in sorted({k for k, _ in args.shapes}) for m in args.rows]
     with torch.inference_mode(), tracking(None, total=len(cases), what="bench") as step:
         for number, (name, (k, n), m) in enumerate(cases):
             step(number, len(cases), f"{name} K={k} N={n} M={m}")
@@ -270,25 +275,31 @@ def run_cuda_grid(args: argparse.Namespace) -> int:
     return 1 if notes else 0
 
 
-def _problem(name: str, k: int, n: int, m: int, cold: int, dtype: torch.dtype) -> Problem | ProblemW4 | ProblemW8A16:
+_Problem = Problem | ProblemW4 | ProblemW8A16 | ProblemRows
+
+
+def _problem(name: str, k: int, n: int, m: int, cold: int, dtype: torch.dtype) -> _Problem:
+    if name == "quantize":
+        return ProblemRows(k, m, cold, dtype)
     if name.startswith("w4"):
         return ProblemW4(name, k, n, m, cold, dtype)
     return (ProblemW8A16 if name == "w8a16" else Problem)(k, n, m, cold, dtype)
 
 
-def _run_problem(
-    problem: Problem | ProblemW4 | ProblemW8A16, ceilings: CudaCeilings, rounds: int, notes: list[str]
-) -> list[CudaRow]:
+def _run_problem(problem: _Problem, ceilings: CudaCeilings, rounds: int, notes: list[str]) -> list[CudaRow]:
     k, n, m = problem.k, problem.n, problem.m
-    operations = 2.0 * m * n * k
+    operations = 0.0 if isinstance(problem, ProblemRows) else 2.0 * m * n * k
     size = problem.dtype.itemsize
     integers = not problem.scheme.weight_only
     gemm_limit = ceilings.limit(traffic(problem.scheme, k, n, m, size, 1), operations, integers=integers)
     layer_limit = ceilings.limit(traffic(problem.scheme, k, n, m, size), operations, integers=integers)
+    if isinstance(problem, ProblemRows):
+        gemm_limit = ceilings.limit(problem.bytes_of(problem.name), 0.0)
     count = max(2, min(MOST_CALLS, int(GRAPH_SECONDS * 1e6 / max(gemm_limit, 5.0))))
     graphs: list[tuple[str, bool, Graph]] = []
     for name, ours, call in problem.contenders():
-        if ours and not problem.exact(call):
+        exact = not ours or (problem.exact(call, name) if isinstance(problem, ProblemRows) else problem.exact(call))
+        if not exact:
             notes.append(f"{name}: NOT EXACT at K={k} N={n} M={m}, so not timed")
             continue
         graphs.append((name, ours, Graph(call, count)))
@@ -300,6 +311,8 @@ def _run_problem(
     for (name, ours, _), values in zip(graphs, times, strict=True):
         median = statistics.median(values)
         limit = layer_limit if "layer" in name or problem.scheme.weight_only else gemm_limit
+        if isinstance(problem, ProblemRows):
+            limit = ceilings.limit(problem.bytes_of(name), 0.0)
         rows.append(
             CudaRow(
                 contender=name,
@@ -322,11 +335,11 @@ def _run_problem(
 
 def table(rows: list[CudaRow]) -> str:
     """One shape and number of rows as text."""
-    first = rows[0]
+    first, width = rows[0], max(16, *(len(row.contender) + 2 for row in rows))
     lines = [f"{first.scheme} K={first.k} N={first.n} M={first.m}: limit {first.limit:.1f} us"]
     for row in rows:
         lines.append(
-            f"  {row.contender:<16}{row.median:9.1f} us  ({row.best:.1f}..{row.worst:.1f}){row.percent_of_limit:6.0f} %"
-            f"{row.tops:8.0f} TOP/s  {row.kernel}"
+            f"  {row.contender:<{width}}{row.median:9.1f} us  ({row.best:.1f}..{row.worst:.1f})"
+            f"{row.percent_of_limit:6.0f} %{row.tops:8.0f} TOP/s  {row.kernel}"
         )
     return "\n".join(lines)

@@ -1,0 +1,250 @@
+// Rows that become 8-bit codes: what the quantizers that keep a row in registers share.
+//
+//     one CTA per row (blockDim.y = 1), or one warp per row (blockDim.x = 32, several rows to a CTA)
+//     thread t holds kVectors vectors of 8 values; vector i lies at k = (i * blockDim.x + t) * 8
+//
+// so a warp reads 512 contiguous bytes of 16-bit values and writes 256.
+#pragma once
+
+#include "host.h"
+#include "launch.h"
+#include "numeric.cuh"
+#include "ptx.cuh"
+
+namespace qk::cuda {
+
+constexpr int kVector = 8;  // values a thread loads and stores at once
+constexpr int kWarps = 32;  // most warps of a CTA
+constexpr int kMostThreads = 512;  // of a CTA that keeps a row of up to 8 vectors a thread
+constexpr int kManyThreads = 1024;  // of one that keeps up to 2: half the registers each
+
+// Bits of the largest |x| (symmetric), or of the largest x and the largest -x, both at least 0 (asymmetric).
+struct Extremes {
+  uint32_t high = 0, low = 0;
+
+  template <bool kSymmetric>
+  __device__ __forceinline__ void add(float v) {
+    const uint32_t bits = abs_bits(v);
+    if (kSymmetric || __float_as_int(v) >= 0) {
+      high = max(high, bits);
+    } else {
+      low = max(low, bits);
+    }
+  }
+};
+
+// Over the threads that share a row: the warp, or the whole CTA. Once in a kernel.
+template <bool kSymmetric>
+__device__ __forceinline__ Extremes reduce(Extremes e) {
+  e.high = ptx::warp_max(e.high);
+  if (!kSymmetric) e.low = ptx::warp_max(e.low);
+  if (blockDim.x == 32) return e;
+  __shared__ uint32_t highs[kWarps], lows[kWarps];
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warps = blockDim.x >> 5;
+  if (lane == 0) {
+    highs[warp] = e.high;
+    if (!kSymmetric) lows[warp] = e.low;
+  }
+  __syncthreads();
+  e.high = ptx::warp_max(lane < warps ? highs[lane] : 0);
+  if (!kSymmetric) e.low = ptx::warp_max(lane < warps ? lows[lane] : 0);
+  return e;
+}
+
+template <bool kSymmetric>
+__device__ __forceinline__ Grid row_grid(const QuantizeRowsArgs& a, const Extremes& e) {
+  const uint32_t absmax = max(e.high, e.low);
+  if (a.is_static) {
+    return static_grid(*a.static_scale, kSymmetric ? 0 : *a.static_zero_point, kSymmetric, absmax, false);
+  }
+  if (kSymmetric) return symmetric_grid(absmax, false);
+  return asymmetric_grid(__uint_as_float(e.high), -__uint_as_float(e.low), absmax, false);
+}
+
+// What is added to a code before it is stored as a byte.
+template <bool kSymmetric>
+__device__ __forceinline__ int32_t stored_shift(const QuantizeRowsArgs& a) {
+  return !kSymmetric && a.shifted ? -kZeroShift : 0;
+}
+
+template <bool kSymmetric>
+__device__ __forceinline__ void store_terms(const QuantizeRowsArgs& a, int64_t row, const Grid& grid) {
+  a.scale[row] = grid.scale;
+  if (!kSymmetric) a.zero_point[row] = grid.zero;
+}
+
+// Eight values as they lie in memory: four words of 16-bit values, eight of fp32.
+template <typename T>
+struct Vector {
+  uint4 words[sizeof(T) / 2];
+
+  __device__ __forceinline__ void load(const T* p) {
+#pragma unroll
+    for (int i = 0; i < static_cast<int>(sizeof(T) / 2); ++i) words[i] = reinterpret_cast<const uint4*>(p)[i];
+  }
+  __device__ __forceinline__ void clear() {
+#pragma unroll
+    for (int i = 0; i < static_cast<int>(sizeof(T) / 2); ++i) words[i] = make_uint4(0, 0, 0, 0);
+  }
+  // Forgets that these words were widened before: keeping the floats would take twice the registers.
+  __device__ __forceinline__ void forget() {
+    uint32_t* w = reinterpret_cast<uint32_t*>(words);
+#pragma unroll
+    for (int i = 0; i < static_cast<int>(sizeof(T) * 2); ++i) asm volatile("" : "+r"(w[i]));
+  }
+  __device__ __forceinline__ void widened(float (&v)[kVector]) const {
+    const uint32_t* w = reinterpret_cast<const uint32_t*>(words);
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) {
+      if constexpr (sizeof(T) == 4) {
+        v[i] = __uint_as_float(w[i]);
+      } else {
+        const uint16_t half = static_cast<uint16_t>(i % 2 ? w[i / 2] >> 16 : w[i / 2]);
+        v[i] = widen(*reinterpret_cast<const T*>(&half));
+      }
+    }
+  }
+};
+
+// Eight fp32 values at `p`, by way of the read-only cache.
+__device__ __forceinline__ void load_factors(const float* p, float (&v)[kVector]) {
+  const float4 a = __ldg(reinterpret_cast<const float4*>(p)), b = __ldg(reinterpret_cast<const float4*>(p) + 1);
+  v[0] = a.x, v[1] = a.y, v[2] = a.z, v[3] = a.w, v[4] = b.x, v[5] = b.y, v[6] = b.z, v[7] = b.w;
+}
+
+__device__ __forceinline__ uint32_t pack_bytes(int32_t a, int32_t b, int32_t c, int32_t d) {
+  return __byte_perm(__byte_perm(a, b, 0x0040), __byte_perm(c, d, 0x0040), 0x5410);
+}
+
+// ---- Rows that were computed: fp32 values in registers to codes ----------------------------------------------------
+
+// The fp32 values of a row, vector i of thread t as drawn above; what lies beyond K is 0.
+template <int kVectors>
+using Row = float[kVectors][kVector];
+
+template <bool kSymmetric, int kVectors>
+__device__ __forceinline__ void store_row(const QuantizeRowsArgs& a, int64_t row, const Row<kVectors>& v) {
+  Extremes extremes;
+#pragma unroll
+  for (int i = 0; i < kVectors; ++i) {
+#pragma unroll
+    for (int j = 0; j < kVector; ++j) extremes.template add<kSymmetric>(v[i][j]);
+  }
+  const Grid grid = row_grid<kSymmetric>(a, reduce<kSymmetric>(extremes));
+  if (threadIdx.x == 0) store_terms<kSymmetric>(a, row, grid);
+  const int32_t shift = stored_shift<kSymmetric>(a);
+  int8_t* q = a.q + row * a.q_stride;
+#pragma unroll
+  for (int i = 0; i < kVectors; ++i) {
+    const int k = (i * blockDim.x + threadIdx.x) * kVector;
+    if (k >= a.k) break;
+    int32_t code[kVector];
+#pragma unroll
+    for (int j = 0; j < kVector; ++j) code[j] = to_code(v[i][j], grid) + shift;
+    *reinterpret_cast<uint2*>(q + k) =
+        make_uint2(pack_bytes(code[0], code[1], code[2], code[3]), pack_bytes(code[4], code[5], code[6], code[7]));
+  }
+}
+
+// v * inv_smooth, then scale, zero point and codes of the row.
+template <int kVectors>
+__device__ __forceinline__ void quantize_row(const QuantizeRowsArgs& a, int64_t row, Row<kVectors>& v) {
+  if (a.inv_smooth) {
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) {
+      const int k = (i * blockDim.x + threadIdx.x) * kVector;
+      if (k >= a.k) break;
+      float factors[kVector];
+      load_factors(a.inv_smooth + k, factors);
+#pragma unroll
+      for (int j = 0; j < kVector; ++j) v[i][j] = __fmul_rn(v[i][j], factors[j]);
+    }
+  }
+  if (a.zero_point) {
+    store_row<false, kVectors>(a, row, v);
+  } else {
+    store_row<true, kVectors>(a, row, v);
+  }
+}
+
+// The same for a row that does not fit into registers or is not aligned: `value(k)` is asked for each value twice.
+template <bool kSymmetric, typename Value>
+__device__ __forceinline__ void store_row_again(const QuantizeRowsArgs& a, int64_t row, const Value& value) {
+  const auto smoothed = [&](int64_t k) {
+    const float v = value(k);
+    return a.inv_smooth ? __fmul_rn(v, a.inv_smooth[k]) : v;
+  };
+  Extremes extremes;
+  for (int64_t k = threadIdx.x; k < a.k; k += blockDim.x) extremes.template add<kSymmetric>(smoothed(k));
+  const Grid grid = row_grid<kSymmetric>(a, reduce<kSymmetric>(extremes));
+  if (threadIdx.x == 0) store_terms<kSymmetric>(a, row, grid);
+  const int32_t shift = stored_shift<kSymmetric>(a);
+  for (int64_t k = threadIdx.x; k < a.k; k += blockDim.x) {
+    a.q[row * a.q_stride + k] = static_cast<int8_t>(to_code(smoothed(k), grid) + shift);
+  }
+}
+
+template <typename Value>
+__device__ __forceinline__ void quantize_row_again(const QuantizeRowsArgs& a, int64_t row, const Value& value) {
+  if (a.zero_point) {
+    store_row_again<false>(a, row, value);
+  } else {
+    store_row_again<true>(a, row, value);
+  }
+}
+
+// ---- Launches ------------------------------------------------------------------------------------------------------
+
+inline bool aligned_to(const void* p, int64_t bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
+
+// Whether a kernel that keeps rows of up to `longest` values in registers can take these codes; the caller asks the
+// same of its other inputs.
+inline bool vectors_fit(const QuantizeRowsArgs& a, int64_t longest) {
+  return a.k % kVector == 0 && a.x_stride % kVector == 0 && a.q_stride % kVector == 0 && aligned_to(a.x, 16) &&
+         aligned_to(a.q, kVector) && aligned_to(a.inv_smooth, 16) && a.k <= longest;
+}
+
+// run(T{}) for the type of the rows.
+template <typename Run>
+void for_type(DType dtype, const char* name, const Run& run) {
+  switch (dtype) {
+    case DType::kF32:
+      return run(float{});
+    case DType::kBF16:
+      return run(__nv_bfloat16{});
+    case DType::kF16:
+      return run(__half{});
+  }
+  throw std::invalid_argument(std::string(name) + ": expected dtype 0, 1 or 2");
+}
+
+struct RowShape {
+  LaunchShape launch;
+  int64_t each;  // vectors of a thread, rounded up
+};
+
+// Few rows: as many threads as there are vectors, for the shortest latency. Many rows: `wanted` vectors in flight a
+// thread. More than `most_threads` threads there never are.
+inline RowShape shape_of_vectors(const QuantizeRowsArgs& a, int64_t wanted, int64_t most_threads) {
+  const int64_t per_row = a.k / kVector;
+  if (a.m <= 2 * multiprocessors()) wanted = 1;
+  int64_t threads = (per_row + wanted - 1) / wanted;
+  threads = threads <= 32 ? 32 : threads >= most_threads ? most_threads : (threads + 31) / 32 * 32;
+  const int rows = threads == 32 ? 4 : 1;
+  RowShape shape;
+  shape.each = (per_row + threads - 1) / threads;
+  shape.launch.dependent = a.dependent;
+  shape.launch.block = dim3(static_cast<unsigned>(threads), rows);
+  shape.launch.grid = dim3(blocks(a.m, rows));
+  return shape;
+}
+
+inline LaunchShape shape_of_scalars(const QuantizeRowsArgs& a) {
+  LaunchShape shape;
+  shape.dependent = a.dependent;
+  shape.grid = dim3(static_cast<unsigned>(a.m));
+  shape.block = dim3(a.k <= 1024 ? 128 : a.k <= 8192 ? 256 : 1024);
+  return shape;
+}
+
+}  // namespace qk::cuda

@@ -1,0 +1,222 @@
+"""Inputs that reach a Linear as integers: tensors whose floating-point values exist once somebody reads them.
+
+On a GPU a norm, or an activation, can quantize its output in the pass that computes it (:mod:`qkernels.cuda_rows`).
+What it returns then is a :class:`QuantizedInput`: the Linears it is meant for take the integers; to everybody else it
+is an ordinary tensor, computed at the first operation on it by the module's own code.  :mod:`qkernels.fuse` decides
+where, from the code of the parents; a :class:`Handoff` ties the two ends together.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from .cuda_rows import Codes, RowGrid, quantize_activation
+from .eager import is_plain
+from .epilogues import apply_epilogue
+from .views import METADATA, writes
+
+if TYPE_CHECKING:
+    from .linear import QuantLinear
+    from .prepared import Prepared
+
+__all__ = ["Deferred", "Handoff", "QuantizedInput", "hand_activation"]
+
+
+class Handoff:
+    """From what computes an input to the Linears that read it.
+
+    It refers to the first of them weakly, and a copy (or pickle) of it starts without one: that layer's copy joins.
+    """
+
+    def __init__(self) -> None:
+        self._reader: weakref.ref[QuantLinear] | None = None
+        self._compared: dict[tuple[int, int], tuple[Tensor, int, Tensor, int, bool]] = {}
+
+    def __reduce__(self) -> tuple[type[Handoff], tuple[()]]:
+        """For copies and pickles: nothing."""
+        return Handoff, ()
+
+    def join(self, layer: QuantLinear) -> None:
+        """Make ``layer`` the one whose grid inputs are quantized on."""
+        self._reader = weakref.ref(layer)
+
+    def leave(self) -> None:
+        """From now on nobody reads integers."""
+        self._reader = None
+
+    def grid(self, x: Tensor) -> RowGrid | None:
+        """How the reader quantizes an input like ``x [..., K]``; None where it does not, or not where ``x`` is."""
+        reader = None if self._reader is None else self._reader()
+        if reader is None or reader.in_features != x.shape[-1] or reader._prepared.device != x.device:
+            return None
+        return reader._prepared.input_grid() if x.numel() else None
+
+    def same(self, a: Tensor | None, b: Tensor | None) -> bool:
+        """Whether two of the readers' tensors are equal.  Compared once; while a graph is captured, not at all."""
+        if a is None or b is None or a is b:
+            return a is b
+        known = self._compared.get((id(a), id(b)))
+        if known is None or known[0] is not a or known[2] is not b or known[1::2][:2] != (version(a), version(b)):
+            if a.device != b.device or (a.is_cuda and torch.cuda.is_current_stream_capturing()):
+                return False
+            if len(self._compared) >= 16:  # of layers that moved: forget
+                self._compared.clear()
+            known = self._compared[id(a), id(b)] = (a, version(a), b, version(b), torch.equal(a, b))
+        return known[4]
+
+
+def version(tensor: Tensor) -> int:
+    """How often a tensor was written to; -1 where torch does not count."""
+    return -1 if tensor.is_inference() else tensor._version
+
+
+class Deferred(Tensor):
+    """Shape, dtype and device now, values when somebody asks for them."""
+
+    _build: Callable[[], Tensor]
+    _value: Tensor | None
+    _seen: int
+
+    @staticmethod
+    def __new__(cls: type[Deferred], like: Tensor, build: Callable[[], Tensor]) -> Deferred:
+        """A tensor shaped like ``like``, whose values come from ``build()``."""
+        tensor = torch.Tensor._make_wrapper_subclass(cls, like.shape, dtype=like.dtype, device=like.device)
+        tensor._build, tensor._value, tensor._seen = build, None, 0
+        return tensor
+
+    def value(self) -> Tensor:
+        """The ordinary tensor; from then on there is one, and whoever writes to this one writes to it."""
+        if self._value is None:
+            self._value = self._build().contiguous()
+            self._seen = version(self._value)
+        return self._value
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Metadata at once; the product that a held activation waits for; anything else over the values."""
+        kwargs = kwargs or {}
+        if func in METADATA:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        if func in _PRODUCTS and len(args) == 2 and not kwargs:
+            product = _product(*args)
+            if product is not None:
+                return product
+        result = func(*_values(args), **_values(kwargs))
+        if args and isinstance(args[0], Deferred) and isinstance(result, Tensor) and result is args[0]._value:
+            if result.shape != args[0].shape:
+                raise RuntimeError(
+                    f"expected shape {list(args[0].shape)} to stay, got {list(result.shape)}: see unfuse_"
+                )
+            return args[0] if writes(func) else result
+        return result
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """What comes past ``__torch_function__``: over the values as well."""
+        return func(*_values(args), **_values(kwargs or {}))
+
+
+def _values(tree: Any) -> Any:
+    return tree_map_only(Deferred, lambda tensor: tensor.value(), tree)
+
+
+class QuantizedInput(Deferred):
+    """The input of Linears, quantized where it was computed."""
+
+    _codes: Codes
+    _grid: RowGrid
+    _handoff: Handoff
+
+    @classmethod
+    def of(
+        cls, like: Tensor, build: Callable[[], Tensor], codes: Codes, grid: RowGrid, handoff: Handoff
+    ) -> QuantizedInput:
+        """An input shaped like ``like`` whose rows are ``codes`` on ``grid``, and whose values are ``build()``."""
+        tensor = cls(like, build)
+        tensor._codes, tensor._grid, tensor._handoff = codes, grid, handoff
+        return tensor
+
+    def codes_for(self, prepared: Prepared) -> Codes | None:
+        """The integers, if a layer would have made these from the values; None where the values count."""
+        value, grid, own = self._value, self._grid, prepared.input_grid()
+        if value is not None and (self._seen < 0 or version(value) != self._seen):
+            return None  # somebody wrote to them, or may have
+        if own is None or prepared.in_features != self.shape[-1] or prepared.device != self.device:
+            return None
+        if own.symmetric != grid.symmetric or not is_plain(self._codes.scale):
+            return None
+        same = self._handoff.same
+        if same(grid.scale, own.scale) and same(grid.zero_point, own.zero_point):
+            return self._codes if same(grid.inv_smooth, own.inv_smooth) else None
+        return None
+
+
+class _HeldActivation(Deferred):
+    """``activation(y)`` that waits for the product with another tensor."""
+
+    _inner: Tensor
+    _name: str
+    _handoff: Handoff
+
+
+def hand_activation(y: Tensor, name: str, handoff: Handoff, gated: bool) -> Tensor | None:
+    """``activation(y)`` on its way to a Linear that reads it as integers; None where it cannot go that way.
+
+    Args:
+        y: ``[..., K]``, nobody else's.
+        name: of the epilogue.
+        gated: what the Linear reads is its product with another tensor.
+    """
+    grid = handoff.grid(y) if is_plain(y) else None
+    if grid is None:
+        return None
+    if not gated:
+        codes = quantize_activation(y, name, None, grid, for_gemm=True)
+        return QuantizedInput.of(y, lambda: apply_epilogue(y, name), codes, grid, handoff)
+    held = _HeldActivation(y, lambda: apply_epilogue(y, name))
+    held._inner, held._name, held._handoff = y, name, handoff
+    return held
+
+
+def _product(a: Any, b: Any) -> Tensor | None:
+    held, up = (a, b) if isinstance(a, _HeldActivation) else (b, a)
+    if not isinstance(held, _HeldActivation) or held._value is not None or not isinstance(up, Tensor):
+        return None
+    inner, name = held._inner, held._name
+    if not is_plain(up) or up.shape != inner.shape or up.dtype != inner.dtype or up.device != inner.device:
+        return None
+    grid = held._handoff.grid(inner)
+    if grid is None:
+        return None
+    codes = quantize_activation(inner, name, up, grid, for_gemm=True)
+    build = unchanged(up, lambda: held.value() * up)
+    return QuantizedInput.of(inner, build, codes, grid, held._handoff)
+
+
+def unchanged(x: Tensor, build: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """``build``, which reads ``x`` later, and refuses if it was written to meanwhile."""
+    before = version(x)
+
+    def checked() -> Tensor:
+        if version(x) != before:
+            raise RuntimeError(
+                "a tensor was changed in place between the module that reads it and the first operation on what that "
+                "module returned; qkernels.unfuse_ makes the module compute at once"
+            )
+        return build()
+
+    return checked
+
+
+_PRODUCTS = {Tensor.mul, torch.mul, Tensor.multiply, torch.multiply, Tensor.__mul__, Tensor.__rmul__}

@@ -1,0 +1,108 @@
+"""Norms whose output only quantized Linears read: on a GPU they hand over integers.
+
+Nothing is replaced in the model: a norm keeps its class, its parameters and its name, and gets a ``forward`` of its own
+(:class:`NormHandoff`), which computes what the class does wherever the integers would not serve.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+
+from . import reference
+from .checks import DTYPE_CODES
+from .cuda_rows import quantize_norm
+from .deferred import Handoff, QuantizedInput, unchanged
+from .eager import is_plain
+
+__all__ = ["Norm", "NormHandoff", "norm_of"]
+
+_is_dynamo_compiling = torch.compiler.is_dynamo_compiling
+
+
+class Norm(NamedTuple):
+    """What a module computes: a layer norm or an RMS norm over the last dimension, with its own weight and bias."""
+
+    layer: bool
+    eps: float
+
+
+def norm_of(module: nn.Module) -> Norm | None:
+    """The norm that a module is, or None.
+
+    torch's own are known by their type; classes that call themselves ``...RMSNorm`` (or ``T5LayerNorm``) are tried on
+    random rows, because some multiply by ``1 + weight``.
+    """
+    kind = type(module)
+    if "forward" in module.__dict__ or module._modules or module._buffers:
+        return None
+    weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
+    if kind in (nn.LayerNorm, getattr(nn, "RMSNorm", None)):
+        if len(module.normalized_shape) != 1 or module.eps is None:  # type: ignore[arg-type]
+            return None
+        return Norm(kind is nn.LayerNorm, float(module.eps))  # type: ignore[arg-type]
+    if not kind.__name__.endswith(("RMSNorm", "T5LayerNorm")) or weight is None or bias is not None:
+        return None
+    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    if len(module._parameters) != 1 or weight.dim() != 1 or not isinstance(eps, float) or weight.is_meta:
+        return None
+    return Norm(False, eps) if _computes_rms(module, weight, eps) else None
+
+
+def _computes_rms(module: nn.Module, weight: Tensor, eps: float) -> bool:
+    generator = torch.Generator().manual_seed(0)
+    x = (torch.randn(2, weight.shape[0], generator=generator) * 3.0).to(weight.device)
+    try:
+        with torch.no_grad():
+            y = type(module).forward(module, x)
+    except Exception:  # whatever a forward raises over such an input: it is another kind of module
+        return False
+    return isinstance(y, Tensor) and torch.allclose(y.float(), reference.rms_norm(x, weight, eps), rtol=1e-4, atol=1e-6)
+
+
+class NormHandoff:
+    """The ``forward`` of a norm whose output Linears read as integers.
+
+    Args:
+        module: the norm; it keeps this object in its ``__dict__``.
+        norm: what it computes.
+        handoff: to the Linears.
+    """
+
+    def __init__(self, module: nn.Module, norm: Norm, handoff: Handoff) -> None:
+        self._module = module
+        self._norm = norm
+        self._handoff = handoff
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What the class of the norm computes, as integers where it can be."""
+        module = self._module
+        if len(args) == 1 and not kwargs and not _is_dynamo_compiling():
+            handed = self._handed(args[0])
+            if handed is not None:
+                return handed
+        return type(module).forward(module, *args, **kwargs)
+
+    def _handed(self, x: Any) -> Tensor | None:
+        if not isinstance(x, Tensor) or not is_plain(x) or x.dtype not in DTYPE_CODES or not x.dim():
+            return None
+        module = self._module
+        if module._forward_hooks or torch_module._global_forward_hooks:
+            return None  # they would see something new
+        weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
+        for factor in (weight, bias):
+            if factor is None:
+                continue
+            if factor.dtype != x.dtype or factor.device != x.device or not factor.is_contiguous():
+                return None
+            if factor.requires_grad and torch.is_grad_enabled():
+                return None
+        grid = self._handoff.grid(x)
+        if grid is None:
+            return None
+        codes, _ = quantize_norm(x, weight, bias, self._norm.eps, grid, layer=self._norm.layer, for_gemm=True)
+        build = unchanged(x, lambda: type(module).forward(module, x))
+        return QuantizedInput.of(x, build, codes, grid, self._handoff)

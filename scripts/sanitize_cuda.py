@@ -1,0 +1,130 @@
+"""Runs every CUDA kernel once, on small shapes, under compute-sanitizer: memcheck, then racecheck.
+
+python scripts/sanitize_cuda.py                   # both tools
+python scripts/sanitize_cuda.py --tools memcheck
+python scripts/sanitize_cuda.py --run             # the kernels alone, without the sanitizer
+
+Data are made on the CPU, so that nearly all launches are of the kernels themselves, and every tensor is an allocation
+(torch's cache would hide accesses beside it).  Results are compared with the reference.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+TOOLS = ("memcheck", "racecheck")
+ERRORS = 9
+"""Exit code for errors that a tool found."""
+
+
+def run_kernels() -> None:
+    """Every kernel once.  Raises RuntimeError where a result is wrong."""
+    import torch
+    from torch import Tensor
+
+    from qkernels import cuda, ops, reference, row_ops
+    from qkernels.scheme import Scheme
+
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(dtype)
+
+    def misaligned(x: Tensor) -> Tensor:
+        flat = torch.empty(x.numel() + 1, dtype=x.dtype, device="cuda")
+        flat[1:].copy_(x.flatten())
+        return flat[1:].view(x.shape)
+
+    def check(what: str, got: Tensor, wanted: Tensor, bound: float = 0.0) -> None:
+        got = got.cpu()
+        error = float((got.double() - wanted.double()).norm()) / max(1e-30, float(wanted.double().norm()))
+        if got.shape != wanted.shape or not error <= bound:
+            raise RuntimeError(f"{what}: relative error {error:.3g}, expected at most {bound:.3g}")
+        print(f"  {what}: right", flush=True)
+
+    for k in (264, 37, 2056):
+        x, up = random(5, k, dtype=torch.bfloat16), random(5, k, dtype=torch.bfloat16)
+        weight = random(k, dtype=torch.bfloat16)
+        for place in (lambda t: t.to("cuda"), misaligned):
+            a, b, w = place(x), place(up), place(weight)
+            q, scale, _ = cuda.quantize_rows(a)
+            check(f"quantize_rows K={k}", q, reference.quantize_activations(x)[0])
+            total = reference.add_residual(x, up)
+            got = row_ops.rms_norm_quantize(a, w, eps=1e-5, residual=b)
+            check(f"rms_norm_quantize K={k}, sum", got[3], total)
+            y = reference.quantize_activations(reference.rms_norm(total, weight, 1e-5))[0]
+            check(f"rms_norm_quantize K={k}", got[0], y, 0.01)
+            got = row_ops.layer_norm_quantize(a, w, w, eps=1e-5, symmetric=False)
+            y = reference.quantize_activations(reference.layer_norm(x, weight, weight, 1e-5), symmetric=False)[0]
+            check(f"layer_norm_quantize K={k}", got[0], y, 0.01)
+            y = reference.quantize_activations(reference.activated(x, "silu", up))[0]
+            check(f"activation_quantize K={k}", row_ops.activation_quantize(a, "silu", b)[0], y, 0.01)
+
+    m, n, k = 70, 130, 257
+    x, w = random(m, k), random(n, k)
+    tensors = reference.quantize_weight(w, Scheme())
+    q, scale, _ = reference.quantize_activations(x)
+    packed, colsum = cuda.pack_w8(tensors["weight"].to("cuda"))
+    check("pack and unpack", cuda.unpack_w8(packed, n, k), tensors["weight"])
+    layer = {"packed": packed, "colsum": colsum, "weight_scale": tensors["weight_scale"].to("cuda"), "bias": None}
+    wanted = reference.linear_w8a8_prequantized(q, scale, None, tensors["weight"], tensors["weight_scale"])
+    configs = [(0, 16, 1, 1, 0), (0, 64, 1, 1, 0), (0, 128, 1, 1, 0)]
+    if torch.cuda.get_device_capability() == (9, 0) and cuda._cuda.has_sm90a():
+        configs += [(1, 8, 1, 1, 0), (1, 16, 2, 1, 0), (1, 64, 1, 4, 1), (1, 128, 1, 1, 0)]
+        configs += [(2, 128, 1, 1, 0), (2, 224, 1, 2, 0), (2, 256, 1, 1, 0)]
+    codes, scales = q.to("cuda"), scale.to("cuda")
+    for config in configs:
+        got = cuda.gemm_w8a8(codes, scales, None, layer, out_dtype=torch.float32, config=config)
+        check(f"gemm_w8a8 {config}", got, wanted)
+    for preset in ("w8a8", "w4a8", "w4a16"):
+        scheme = Scheme.from_preset(preset)
+        tensors = reference.quantize_weight(w, scheme)
+        prepared = ops.prepare(tensors, scheme, k, device="cuda")
+        for rows in (1, 20, 70):
+            wide = x[:rows].to(torch.bfloat16)
+            got = prepared.run(wide.to("cuda"))
+            bound = 2.0**-7 if scheme.weight_only else 0.0
+            check(f"{prepared.kernel} of {preset}, {rows} rows", got, reference.linear(wide, tensors, scheme, k), bound)
+    torch.cuda.synchronize()
+
+
+def main() -> int:
+    """The first exit code that is not 0."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tools", nargs="+", choices=TOOLS, default=list(TOOLS))
+    parser.add_argument("--seconds", type=float, default=170.0, help="for all tools together")
+    parser.add_argument("--run", action="store_true", help="run the kernels, without the sanitizer")
+    args = parser.parse_args()
+    if args.run:
+        run_kernels()
+        return 0
+    sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    if not Path(sanitizer).exists():
+        parser.error("expected compute-sanitizer on the PATH or in /usr/local/cuda/bin")
+    root = Path(__file__).resolve().parent.parent
+    path = os.pathsep.join(filter(None, (str(root), os.environ.get("PYTHONPATH"))))
+    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTHONPATH": path}
+    end = time.monotonic() + args.seconds
+    for tool in args.tools:
+        command = [sanitizer, "--tool", tool, "--error-exitcode", str(ERRORS), sys.executable, __file__, "--run"]
+        print(" ".join(command), flush=True)
+        start = time.monotonic()
+        try:
+            code = subprocess.run(command, env=environment, timeout=max(1.0, end - start)).returncode
+        except subprocess.TimeoutExpired:
+            print(f"{tool}: out of time", file=sys.stderr)
+            return 1
+        print(f"{tool}: exit code {code} after {time.monotonic() - start:.0f} s", flush=True)
+        if code:
+            return code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
