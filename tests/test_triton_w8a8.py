@@ -97,35 +97,3 @@ else:
         scale = torch.ones(1, device=DEVICE)
         with pytest.raises(ValueError, match="colsum"):
             gemm_w8a8(ones, scale, torch.zeros(1, dtype=torch.int32, device=DEVICE), ones, scale)
-
-    @pytest.mark.skipif(
-        DEVICE.type == "cpu" or torch.cuda.get_device_capability() != (9, 0), reason="no GPU of compute capability 9.0"
-    )
-    @pytest.mark.parametrize("channels", [64, 128, 256])
-    @pytest.mark.parametrize("symmetric", [True, False])
-    def test_gemm_for_hopper_every_tile(channels: int, symmetric: bool) -> None:
-        from qkernels.triton import gemm_w8a8 as portable
-        from qkernels.triton.gemm_w8a8_hopper import TILES
-
-        hopper = portable._hopper_kernel()
-        assert hopper is not None, "this Triton is none that the kernel was written for"
-        tile = next(tile for tile in TILES if tile.n == channels)
-        for (m, n, k), dtype in zip(
-            [(65, 64, 128), (129, 200, 144), (300, 264, 4096), (1030, 4864, 896)],
-            [torch.bfloat16, torch.float16, torch.bfloat16, torch.bfloat16],
-            strict=True,
-        ):
-            x = seeded(m, k, seed=5)
-            x[0, k // 2] = float("inf")
-            x[1] = 0
-            weight = torch.randint(-128, 128, (n, k), dtype=torch.int8, generator=torch.Generator().manual_seed(3))
-            weight_scale, bias = seeded(n, seed=2).abs() + 0.01, seeded(n, seed=4) if n != 264 else None
-            q, scale, zero = reference.quantize_activations(x, symmetric=symmetric)
-            wanted = reference.linear_w8a8_prequantized(q, scale, zero, weight, weight_scale, bias, dtype)
-            at = [None if t is None else t.to(DEVICE) for t in (scale, zero, weight, weight_scale, bias)]
-            out = torch.full((m, n), 7.0, dtype=dtype, device=DEVICE)
-            codes, colsum = expected_codes(q).to(DEVICE), weight.sum(1, dtype=torch.int32).to(DEVICE)
-            for _ in range(3):
-                assert_bits_equal(hopper(codes, *at, colsum, out, tile=tile), wanted, f"{m}x{n}x{k}")
-            assert portable._fits_hopper(codes, at[2], out)
-            assert_bits_equal(gemm_w8a8(codes, *at, colsum=colsum, out_dtype=dtype), wanted, f"{m}x{n}x{k}, chosen")

@@ -5,22 +5,17 @@
 A program owns BLOCK_M tokens x BLOCK_N channels and walks K; programs are ordered in groups of GROUP_M token tiles, so
 that those under way at one time share operands in the L2.  The weight stays ``[N, K]`` and is transposed on its way
 into ``tl.dot``, which needs no copy for it.  ``enable_fp_fusion=False``: no step of the epilogue is contracted.
-
-On Hopper, many tokens go to a kernel of their own (gemm_w8a8_hopper.py).
 """
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..cuda import capability
 from .raster import grouped_tile
 
 __all__ = ["Tile", "gemm_w8a8", "tile_for"]
@@ -117,40 +112,6 @@ def tile_for(rows: int, channels: int) -> Tile:
     return Tile(64, 128, 128, 4, 4)
 
 
-HOPPER_ROWS = 64
-"""Above, the kernel for Hopper runs where it can."""
-
-HOPPER_VERSIONS = ((3, 6), (3, 9))
-"""Of Triton, whose lower level that kernel is written in and does not promise to stay the same."""
-
-
-@functools.cache
-def _hopper_kernel() -> Any:
-    """The function for Hopper; None where this Triton is none that it was written for."""
-    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
-    if not HOPPER_VERSIONS[0] <= version <= HOPPER_VERSIONS[1]:
-        return None
-    from .gemm_w8a8_hopper import gemm_w8a8
-
-    return gemm_w8a8
-
-
-def _fits_hopper(q: Tensor, weight: Tensor, out: Tensor) -> bool:
-    """Whether the copies of the kernel for Hopper can reach the operands, and it is worth its start."""
-    (rows, features), channels = q.shape, weight.shape[0]
-    return (
-        rows > HOPPER_ROWS
-        and q.is_cuda
-        and out.element_size() == 2
-        and features >= 128
-        and channels >= 64
-        and not (features % 16 or channels % 8 or q.stride(0) % 16)
-        and not any(tensor.data_ptr() % 16 for tensor in (q, weight, out))
-        and capability(q.device.index or 0) == 90
-        and _hopper_kernel() is not None
-    )
-
-
 def gemm_w8a8(
     q: Tensor,
     x_scale: Tensor,
@@ -169,7 +130,7 @@ def gemm_w8a8(
         q: int8 ``[M, K]``, rows of contiguous bytes; x_scale: float32 ``[M]``; x_zero_point: int32 ``[M]`` or None.
         weight: int8 ``[N, K]`` contiguous; weight_scale: float32 ``[N]``; bias: float32 ``[N]`` or None.
         colsum: int32 ``[N]``, the sum of each weight row; needed with zero points.
-        tile: None: :func:`tile_for`, or the kernel for Hopper.
+        tile: None: :func:`tile_for`.
     """
     rows, features = q.shape
     channels = weight.shape[0]
@@ -178,8 +139,6 @@ def gemm_w8a8(
     out = torch.empty((rows, channels), dtype=out_dtype, device=q.device)
     if not rows or not channels:
         return out
-    if tile is None and _fits_hopper(q, weight, out):
-        return _hopper_kernel()(q, x_scale, x_zero_point, weight, weight_scale, bias, colsum, out)
     tile = tile_for(rows, channels) if tile is None else tile
     grid = (triton.cdiv(rows, tile.m) * triton.cdiv(channels, tile.n),)
     _gemm_kernel[grid](
