@@ -54,6 +54,9 @@ _ORDERS = {None: 0, 8: 1}
 Weight = tuple[int, ...]
 """Addresses of packed, scale, zero point, minimum and codebook; scale dtype code; order; N, K, group."""
 
+Plan = tuple[int, ...]
+"""``W4Plan`` of ``csrc/cuda/w4.h``: kernel, tokens of a tile, phases, CTAs, counters, partial sums."""
+
 
 # -- packing ----------------------------------------------------------------------------------------------------------
 
@@ -155,12 +158,10 @@ def _workspace(device: torch.device, stream: int, counters: int, floats: int) ->
 
 
 @functools.lru_cache(maxsize=4096)
-def _plan(
-    activation_bits: int | None, rows: int, channels: int, features: int, minimum: bool, index: int
-) -> tuple[int, ...]:
-    """``W4Plan`` of ``csrc/cuda/w4.h``: kernel, tokens of a tile, CTAs, counters, partial sums."""
+def _plan(activation_bits: int | None, rows: int, weight: tuple[int, ...], kind: int, index: int) -> Plan:
+    """What the module would do.  ``weight``: N, K, group; ``kind``: ``W4Kind``."""
     sms = torch.cuda.get_device_properties(index).multi_processor_count
-    return _cuda.plan_w4(activation_bits == 8, rows, channels, features, minimum, capability(index), sms)
+    return _cuda.plan_w4(activation_bits == 8, rows, *weight, kind, capability(index), sms)
 
 
 def _fused(x: Tensor, weight: Weight, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
@@ -171,7 +172,7 @@ def _fused(x: Tensor, weight: Weight, bias: Tensor | None, out_dtype: torch.dtyp
         aligned = x.new_empty(rows, -(-features // 8) * 8)[:, :features]
         x = aligned.copy_(x)
     out = torch.empty((rows, channels), dtype=out_dtype, device=device)
-    plan = _plan(None, rows, channels, features, bool(weight[3]), device.index or 0)
+    plan = _plan(None, rows, weight[7:], 2 if weight[4] else 1 if weight[3] else 0, device.index or 0)
     with _on(device):
         stream = _stream(device)
         _cuda.gemm_w4a16(
@@ -185,7 +186,7 @@ def _fused(x: Tensor, weight: Weight, bias: Tensor | None, out_dtype: torch.dtyp
             DTYPE_CODES[out_dtype],
             channels,
             plan,
-            *_workspace(device, stream, plan[3], plan[4]),
+            *_workspace(device, stream, plan[4], plan[5]),
             stream,
         )
     return out
@@ -257,14 +258,14 @@ def gemm_w4a8(
     bias: Tensor | None,
     out_dtype: torch.dtype,
     *,
-    plan: tuple[int, ...] | None = None,
+    plan: Plan | None = None,
     dependent: bool = False,
 ) -> Tensor:
     """The product and its epilogue for int8 ``q [M, K]`` of aligned rows, as :func:`cuda.quantize_rows` makes them.
 
     Args:
         x_scale: float32 ``[M]``; bias: float32 ``[N]``.
-        plan: ``W4Plan`` of ``csrc/cuda/w4.h``; None: the module's own choice.
+        plan: None: the module's own choice.
         dependent: the launch may fetch weights while the kernel before it ends; that one must not write them.
     """
     rows, channels, device = q.shape[0], weight[7], q.device
@@ -281,7 +282,7 @@ def gemm_w4a8(
                 out.data_ptr(),
                 DTYPE_CODES[out_dtype],
                 channels,
-                plan or _plan(8, rows, channels, weight[8], bool(weight[3]), device.index or 0),
+                plan or _plan(8, rows, weight[7:], 2 if weight[4] else 1 if weight[3] else 0, device.index or 0),
                 dependent,
                 _stream(device),
             )

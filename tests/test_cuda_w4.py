@@ -109,21 +109,24 @@ def test_w4_kernels_say_what_they_leave_alone() -> None:
 @pytest.mark.parametrize("eight_bits", [False, True])
 @pytest.mark.parametrize("capability", [80, 90])
 def test_w4_plans_have_room_for_what_is_shared(eight_bits: bool, capability: int) -> None:
-    sizes = ((1, 8, 9, 16, 33, 64, 65, 320, 8192), (1, 129, 4096, 28672), (1, 129, 4096, 14336), (False, True))
-    for m, n, k, minimum in itertools.product(*sizes):
-        kernel, tokens, ctas, counters, floats = cuda._cuda.plan_w4(eight_bits, m, n, k, minimum, capability, 132)
+    sizes = ((1, 8, 9, 16, 33, 64, 65, 320, 8192), (1, 129, 4096, 28672), (1, 129, 4096, 14336), (0, 1, 2), (96, 128))
+    for m, n, k, kind, group in itertools.product(*sizes):
+        if eight_bits and kind == 2:
+            continue
+        plan = cuda._cuda.plan_w4(eight_bits, m, n, k, group, kind, capability, 132)
+        kernel, tokens, phases, ctas, counters, floats = plan
         assert tokens in (8, 16, 32, 64, 128)
-        assert kernel == 0 or tokens <= (64 if minimum else 128)
-        if eight_bits:
-            assert (counters, floats) == (0, 0)
-        elif kernel == 0:
-            units = -(-m // tokens) * -(-n // 128) * -(-k // 128)
-            assert 1 <= ctas <= min(units, 264)
-            assert floats == ctas * 2 * 128 * tokens
-        else:
-            assert 1 <= ctas <= 264
-            assert floats == 0 or floats % (ctas * 2 * 128 * tokens) == 0
-            assert (floats == 0) == (counters == 0)
+        assert kernel == (1 if capability == 90 and cuda._cuda.has_sm90a() else 0)
+        if kernel == 0:
+            assert eight_bits or 1 <= ctas <= min(264, -(-m // tokens) * -(-n // 128) * -(-k // 128))
+            assert eight_bits or floats == ctas * 2 * 128 * tokens
+            continue
+        assert tokens <= (64 if kind == 1 else 128)
+        assert phases == 1 or (tokens <= 16 and kind == 0 and (not eight_bits or (group == 128 and k > 128)))
+        assert 1 <= ctas <= 264
+        assert (floats == 0) == (counters == 0)
+        assert floats % (ctas * 2 * 128 * tokens) == 0
+        assert counters == 0 or not eight_bits
 
 
 # -- packing ----------------------------------------------------------------------------------------------------------
@@ -328,15 +331,17 @@ class TestW4A8:
                 assert_bits_equal(prepared.run(x), reference.linear(x, moved, scheme, k), f"{n}x{k}, {rows} rows")
 
     @pytest.mark.parametrize("tokens", [8, 16, 32, 64, 128])
-    @pytest.mark.parametrize("kernel", [0, 1])
+    @pytest.mark.parametrize("phases", [0, 1, 2, 4])
     @pytest.mark.parametrize("kind", ["symmetric", "zero point", "minimum"])
-    def test_every_tile_of_every_size(self, tokens: int, kernel: int, kind: str) -> None:
-        if kernel == 1 and cuda.capability(torch.cuda.current_device()) != 90:
+    def test_every_tile_of_every_size(self, tokens: int, phases: int, kind: str) -> None:
+        """No phases: the kernel of mma.sync."""
+        if phases and cuda.capability(torch.cuda.current_device()) != 90:
             pytest.skip("wgmma is an instruction of compute capability 9.0")
-        if (kernel, tokens) == (0, 32) or (kernel, tokens, kind) == (1, 128, "minimum"):
+        missing = tokens == 32 if phases == 0 else tokens == 128 and kind == "minimum"
+        if missing or (phases > 1 and (tokens > 16 or kind == "minimum")):
             pytest.skip("no such instance")
         n, k = 264, 1100
-        for group in (32, 64, 128, 256, 512):
+        for group in (32, 64, 128) if phases > 1 else (32, 64, 96, 128, 256, 512):
             scheme = scheme_of(kind, group, activation_bits=8)
             tensors = canonical(scheme, n, k)
             prepared = on_gpu(tensors, scheme, k)
@@ -345,7 +350,7 @@ class TestW4A8:
             for rows in (1, 5, 33, 150):
                 x = seeded(rows, k, seed=rows).to("cuda", torch.bfloat16)
                 q, scale, _ = cuda.quantize_rows(x)
-                plan = (kernel, tokens, 1 + rows % 3, 0, 0)
+                plan = (min(phases, 1), tokens, phases, 1 + rows % 3, 0, 0)
                 y = cuda_w4.gemm_w4a8(q, scale, weight, moved["bias"], torch.float32, plan=plan)
                 wanted = reference.linear(x, moved, scheme, k, torch.float32)
                 assert_bits_equal(y, wanted, f"group {group}, {rows} rows")

@@ -42,21 +42,24 @@ W4Weight weight_of(const py::tuple& v) {
   return w;
 }
 
-// (kernel, tokens, ctas, counters, partial sums), as `plan` makes it.
+// (kernel, tokens, phases, ctas, counters, partial sums), as `plan` makes it.
 W4Plan plan_of(const py::tuple& v) {
-  QK_CHECK_EQ(v.size(), size_t{5});
+  QK_CHECK_EQ(v.size(), size_t{6});
   const int kernel = v[0].cast<int>();
   QK_CHECK_GE(kernel, 0);
   QK_CHECK_LE(kernel, 1);
-  W4Plan p = {static_cast<W4Kernel>(kernel), v[1].cast<int32_t>(), v[2].cast<int32_t>(), v[3].cast<int64_t>(),
-              v[4].cast<int64_t>()};
+  W4Plan p = {static_cast<W4Kernel>(kernel), v[1].cast<int32_t>(), v[2].cast<int32_t>(),
+              v[3].cast<int32_t>(),          v[4].cast<int64_t>(), v[5].cast<int64_t>()};
   QK_CHECK_GE(p.ctas, 0);
   return p;
 }
 
-py::tuple plan(bool bytes, int64_t m, int64_t n, int64_t k, bool minimum, int capability, int sms) {
-  const W4Plan p = bytes ? plan_w4a8(m, n, k, minimum, capability, sms) : plan_w4a16(m, n, k, minimum, capability, sms);
-  return py::make_tuple(static_cast<int>(p.kernel), p.tokens, p.ctas, p.counters, p.partial_floats);
+py::tuple plan(bool bytes, int64_t m, int64_t n, int64_t k, int64_t group, int kind, int capability, int sms) {
+  QK_CHECK_GE(kind, 0);
+  QK_CHECK_LE(kind, 2);
+  const auto as = static_cast<W4Kind>(kind);
+  const W4Plan p = bytes ? plan_w4a8(m, n, k, group, as, capability, sms) : plan_w4a16(m, n, k, as, capability, sms);
+  return py::make_tuple(static_cast<int>(p.kernel), p.tokens, p.phases, p.ctas, p.counters, p.partial_floats);
 }
 
 void gemm_w4a16_at(const py::tuple& weight, Address x, int x_dtype, int64_t m, int64_t x_stride, Address bias,
@@ -131,7 +134,7 @@ void bind_w4(py::module_& m) {
       },
       py::arg("weight"), py::arg("first_row"), py::arg("rows"), py::arg("out"), py::arg("out_dtype"),
       py::arg("stream"));
-  m.def("plan_w4", &plan, py::arg("bytes"), py::arg("m"), py::arg("n"), py::arg("k"), py::arg("minimum"),
+  m.def("plan_w4", &plan, py::arg("bytes"), py::arg("m"), py::arg("n"), py::arg("k"), py::arg("group"), py::arg("kind"),
         py::arg("capability"), py::arg("sms"));
   m.def("gemm_w4a16", &gemm_w4a16_at, py::arg("weight"), py::arg("x"), py::arg("x_dtype"), py::arg("m"),
         py::arg("x_stride"), py::arg("bias"), py::arg("y"), py::arg("y_dtype"), py::arg("y_stride"), py::arg("plan"),

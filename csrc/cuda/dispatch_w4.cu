@@ -8,32 +8,50 @@ namespace {
 
 constexpr int kChannels = 128;  // of a tile
 
-W4Plan plan_wgmma(bool bytes, int64_t m, int64_t n, bool minimum, int sms) {
+// wgmma. Sums that CTAs share through memory cost some 4 us, so they pay only where less than half of the chip would
+// have work; and with few tokens phases serve instead (measured on an H100). Phases need the groups of 8-bit
+// activations to lie within a slab (`within`).
+W4Plan plan_wgmma(bool bytes, int64_t m, int64_t n, int64_t k, W4Kind kind, bool within, int sms) {
   W4Plan plan = {};
   plan.kernel = W4Kernel::kWgmma;
+  const bool minimum = kind == W4Kind::kMinimum;
   const int most = minimum ? 64 : 128;
   for (plan.tokens = 8; plan.tokens < m && plan.tokens < most;) plan.tokens *= 2;
-  const int size = w4_cluster(bytes, plan.tokens);
-  const int64_t tiles = int64_t(blocks(m, plan.tokens)) * blocks(n, kChannels * size);
-  const int64_t slots = int64_t(sms) * w4_per_sm(bytes, plan.tokens, minimum) / size;
-  if (bytes) {
+  const int64_t wide = blocks(n, w4_channels(2)), narrow = blocks(n, w4_channels(4));
+  plan.phases = 1;
+  if (kind == W4Kind::kZeroPoint && w4_slabs(k) >= 8 && (within || !bytes)) {
+    // Tiles of 16 tokens fetch the weights from the L2 again and again.
+    if (plan.tokens <= 64 && narrow <= sms && wide * 3 <= sms * (plan.tokens <= 16 ? 3 : 1)) {
+      plan.phases = 4;
+      if (plan.tokens > 16) plan.tokens = 16;
+    } else if (plan.tokens <= 16 && wide <= sms) {
+      plan.phases = 2;
+    }
+  }
+  const int size = w4_cluster(bytes, plan.tokens, plan.phases);
+  const int64_t tiles = int64_t(blocks(m, plan.tokens)) * blocks(n, w4_channels(plan.phases) * size);
+  const int64_t slots = int64_t(sms) * w4_per_sm(bytes, plan.tokens, minimum, plan.phases) / size;
+  const int64_t waves = (tiles + slots - 1) / slots;
+  if (bytes || plan.phases > 1 || tiles * 2 > waves * slots) {
     plan.ctas = static_cast<int32_t>(tiles < slots ? tiles : slots);
     return plan;
   }
   plan.ctas = static_cast<int32_t>(slots);
-  const int64_t shared = tiles - w4_whole_tiles(tiles, plan.ctas);
-  plan.counters = shared * size * 2;
-  plan.partial_floats = shared > 0 ? int64_t(2) * plan.ctas * size * kChannels * plan.tokens : 0;
+  plan.counters = (tiles - w4_whole_tiles(tiles, plan.ctas)) * size * 2;
+  plan.partial_floats = int64_t(2) * plan.ctas * size * kChannels * plan.tokens;
   return plan;
 }
 
 }  // namespace
 
-W4Plan plan_w4a16(int64_t m, int64_t n, int64_t k, bool minimum, int capability, int sms) {
-  if (capability == 90 && has_sm90a()) return plan_wgmma(false, m, n, minimum, sms);
+W4Plan plan_w4a16(int64_t m, int64_t n, int64_t k, W4Kind kind, int capability, int sms) {
+  if (capability == 90 && has_sm90a()) return plan_wgmma(false, m, n, k, kind, true, sms);
   W4Plan plan = {};
   plan.kernel = W4Kernel::kMma;
-  plan.tokens = m <= 8 ? 8 : m <= 16 ? 16 : m <= 32 || minimum ? 32 : 64;  // the sums of tokens need registers too
+  plan.tokens = m <= 8                                ? 8
+                : m <= 16                             ? 16
+                : m <= 32 || kind == W4Kind::kMinimum ? 32
+                                                      : 64;  // the sums of tokens need registers too
   const int64_t tiles = int64_t(blocks(m, plan.tokens)) * blocks(n, kChannels), most = int64_t(sms) * 2;
   if (tiles <= most) {
     // The same number of CTAs for each tile: none has to end one tile and begin another.
@@ -49,8 +67,9 @@ W4Plan plan_w4a16(int64_t m, int64_t n, int64_t k, bool minimum, int capability,
 
 // mma.sync, measured on an H100: a wide CTA needs as long for a slab as the chip for some 630 narrow ones; and 128
 // tokens beat twice 64 as soon as three quarters of the multiprocessors have a CTA.
-W4Plan plan_w4a8(int64_t m, int64_t n, int64_t k, bool minimum, int capability, int sms) {
-  if (capability == 90 && has_sm90a()) return plan_wgmma(true, m, n, minimum, sms);
+W4Plan plan_w4a8(int64_t m, int64_t n, int64_t k, int64_t group, W4Kind kind, int capability, int sms) {
+  const bool within = group < k && kW4SlabK % group == 0;
+  if (capability == 90 && has_sm90a()) return plan_wgmma(true, m, n, k, kind, within, sms);
   W4Plan plan = {};
   plan.kernel = W4Kernel::kMma;
   plan.tokens = m <= 8                                                              ? 8

@@ -37,46 +37,48 @@
 namespace qk::cuda {
 namespace {
 
-// Where the producer finds a tile's codes and group values: worked out once for each run of slabs, since one lane starts
-// all copies of a CTA, and what it computes for each delays them.
+// Where the producer finds a tile's codes and group values: worked out once for each run of slabs, since one lane
+// starts all copies of a CTA, and what it computes for each delays them.
 template <typename S>
 struct PackedSource {
-  const uint8_t *codes, *scale, *minimum, *zero_point;  // of the next slab; of group 0
+  const uint8_t *codes, *scale, *second;  // of the next slab; of group 0; minima or zero points, or nullptr
   int64_t step;  // bytes from one slab's codes to the next one's
   uint32_t channels;  // of the tile that are stored; the others keep what the stage held, and what they give is dropped
-  uint32_t code_bytes, value_bytes, bytes;  // of a slab: codes, one row's scales, everything and the tokens
+  uint32_t bytes;  // of a slab and its tokens
 
   __device__ __forceinline__ PackedSource(const Job& job, int channel0, int slab) {
     const W4Weight& w = job.weight;
     const GroupRows& r = job.groups;
-    channels = static_cast<uint32_t>(max(0, min(kChannels, r.pitch - channel0)));
-    code_bytes = channels * (kW4SlabK / 2), value_bytes = channels * static_cast<uint32_t>(r.value_bytes);
+    channels = static_cast<uint32_t>(max(0, min(S::kChannels, r.pitch - channel0)));
     step = int64_t(job.blocks_n) * kW4BlockBytes;
     codes = w.packed + slab * step + int64_t(channel0 / kW4Rows) * kW4BlockBytes;
     scale = static_cast<const uint8_t*>(w.scale) + int64_t(channel0) * r.value_bytes;
-    minimum = S::kMinimum ? static_cast<const uint8_t*>(w.minimum) + int64_t(channel0) * r.value_bytes : nullptr;
-    zero_point = S::kZeros && w.zero_point ? w.zero_point + channel0 : nullptr;
-    const uint32_t row_bytes = value_bytes * (S::kMinimum ? 2 : 1) + (zero_point ? channels : 0);
-    bytes = S::kTokenBytes + code_bytes + (row_bytes << r.row_shift);
+    second = S::kMinimum                 ? static_cast<const uint8_t*>(w.minimum) + int64_t(channel0) * r.value_bytes
+             : S::kZeros && w.zero_point ? w.zero_point + channel0
+                                         : nullptr;
+    const uint32_t row_bytes = r.value_bytes + (second ? second_bytes(r) : 0);
+    bytes = S::kTokenBytes + channels * (kW4SlabK / 2 + (row_bytes << r.row_shift));
+  }
+  static __device__ __forceinline__ uint32_t second_bytes(const GroupRows& r) {
+    return S::kMinimum ? r.value_bytes : 1;
   }
 
   // Starts the copies of the next slab, which is `slab`, but for its tokens; `bar` expects those as well.
   __device__ __forceinline__ void load(const Job& job, int slab, uint32_t target, uint32_t bar, uint64_t policy) {
     ptx::mbarrier_arrive_expect_tx(bar, bytes);
     if (channels == 0) return;
-    ptx::bulk_load(target, codes, code_bytes, bar, policy);
+    ptx::bulk_load(target, codes, channels * (kW4SlabK / 2), bar, policy);
     codes += step;
     const GroupRows& r = job.groups;
-    uint32_t row = target + kChannels * (kW4SlabK / 2);
+    uint32_t row = target + S::kChannels * (kW4SlabK / 2);
     int k = slab * kW4SlabK;
+#pragma unroll 1
     for (int p = 0; p < 1 << r.row_shift; ++p, row += r.row_bytes, k += kW4SlabK >> r.row_shift) {
-      const int64_t at = int64_t(group_of(r, min(k, job.weight.k - 1))) * r.pitch;
-      ptx::bulk_load(row, scale + at * r.value_bytes, value_bytes, bar, ptx::kEvictNormal);
-      const uint32_t behind = row + kChannels * r.value_bytes;
-      if constexpr (S::kMinimum) {
-        ptx::bulk_load(behind, minimum + at * r.value_bytes, value_bytes, bar, ptx::kEvictNormal);
-      } else if (S::kZeros && zero_point) {
-        ptx::bulk_load(behind, zero_point + at, channels, bar, ptx::kEvictNormal);
+      const uint32_t at = group_of(r, min(k, job.weight.k - 1)) * static_cast<uint32_t>(r.pitch);
+      ptx::bulk_load(row, scale + at * r.value_bytes, channels * r.value_bytes, bar, ptx::kEvictNormal);
+      if ((S::kMinimum || S::kZeros) && second) {
+        ptx::bulk_load(row + S::kChannels * r.value_bytes, second + at * second_bytes(r), channels * second_bytes(r),
+                       bar, ptx::kEvictNormal);
       }
     }
   }
@@ -86,8 +88,8 @@ struct PackedSource {
 struct Ring {
   int stage = 0;
   uint32_t parity = 0;
-  __device__ __forceinline__ void advance(int stages) {
-    if (++stage == stages) stage = 0, parity ^= 1;
+  __device__ __forceinline__ void advance(int stages, int by = 1) {
+    if ((stage += by) >= stages) stage -= stages, parity ^= 1;
   }
 };
 
@@ -98,17 +100,18 @@ __global__ void __launch_bounds__(S::kThreads, S::kPerSm)
   __shared__ __align__(8) uint64_t full_barriers[kMostStages], empty_barriers[kMostStages];
   __shared__ uint32_t book[S::kCodebook ? 256 : 1];
   __shared__ bool is_last[2];
+  __shared__ float4 exchange[S::kExchange];
   const uint32_t base = (ptx::smem_u32(shared) + kAlignment - 1) / kAlignment * kAlignment;
   const uint32_t full = ptx::smem_u32(full_barriers), empty = ptx::smem_u32(empty_barriers);
   const uint32_t packed_base = base + job.stages * S::kTokenBytes;
-  const int warp = threadIdx.x >> 5, group = warp >> 2;  // warpgroup
+  const int warp = threadIdx.x >> 5, group = (warp >> 2) % S::kGroups;  // of 64 channels
   const int rank = S::kCluster > 1 ? static_cast<int>(ptx::cluster_rank()) : 0;
   const int cluster = blockIdx.x / S::kCluster;
 
   if (threadIdx.x == 0) {
     for (int s = 0; s < job.stages; ++s) {
       ptx::mbarrier_init(full + 8 * s, 1);
-      ptx::mbarrier_init(empty + 8 * s, kConsumerWarps * S::kCluster);  // all CTAs read what any of them fetches
+      ptx::mbarrier_init(empty + 8 * s, S::kReleases * S::kCluster);  // all CTAs read what any of them fetches
     }
     ptx::fence_mbarrier_init();
   }
@@ -119,9 +122,9 @@ __global__ void __launch_bounds__(S::kThreads, S::kPerSm)
     ptx::cluster_wait();
   }
 
-  if (warp >= kConsumerWarps) {
+  if (warp >= S::kConsumerWarps) {
     if constexpr (S::kMovesRegisters) ptx::registers_decrease<S::kProducerRegisters>();
-    if (warp == kConsumerWarps && ptx::elect_one()) {
+    if (warp == S::kConsumerWarps && ptx::elect_one()) {
       ptx::prefetch_tensor_map(&x_map);
       const uint64_t policy = job.tiles_m == 1 ? ptx::kEvictFirst : ptx::kEvictNormal;
       const uint32_t full_here = ptx::keep(full), empty_here = ptx::keep(empty);
@@ -133,7 +136,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kPerSm)
       bool waited = false;
       while (walk.next(job, s)) {
         const Place place = place_of(job, s.tile);
-        PackedSource<S> source(job, (place.n * S::kCluster + rank) * kChannels, s.first);
+        PackedSource<S> source(job, (place.n * S::kCluster + rank) * S::kChannels, s.first);
         const int m0 = place.m * S::kTokens + rank * S::kPart;
         int ahead = 0;
         if (!waited) {
@@ -159,8 +162,8 @@ __global__ void __launch_bounds__(S::kThreads, S::kPerSm)
           for (int b = 0; b < S::kBoxes; ++b) {
             const uint32_t box = target + b * S::kTokens * 128;
             if constexpr (S::kCluster > 1) {
-              ptx::tensor_load_2d_multicast(box, &x_map, slab * S::kRowBytes + b * 128, m0, bar,
-                                            (1 << S::kCluster) - 1, ptx::kEvictNormal);
+              ptx::tensor_load_2d_multicast(box, &x_map, slab * S::kRowBytes + b * 128, m0, bar, (1 << S::kCluster) - 1,
+                                            ptx::kEvictNormal);
             } else {
               ptx::tensor_load_2d(box, &x_map, slab * S::kRowBytes + b * 128, m0, bar, ptx::kEvictNormal);
             }
@@ -179,7 +182,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kPerSm)
     __syncwarp();
   } else {
     if constexpr (S::kMovesRegisters) ptx::registers_increase<S::kConsumerRegisters>();
-    const Thread t;
+    const Thread t(S::kGroups * 4);
     const uint32_t packed_offset = ptx::keep(packed_base - ptx::smem_u32(shared));
     const auto packed_at = [&](int stage) { return shared + packed_offset + stage * job.packed_bytes; };
     const uint32_t full_here = ptx::keep(full);
@@ -188,8 +191,11 @@ __global__ void __launch_bounds__(S::kThreads, S::kPerSm)
     uint32_t even[S::kFragments], odd[S::kFragments];  // halves of a slab
     uint4 odd_codes;
     Walk walk(job, cluster);
-    int left = walk.slabs(job);
+    // Of a phase: every kPhases-th slab of the only tile.
+    int left = S::kPhases == 1 ? walk.slabs(job) : max(0, (job.slabs - t.phase + S::kPhases - 1) / S::kPhases);
     Ring ring;
+    ring.stage = t.phase;
+    const Relay<S> relay(exchange, group);
     int group_left;  // rows until the end of the group, counted for integers alone
 
     // One slab whose groups have 1 << kShift rows. Its even half is unpacked, and so is the next one's when it ends.
@@ -199,16 +205,16 @@ __global__ void __launch_bounds__(S::kThreads, S::kPerSm)
       constexpr int kShift = decltype(fixed)::value, kRows = 1 << kShift, kPerRow = S::kSteps >> kShift;
       constexpr bool kEach = decltype(each)::value;
       const uint8_t* packed = packed_at(ring.stage);
-      const uint8_t* rows = packed + kChannels * (kW4SlabK / 2);
+      const uint8_t* rows = packed + S::kChannels * (kW4SlabK / 2);
       const uint32_t tokens = base + ring.stage * S::kTokenBytes;
       const int own = ring.stage;
       const uint32_t own_parity = ring.parity;
-      ring.advance(job.stages);
+      ring.advance(job.stages, S::kPhases);
       // After the last slab: this one's stage, to no purpose.
       const int next = --left > 0 ? ring.stage : own;
       const uint32_t next_parity = left > 0 ? ring.parity : own_parity;
       const uint8_t* next_packed = packed_at(next);
-      if constexpr (S::kTurns) ptx::named_barrier(kTurnBarrier + group, kConsumers);
+      if constexpr (S::kTurns) ptx::named_barrier(kTurnBarrier + group, S::kConsumers);
 #pragma unroll
       for (int row = 0; row < kRows; ++row) {
         const bool fresh = kEach || group_left == job.group_rows;
@@ -223,7 +229,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kPerSm)
           multiply_row<S, kPerRow>(row, even, odd, tokens, fresh, sums);
           if (row == 0) unpack_half<S>(job, t, packed, odd_codes, book, 1, odd);
         }
-        if (S::kTurns && row == kRows - 1) ptx::named_barrier_arrive(kTurnBarrier + 1 - group, kConsumers);
+        if (S::kTurns && row == kRows - 1) ptx::named_barrier_arrive(kTurnBarrier + 1 - group, S::kConsumers);
         const Factors f = load_factors<S>(job, t, rows + row * job.groups.row_bytes);
         if (row == kRows / 2) {
           ptx::mbarrier_wait(full_here + 8 * next, next_parity);
@@ -233,9 +239,11 @@ __global__ void __launch_bounds__(S::kThreads, S::kPerSm)
           unpack_half<S>(job, t, next_packed, even_codes, book, 0, even);
         }
         ptx::wgmma_wait<0>();
+        if (S::kBytes && S::kPhases > 1 && row == 0) relay.receive(t.phase, sums);
         if (!S::kBytes || ends) promote<S>(f, sums);
         if (!kEach && ends) group_left = job.group_rows;
       }
+      if (S::kBytes && S::kPhases > 1) relay.send(t.phase, sums);
       __syncwarp();  // everybody has read codes and scales
       if (S::kCluster > 1) {
         if (t.lane < S::kCluster) ptx::mbarrier_arrive_there(empty_there + 8 * own);
@@ -246,19 +254,21 @@ __global__ void __launch_bounds__(S::kThreads, S::kPerSm)
 
     ptx::grid_dependency_wait();
     if (left > 0) {
-      ptx::mbarrier_wait(full, 0);
-      unpack_half<S>(job, t, packed_at(0), load_codes(t, packed_at(0), 0), book, 0, even);
-      odd_codes = load_codes(t, packed_at(0), 1);
-      if (S::kTurns && group == 1) ptx::named_barrier_arrive(kTurnBarrier, kConsumers);
+      ptx::mbarrier_wait(full_here + 8 * ring.stage, 0);
+      const uint8_t* packed = packed_at(ring.stage);
+      unpack_half<S>(job, t, packed, load_codes(t, packed, 0), book, 0, even);
+      odd_codes = load_codes(t, packed, 1);
+      if (S::kTurns && group == 1) ptx::named_barrier_arrive(kTurnBarrier, S::kConsumers);
     }
     Segment s;
     while (walk.next(job, s)) {
 #pragma unroll
       for (int i = 0; i < S::kValues; ++i) sums.total[i] = 0.0f;
       group_left = job.group_rows;
+      if (S::kBytes && S::kPhases > 1 && t.phase == S::kPhases - 1) relay.send(t.phase, sums);  // zeros, to phase 0
       const auto run_slabs = [&](auto shift, auto each) {
 #pragma unroll 1
-        for (int slab = s.first; slab < s.last; ++slab) slab_of(shift, each, slab);
+        for (int slab = s.first + t.phase; slab < s.last; slab += S::kPhases) slab_of(shift, each, slab);
       };
       constexpr std::true_type kYes = {};
       constexpr std::false_type kNo = {};
@@ -274,35 +284,50 @@ __global__ void __launch_bounds__(S::kThreads, S::kPerSm)
         run_slabs(std::integral_constant<int, 2>(), kNo);
       }
       const Place place = place_of(job, s.tile);
-      const bool all = s.first == 0 && s.last == job.slabs;
-      if (all || meet<S>(job, s.tile - job.whole, s.first == 0, cluster, rank, is_last, sums)) {
-        store_tile<S>(job, place.m * S::kTokens, (place.n * S::kCluster + rank) * kChannels + t.warp * kW4Rows, sums);
+      bool mine = true;
+      if constexpr (S::kPhases == 1) {
+        const bool all = s.first == 0 && s.last == job.slabs;
+        mine = all || meet<S>(job, s.tile - job.whole, s.first == 0, cluster, rank, is_last, sums);
+      } else if constexpr (S::kBytes) {
+        mine = t.phase == job.slabs % S::kPhases;  // the one that would have been next
+        if (mine) relay.receive(t.phase, sums);
+      } else {
+        gather<S>(exchange, group, t.phase, sums);
+        mine = t.phase == 0;
+      }
+      if (mine) {
+        store_tile<S>(job, place.m * S::kTokens, (place.n * S::kCluster + rank) * S::kChannels + t.warp * kW4Rows,
+                      sums);
       }
     }
   }
 }
 
-// Launches the instance S; job: what is not worked out here. `split`: K may be.
+// Launches the instance S; job: what is not worked out here.
 template <typename S>
-void run_shape(Job job, const void* x, int64_t x_stride, bool split, const W4Plan& plan, bool dependent,
-               const char* name, cudaStream_t stream) {
+void run_shape(Job job, const void* x, int64_t x_stride, const W4Plan& plan, bool dependent, const char* name,
+               cudaStream_t stream) {
   const W4Weight& w = job.weight;
-  job.groups = make_group_rows(w, kChannels);
+  job.groups = make_group_rows(w, S::kChannels);
   job.slabs = static_cast<int32_t>(w4_slabs(w.k));
   job.blocks_n = static_cast<int32_t>(w4_blocks(w.n));
   job.tiles_m = static_cast<int32_t>(blocks(job.e.m, S::kTokens));
-  job.tiles_n = static_cast<int32_t>(blocks(w.n, kChannels * S::kCluster));
+  job.tiles_n = static_cast<int32_t>(blocks(w.n, S::kChannels * S::kCluster));
   const int64_t tiles = int64_t(job.tiles_m) * job.tiles_n;
   if (tiles * job.slabs > 0x7fffffff) throw std::invalid_argument("expected less than 2^31 slabs of work");
-  job.clusters = plan.ctas;
-  job.whole = static_cast<int32_t>(split ? w4_whole_tiles(tiles, plan.ctas) : tiles);
+  job.clusters = S::kPhases == 1 ? plan.ctas : static_cast<int32_t>(tiles);
+  job.whole = static_cast<int32_t>(plan.counters > 0 ? w4_whole_tiles(tiles, job.clusters) : tiles);
   const int64_t units = (tiles - job.whole) * job.slabs;
-  job.run = static_cast<int32_t>(units / plan.ctas), job.longer = static_cast<int32_t>(units % plan.ctas);
-  job.packed_bytes = kChannels * (kW4SlabK / 2) + (job.groups.row_bytes << job.groups.row_shift);
+  job.run = static_cast<int32_t>(units / job.clusters), job.longer = static_cast<int32_t>(units % job.clusters);
+  const int64_t groups = (int64_t(w.k) + w.group - 1) / w.group;
+  if (groups * job.groups.pitch * job.groups.value_bytes > 0xffffffffll) {
+    throw std::invalid_argument("expected less than 4 GiB of scales");
+  }
+  job.packed_bytes = S::kChannels * (kW4SlabK / 2) + (job.groups.row_bytes << job.groups.row_shift);
   const int row_k = kW4SlabK >> job.groups.row_shift;
   job.rows = static_cast<int32_t>(blocks(w.k, row_k));
   job.group_rows = w.group >= w.k ? job.rows + 1 : w.group / row_k;
-  constexpr int kSharedBytes = (S::kPerSm == 1 ? 224 : 110) * 1024;
+  constexpr int kSharedBytes = (S::kPerSm == 1 ? 224 : 110) * 1024 - (S::kPhases > 1 ? S::kExchange * 16 : 0);
   job.stages = (kSharedBytes - kAlignment) / (job.packed_bytes + S::kTokenBytes);
   if (job.stages > kMostStages) job.stages = kMostStages;
   static std::atomic<uint64_t> allowed{0};
@@ -310,7 +335,7 @@ void run_shape(Job job, const void* x, int64_t x_stride, bool split, const W4Pla
   const int64_t bytes = sizeof(typename S::T);
   const CUtensorMap map = byte_matrix_map(x, job.e.m, w.k * bytes, x_stride * bytes, S::kPart);
   LaunchShape shape;
-  shape.grid = dim3(static_cast<unsigned>(plan.ctas * S::kCluster));
+  shape.grid = dim3(static_cast<unsigned>(job.clusters * S::kCluster));
   shape.block = dim3(S::kThreads);
   shape.shared_bytes = static_cast<size_t>(job.stages) * (job.packed_bytes + S::kTokenBytes) + kAlignment;
   shape.cluster_x = S::kCluster;

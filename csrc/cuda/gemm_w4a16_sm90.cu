@@ -4,7 +4,7 @@
 namespace qk::cuda {
 namespace {
 
-template <typename T, W4Kind kKind, int kTokens>
+template <typename T, W4Kind kKind, int kTokens, int kPhases = 1>
 void run(const GemmW4A16Args& args, const W4Plan& plan, cudaStream_t stream) {
   Job job = {};
   job.weight = args.weight;
@@ -12,8 +12,9 @@ void run(const GemmW4A16Args& args, const W4Plan& plan, cudaStream_t stream) {
   job.e.bias = args.bias;
   job.counters = args.counters, job.partials = args.partials;
   const auto launch_as = [&](auto zeros) {
-    run_shape<Shape<T, kTokens, kKind, decltype(zeros)::value, w4_cluster(false, kTokens)>>(
-        job, args.x, args.x_stride, true, plan, true, "gemm_w4a16_sm90", stream);
+    constexpr int kCluster = w4_cluster(false, kTokens, kPhases);
+    run_shape<Shape<T, kTokens, kKind, decltype(zeros)::value, kCluster, kPhases>>(job, args.x, args.x_stride, plan,
+                                                                                   true, "gemm_w4a16_sm90", stream);
   };
   if constexpr (kKind == W4Kind::kZeroPoint) {
     if (args.weight.zero_point) return launch_as(std::true_type());
@@ -21,13 +22,22 @@ void run(const GemmW4A16Args& args, const W4Plan& plan, cudaStream_t stream) {
   launch_as(std::false_type());
 }
 
+template <typename T, W4Kind kKind, int kTokens>
+void run_phases(const GemmW4A16Args& args, const W4Plan& plan, cudaStream_t stream) {
+  if constexpr (kKind == W4Kind::kZeroPoint) {
+    if (plan.phases == 4) return run<T, kKind, kTokens, 4>(args, plan, stream);
+    if (plan.phases == 2) return run<T, kKind, kTokens, 2>(args, plan, stream);
+  }
+  run<T, kKind, kTokens>(args, plan, stream);
+}
+
 template <typename T, W4Kind kKind>
 void run_tokens(const GemmW4A16Args& args, const W4Plan& plan, cudaStream_t stream) {
   switch (plan.tokens) {
     case 8:
-      return run<T, kKind, 8>(args, plan, stream);
+      return run_phases<T, kKind, 8>(args, plan, stream);
     case 16:
-      return run<T, kKind, 16>(args, plan, stream);
+      return run_phases<T, kKind, 16>(args, plan, stream);
     case 32:
       return run<T, kKind, 32>(args, plan, stream);
     case 64:

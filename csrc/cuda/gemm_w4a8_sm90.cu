@@ -6,15 +6,16 @@ namespace {
 
 constexpr int kSixteenfoldGroup = 1 << 16;  // 16 * 8 * 127 * 2^16 < 2^31
 
-template <W4Kind kKind, int kTokens>
+template <W4Kind kKind, int kTokens, int kPhases = 1>
 void run(const GemmW4A8Args& args, const W4Plan& plan, bool dependent, cudaStream_t stream) {
   Job job = {};
   job.weight = args.weight;
   job.e = make_store(args.y, args.y_dtype, args.y_stride, args.m, args.weight.n);
   job.e.bias = args.bias, job.e.x_scale = args.x_scale;
   const auto launch_as = [&](auto zeros) {
-    run_shape<Shape<int8_t, kTokens, kKind, decltype(zeros)::value, w4_cluster(true, kTokens)>>(
-        job, args.xq, args.x_stride, false, plan, dependent, "gemm_w4a8_sm90", stream);
+    constexpr int kCluster = w4_cluster(true, kTokens, kPhases);
+    run_shape<Shape<int8_t, kTokens, kKind, decltype(zeros)::value, kCluster, kPhases>>(
+        job, args.xq, args.x_stride, plan, dependent, "gemm_w4a8_sm90", stream);
   };
   if constexpr (kKind == W4Kind::kZeroPoint) {
     const bool plain = args.weight.scale_type == ScaleType::kF16 && args.weight.group <= kSixteenfoldGroup;
@@ -23,13 +24,22 @@ void run(const GemmW4A8Args& args, const W4Plan& plan, bool dependent, cudaStrea
   launch_as(std::false_type());
 }
 
+template <W4Kind kKind, int kTokens>
+void run_phases(const GemmW4A8Args& args, const W4Plan& plan, bool dependent, cudaStream_t stream) {
+  if constexpr (kKind == W4Kind::kZeroPoint) {
+    if (plan.phases == 4) return run<kKind, kTokens, 4>(args, plan, dependent, stream);
+    if (plan.phases == 2) return run<kKind, kTokens, 2>(args, plan, dependent, stream);
+  }
+  run<kKind, kTokens>(args, plan, dependent, stream);
+}
+
 template <W4Kind kKind>
 void run_tokens(const GemmW4A8Args& args, const W4Plan& plan, bool dependent, cudaStream_t stream) {
   switch (plan.tokens) {
     case 8:
-      return run<kKind, 8>(args, plan, dependent, stream);
+      return run_phases<kKind, 8>(args, plan, dependent, stream);
     case 16:
-      return run<kKind, 16>(args, plan, dependent, stream);
+      return run_phases<kKind, 16>(args, plan, dependent, stream);
     case 32:
       return run<kKind, 32>(args, plan, dependent, stream);
     case 64:

@@ -15,9 +15,9 @@ void unpack_w4(const uint8_t* packed, int64_t n, int64_t k, W4Order order, uint8
 void dequantize_w4(const W4Weight& weight, int64_t first_row, int64_t rows, void* out, DType out_dtype,
                    cudaStream_t stream);
 
-// dispatch_w4.cu. `minimum`: the weight has one. Plans name kernels of this build that run on `capability`.
-W4Plan plan_w4a16(int64_t m, int64_t n, int64_t k, bool minimum, int capability, int sms);
-W4Plan plan_w4a8(int64_t m, int64_t n, int64_t k, bool minimum, int capability, int sms);
+// dispatch_w4.cu. Plans name kernels of this build that run on `capability`.
+W4Plan plan_w4a16(int64_t m, int64_t n, int64_t k, W4Kind kind, int capability, int sms);
+W4Plan plan_w4a8(int64_t m, int64_t n, int64_t k, int64_t group, W4Kind kind, int capability, int sms);
 void gemm_w4a16(const GemmW4A16Args& args, const W4Plan& plan, cudaStream_t stream);
 void gemm_w4a8(const GemmW4A8Args& args, const W4Plan& plan, bool dependent, cudaStream_t stream);
 

@@ -14,16 +14,16 @@
 namespace qk::cuda {
 namespace {
 
-constexpr int kChannels = 128;
 constexpr int kGroupChannels = 64;  // of a warpgroup
-constexpr int kConsumers = 256, kConsumerWarps = kConsumers / 32;
 constexpr int kAlignment = 1024;
 constexpr int kMostStages = 24;
-constexpr int kTurnBarrier = 3;  // named barriers: 1 and 2 are the warpgroups' own, 3 and 4 their turns
+// Named barriers: 1 and 2 are the warpgroups' own, 3 and 4 their turns; or from 1 on those between phases.
+constexpr int kTurnBarrier = 3, kPhaseBarrier = 1;
 constexpr int kTileGroup = 16;  // token tiles walked before the next channels
 
 // kZeros_: zero points are read, and scales may be of fp32; else the former are 8. Integers: the latter of fp16, too.
-template <typename T_, int kTokens_, W4Kind kKind_, bool kZeros_, int kCluster_>
+// kPhases_: warpgroups that take the slabs of a tile in turns (gemm_w4_sm90.cuh).
+template <typename T_, int kTokens_, W4Kind kKind_, bool kZeros_, int kCluster_, int kPhases_>
 struct Shape {
   using T = T_;
   static constexpr bool kBytes = std::is_same<T, int8_t>::value;
@@ -34,6 +34,10 @@ struct Shape {
   static constexpr bool kZeros = kZeros_;
   // Integer products are 16 times the true ones (operands_w4a8.cuh).
   static constexpr bool kSixteenfold = kBytes && kKind == W4Kind::kZeroPoint && !kZeros;
+  static constexpr int kPhases = kPhases_, kGroups = w4_channels(kPhases) / kGroupChannels;
+  static constexpr int kChannels = kGroups * kGroupChannels;
+  static constexpr int kConsumers = kGroups * kPhases * 128, kConsumerWarps = kConsumers / 32;
+  static constexpr int kReleases = kGroups * 4;  // warps that read a stage
   static constexpr int kRowBytes = kW4SlabK * static_cast<int>(sizeof(T));  // of a token in a slab
   static constexpr int kBoxes = kRowBytes / 128;
   static constexpr int kTokenBytes = kTokens * kRowBytes;
@@ -44,12 +48,13 @@ struct Shape {
   static constexpr int kValues = kTokens / 2;  // sums of a thread
   // Few tokens leave registers for two CTAs, which hide each other's latency. With more, the producer's registers go to
   // the consumers, and it is a whole warpgroup since setmaxnreg works on those: 168 a thread at launch.
-  static constexpr int kPerSm = w4_per_sm(kBytes, kTokens, kMinimum);
-  static constexpr bool kMovesRegisters = kPerSm == 1;
+  static constexpr int kPerSm = w4_per_sm(kBytes, kTokens, kMinimum, kPhases);
+  static constexpr bool kMovesRegisters = kPerSm == 1 && kPhases == 1;
   static constexpr int kThreads = kConsumers + (kMovesRegisters ? 128 : 32);
+  static constexpr int kExchange = kPhases > 1 ? kGroups * kPhases * 128 * (kTokens / 8) : 1;  // float4, between phases
   // The warpgroups take turns to start a slab's products, lest they finish, and leave the tensor cores idle, together.
-  static constexpr bool kTurns = false;
-  static constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
+  static constexpr bool kTurns = kTokens >= 64 && kPhases == 1;
+  static constexpr int kProducerRegisters = 56, kConsumerRegisters = 224;
 };
 
 struct Job {
@@ -117,12 +122,14 @@ __device__ __forceinline__ Place place_of(const Job& job, int tile) {
 
 // What a consumer thread needs again and again.
 struct Thread {
-  int lane, warp;
+  int lane, warp;  // warp of the channels
+  int phase;
   int channel;  // of the tile: the first of its two, the other is 8 further
   uint32_t codes;  // bytes from the stage's codes on to this thread's
-  __device__ __forceinline__ Thread()
+  __device__ __forceinline__ explicit Thread(int warps)
       : lane(static_cast<int>(ptx::keep(threadIdx.x & 31))),
-        warp(__shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x >> 5), 0)),
+        warp(__shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x >> 5), 0) % warps),
+        phase(__shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x >> 5), 0) / warps),
         channel(static_cast<int>(ptx::keep(warp * kW4Rows + (lane >> 2)))),
         codes(ptx::keep(warp * kW4BlockBytes + lane * 16)) {}
 };
@@ -141,7 +148,7 @@ __device__ __forceinline__ void unpack_half(const Job& job, const Thread& t, con
   for (int part = 0; part < 2; ++part) {  // 32 k
     uint32_t zero[2] = {S::kMinimum ? 0u : 8u, S::kMinimum ? 0u : 8u};  // of channels g and g + 8
     if (S::kZeros && job.weight.zero_point) {
-      const uint8_t* row = packed + kChannels * (kW4SlabK / 2) + kChannels * job.groups.value_bytes +
+      const uint8_t* row = packed + S::kChannels * (kW4SlabK / 2) + S::kChannels * job.groups.value_bytes +
                            ((2 * half + part) >> (2 - job.groups.row_shift)) * job.groups.row_bytes;
       zero[0] = row[t.channel], zero[1] = row[t.channel + 8];
     }
@@ -255,7 +262,7 @@ __device__ __forceinline__ Factors load_factors(const Job& job, const Thread& t,
     f.scale[e] = row_value(row, type, t.channel + 8 * e);
     f.low[e] = 0.0f;
     if constexpr (S::kMinimum) {
-      f.low[e] = row_value(row + kChannels * job.groups.value_bytes, type, t.channel + 8 * e);
+      f.low[e] = row_value(row + S::kChannels * job.groups.value_bytes, type, t.channel + 8 * e);
     }
   }
   return f;
@@ -275,6 +282,59 @@ __device__ __forceinline__ void promote(Factors f, Sums<S>& sums) {
     } else {
       total = __fmaf_rn(sums.part[i], f.scale[e], total);
       if constexpr (S::kMinimum) total = __fmaf_rn(sums.tokens[i], f.low[e], total);
+    }
+  }
+}
+
+// The running total of an output on its way from one phase to the next: integers are to be added in the order of K.
+template <typename S>
+struct Relay {
+  float4* own;  // of this thread's outputs
+  int barrier;  // of this warpgroup's channels, phase 0
+  __device__ __forceinline__ Relay(float4* exchange, int group)
+      : own(exchange + group * 128 * (S::kTokens / 8) + (threadIdx.x & 127)),
+        barrier(kPhaseBarrier + group * S::kPhases) {}
+  __device__ __forceinline__ void receive(int phase, Sums<S>& sums) const {
+    ptx::named_barrier(barrier + phase, 256);
+#pragma unroll
+    for (int q = 0; q < S::kTokens / 8; ++q) {
+      const float4 v = own[q * 128];
+      sums.total[4 * q] = v.x, sums.total[4 * q + 1] = v.y, sums.total[4 * q + 2] = v.z, sums.total[4 * q + 3] = v.w;
+    }
+  }
+  __device__ __forceinline__ void send(int phase, const Sums<S>& sums) const {
+#pragma unroll
+    for (int q = 0; q < S::kTokens / 8; ++q) {
+      const float* d = sums.total + 4 * q;
+      own[q * 128] = make_float4(d[0], d[1], d[2], d[3]);
+    }
+    ptx::named_barrier_arrive(barrier + (phase + 1) % S::kPhases, 256);
+  }
+};
+
+// Floats: phase 0 gets the sums of all, added in the order of the phases.
+template <typename S>
+__device__ __forceinline__ void gather(float4* exchange, int group, int phase, Sums<S>& sums) {
+  constexpr int kQuads = S::kTokens / 8;
+  float4* own = exchange + group * S::kPhases * kQuads * 128 + (threadIdx.x & 127);
+  if (phase > 0) {
+#pragma unroll
+    for (int q = 0; q < kQuads; ++q) {
+      const float* d = sums.total + 4 * q;
+      own[(phase * kQuads + q) * 128] = make_float4(d[0], d[1], d[2], d[3]);
+    }
+    ptx::named_barrier_arrive(kPhaseBarrier + group, S::kPhases * 128);
+    return;
+  }
+  ptx::named_barrier(kPhaseBarrier + group, S::kPhases * 128);
+#pragma unroll
+  for (int p = 1; p < S::kPhases; ++p) {
+#pragma unroll
+    for (int q = 0; q < kQuads; ++q) {
+      const float4 v = own[(p * kQuads + q) * 128];
+      float* d = sums.total + 4 * q;
+      d[0] = __fadd_rn(d[0], v.x), d[1] = __fadd_rn(d[1], v.y);
+      d[2] = __fadd_rn(d[2], v.z), d[3] = __fadd_rn(d[3], v.w);
     }
   }
 }
@@ -338,22 +398,29 @@ __device__ __forceinline__ bool meet(const Job& job, int shared, bool from_first
 
 template <typename S>
 __device__ __forceinline__ void store_tile(const Job& job, int m0, int n0, const Sums<S>& sums) {
-  const int lane = threadIdx.x & 31, n = n0 + (lane >> 2);
+  const int lane = threadIdx.x & 31, n = n0 + (lane >> 2), token = m0 + 2 * (lane & 3);
   const Epilogue& e = job.e;
   const float low = e.bias && n < e.n ? __ldg(e.bias + n) : -0.0f;
   const float high = e.bias && n + 8 < e.n ? __ldg(e.bias + n + 8) : -0.0f;
+  // All at once: each alone would take as long.
+  [[maybe_unused]] float x_scale[S::kBytes ? S::kTokens / 8 : 1][2];
+  if constexpr (S::kBytes) {
+#pragma unroll
+    for (int j = 0; j < S::kTokens / 8; ++j) {
+      x_scale[j][0] = *(e.x_scale + min(token + 8 * j, e.m - 1));
+      x_scale[j][1] = *(e.x_scale + min(token + 8 * j + 1, e.m - 1));
+    }
+  }
 #pragma unroll
   for (int j = 0; j < S::kTokens / 8; ++j) {
-    const int m = m0 + 8 * j;
-    if (m >= e.m) break;
     float v[4];
 #pragma unroll
     for (int c = 0; c < 4; ++c) {
       float y = sums.total[4 * j + c];
-      if constexpr (S::kBytes) y = __fmul_rn(y, *(e.x_scale + min(m + 2 * (lane & 3) + (c & 1), e.m - 1)));
+      if constexpr (S::kBytes) y = __fmul_rn(y, x_scale[j][c & 1]);
       v[c] = __fadd_rn(y, c < 2 ? low : high);
     }
-    store_values(e, v, n0, m, lane);
+    store_values(e, v, n0, m0 + 8 * j, lane);
   }
 }
 

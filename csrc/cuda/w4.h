@@ -80,15 +80,22 @@ enum class W4Kernel : int32_t {
 struct W4Plan {
   W4Kernel kernel;
   int32_t tokens;  // of a tile
+  int32_t phases;  // kWgmma: warpgroups that share the slabs of a tile of 8 or 16 tokens, 1, 2 or 4
   int32_t ctas;  // that share all slabs in equal runs; kWgmma: clusters. Without meaning to W4A8 by mma.sync
-  int64_t counters;  // int32 zeros that the kernel is to be given, and leaves as zeros
+  int64_t counters;  // int32 zeros that the kernel is to be given, and leaves as zeros; kWgmma: 0: tiles are not shared
   int64_t partial_floats;  // of memory for the sums of tiles that several share
 };
 
+// kWgmma: channels of a CTA's tile.
+constexpr int w4_channels(int phases) { return phases == 4 ? 64 : 128; }
 // CTAs of a cluster that fetch a tile of tokens together, for kWgmma.
-constexpr int w4_cluster(bool bytes, int tokens) { return tokens >= 32 || (!bytes && tokens >= 16) ? 2 : 1; }
+constexpr int w4_cluster(bool bytes, int tokens, int phases) {
+  return phases == 1 && (tokens >= 32 || (!bytes && tokens >= 16)) ? 2 : 1;
+}
 // CTAs of a multiprocessor, for kWgmma: two where their sums leave registers for them.
-constexpr int w4_per_sm(bool bytes, int tokens, bool minimum) { return tokens <= 16 && (bytes || !minimum) ? 2 : 1; }
+constexpr int w4_per_sm(bool bytes, int tokens, bool minimum, int phases) {
+  return tokens <= 16 && phases == 1 && (bytes || !minimum) ? 2 : 1;
+}
 // Of so many tiles, how many `ctas` (or clusters) take whole, in full waves; the others' slabs are dealt out in equal
 // runs: those of the last wave, which is not full, and of one before it, lest runs be short.
 constexpr int64_t w4_whole_tiles(int64_t tiles, int64_t ctas) {
