@@ -111,6 +111,7 @@ class Timed:
             self._graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self._graph, stream=stream):
                 self.result = call()
+            self.run()  # capturing computes nothing
 
     def run(self) -> None:
         """Once."""

@@ -1,6 +1,6 @@
 """4-bit weights on a GPU: packing, products and layers of the CUDA module.
 
-    w4a16   floating-point activations    fused with dequantization up to FUSED_ROWS rows, else dequantized in slices
+    w4a16   floating-point activations    fused with dequantization up to fused_rows() rows, else dequantized in slices
                                           of the weight and multiplied by the vendor's library
     w4a8    8-bit activations             quantized on the way in; equal to :mod:`qkernels.reference` bit for bit
 
@@ -20,15 +20,16 @@ from torch import Tensor
 from .checks import DTYPE_CODES, check_input, check_out_dtype
 from .cpu_packed import PreparedPacked
 from .cuda import _address, _cuda, _on, _stream, capability, quantize_rows, unavailable
+from .cuda_slices import aligned_rows, by_slices, split_float32
 from .eager import is_plain
 from .packed import GROUPED, PackedLayer, codebook_tensor, group_count
 from .prepared import effective_weight, scheme_from_key
 from .scheme import Scheme
 
 __all__ = [
-    "FUSED_ROWS",
     "PreparedCudaW4",
     "dequantize_w4",
+    "fused_rows",
     "gemm_w4a8",
     "linear_w4a8",
     "linear_w4a16",
@@ -36,18 +37,14 @@ __all__ = [
     "unpack_w4",
 ]
 
-FUSED_ROWS = 320
-"""Up to here the fused W4A16 kernel runs: it is faster than dequantizing first (measured on an H100)."""
+FUSED_ROWS, FUSED_ROWS_SM90 = 320, 4096
+"""Where :func:`fused_rows` ends, for the kernels of mma.sync and of wgmma (measured on an H100)."""
 
 GROUP_STEP = 32
 """Groups are a multiple of it, or the whole row."""
 
 MAX_FEATURES = 1 << 18
 
-_SLICE_BYTES = 32 << 20
-"""Of a weight that is dequantized at one time: less than the L2 of a large GPU, and all that is ever there twice."""
-
-_SLICE_ROWS = 128
 _ORDERS = {None: 0, 8: 1}
 """``W4Order`` of ``csrc/cuda/w4.h``, by the bits of activations."""
 
@@ -164,13 +161,10 @@ def _plan(activation_bits: int | None, rows: int, weight: tuple[int, ...], kind:
     return _cuda.plan_w4(activation_bits == 8, rows, *weight, kind, capability(index), sms)
 
 
-def _fused(x: Tensor, weight: Weight, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+def _fused(x: Tensor, weight: Weight, bias: Tensor | None, out_dtype: torch.dtype, dependent: bool) -> Tensor:
     """The fused kernel over 16-bit ``x [M, K]``, M >= 1."""
-    rows, features = x.shape
-    channels, device = weight[7], x.device
-    if x.stride(1) != 1 or x.stride(0) % 8 or x.stride(0) < features or x.data_ptr() % 16:
-        aligned = x.new_empty(rows, -(-features // 8) * 8)[:, :features]
-        x = aligned.copy_(x)
+    rows, channels, device = x.shape[0], weight[7], x.device
+    x = aligned_rows(x)
     out = torch.empty((rows, channels), dtype=out_dtype, device=device)
     plan = _plan(None, rows, weight[7:], 2 if weight[4] else 1 if weight[3] else 0, device.index or 0)
     with _on(device):
@@ -187,42 +181,36 @@ def _fused(x: Tensor, weight: Weight, bias: Tensor | None, out_dtype: torch.dtyp
             channels,
             plan,
             *_workspace(device, stream, plan[4], plan[5]),
+            dependent,
             stream,
         )
     return out
 
 
-def _split(x: Tensor) -> Tensor:
-    """float32 ``[M, K]`` as ``[3 * M, K]`` in bfloat16, three terms whose sum is ``x``: nothing of it is lost.
-
-    The leading terms are cut off, not rounded, so that none overflows; what an infinity leaves over is zero.
-    """
-    high = (x.view(torch.int32) & -65536).view(torch.float32)
-    rest = torch.where(x.isinf(), 0.0, x - high)
-    middle = (rest.view(torch.int32) & -65536).view(torch.float32)
-    return torch.cat((high, middle, rest - middle)).to(torch.bfloat16)
+def fused_rows(index: int) -> int:
+    """Up to so many rows the fused W4A16 kernel runs on a device: it is faster than dequantizing first."""
+    return FUSED_ROWS_SM90 if capability(index) == 90 and _cuda.has_sm90a() else FUSED_ROWS
 
 
 def _by_slices(x: Tensor, weight: Weight, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
-    """``x [M, K]`` times slices of the weight, dequantized to its dtype one after the other."""
-    channels, features = weight[7], weight[8]
-    out = torch.empty((x.shape[0], channels), dtype=x.dtype, device=x.device)
-    step = max(1, _SLICE_BYTES // (features * x.element_size()) // _SLICE_ROWS) * _SLICE_ROWS
-    buffer = torch.empty((min(step, channels), features), dtype=x.dtype, device=x.device)
-    shift = None if bias is None else bias.to(x.dtype)
-    with torch.autocast("cuda", enabled=False):
-        for first in range(0, channels, step):
-            last = min(first + step, channels)
-            part = dequantize_w4(weight, first, last - first, x.dtype, x.device, buffer[: last - first])
-            if shift is None:
-                torch.mm(x, part.t(), out=out[:, first:last])
-            else:
-                torch.addmm(shift[first:last], x, part.t(), out=out[:, first:last])
-    return out.to(out_dtype)
+    """The product by slices of the weight in the dtype of ``x [M, K]``."""
+    return by_slices(
+        x,
+        weight[7],
+        lambda first, rows, out: dequantize_w4(weight, first, rows, x.dtype, x.device, out),
+        bias,
+        out_dtype,
+    )
 
 
 def linear_w4a16(
-    x: Tensor, weight: Weight, bias: Tensor | None, inv_smooth: Tensor | None, out_dtype: torch.dtype
+    x: Tensor,
+    weight: Weight,
+    bias: Tensor | None,
+    inv_smooth: Tensor | None,
+    out_dtype: torch.dtype,
+    *,
+    dependent: bool = False,
 ) -> Tensor:
     """``x [..., K]`` times a packed weight, plus bias, in fp32 sums.
 
@@ -230,6 +218,7 @@ def linear_w4a16(
         x: float32, bfloat16 or float16.  The kernel multiplies 16-bit values: float32, or what smoothing makes, goes
             in as three bfloat16 terms, without loss.
         bias: float32 ``[N]``; inv_smooth: float32 ``[K]``.
+        dependent: the launch may fetch weights while the kernel before it ends; that one must not write them.
     """
     channels, features = weight[7], weight[8]
     flat = x.reshape(-1, features)
@@ -239,11 +228,11 @@ def linear_w4a16(
         return torch.empty(shape, dtype=out_dtype, device=x.device)
     if inv_smooth is not None:
         flat = flat.to(torch.float32) * inv_smooth
-    if rows > FUSED_ROWS:
+    if rows * (3 if flat.dtype == torch.float32 else 1) > fused_rows(x.device.index or 0):
         return _by_slices(flat.contiguous(), weight, bias, out_dtype).view(shape)
     if flat.dtype != torch.float32:
-        return _fused(flat, weight, bias, out_dtype).view(shape)
-    terms = _fused(_split(flat.contiguous()), weight, None, torch.float32).view(3, rows, channels)
+        return _fused(flat, weight, bias, out_dtype, dependent).view(shape)
+    terms = _fused(split_float32(flat.contiguous()), weight, None, torch.float32, dependent).view(3, rows, channels)
     y = (terms[2] + terms[1]) + terms[0]
     return (y if bias is None else y + bias).to(out_dtype).view(shape)
 
@@ -312,6 +301,12 @@ def linear_w4a8(
 # -- layers -----------------------------------------------------------------------------------------------------------
 
 
+def _settle(device: torch.device) -> None:
+    """Waits for what was packed: launches of layers fetch weights before the kernel in front of them has ended."""
+    if not torch.cuda.is_current_stream_capturing():
+        torch.cuda.current_stream(device).synchronize()
+
+
 def _canonical(tensors: Mapping[str, Tensor | None], scheme: Scheme, rows: int, features: int) -> dict[str, Tensor]:
     """The canonical tensors that :meth:`PreparedCudaW4.pack` packed."""
     codes = cast(Tensor, tensors["packed"])
@@ -324,13 +319,19 @@ def _canonical(tensors: Mapping[str, Tensor | None], scheme: Scheme, rows: int, 
 
 
 def _run(
-    x: Tensor, tensors: Mapping[str, Tensor | None], scheme: Scheme, rows: int, features: int, dtype: torch.dtype
+    x: Tensor,
+    tensors: Mapping[str, Tensor | None],
+    scheme: Scheme,
+    rows: int,
+    features: int,
+    dtype: torch.dtype,
+    dependent: bool,
 ) -> Tensor:
-    """A layer over tensors that were checked."""
+    """A layer over tensors that were checked; ``dependent``: none of which the kernel before this may be writing."""
     weight = _describe(tensors, scheme, rows, features)
     bias, smooth = tensors.get("bias"), tensors.get("inv_smooth")
     if scheme.weight_only:
-        return linear_w4a16(x, weight, bias, smooth, dtype)
+        return linear_w4a16(x, weight, bias, smooth, dtype, dependent=dependent)
     return linear_w4a8(x, weight, bias, tensors.get("act_scale"), smooth, dtype)
 
 
@@ -365,6 +366,7 @@ class PreparedCudaW4(PackedLayer):
                 packed[own] = _pack_groups(canonical[name])
         if scheme.codebook is not None:  # here: a copy to the device has no place in a CUDA graph
             codebook_tensor(scheme.codebook, packed["packed"].device)
+        _settle(packed["packed"].device)
         return packed
 
     def unpack(self) -> dict[str, Tensor]:
@@ -390,7 +392,7 @@ class PreparedCudaW4(PackedLayer):
                 and x.layout is torch.strided
                 and packed.data_ptr() % 16 == 0
             ):
-                return self.finished(_run(x, tensors, self.scheme, self.out_features, self.in_features, x.dtype))
+                return self.finished(_run(x, tensors, self.scheme, self.out_features, self.in_features, x.dtype, True))
         return self.around(x)
 
     def load(self, canonical: Mapping[str, Tensor]) -> None:
@@ -405,6 +407,7 @@ class PreparedCudaW4(PackedLayer):
                     own.copy_(_pack_groups(tensor.detach().to(self.device)))
                 else:
                     self.tensors[name].copy_(tensor)
+        _settle(self.device)
 
 
 # -- operators --------------------------------------------------------------------------------------------------------
@@ -446,7 +449,7 @@ def _linear_packed(x: Tensor, *rest: Any) -> Tensor:
     check_out_dtype(out_dtype)
     scheme = scheme_from_key(key)
     tensors = _checked(dict(zip(PackedLayer.names, given, strict=True)), scheme, rows, features)
-    return _run(x, tensors, scheme, rows, features, out_dtype or x.dtype)
+    return _run(x, tensors, scheme, rows, features, out_dtype or x.dtype, False)
 
 
 def _dequantize_packed(*rest: Any) -> Tensor:

@@ -64,7 +64,7 @@ py::tuple plan(bool bytes, int64_t m, int64_t n, int64_t k, int64_t group, int k
 
 void gemm_w4a16_at(const py::tuple& weight, Address x, int x_dtype, int64_t m, int64_t x_stride, Address bias,
                    Address y, int y_dtype, int64_t y_stride, const py::tuple& plan, Address counters, Address partials,
-                   Address stream) {
+                   bool dependent, Address stream) {
   GemmW4A16Args a = {};
   a.weight = weight_of(weight);
   QK_CHECK_EQ(static_cast<int>(a.weight.order), 0);
@@ -77,7 +77,7 @@ void gemm_w4a16_at(const py::tuple& weight, Address x, int x_dtype, int64_t m, i
   a.bias = pointer<const float>(bias), a.m = static_cast<int32_t>(m);
   a.y = pointer<void>(y), a.y_dtype = dtype(y_dtype), a.y_stride = y_stride;
   a.counters = pointer<int32_t>(counters), a.partials = pointer<float>(partials);
-  gemm_w4a16(a, plan_of(plan), stream_of(stream));
+  gemm_w4a16(a, plan_of(plan), dependent, stream_of(stream));
 }
 
 void gemm_w4a8_at(const py::tuple& weight, Address xq, int64_t m, int64_t x_stride, Address x_scale, Address bias,
@@ -138,7 +138,7 @@ void bind_w4(py::module_& m) {
         py::arg("capability"), py::arg("sms"));
   m.def("gemm_w4a16", &gemm_w4a16_at, py::arg("weight"), py::arg("x"), py::arg("x_dtype"), py::arg("m"),
         py::arg("x_stride"), py::arg("bias"), py::arg("y"), py::arg("y_dtype"), py::arg("y_stride"), py::arg("plan"),
-        py::arg("counters"), py::arg("partials"), py::arg("stream"));
+        py::arg("counters"), py::arg("partials"), py::arg("dependent"), py::arg("stream"));
   m.def("gemm_w4a8", &gemm_w4a8_at, py::arg("weight"), py::arg("xq"), py::arg("m"), py::arg("x_stride"),
         py::arg("x_scale"), py::arg("bias"), py::arg("y"), py::arg("y_dtype"), py::arg("y_stride"), py::arg("plan"),
         py::arg("dependent"), py::arg("stream"));

@@ -17,15 +17,13 @@ W4Plan plan_wgmma(bool bytes, int64_t m, int64_t n, int64_t k, W4Kind kind, bool
   const bool minimum = kind == W4Kind::kMinimum;
   const int most = minimum ? 64 : 128;
   for (plan.tokens = 8; plan.tokens < m && plan.tokens < most;) plan.tokens *= 2;
-  const int64_t wide = blocks(n, w4_channels(2)), narrow = blocks(n, w4_channels(4));
   plan.phases = 1;
   if (kind == W4Kind::kZeroPoint && w4_slabs(k) >= 8 && (within || !bytes)) {
     // Tiles of 16 tokens fetch the weights from the L2 again and again.
-    if (plan.tokens <= 64 && narrow <= sms && wide * 3 <= sms * (plan.tokens <= 16 ? 3 : 1)) {
+    const int64_t narrow = blocks(n, w4_channels(4));
+    if (plan.tokens <= 16 ? narrow <= sms : plan.tokens <= 64 && narrow * 3 <= sms * 2) {
       plan.phases = 4;
       if (plan.tokens > 16) plan.tokens = 16;
-    } else if (plan.tokens <= 16 && wide <= sms) {
-      plan.phases = 2;
     }
   }
   const int size = w4_cluster(bytes, plan.tokens, plan.phases);
@@ -79,11 +77,11 @@ W4Plan plan_w4a8(int64_t m, int64_t n, int64_t k, int64_t group, W4Kind kind, in
   return plan;
 }
 
-void gemm_w4a16(const GemmW4A16Args& args, const W4Plan& plan, cudaStream_t stream) {
+void gemm_w4a16(const GemmW4A16Args& args, const W4Plan& plan, bool dependent, cudaStream_t stream) {
   if (args.m == 0) return;
-  if (plan.kernel == W4Kernel::kMma) return gemm_w4a16_mma(args, plan, stream);
+  if (plan.kernel == W4Kernel::kMma) return gemm_w4a16_mma(args, plan, dependent, stream);
 #ifdef QK_CUDA_SM90A
-  return gemm_w4a16_sm90(args, plan, stream);
+  return gemm_w4a16_sm90(args, plan, dependent, stream);
 #else
   throw std::invalid_argument("gemm_w4a16: the wgmma kernel is not in this build");
 #endif

@@ -1,14 +1,16 @@
 // Products of 4-bit weights by wgmma with the weights in registers, for 16-bit and for 8-bit activations. sm_90a.
 //
 // Channels are the 64-row wgmma operand, tokens the n operand. A CTA owns 128 channels x kTokens tokens, two consumer
-// warpgroups of 64 channels each, and walks K in slabs of 128 (w4.h) through a ring of stages that one producer lane
-// fills with bulk copies: 8 KB of codes, the scales of the slab's groups, and the tokens, 128-byte swizzled.
+// warpgroups of 64 channels each, and walks K in slabs of 128 (w4.h) through a ring of stages that producers, a
+// lane of a warp each, fill in turns with bulk copies: 8 KB of codes, the scales of the slab's groups, and the tokens,
+// 128-byte swizzled.
 //
 //          kTokens                        cluster of kCluster: the CTAs take neighbouring channels and the same tokens;
 //      +-------------+                    each fetches its part of the token tile and multicasts it to all, so that a
 //  64  |  warps 0-3  |   x K              token crosses the L2 once for 128 * kCluster channels.
 //      +-------------+
-//  64  |  warps 4-7  |                    warp 8: producer. Warps 9-11, if any, only hand over registers.
+//  64  |  warps 4-7  |                    warps 8 and 9: producers. Warps 10 and 11, if any, only hand
+//                                        over registers.
 //      +-------------+
 //
 // A block of codes is in the order of wgmma's register operand, so a warp reads 16 bytes a lane, makes 64 k of them
@@ -22,6 +24,9 @@
 // Weights are never rounded: codes less their zero point are exact, and the sums of a group are multiplied by its
 // scale. 8-bit activations: sums are int32 and exact, and the groups of an output are added in the order of K, each
 // step rounded once. 16-bit activations: fp32 sums, promoted at the end of each group and of each slab.
+//
+// Few tokens of few channels: four warpgroups take the slabs of 64 channels in turns ("phases"), and add their sums up
+// at the end, or hand the running total of an output on from slab to slab where the order counts.
 //
 // Work: every cluster takes whole tiles (cluster, cluster + clusters, ...). What is left over, less than two tiles per
 // cluster, is dealt out in equal runs of slabs ("stream-K") where K may be split: CTAs that share a tile leave their
@@ -42,7 +47,7 @@ namespace {
 template <typename S>
 struct PackedSource {
   const uint8_t *codes, *scale, *second;  // of the next slab; of group 0; minima or zero points, or nullptr
-  int64_t step;  // bytes from one slab's codes to the next one's
+  int64_t step;  // bytes from one slab's codes to those of this producer's next one
   uint32_t channels;  // of the tile that are stored; the others keep what the stage held, and what they give is dropped
   uint32_t bytes;  // of a slab and its tokens
 
@@ -50,8 +55,8 @@ struct PackedSource {
     const W4Weight& w = job.weight;
     const GroupRows& r = job.groups;
     channels = static_cast<uint32_t>(max(0, min(S::kChannels, r.pitch - channel0)));
-    step = int64_t(job.blocks_n) * kW4BlockBytes;
-    codes = w.packed + slab * step + int64_t(channel0 / kW4Rows) * kW4BlockBytes;
+    step = int64_t(job.blocks_n) * kW4BlockBytes * S::kProducers;
+    codes = w.packed + int64_t(slab) * job.blocks_n * kW4BlockBytes + int64_t(channel0 / kW4Rows) * kW4BlockBytes;
     scale = static_cast<const uint8_t*>(w.scale) + int64_t(channel0) * r.value_bytes;
     second = S::kMinimum                 ? static_cast<const uint8_t*>(w.minimum) + int64_t(channel0) * r.value_bytes
              : S::kZeros && w.zero_point ? w.zero_point + channel0
@@ -124,7 +129,8 @@ __global__ void __launch_bounds__(S::kThreads, S::kPerSm)
 
   if (warp >= S::kConsumerWarps) {
     if constexpr (S::kMovesRegisters) ptx::registers_decrease<S::kProducerRegisters>();
-    if (warp == S::kConsumerWarps && ptx::elect_one()) {
+    const int producer = warp - S::kConsumerWarps;
+    if (producer < S::kProducers && ptx::elect_one()) {
       ptx::prefetch_tensor_map(&x_map);
       const uint64_t policy = job.tiles_m == 1 ? ptx::kEvictFirst : ptx::kEvictNormal;
       const uint32_t full_here = ptx::keep(full), empty_here = ptx::keep(empty);
@@ -132,24 +138,32 @@ __global__ void __launch_bounds__(S::kThreads, S::kPerSm)
       Walk walk(job, cluster);
       Segment s;
       Ring ring;
+      ring.stage = producer;
       ring.parity = 1;  // of an empty barrier nobody has used: its "previous" phase counts as complete
+      int skip = producer;  // slabs of the next segment until the first one of this producer
       bool waited = false;
       while (walk.next(job, s)) {
+        const int count = s.last - s.first, first = s.first + skip;
+        skip = (skip + S::kProducers - count % S::kProducers) % S::kProducers;
+        if (first >= s.last) continue;
         const Place place = place_of(job, s.tile);
-        PackedSource<S> source(job, (place.n * S::kCluster + rank) * S::kChannels, s.first);
+        PackedSource<S> source(job, (place.n * S::kCluster + rank) * S::kChannels, first);
         const int m0 = place.m * S::kTokens + rank * S::kPart;
         int ahead = 0;
         if (!waited) {
           // The first stages' weights, which nothing before this kernel writes, are on their way before the activations
           // are there.
-          for (; ahead < min(s.last - s.first, job.stages); ++ahead) {
-            source.load(job, s.first + ahead, packed_here + ahead * job.packed_bytes, full_here + 8 * ahead, policy);
+          for (int slab = first; slab < s.last && ring.stage + ahead * S::kProducers < job.stages;
+               slab += S::kProducers) {
+            const int stage = ring.stage + ahead * S::kProducers;
+            source.load(job, slab, packed_here + stage * job.packed_bytes, full_here + 8 * stage, policy);
+            ++ahead;
           }
           ptx::grid_dependency_wait();
           waited = true;
         }
 #pragma unroll 1
-        for (int slab = s.first; slab < s.last; ++slab) {
+        for (int slab = first; slab < s.last; slab += S::kProducers) {
           const uint32_t bar = full_here + 8 * ring.stage;
           if (ahead > 0) {
             --ahead;
@@ -168,14 +182,14 @@ __global__ void __launch_bounds__(S::kThreads, S::kPerSm)
               ptx::tensor_load_2d(box, &x_map, slab * S::kRowBytes + b * 128, m0, bar, ptx::kEvictNormal);
             }
           }
-          ring.advance(job.stages);
+          ring.advance(job.stages, S::kProducers);
         }
       }
       ptx::grid_launch_dependents();
       if constexpr (S::kCluster > 1) {  // stay until the last arrivals of the other CTAs are here
-        for (int i = 0; i < job.stages; ++i) {
+        for (int i = 0; i < job.stages; i += S::kProducers) {
           ptx::mbarrier_wait(empty + 8 * ring.stage, ring.parity);
-          ring.advance(job.stages);
+          ring.advance(job.stages, S::kProducers);
         }
       }
     }
@@ -330,6 +344,7 @@ void run_shape(Job job, const void* x, int64_t x_stride, const W4Plan& plan, boo
   constexpr int kSharedBytes = (S::kPerSm == 1 ? 224 : 110) * 1024 - (S::kPhases > 1 ? S::kExchange * 16 : 0);
   job.stages = (kSharedBytes - kAlignment) / (job.packed_bytes + S::kTokenBytes);
   if (job.stages > kMostStages) job.stages = kMostStages;
+  job.stages -= job.stages % S::kProducers;  // each has stages of its own
   static std::atomic<uint64_t> allowed{0};
   allow_shared_memory(reinterpret_cast<const void*>(gemm_kernel<S>), kSharedBytes, allowed);
   const int64_t bytes = sizeof(typename S::T);

@@ -371,7 +371,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kPerSm) gemm_kernel(const Job 
 }
 
 template <typename S>
-void run(const GemmW4A16Args& args, const W4Plan& plan, cudaStream_t stream) {
+void run(const GemmW4A16Args& args, const W4Plan& plan, bool dependent, cudaStream_t stream) {
   Job job = {};
   job.a = args;
   job.e = make_store(args.y, args.y_dtype, args.y_stride, args.m, args.weight.n);
@@ -389,21 +389,21 @@ void run(const GemmW4A16Args& args, const W4Plan& plan, cudaStream_t stream) {
   shape.grid = dim3(static_cast<unsigned>(plan.ctas));
   shape.block = dim3(S::kThreads);
   shape.shared_bytes = static_cast<size_t>(S::kStages) * job.stage_bytes;
-  shape.dependent = device_capability() >= 90;  // its start overlaps the end of the kernel before it
+  shape.dependent = dependent && device_capability() >= 90;
   launch(gemm_kernel<S>, shape, stream, "gemm_w4a16", job);
 }
 
 template <typename T, W4Kind kKind>
-void run_tokens(const GemmW4A16Args& args, const W4Plan& plan, cudaStream_t stream) {
+void run_tokens(const GemmW4A16Args& args, const W4Plan& plan, bool dependent, cudaStream_t stream) {
   switch (plan.tokens) {
     case 8:
-      return run<Shape<T, 8, kKind>>(args, plan, stream);
+      return run<Shape<T, 8, kKind>>(args, plan, dependent, stream);
     case 16:
-      return run<Shape<T, 16, kKind>>(args, plan, stream);
+      return run<Shape<T, 16, kKind>>(args, plan, dependent, stream);
     case 32:
-      return run<Shape<T, 32, kKind>>(args, plan, stream);
+      return run<Shape<T, 32, kKind>>(args, plan, dependent, stream);
     case 64:
-      if constexpr (kKind != W4Kind::kMinimum) return run<Shape<T, 64, kKind>>(args, plan, stream);
+      if constexpr (kKind != W4Kind::kMinimum) return run<Shape<T, 64, kKind>>(args, plan, dependent, stream);
       break;
     default:
       break;
@@ -413,22 +413,22 @@ void run_tokens(const GemmW4A16Args& args, const W4Plan& plan, cudaStream_t stre
 }
 
 template <typename T>
-void run_kind(const GemmW4A16Args& args, const W4Plan& plan, cudaStream_t stream) {
+void run_kind(const GemmW4A16Args& args, const W4Plan& plan, bool dependent, cudaStream_t stream) {
   switch (args.weight.kind) {
     case W4Kind::kZeroPoint:
-      return run_tokens<T, W4Kind::kZeroPoint>(args, plan, stream);
+      return run_tokens<T, W4Kind::kZeroPoint>(args, plan, dependent, stream);
     case W4Kind::kMinimum:
-      return run_tokens<T, W4Kind::kMinimum>(args, plan, stream);
+      return run_tokens<T, W4Kind::kMinimum>(args, plan, dependent, stream);
     case W4Kind::kCodebook:
-      return run_tokens<T, W4Kind::kCodebook>(args, plan, stream);
+      return run_tokens<T, W4Kind::kCodebook>(args, plan, dependent, stream);
   }
 }
 
 }  // namespace
 
-void gemm_w4a16_mma(const GemmW4A16Args& args, const W4Plan& plan, cudaStream_t stream) {
-  if (args.x_dtype == DType::kBF16) return run_kind<__nv_bfloat16>(args, plan, stream);
-  return run_kind<__half>(args, plan, stream);
+void gemm_w4a16_mma(const GemmW4A16Args& args, const W4Plan& plan, bool dependent, cudaStream_t stream) {
+  if (args.x_dtype == DType::kBF16) return run_kind<__nv_bfloat16>(args, plan, dependent, stream);
+  return run_kind<__half>(args, plan, dependent, stream);
 }
 
 }  // namespace qk::cuda

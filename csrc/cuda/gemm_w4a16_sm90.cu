@@ -5,7 +5,7 @@ namespace qk::cuda {
 namespace {
 
 template <typename T, W4Kind kKind, int kTokens, int kPhases = 1>
-void run(const GemmW4A16Args& args, const W4Plan& plan, cudaStream_t stream) {
+void run(const GemmW4A16Args& args, const W4Plan& plan, bool dependent, cudaStream_t stream) {
   Job job = {};
   job.weight = args.weight;
   job.e = make_store(args.y, args.y_dtype, args.y_stride, args.m, args.weight.n);
@@ -23,27 +23,26 @@ void run(const GemmW4A16Args& args, const W4Plan& plan, cudaStream_t stream) {
 }
 
 template <typename T, W4Kind kKind, int kTokens>
-void run_phases(const GemmW4A16Args& args, const W4Plan& plan, cudaStream_t stream) {
+void run_phases(const GemmW4A16Args& args, const W4Plan& plan, bool dependent, cudaStream_t stream) {
   if constexpr (kKind == W4Kind::kZeroPoint) {
-    if (plan.phases == 4) return run<T, kKind, kTokens, 4>(args, plan, stream);
-    if (plan.phases == 2) return run<T, kKind, kTokens, 2>(args, plan, stream);
+    if (plan.phases == 4) return run<T, kKind, kTokens, 4>(args, plan, dependent, stream);
   }
-  run<T, kKind, kTokens>(args, plan, stream);
+  run<T, kKind, kTokens>(args, plan, dependent, stream);
 }
 
 template <typename T, W4Kind kKind>
-void run_tokens(const GemmW4A16Args& args, const W4Plan& plan, cudaStream_t stream) {
+void run_tokens(const GemmW4A16Args& args, const W4Plan& plan, bool dependent, cudaStream_t stream) {
   switch (plan.tokens) {
     case 8:
-      return run_phases<T, kKind, 8>(args, plan, stream);
+      return run_phases<T, kKind, 8>(args, plan, dependent, stream);
     case 16:
-      return run_phases<T, kKind, 16>(args, plan, stream);
+      return run_phases<T, kKind, 16>(args, plan, dependent, stream);
     case 32:
-      return run<T, kKind, 32>(args, plan, stream);
+      return run<T, kKind, 32>(args, plan, dependent, stream);
     case 64:
-      return run<T, kKind, 64>(args, plan, stream);
+      return run<T, kKind, 64>(args, plan, dependent, stream);
     case 128:  // the sums of tokens, which minima multiply, find no room
-      if constexpr (kKind != W4Kind::kMinimum) return run<T, kKind, 128>(args, plan, stream);
+      if constexpr (kKind != W4Kind::kMinimum) return run<T, kKind, 128>(args, plan, dependent, stream);
       break;
     default:
       break;
@@ -52,22 +51,22 @@ void run_tokens(const GemmW4A16Args& args, const W4Plan& plan, cudaStream_t stre
 }
 
 template <typename T>
-void run_kind(const GemmW4A16Args& args, const W4Plan& plan, cudaStream_t stream) {
+void run_kind(const GemmW4A16Args& args, const W4Plan& plan, bool dependent, cudaStream_t stream) {
   switch (args.weight.kind) {
     case W4Kind::kZeroPoint:
-      return run_tokens<T, W4Kind::kZeroPoint>(args, plan, stream);
+      return run_tokens<T, W4Kind::kZeroPoint>(args, plan, dependent, stream);
     case W4Kind::kMinimum:
-      return run_tokens<T, W4Kind::kMinimum>(args, plan, stream);
+      return run_tokens<T, W4Kind::kMinimum>(args, plan, dependent, stream);
     case W4Kind::kCodebook:
-      return run_tokens<T, W4Kind::kCodebook>(args, plan, stream);
+      return run_tokens<T, W4Kind::kCodebook>(args, plan, dependent, stream);
   }
 }
 
 }  // namespace
 
-void gemm_w4a16_sm90(const GemmW4A16Args& args, const W4Plan& plan, cudaStream_t stream) {
-  if (args.x_dtype == DType::kBF16) return run_kind<__nv_bfloat16>(args, plan, stream);
-  return run_kind<__half>(args, plan, stream);
+void gemm_w4a16_sm90(const GemmW4A16Args& args, const W4Plan& plan, bool dependent, cudaStream_t stream) {
+  if (args.x_dtype == DType::kBF16) return run_kind<__nv_bfloat16>(args, plan, dependent, stream);
+  return run_kind<__half>(args, plan, dependent, stream);
 }
 
 }  // namespace qk::cuda

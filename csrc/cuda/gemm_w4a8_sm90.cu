@@ -28,7 +28,6 @@ template <W4Kind kKind, int kTokens>
 void run_phases(const GemmW4A8Args& args, const W4Plan& plan, bool dependent, cudaStream_t stream) {
   if constexpr (kKind == W4Kind::kZeroPoint) {
     if (plan.phases == 4) return run<kKind, kTokens, 4>(args, plan, dependent, stream);
-    if (plan.phases == 2) return run<kKind, kTokens, 2>(args, plan, dependent, stream);
   }
   run<kKind, kTokens>(args, plan, dependent, stream);
 }

@@ -17,6 +17,7 @@ namespace {
 constexpr int kGroupChannels = 64;  // of a warpgroup
 constexpr int kAlignment = 1024;
 constexpr int kMostStages = 24;
+
 // Named barriers: 1 and 2 are the warpgroups' own, 3 and 4 their turns; or from 1 on those between phases.
 constexpr int kTurnBarrier = 3, kPhaseBarrier = 1;
 constexpr int kTileGroup = 16;  // token tiles walked before the next channels
@@ -46,11 +47,13 @@ struct Shape {
   static constexpr int kSteps = kRowBytes / 32;  // products of a slab
   static constexpr int kFragments = kSteps / 2 * 4;  // registers of half a slab
   static constexpr int kValues = kTokens / 2;  // sums of a thread
+  // Warps: what one lane computes and waits for between its copies would limit small tiles.
+  static constexpr int kProducers = kPhases > 1 ? 4 : 2;
   // Few tokens leave registers for two CTAs, which hide each other's latency. With more, the producer's registers go to
   // the consumers, and it is a whole warpgroup since setmaxnreg works on those: 168 a thread at launch.
   static constexpr int kPerSm = w4_per_sm(kBytes, kTokens, kMinimum, kPhases);
   static constexpr bool kMovesRegisters = kPerSm == 1 && kPhases == 1;
-  static constexpr int kThreads = kConsumers + (kMovesRegisters ? 128 : 32);
+  static constexpr int kThreads = kConsumers + (kMovesRegisters ? 128 : 32 * kProducers);
   static constexpr int kExchange = kPhases > 1 ? kGroups * kPhases * 128 * (kTokens / 8) : 1;  // float4, between phases
   // The warpgroups take turns to start a slab's products, lest they finish, and leave the tensor cores idle, together.
   static constexpr bool kTurns = kTokens >= 64 && kPhases == 1;

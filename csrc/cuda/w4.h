@@ -80,7 +80,7 @@ enum class W4Kernel : int32_t {
 struct W4Plan {
   W4Kernel kernel;
   int32_t tokens;  // of a tile
-  int32_t phases;  // kWgmma: warpgroups that share the slabs of a tile of 8 or 16 tokens, 1, 2 or 4
+  int32_t phases;  // kWgmma: warpgroups that share the slabs of a tile of 8 or 16 tokens, 1 or 4
   int32_t ctas;  // that share all slabs in equal runs; kWgmma: clusters. Without meaning to W4A8 by mma.sync
   int64_t counters;  // int32 zeros that the kernel is to be given, and leaves as zeros; kWgmma: 0: tiles are not shared
   int64_t partial_floats;  // of memory for the sums of tiles that several share
