@@ -17,6 +17,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from ._library import plus_residual
 from .checks import DTYPE_CODES, check_input, check_out_dtype
 from .cpu_packed import PreparedPacked
 from .cuda import _address, _cuda, _on, _stream, capability, quantize_rows, unavailable
@@ -466,6 +467,6 @@ def _dequantize_packed(*rest: Any) -> Tensor:
 def register_operators() -> torch.library.Library:
     """CUDA implementations of operators that :mod:`qkernels.ops` defines.  The library must be kept alive."""
     library = torch.library.Library("qkernels", "IMPL", "CUDA")
-    library.impl("linear_packed", _linear_packed)
+    library.impl("linear_packed", plus_residual(_linear_packed, 13))
     library.impl("dequantize_packed", _dequantize_packed)
     return library

@@ -1,7 +1,7 @@
 """Fewer passes over memory, chosen from how modules call their children, and reversible.
 
 Activation modules are applied inside the Linear before them; Linears that read one input run as one product (see
-:mod:`qkernels.groups`).
+:mod:`qkernels.groups`); residuals are added inside the Linear (see :mod:`qkernels.residuals`).
 
 An activation is fused where the parent's own ``forward``, traced with every child as a leaf, calls the quantized Linear
 once, hands its output to the activation and to nothing else, and calls the activation once.  The Linear gets the
@@ -23,6 +23,7 @@ from .cpu_w8a8 import PreparedW8A8
 from .epilogues import epilogue_of
 from .groups import InputGroup, compatible, readers
 from .linear import QuantLinear
+from .residuals import TRANSPARENT, Sum, add_inside, add_outside, adds_inside, sum_of
 
 __all__ = ["Passed", "fuse_", "unfuse_"]
 
@@ -58,7 +59,8 @@ class _Pair(NamedTuple):
 
 
 def fuse_(model: nn.Module, *, on_failure: OnFailure | None = None) -> dict[str, str]:
-    """Apply activations in the quantized Linears before them, and join Linears that read one input; in place.
+    """Apply activations and add residuals in the quantized Linears before them, and join Linears that read one input;
+    in place.
 
     Args:
         model: looked through as a whole.
@@ -70,8 +72,10 @@ def fuse_(model: nn.Module, *, on_failure: OnFailure | None = None) -> dict[str,
     family = _Family(model)
     pairs = [pair for parent in model.modules() for pair in family.pairs(parent)]
     groups = [group for parent in model.modules() for group in family.groups(parent)]
+    grouped = [layer for group in groups for layer in group]
+    sums = [(parent, form) for parent in model.modules() if (form := family.sum(parent, grouped)) is not None]
     if on_failure is not None:
-        on_failure(_restorer(pairs, [layer for group in groups for layer in group]))
+        on_failure(_restorer(pairs, grouped, [parent for parent, _ in sums]))
     done: dict[str, str] = {}
     for parent, linear, activation in pairs:
         layer, function = parent._modules[linear], parent._modules[activation]
@@ -79,6 +83,10 @@ def fuse_(model: nn.Module, *, on_failure: OnFailure | None = None) -> dict[str,
             layer.epilogue = epilogue_of(function)
             parent._modules[activation] = Passed(function, linear).train(function.training)
             done[family.names[id(layer)]] = f"applies {activation}"
+    for parent, form in sums:
+        name = family.names[id(parent._modules[form.linear])]
+        done[name] = "; ".join([*([done[name]] if name in done else []), f"adds {form.arguments[form.residual]}"])
+        add_inside(parent, form)
     for members in groups:
         names = [family.names[id(layer)] for layer in members]
         shared = InputGroup(len(members))
@@ -91,7 +99,7 @@ def fuse_(model: nn.Module, *, on_failure: OnFailure | None = None) -> dict[str,
 
 
 def unfuse_(model: nn.Module, *, on_failure: OnFailure | None = None) -> None:
-    """Put back every activation that :func:`fuse_` took, and let every Linear run by itself.
+    """Put back every activation and sum that :func:`fuse_` took, and let every Linear run by itself.
 
     Args:
         model: looked through as a whole.
@@ -104,8 +112,11 @@ def unfuse_(model: nn.Module, *, on_failure: OnFailure | None = None) -> None:
         if isinstance(child, Passed)
     ]
     grouped = [m for m in model.modules() if isinstance(m, QuantLinear) and m._group is not None]
+    sums = [module for module in model.modules() if adds_inside(module)]
     if on_failure is not None:
-        on_failure(_restorer(pairs, grouped))
+        on_failure(_restorer(pairs, grouped, sums))
+    for parent in sums:
+        add_outside(parent)
     for member in grouped:
         member._group = None
     for parent, linear, name in pairs:
@@ -116,8 +127,10 @@ def unfuse_(model: nn.Module, *, on_failure: OnFailure | None = None) -> None:
             parent._modules[name] = passed.__dict__["original"].train(passed.training)
 
 
-def _restorer(pairs: list[_Pair], grouped: list[QuantLinear]) -> Callable[[], None]:
-    """A function that makes both halves of each pair, and the group of each layer, what they are now."""
+def _restorer(pairs: list[_Pair], grouped: list[QuantLinear], sums: list[nn.Module]) -> Callable[[], None]:
+    """A function that makes both halves of each pair, the group of each layer and where modules add what they are
+    now."""
+    inside = [(module, module.__dict__.get("_residual_sum")) for module in sums]
     groups = [layer._group for layer in grouped]
     now = [(p, p.parent._modules.get(p.linear), p.parent._modules.get(p.activation)) for p in pairs]
     epilogues = [layer.epilogue if isinstance(layer, QuantLinear) else None for _, layer, _ in now]
@@ -129,6 +142,11 @@ def _restorer(pairs: list[_Pair], grouped: list[QuantLinear]) -> Callable[[], No
             pair.parent._modules[pair.activation] = activation
         for layer, group in zip(grouped, groups, strict=True):
             layer._group = group
+        for module, form in inside:
+            if adds_inside(module):
+                add_outside(module)
+            if form is not None:
+                add_inside(module, form)
 
     return restore
 
@@ -174,6 +192,21 @@ class _Family:
             if type(members[0]._prepared) is PreparedW8A8 and all(compatible(members[0], m) for m in members[1:])
         ]
 
+    def sum(self, parent: nn.Module, grouped: list[QuantLinear]) -> Sum | None:
+        """How ``parent`` adds a residual to the output of a child that can add it itself."""
+        form = sum_of(parent) if _replaceable(type(parent)) else None
+        if form is None:
+            return None
+        names = (form.linear, *form.between, *form.after)
+        if any(hasattr(type(parent), name) or parent._modules.get(name) is None for name in names):
+            return None
+        linear = parent._modules[form.linear]
+        able = type(linear) is QuantLinear and linear._prepared.fuses and linear._group is None
+        able = able and all(linear is not member for member in grouped)
+        passing = all(type(parent._modules[name]) in TRANSPARENT for name in form.between)
+        quiet = all(self._separable(parent.get_submodule(name)) for name in (form.linear, *form.between))
+        return form if able and passing and quiet else None
+
     def _in_one_place(self, child: nn.Module) -> bool:
         return len(self._parents[id(child)]) == 1
 
@@ -199,6 +232,12 @@ class _Family:
             if not self._called_as_a_whole(parent):
                 return False
         return True
+
+
+def _replaceable(kind: type) -> bool:
+    """Whether instances of a class may become instances of a subclass, and are copied and pickled as usual."""
+    own = ("__slots__", "__reduce__", "__reduce_ex__", "__deepcopy__", "__copy__")
+    return type(kind) is type and not any(name in vars(base) for base in kind.__mro__[:-1] for name in own)
 
 
 class _Tracer(fx.Tracer):

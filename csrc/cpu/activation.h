@@ -1,4 +1,4 @@
-// The functions that follow a Linear, on one vector of floats; written once over the verbs of a tier.
+// What follows a Linear on one vector of floats: functions and the residual; written once over the verbs of a tier.
 //
 // Every step is rounded once and no two are fused, so that the tiers agree to the bit. With u = 2^-24 |x|, and y the
 // exact value (measured over all floats of [-100, 100], see tests/test_activation.py):
@@ -82,6 +82,13 @@ struct Activations {
     }
   }
 };
+
+// v plus lanes [at, at + n) of a residual of dtype D.
+template <class V, DType D>
+typename V::F plus_residual(const ResidualArgs& residual, int64_t at, int n, typename V::F v) {
+  return V::add(v, n == V::kLanes ? V::template load<D>(residual.rows, at)
+                                  : V::template load_part<D>(residual.rows, at, n));
+}
 
 }  // namespace
 }  // namespace qk

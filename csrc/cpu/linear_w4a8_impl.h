@@ -258,7 +258,7 @@ class LinearW4A8 {
 
   template <DType D>
   void finish_row_as(int64_t row, float scale, const float* totals, int64_t nb) const {
-    const int64_t n0 = nb * kBlockN, y = row * p_.y_stride + n0;
+    const int64_t n0 = nb * kBlockN, y = row * p_.y_stride + n0, residual = row * p_.residual.stride + n0;
     const int width = static_cast<int>(p_.n - n0 < kBlockN ? p_.n - n0 : kBlockN);
     const F scale_x = V::set(scale);
     for (int i = 0; i < width; i += V::kLanes) {
@@ -266,6 +266,7 @@ class LinearW4A8 {
       F v = V::mul(V::load_f(totals + i), scale_x);
       if (p_.bias) v = V::add(v, n == V::kLanes ? V::load_f(p_.bias + n0 + i) : V::load_f_part(p_.bias + n0 + i, n));
       if (p_.function != Activation::kNone) v = Activations<V>::apply(p_.function, v);
+      if (p_.residual.rows) v = plus_residual<V, D>(p_.residual, residual + i, n, v);
       if (n == V::kLanes)
         V::template store<D>(p_.y, y + i, v);
       else

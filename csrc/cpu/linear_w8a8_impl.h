@@ -1,4 +1,5 @@
-// y [M, N] = f(((q_x [M, K] @ weight [N, K]^T - zp * colsum) * scale_x) * scale_w + bias), q_x quantized on the way in.
+// y [M, N] = f(((q_x [M, K] @ weight [N, K]^T - zp * colsum) * scale_x) * scale_w + bias) + residual, q_x quantized on
+// the way in.
 //
 // Written once over the verbs of a tier. A tier provides, beside the verbs of verbs_*.h:
 //   kTileM, kTileN    rows and columns of its register tile; kTileN divides the 64 columns of a superblock
@@ -186,10 +187,10 @@ class LinearW8A8 {
     int64_t at, y_stride;
   };
 
-  // One slice, whole columns, no function after the bias, and no tile of fewer rows than are served.
+  // One slice, whole columns, nothing after the bias, and no tile of fewer rows than are served.
   bool finishes(const Columns& columns, int64_t rows, int64_t tiles) const {
     return p_.k <= V::kSliceK && columns.count == kBlockN && columns.member->function == Activation::kNone &&
-           rows / tiles >= V::kFinishedRows;
+           !columns.member->residual.rows && rows / tiles >= V::kFinishedRows;
   }
 
   void finished(int64_t row, int64_t rows, int64_t tiles, Range range, const uint8_t* q, const RowScale* scales,
@@ -258,7 +259,7 @@ class LinearW8A8 {
     for (int64_t r = rows.begin; r < rows.end; ++r, c += pitch) {
       const auto scale_x = V::set(scales[r].scale);
       const auto zero_point = V::set_i(scales[r].zero_point);
-      const int64_t y = (row + r) * w.y_stride + n0 + j;
+      const int64_t y = (row + r) * w.y_stride + n0 + j, residual = (row + r) * w.residual.stride + n0 + j;
       for (int i = 0; i < width; i += kW) {
         const int at = j + i;
         auto sum = V::load_i(c + i);
@@ -269,10 +270,12 @@ class LinearW8A8 {
         auto v = V::mul(V::mul(V::to_f(sum), scale_x), V::load_f(columns.scale + at));
         if (columns.bias) v = V::add(v, V::load_f(columns.bias + at));
         if constexpr (kActivates) v = Activations<V>::apply(w.function, v);
-        if (width - i >= kW)
+        const int lanes = width - i < kW ? width - i : kW;
+        if (w.residual.rows) v = plus_residual<V, D>(w.residual, residual + i, lanes, v);
+        if (lanes == kW)
           V::template store<D>(w.y, y + i, v);
         else
-          V::template store_part<D>(w.y, y + i, v, width - i);
+          V::template store_part<D>(w.y, y + i, v, lanes);
       }
     }
   }
