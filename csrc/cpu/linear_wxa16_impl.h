@@ -305,6 +305,10 @@ class LinearWxA16 {
   // ---- epilogue ----------------------------------------------------------------------------------------------
 
   void epilogue(int64_t row, Range rows, int64_t nb, const float* c) const {
+    if (p_.residual.rows) {
+      for (int64_t r = rows.begin; r < rows.end; ++r)
+        prefetch_residual(p_.residual, p_.y_dtype, (row + r) * p_.residual.stride + nb * kBlockN, kBlockN);
+    }
     switch (p_.y_dtype) {
       case DType::kF32:
         return epilogue_as<DType::kF32>(row, rows, nb, c);
