@@ -244,11 +244,22 @@ class PreparedW8A8(Prepared):
     def run_plus(self, x: Tensor, residual: Tensor) -> Tensor:
         """See :meth:`Prepared.run_plus`."""
         if is_plain(x) and x.is_cpu and type(residual) is Tensor and not residual.requires_grad:
-            native = self.native()
+            native, code, shape = self.native(), _dtype_code(x.dtype), x.shape
+            features, rows = self.in_features, self.out_features
             if native is not None:
-                check_input(x, self.in_features, self.device)
-                check_residual(residual, x, self.out_features, x.dtype)
-                return run_native_plus(native.__self__, x, self.in_features, self.out_features, x.dtype, residual)
+                if not (
+                    code is not None
+                    and residual.dtype == x.dtype
+                    and residual.is_cpu
+                    and shape
+                    and shape[-1] == features
+                    and residual.shape == (*shape[:-1], rows)
+                    and x.layout is _strided
+                    and residual.layout is _strided
+                ):
+                    check_input(x, features, self.device)
+                    check_residual(residual, x, rows, x.dtype)
+                return run_native_plus(native.__self__, x, features, rows, x.dtype, residual)
         return self.around(x, residual)
 
     def product(self, x: Tensor, tensors: Mapping[str, Tensor | None], out_dtype: torch.dtype | None) -> Tensor:
