@@ -13,6 +13,12 @@ enum class QKind : int32_t { kInt8 = 0, kUint8 = 1, kInt4 = 2 };
 // What is applied to y after the bias, before it is rounded to its dtype; see cpu/activation.h.
 enum class Activation : int32_t { kNone = 0, kRelu = 1, kGelu = 2, kGeluTanh = 3, kSilu = 4 };
 
+// What is added to y after the function, before it is rounded: rows [M, N] of y's dtype, or nothing.
+struct ResidualArgs {
+  const void* rows;  // nullptr: none
+  int64_t stride;  // elements between rows
+};
+
 // Float activations x [M, K] and how they are quantized.
 struct ActivationArgs {
   const void* x;
@@ -24,7 +30,7 @@ struct ActivationArgs {
   const float* inv_smooth;  // [K] or nullptr
 };
 
-// y [M, N] = epilogue(quantize(x [M, K]) @ weight [N, K]^T); see layout.h for the packed weight.
+// y [M, N] = epilogue(quantize(x [M, K]) @ weight [N, K]^T) + residual; see layout.h for the packed weight.
 //
 // Kernels take several of these that read the same rows (the projections of an attention block): the rows are quantized
 // once, and the columns of all of them are shared out as if they were one. What concerns x, m, k, threads and scratch
@@ -49,6 +55,7 @@ struct LinearW8A8Args {
   void* y;
   DType y_dtype;
   int64_t y_stride;  // elements between rows
+  ResidualArgs residual;
 
   int threads;
   uint8_t* scratch;  // kernel workspace of scratch_bytes
@@ -60,7 +67,8 @@ enum class ScaleType : int32_t { kF32 = 0, kF16 = 2 };
 
 // y [M, N]: int4 weights in groups along K; see layout.h. With a = q_x - zero_point_x, per group g in order:
 //   d = sum(a * q) - zero_point * sum(a)   (int32);   total += float(d) * scale_w[g];   total += min[g] * float(sum(a))
-// then y = function(total * scale_x + bias). zero_point is 8 where there is neither a zero point nor a minimum.
+// then y = function(total * scale_x + bias) + residual. zero_point is 8 where there is neither a zero point nor a
+// minimum.
 struct LinearW4A8Args {
   const uint8_t* packed;
   const void* weight_scale;  // packed groups
@@ -76,13 +84,14 @@ struct LinearW4A8Args {
   void* y;
   DType y_dtype;
   int64_t y_stride;
+  ResidualArgs residual;
 
   int threads;
   uint8_t* scratch;
 };
 
-// Weight-only Linear: y [M, N] = function(x [M, K] @ w [N, K]^T + bias), x and sums in floating point. One struct for
-// both widths.
+// Weight-only Linear: y [M, N] = function(x [M, K] @ w [N, K]^T + bias) + residual, x and sums in floating point. One
+// struct for both widths.
 //
 //   W8:  w[n, k] = scale[n] * q
 //   W4:  w[n, k] = scale[n, g] * (q - zero_point[n, g])         zero_point absent: 8
@@ -106,6 +115,7 @@ struct LinearWxA16Args {
   void* y;
   DType y_dtype;
   int64_t y_stride;  // elements between rows
+  ResidualArgs residual;
 
   int threads;
   uint8_t* scratch;  // kernel workspace

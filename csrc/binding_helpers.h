@@ -39,6 +39,8 @@ inline Activation activation(int code) {
   return static_cast<Activation>(code);
 }
 
+inline ResidualArgs residual(uintptr_t rows, int64_t stride) { return {pointer<const void>(rows), stride}; }
+
 template <class Call>
 void run_released(bool release, const Call& call) {
   if (!release) return call();

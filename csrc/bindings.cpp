@@ -64,7 +64,13 @@ class LinearW8A8 {
 
   void run(uintptr_t x, int x_dtype, int64_t m, int64_t x_stride, uintptr_t y, int y_dtype, int64_t y_stride,
            int threads) const {
+    run_plus(x, x_dtype, m, x_stride, y, y_dtype, y_stride, threads, 0, 0);
+  }
+
+  void run_plus(uintptr_t x, int x_dtype, int64_t m, int64_t x_stride, uintptr_t y, int y_dtype, int64_t y_stride,
+                int threads, uintptr_t residual, int64_t residual_stride) const {
     qk::LinearW8A8Args args = args_;
+    args.residual = qk::residual(residual, residual_stride);
     args.act.x = pointer<const void>(x);
     args.act.x_dtype = dtype(x_dtype);
     launch(args, m, x_stride, y, y_dtype, y_stride, threads);
@@ -264,6 +270,7 @@ PYBIND11_MODULE(_C, m) {
            py::arg("has_minus128"), py::arg("act_symmetric"), py::arg("act_scale"), py::arg("act_zero_point"),
            py::arg("inv_smooth"), py::arg("function") = 0)
       .def("run", &LinearW8A8::run)
+      .def("run_plus", &LinearW8A8::run_plus)
       .def("run_quantized", &LinearW8A8::run_quantized);
 
   py::class_<LinearW8A8Group>(m, "LinearW8A8Group")

@@ -44,6 +44,11 @@ class LinearW4A8 {
 
   void run(uintptr_t x, int x_dtype, int64_t m, int64_t x_stride, uintptr_t y, int y_dtype, int64_t y_stride,
            int threads) const {
+    run_plus(x, x_dtype, m, x_stride, y, y_dtype, y_stride, threads, 0, 0);
+  }
+
+  void run_plus(uintptr_t x, int x_dtype, int64_t m, int64_t x_stride, uintptr_t y, int y_dtype, int64_t y_stride,
+                int threads, uintptr_t residual, int64_t residual_stride) const {
     QK_CHECK_GE(m, 0);
     QK_CHECK_GE(threads, 1);
     qk::LinearW4A8Args args = args_;
@@ -54,6 +59,7 @@ class LinearW4A8 {
     args.y = pointer<void>(y);
     args.y_dtype = qk::dtype(y_dtype);
     args.y_stride = y_stride;
+    args.residual = qk::residual(residual, residual_stride);
     args.threads = threads;
     const qk::KernelTable& table = qk::kernels();
     const int64_t groups = args.group_size < args.k ? qk::ceil_div(args.k, args.group_size) : 1;
@@ -131,5 +137,6 @@ void bind_w4(py::module_& m) {
            py::arg("scale_dtype"), py::arg("bias"), py::arg("N"), py::arg("K"), py::arg("group_size"),
            py::arg("act_symmetric"), py::arg("act_scale"), py::arg("act_zero_point"), py::arg("inv_smooth"),
            py::arg("function") = 0)
-      .def("run", &LinearW4A8::run);
+      .def("run", &LinearW4A8::run)
+      .def("run_plus", &LinearW4A8::run_plus);
 }

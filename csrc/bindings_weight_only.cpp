@@ -13,6 +13,11 @@ class WeightOnly {
  public:
   void run(uintptr_t x, int x_dtype, int64_t m, int64_t x_stride, uintptr_t y, int y_dtype, int64_t y_stride,
            int threads) const {
+    run_plus(x, x_dtype, m, x_stride, y, y_dtype, y_stride, threads, 0, 0);
+  }
+
+  void run_plus(uintptr_t x, int x_dtype, int64_t m, int64_t x_stride, uintptr_t y, int y_dtype, int64_t y_stride,
+                int threads, uintptr_t residual, int64_t residual_stride) const {
     QK_CHECK_GE(m, 0);
     QK_CHECK_GE(threads, 1);
     qk::LinearWxA16Args args = args_;
@@ -23,6 +28,7 @@ class WeightOnly {
     args.y = pointer<void>(y);
     args.y_dtype = qk::dtype(y_dtype);
     args.y_stride = y_stride;
+    args.residual = qk::residual(residual, residual_stride);
     args.threads = threads;
     const qk::WeightOnlyTable& table = qk::weight_only_kernels(args);
     args.scratch = qk::scratch(table.scratch_bytes(m, args.k, args.group_size, threads));
@@ -84,12 +90,14 @@ void bind_weight_only(py::module_& m) {
       .def(py::init<uintptr_t, uintptr_t, uintptr_t, int64_t, int64_t, uintptr_t, int>(), py::arg("packed"),
            py::arg("weight_scale"), py::arg("bias"), py::arg("N"), py::arg("K"), py::arg("inv_smooth") = 0,
            py::arg("function") = 0)
-      .def("run", &LinearW8A16::run);
+      .def("run", &LinearW8A16::run)
+      .def("run_plus", &LinearW8A16::run_plus);
   py::class_<LinearW4A16>(m, "LinearW4A16")
       .def(py::init<uintptr_t, uintptr_t, uintptr_t, uintptr_t, int, uintptr_t, uintptr_t, int64_t, int64_t, int64_t,
                     uintptr_t, int>(),
            py::arg("packed"), py::arg("weight_scale"), py::arg("weight_zero_point"), py::arg("weight_min"),
            py::arg("scale_dtype"), py::arg("codebook"), py::arg("bias"), py::arg("N"), py::arg("K"),
            py::arg("group_size"), py::arg("inv_smooth") = 0, py::arg("function") = 0)
-      .def("run", &LinearW4A16::run);
+      .def("run", &LinearW4A16::run)
+      .def("run_plus", &LinearW4A16::run_plus);
 }

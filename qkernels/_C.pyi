@@ -62,6 +62,22 @@ class LinearW8A8:
     ) -> None:
         """Float rows in, float rows out; strides in elements between rows."""
 
+    def run_plus(
+        self,
+        x: int,
+        x_dtype: int,
+        M: int,
+        x_stride: int,
+        y: int,
+        y_dtype: int,
+        y_stride: int,
+        threads: int,
+        residual: int,
+        residual_stride: int,
+        /,
+    ) -> None:
+        """:meth:`run`, with a residual ``[M, N]`` of y's dtype added before y is rounded."""
+
     def run_quantized(
         self,
         xq: int,
@@ -107,6 +123,20 @@ class LinearW4A8:
     def run(
         self, x: int, x_dtype: int, M: int, x_stride: int, y: int, y_dtype: int, y_stride: int, threads: int, /
     ) -> None: ...
+    def run_plus(
+        self,
+        x: int,
+        x_dtype: int,
+        M: int,
+        x_stride: int,
+        y: int,
+        y_dtype: int,
+        y_stride: int,
+        threads: int,
+        residual: int,
+        residual_stride: int,
+        /,
+    ) -> None: ...
 
 class LinearW8A16:
     """int8 weights per channel, float activations."""
@@ -116,6 +146,20 @@ class LinearW8A16:
     ) -> None: ...
     def run(
         self, x: int, x_dtype: int, M: int, x_stride: int, y: int, y_dtype: int, y_stride: int, threads: int, /
+    ) -> None: ...
+    def run_plus(
+        self,
+        x: int,
+        x_dtype: int,
+        M: int,
+        x_stride: int,
+        y: int,
+        y_dtype: int,
+        y_stride: int,
+        threads: int,
+        residual: int,
+        residual_stride: int,
+        /,
     ) -> None: ...
 
 class LinearW4A16:
@@ -138,6 +182,20 @@ class LinearW4A16:
     ) -> None: ...
     def run(
         self, x: int, x_dtype: int, M: int, x_stride: int, y: int, y_dtype: int, y_stride: int, threads: int, /
+    ) -> None: ...
+    def run_plus(
+        self,
+        x: int,
+        x_dtype: int,
+        M: int,
+        x_stride: int,
+        y: int,
+        y_dtype: int,
+        y_stride: int,
+        threads: int,
+        residual: int,
+        residual_stride: int,
+        /,
     ) -> None: ...
 
 def embedding(

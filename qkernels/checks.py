@@ -23,6 +23,7 @@ __all__ = [
     "check_features",
     "check_input",
     "check_out_dtype",
+    "check_residual",
     "check_static",
     "row_stride",
 ]
@@ -60,6 +61,26 @@ def check_features(x: Tensor, in_features: int, name: str = "input") -> None:
         raise ValueError(
             f"{name}: expected {in_features} features in the last dimension, got {x.shape[-1]} (shape {tuple(x.shape)})"
         )
+
+
+def check_residual(residual: object, x: Tensor, out_features: int, dtype: torch.dtype) -> None:
+    """What is added to the output of a Linear: ``[..., out_features]`` beside an input ``x [..., in_features]``, of the
+    output's dtype and on the input's device.
+
+    Raises:
+        TypeError, ValueError: naming ``residual``.
+    """
+    if not isinstance(residual, Tensor):
+        raise TypeError(f"residual: expected a torch.Tensor or None, got {type(residual).__name__}")
+    if residual.dtype != dtype:
+        raise TypeError(f"residual: expected dtype {dtype}, that of the output, got {residual.dtype}")
+    if residual.layout != torch.strided:
+        raise TypeError(f"residual: expected a dense (strided) tensor, got layout {residual.layout}")
+    expected = (*x.shape[:-1], out_features)
+    if residual.shape != expected:
+        raise ValueError(f"residual: expected shape {tuple(expected)}, got {tuple(residual.shape)}")
+    if residual.device != x.device:
+        raise ValueError(f"residual: expected device {x.device}, that of the input, got {residual.device}")
 
 
 def check_out_dtype(dtype: torch.dtype | None, name: str = "out_dtype") -> None:

@@ -81,9 +81,9 @@ def quantize_(
             "gptq" or "awq"; or one of them with its knobs: `qk.GPTQ(act_order=False)`.
         strict: raise where False would leave a layer and say so in the report: patterns that match nothing, weights
             that are not finite or hold no data, nothing to quantize.
-        fuse: also apply GELU, SiLU and ReLU modules inside the quantized Linear before them, and quantize an input once
-            for all the Linears that read it, where the code of their parent shows that nobody sees a difference (see
-            `qkernels.fuse`); `dequantize_` takes them apart.
+        fuse: also apply GELU, SiLU and ReLU modules and add residuals inside quantized Linears, and quantize an input
+            once for all the Linears that read it, where the code of their parent shows that nobody sees a difference
+            (see `qkernels.fuse`); `dequantize_` takes them apart.
         progress: None (a bar on a terminal), True, False, or a callable `(done, total, name)`.
 
     Returns:

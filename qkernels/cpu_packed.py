@@ -18,10 +18,10 @@ from torch import Tensor
 
 from . import _C
 from ._library import register_rules, vmap_rows
-from .checks import DTYPE_CODES, check_features, check_input, check_out_dtype, check_static
+from .checks import DTYPE_CODES, check_features, check_input, check_out_dtype, check_residual, check_static
 from .eager import is_plain
 from .epilogues import epilogue_code
-from .native import ALIGNMENT, pack_w8, run_native, unpack_w8
+from .native import ALIGNMENT, pack_w8, run_native, run_native_plus, unpack_w8
 from .packed import GROUPED, PackedLayer, codebook_tensor, group_count
 from .prepared import effective_weight, input_gradient, scheme_from_key
 from .scheme import MAX_INTEGER_K, Scheme
@@ -243,6 +243,19 @@ class PreparedPacked(PackedLayer):
                 return out
         return self.around(x)
 
+    def run_plus(self, x: Tensor, residual: Tensor) -> Tensor:
+        """See :meth:`Prepared.run_plus`."""
+        if is_plain(x) and x.is_cpu and type(residual) is Tensor and not residual.requires_grad:
+            resident = self.resident()
+            plain = all(type(t) is Tensor and t.is_cpu and t.is_contiguous() for t in resident.values())
+            if plain and resident["packed"].data_ptr() % ALIGNMENT == 0:
+                rows, features = self.out_features, self.in_features
+                check_input(x, features, self.device)
+                check_residual(residual, x, rows, x.dtype)
+                native = _bound_native(self.tensors, self.scheme, rows, features, epilogue_code(self.epilogue))
+                return run_native_plus(native, x, features, rows, x.dtype, residual)
+        return self.around(x, residual)
+
     def load(self, canonical: Mapping[str, Tensor]) -> None:
         """Packs into the resident memory."""
         merged = {name: tensor.detach().to(self.device) for name, tensor in {**self.canonical(), **canonical}.items()}
@@ -289,6 +302,7 @@ def _linear_packed(
     N: int,
     K: int,
     out_dtype: torch.dtype | None,
+    residual: Tensor | None = None,
 ) -> Tensor:
     check_input(x, K, packed.device, "x")
     check_out_dtype(out_dtype)
@@ -311,13 +325,19 @@ def _linear_packed(
         raise ValueError(f"packed: expected tensors of a [{N}, {K}] layer of scheme {rule.name}, got elements {sizes}")
     if present["packed"].data_ptr() % ALIGNMENT:
         tensors["packed"] = present["packed"].clone()
-    return run_native(_bound_native(tensors, rule, N, K).run, x, K, N, out_dtype or x.dtype)
+    native = _bound_native(tensors, rule, N, K)
+    if residual is None:
+        return run_native(native.run, x, K, N, out_dtype or x.dtype)
+    check_residual(residual, x, N, out_dtype or x.dtype)
+    return run_native_plus(native, x, K, N, out_dtype or x.dtype, residual)
 
 
-def _linear_packed_fake(x: Tensor, packed: Tensor, *rest: Any) -> Tensor:
-    N, K, out_dtype = rest[-3:]
+def _linear_packed_fake(x: Tensor, *rest: Any) -> Tensor:
+    N, K, out_dtype = rest[9:12]
     check_features(x, K, "x")
     check_out_dtype(out_dtype)
+    if len(rest) > 12 and rest[12] is not None:
+        check_residual(rest[12], x, N, out_dtype or x.dtype)
     return x.new_empty((*x.shape[:-1], N), dtype=out_dtype or x.dtype)
 
 
@@ -346,14 +366,14 @@ def _dequantize_packed_fake(packed: Tensor, *rest: Any) -> Tensor:
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, packed, scale, zero_point, low, _, _, _, smooth, scheme, rows, features, _ = inputs
+    x, packed, scale, zero_point, low, _, _, _, smooth, scheme, rows, features, _, residual = inputs
     ctx.save_for_backward(packed, scale, zero_point, low, smooth)
-    ctx.layer, ctx.dtype = (scheme, rows, features), x.dtype
+    ctx.layer, ctx.dtype, ctx.has_residual = (scheme, rows, features), x.dtype, residual is not None
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     weight = torch.ops.qkernels.dequantize_packed(*ctx.saved_tensors, *ctx.layer, torch.float32)
-    return (input_gradient(grad, weight, ctx.dtype), *(None,) * 12)
+    return (input_gradient(grad, weight, ctx.dtype), *(None,) * 12, grad if ctx.has_residual else None)
 
 
 def register_operators(library: torch.library.Library) -> None:
@@ -361,7 +381,7 @@ def register_operators(library: torch.library.Library) -> None:
     packed = "Tensor packed, Tensor packed_scale, Tensor? packed_zero_point, Tensor? packed_min"
     library.define(
         f"linear_packed(Tensor x, {packed}, Tensor? bias, Tensor? act_scale, Tensor? act_zero_point, "
-        "Tensor? inv_smooth, str scheme, int N, int K, ScalarType? out_dtype) -> Tensor"
+        "Tensor? inv_smooth, str scheme, int N, int K, ScalarType? out_dtype, Tensor? residual=None) -> Tensor"
     )
     library.define(
         f"dequantize_packed({packed}, Tensor? inv_smooth, str scheme, int N, int K, ScalarType dtype) -> Tensor"

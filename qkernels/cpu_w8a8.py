@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import _C
-from .checks import DTYPE_CODES, check_static
-from .eager import autocast, dispatch_modes, jit_trace
+from .checks import DTYPE_CODES, check_input, check_residual, check_static
+from .eager import autocast, dispatch_modes, is_plain, jit_trace
 from .epilogues import epilogue_code
-from .native import ALIGNMENT, native_linear_w8a8, pack_w8, run_native, unpack_w8
+from .native import ALIGNMENT, native_linear_w8a8, pack_w8, run_native, run_native_plus, unpack_w8
 from .prepared import Prepared, function_transform
 from .scheme import Scheme
 
@@ -141,12 +141,12 @@ class PreparedW8A8(Prepared):
             self.has_minus128 = bool((packed == -128).any())
         self._known_packed = (id(packed), place)
 
-    def around(self, x: Tensor) -> Tensor:
+    def around(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """See :meth:`Prepared.around`."""
         packed = self.tensors["packed"]
         if type(packed) is Tensor and packed.device.type == "cpu":
             self._know(packed)
-        return super().around(x)
+        return super().around(x, residual)
 
     def _bind(self) -> _Binding:
         """The binding for what is resident now; ``_UNBOUND`` where that is not what a kernel can read."""
@@ -240,6 +240,27 @@ class PreparedW8A8(Prepared):
                         native(x.data_ptr(), code, count, features, out.data_ptr(), code, rows, _num_threads())
                     return out
         return self.around(x)
+
+    def run_plus(self, x: Tensor, residual: Tensor) -> Tensor:
+        """See :meth:`Prepared.run_plus`."""
+        if is_plain(x) and x.is_cpu and type(residual) is Tensor and not residual.requires_grad:
+            native, code, shape = self.native(), _dtype_code(x.dtype), x.shape
+            features, rows = self.in_features, self.out_features
+            if native is not None:
+                if not (
+                    code is not None
+                    and residual.dtype == x.dtype
+                    and residual.is_cpu
+                    and shape
+                    and shape[-1] == features
+                    and residual.shape == (*shape[:-1], rows)
+                    and x.layout is _strided
+                    and residual.layout is _strided
+                ):
+                    check_input(x, features, self.device)
+                    check_residual(residual, x, rows, x.dtype)
+                return run_native_plus(native.__self__, x, features, rows, x.dtype, residual)
+        return self.around(x, residual)
 
     def product(self, x: Tensor, tensors: Mapping[str, Tensor | None], out_dtype: torch.dtype | None) -> Tensor:
         """Through ``torch.ops.qkernels.linear_w8a8``."""

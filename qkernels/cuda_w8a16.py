@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import cuda, cuda_w4
-from ._library import vmap_rows
+from ._library import plus_residual, vmap_rows
 from .checks import DTYPE_CODES, check_input, check_out_dtype
 from .cpu_packed import PreparedPacked
 from .cuda import _address, _cuda, _on, _stream
@@ -336,6 +336,6 @@ def register_operators(library: torch.library.Library) -> torch.library.Library:
     if hasattr(torch.library, "register_vmap"):
         torch.library.register_vmap("qkernels::embedding_w8", vmap_rows("embedding_w8"), lib=library)
     implementations = torch.library.Library("qkernels", "IMPL", "CUDA")
-    implementations.impl("linear_packed", _linear_packed)
+    implementations.impl("linear_packed", plus_residual(_linear_packed, 13))
     implementations.impl("dequantize_packed", _dequantize_packed)
     return implementations

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import cuda
+from ._library import plus_residual
 from .checks import DTYPE_CODES, check_input, check_out_dtype
 from .cpu_w8a8 import PreparedW8A8
 from .cuda_rows import Codes, RowGrid
@@ -234,6 +235,6 @@ class PreparedCudaW8A8(Prepared):
 def register_operators() -> torch.library.Library:
     """CUDA implementations of operators that :mod:`qkernels.ops` defines.  The library must be kept alive."""
     library = torch.library.Library("qkernels", "IMPL", "CUDA")
-    library.impl("linear_w8a8", _linear_w8a8)
+    library.impl("linear_w8a8", plus_residual(_linear_w8a8, 13))
     library.impl("dequantize_w8", _dequantize_w8)
     return library

@@ -429,11 +429,11 @@ class TiedQuantLinear(QuantLinear):
         self.__dict__["_prepared"] = prepared
         self.__dict__["_table_epoch"] = table._epoch
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor, *, residual: Tensor | None = None) -> Tensor:
         """See :meth:`QuantLinear.forward`."""
         if self._table_epoch != self._table._epoch:
             self._prepare()
-        return super().forward(input)
+        return super().forward(input, residual=residual)
 
     def canonical(self) -> dict[str, Tensor]:
         """The canonical tensors; ``weight`` and ``weight_scale`` are those of the embedding's state dict."""

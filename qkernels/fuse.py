@@ -1,8 +1,9 @@
 """Fewer passes over memory, chosen from how modules call their children, and reversible.
 
 Activation modules are applied inside the Linear before them; Linears that read one input run as one product (see
-:mod:`qkernels.groups`); on a GPU, norms and activations quantize their output in the pass that computes it, where 8-bit
-Linears alone read it (:mod:`qkernels.norms`, :mod:`qkernels.deferred`).
+:mod:`qkernels.groups`); residuals are added inside the Linear (see :mod:`qkernels.residuals`); on a GPU, norms and
+activations quantize their output in the pass that computes it, where 8-bit Linears alone read it
+(:mod:`qkernels.norms`, :mod:`qkernels.deferred`).
 
 An activation is fused where the parent's own ``forward``, traced with every child as a leaf, calls the quantized Linear
 once, hands its output to the activation and to nothing else, and calls the activation once.  The Linear gets the
@@ -28,6 +29,7 @@ from .flow import linears_behind
 from .groups import InputGroup, compatible, readers
 from .linear import QuantLinear
 from .norms import Norm, NormHandoff, norm_of
+from .residuals import TRANSPARENT, Sum, add_inside, add_outside, adds_inside, sum_of
 
 __all__ = ["Passed", "fuse_", "unfuse_"]
 
@@ -75,8 +77,8 @@ class _Read(NamedTuple):
 
 
 def fuse_(model: nn.Module, *, on_failure: OnFailure | None = None) -> dict[str, str]:
-    """Apply activations in the quantized Linears before them, join Linears that read one input, and let norms and
-    activations hand integers to the Linears behind them on a GPU; in place.
+    """Apply activations and add residuals in the quantized Linears before them, join Linears that read one input, and
+    let norms and activations hand integers to the Linears behind them on a GPU; in place.
 
     Args:
         model: looked through as a whole.
@@ -88,9 +90,11 @@ def fuse_(model: nn.Module, *, on_failure: OnFailure | None = None) -> dict[str,
     family = _Family(model)
     pairs = [pair for parent in model.modules() for pair in family.pairs(parent)]
     groups = [group for parent in model.modules() for group in family.groups(parent)]
+    grouped = [layer for group in groups for layer in group]
     reads = [read for parent in model.modules() for read in family.reads(parent)]
+    sums = [(parent, form) for parent in model.modules() if (form := family.sum(parent, grouped)) is not None]
     if on_failure is not None:
-        on_failure(_restorer(model, pairs, [read.module for read in reads]))
+        on_failure(_restorer(model, pairs, [read.module for read in reads], [parent for parent, _ in sums]))
     done: dict[str, str] = {}
 
     def note(layer: nn.Module, words: str) -> None:
@@ -104,6 +108,11 @@ def fuse_(model: nn.Module, *, on_failure: OnFailure | None = None) -> dict[str,
             layer.epilogue = epilogue_of(function)
             parent._modules[activation] = Passed(function, linear).train(function.training)
             note(layer, f"applies {activation}")
+    for parent, form in sums:
+        layer = parent._modules[form.linear]
+        if layer is not None:
+            note(layer, f"adds {form.arguments[form.residual]}")
+        add_inside(parent, form)
     for members in groups:
         names = [family.names[id(layer)] for layer in members]
         shared = InputGroup(len(members))
@@ -137,7 +146,7 @@ def _join(reader: QuantLinear) -> Handoff:
 
 
 def unfuse_(model: nn.Module, *, on_failure: OnFailure | None = None) -> None:
-    """Put back every activation that :func:`fuse_` took, and let every Linear and every norm run by itself.
+    """Put back every activation and sum that :func:`fuse_` took, and let every Linear and every norm run by itself.
 
     Args:
         model: looked through as a whole.
@@ -150,8 +159,11 @@ def unfuse_(model: nn.Module, *, on_failure: OnFailure | None = None) -> None:
         if isinstance(child, Passed)
     ]
     handing = [m for m in model.modules() if isinstance(m.__dict__.get("forward"), NormHandoff)]
+    sums = [module for module in model.modules() if adds_inside(module)]
     if on_failure is not None:
-        on_failure(_restorer(model, pairs, handing))
+        on_failure(_restorer(model, pairs, handing, sums))
+    for parent in sums:
+        add_outside(parent)
     for member in _linears(model):
         member._group = None
         member.feed(None)
@@ -172,11 +184,15 @@ def _linears(model: nn.Module) -> list[QuantLinear]:
     return [module for module in model.modules() if isinstance(module, QuantLinear)]
 
 
-def _restorer(model: nn.Module, pairs: list[_Pair], norms: list[nn.Module]) -> Callable[[], None]:
-    """A function that makes both halves of each pair, every Linear and these norms what they are now."""
+def _restorer(
+    model: nn.Module, pairs: list[_Pair], norms: list[nn.Module], sums: list[nn.Module]
+) -> Callable[[], None]:
+    """A function that makes both halves of each pair, every Linear, these norms and where modules add what they are
+    now."""
     layers = [(x, x.epilogue, x._group, x._reads, x._feeds) for x in _linears(model)]
     activations = [(pair, pair.parent._modules.get(pair.activation)) for pair in pairs]
     forwards = [(norm, norm.__dict__.get("forward")) for norm in norms]
+    inside = [(module, module.__dict__.get("_residual_sum")) for module in sums]
 
     def restore() -> None:
         for layer, epilogue, group, reads, feeds in layers:
@@ -190,6 +206,11 @@ def _restorer(model: nn.Module, pairs: list[_Pair], norms: list[nn.Module]) -> C
             norm.__dict__.pop("forward", None)
             if forward is not None:
                 norm.__dict__["forward"] = forward
+        for module, form in inside:
+            if adds_inside(module):
+                add_outside(module)
+            if form is not None:
+                add_inside(module, form)
 
     return restore
 
@@ -256,6 +277,21 @@ class _Family:
         eight = (scheme.weight_bits, scheme.activation_bits, scheme.weight_granularity) == (8, 8, "per_channel")
         return eight and type(child) is QuantLinear and child._reads is None and self._in_one_place(child)
 
+    def sum(self, parent: nn.Module, grouped: list[QuantLinear]) -> Sum | None:
+        """How ``parent`` adds a residual to the output of a child that can add it itself."""
+        form = sum_of(parent) if _replaceable(type(parent)) else None
+        if form is None:
+            return None
+        names = (form.linear, *form.between, *form.after)
+        if any(hasattr(type(parent), name) or parent._modules.get(name) is None for name in names):
+            return None
+        linear = parent._modules[form.linear]
+        able = type(linear) is QuantLinear and linear._prepared.fuses and linear._group is None
+        able = able and all(linear is not member for member in grouped)
+        passing = all(type(parent._modules[name]) in TRANSPARENT for name in form.between)
+        quiet = all(self._separable(parent.get_submodule(name)) for name in (form.linear, *form.between))
+        return form if able and passing and quiet else None
+
     def _in_one_place(self, child: nn.Module) -> bool:
         return len(self._parents[id(child)]) == 1
 
@@ -281,6 +317,12 @@ class _Family:
             if not self._called_as_a_whole(parent):
                 return False
         return True
+
+
+def _replaceable(kind: type) -> bool:
+    """Whether instances of a class may become instances of a subclass, and are copied and pickled as usual."""
+    own = ("__slots__", "__reduce__", "__reduce_ex__", "__deepcopy__", "__copy__")
+    return type(kind) is type and not any(name in vars(base) for base in kind.__mro__[:-1] for name in own)
 
 
 class _Tracer(fx.Tracer):

@@ -27,7 +27,7 @@ from .eager import is_plain
 if TYPE_CHECKING:
     from .linear import QuantLinear
 
-__all__ = ["NOT_ONCE", "InputGroup", "called_child", "compatible", "mentions", "parsed", "readers"]
+__all__ = ["NOT_ONCE", "InputGroup", "called_child", "compatible", "mentions", "parsed", "parsed_forward", "readers"]
 
 _new_empty = Tensor.new_empty
 _num_threads = torch.get_num_threads
@@ -159,7 +159,7 @@ def readers(parent: nn.Module, names: Sequence[str]) -> list[list[str]]:
         Groups of two or more names in the order of their calls.  Each child is called once in the whole function, the
         calls of a group stand in one block, and from the first to the last of them the variable is only looked at.
     """
-    function = None if "forward" in parent.__dict__ or len(names) < 2 else parsed(type(parent).forward)
+    function = parsed_forward(parent) if len(names) > 1 else None
     if function is None or not function.args.args:
         return []
     own = function.args.args[0].arg
@@ -181,6 +181,11 @@ def readers(parent: nn.Module, names: Sequence[str]) -> list[list[str]]:
             if len(members) > 1 and _only_read(block[first : last + 1], variable, own):
                 groups.append([name for _, name in members])
     return groups
+
+
+def parsed_forward(module: nn.Module) -> ast.FunctionDef | None:
+    """The source of ``type(module).forward``; None where there is none, or where the instance has a ``forward``."""
+    return None if "forward" in module.__dict__ else parsed(type(module).forward)
 
 
 @functools.lru_cache(maxsize=256)

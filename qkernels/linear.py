@@ -151,15 +151,21 @@ class QuantLinear(QuantModule):
 
     # -- running --------------------------------------------------------------------------------------------------
 
-    def forward(self, input: Tensor) -> Tensor:
-        """``input [..., in_features]`` to ``[..., out_features]``.
+    def forward(self, input: Tensor, *, residual: Tensor | None = None) -> Tensor:
+        """``input [..., in_features]`` to ``[..., out_features]``, plus ``residual`` where there is one.
+
+        The residual has the shape, dtype and device of the output and is added after the epilogue.  CPU kernels add it
+        in float32 before the one rounding of the output: for float32 that is ``layer(input) + residual`` to the bit,
+        for bfloat16 and float16 one rounding fewer.
 
         Raises:
             TypeError: not a float32, bfloat16 or float16 tensor.
-            ValueError: another number of features, or another device.
+            ValueError: another number of features, or another device; a residual of another shape.
         """
         if _is_dynamo_compiling():
-            return self._prepared.call(input, self._tensors())
+            return self._prepared.call(input, self._tensors(), residual)
+        if residual is not None:
+            return self._prepared.run_plus(input, residual)
         group = self._group
         return self._prepared.run(input) if group is None else group[0].run(self, group[1], input)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from torch import Tensor
 from . import _C
 from .checks import DTYPE_CODES, row_stride
 
-__all__ = ["ALIGNMENT", "native_linear_w8a8", "pack_w8", "run_native", "unpack_w8"]
+__all__ = ["ALIGNMENT", "native_linear_w8a8", "pack_w8", "run_native", "run_native_plus", "unpack_w8"]
 
 ALIGNMENT = 64
 """Bytes; packed weights begin at a multiple of it."""
@@ -86,12 +87,31 @@ def native_linear_w8a8(
 
 def run_native(native: Callable[..., None], x: Tensor, features: int, rows: int, out_dtype: torch.dtype) -> Tensor:
     """Checked input ``x [..., features]`` on the CPU through a ``LinearW8A8.run``: ``[..., rows]`` in ``out_dtype``."""
-    stride: int | None = features
-    if not x.is_contiguous():
-        stride = row_stride(x)
-        if stride is None or x.is_neg():
-            x = x.resolve_neg().contiguous()
-            stride = features
+    return _run(native, x, features, rows, out_dtype)
+
+
+def run_native_plus(
+    native: Any, x: Tensor, features: int, rows: int, out_dtype: torch.dtype, residual: Tensor
+) -> Tensor:
+    """:func:`run_native` of an object of the binding, plus a checked residual ``[..., rows]`` of ``out_dtype``."""
+    residual, stride = _strided_rows(residual, rows)
+    return _run(native.run_plus, x, features, rows, out_dtype, residual.data_ptr(), stride)
+
+
+def _strided_rows(x: Tensor, features: int) -> tuple[Tensor, int]:
+    """``x [..., features]``, or a copy, and the elements between its rows."""
+    if x.is_contiguous():
+        return x, features
+    stride = row_stride(x)
+    if stride is None or x.is_neg():
+        return x.resolve_neg().contiguous(), features
+    return x, stride
+
+
+def _run(
+    native: Callable[..., None], x: Tensor, features: int, rows: int, out_dtype: torch.dtype, *residual: int
+) -> Tensor:
+    x, stride = _strided_rows(x, features)
     shape = x.shape
     out = _new_empty(x, *shape[:-1], rows, dtype=out_dtype)
     count = x.numel() // features
@@ -105,5 +125,6 @@ def run_native(native: Callable[..., None], x: Tensor, features: int, rows: int,
             DTYPE_CODES[out_dtype],
             rows,
             _num_threads(),
+            *residual,
         )
     return out

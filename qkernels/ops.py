@@ -1,7 +1,8 @@
 """Operators of torch: schemas, shape functions, gradients and checks around the kernels.
 
 Everything registered here is under ``torch.ops.qkernels``, traceable by ``torch.compile``, ``torch.export`` and
-``make_fx``, and differentiable with respect to the input.  Nothing is computed in this file: work goes to the binding,
+``make_fx``, and differentiable with respect to the input and the
+residual.  Nothing is computed in this file: work goes to the binding,
 or to the reference where no kernel exists.
 
     linear_w8a8       8-bit weights in the packed layout of the CPU kernels
@@ -27,8 +28,8 @@ from torch import Tensor
 from . import _C, reference
 from ._library import register_rules, vmap_rows
 from .backends import Prepared, prepare, register
-from .checks import check_features, check_input, check_out_dtype, check_static
-from .native import ALIGNMENT, native_linear_w8a8, pack_w8, run_native, unpack_w8
+from .checks import check_features, check_input, check_out_dtype, check_residual, check_static
+from .native import ALIGNMENT, native_linear_w8a8, pack_w8, run_native, run_native_plus, unpack_w8
 from .prepared import effective_weight, input_gradient, scheme_from_key
 from .scheme import MAX_INTEGER_K, Scheme
 from .tensor_ops import dequantize, quantize
@@ -78,6 +79,7 @@ def _linear_w8a8(
     act_zero_point: Tensor | None,
     inv_smooth: Tensor | None,
     out_dtype: torch.dtype | None,
+    residual: Tensor | None = None,
 ) -> Tensor:
     check_input(x, K, packed.device, "x")
     check_out_dtype(out_dtype)
@@ -100,7 +102,10 @@ def _linear_w8a8(
         0 if act_zero_point is None else int(act_zero_point),
         _require("inv_smooth", inv_smooth, torch.float32, K, device),
     )
-    return run_native(native.run, x, K, N, out_dtype or x.dtype)
+    if residual is None:
+        return run_native(native.run, x, K, N, out_dtype or x.dtype)
+    check_residual(residual, x, N, out_dtype or x.dtype)
+    return run_native_plus(native, x, K, N, out_dtype or x.dtype, residual)
 
 
 def _linear_w8a8_fake(
@@ -117,9 +122,12 @@ def _linear_w8a8_fake(
     act_zero_point: Tensor | None,
     inv_smooth: Tensor | None,
     out_dtype: torch.dtype | None,
+    residual: Tensor | None = None,
 ) -> Tensor:
     check_features(x, K, "x")
     check_out_dtype(out_dtype)
+    if residual is not None:
+        check_residual(residual, x, N, out_dtype or x.dtype)
     return x.new_empty((*x.shape[:-1], N), dtype=out_dtype or x.dtype)
 
 
@@ -127,7 +135,7 @@ _operator(
     "linear_w8a8",
     "(Tensor x, Tensor packed, Tensor colsum, Tensor weight_scale, Tensor? bias, int N, int K, bool has_minus128, "
     "bool act_symmetric, Tensor? act_scale, Tensor? act_zero_point, Tensor? inv_smooth, "
-    "ScalarType? out_dtype) -> Tensor",
+    "ScalarType? out_dtype, Tensor? residual=None) -> Tensor",
     _linear_w8a8,
     _linear_w8a8_fake,
     key="CPU",
@@ -192,12 +200,13 @@ def _linear_quantized(
     scheme: str,
     K: int,
     out_dtype: torch.dtype | None,
+    residual: Tensor | None = None,
 ) -> Tensor:
     check_input(x, K, weight.device, "x")
     tensors = _named(weight, weight_scale, weight_zero_point, weight_min, inv_smooth)
     extra = {"bias": bias, "act_scale": act_scale, "act_zero_point": act_zero_point}
     tensors.update((name, tensor) for name, tensor in extra.items() if tensor is not None)
-    return reference.linear(x, tensors, scheme_from_key(scheme), K, out_dtype or x.dtype).contiguous()
+    return reference.linear(x, tensors, scheme_from_key(scheme), K, out_dtype or x.dtype, residual).contiguous()
 
 
 def _linear_quantized_fake(
@@ -213,9 +222,12 @@ def _linear_quantized_fake(
     scheme: str,
     K: int,
     out_dtype: torch.dtype | None,
+    residual: Tensor | None = None,
 ) -> Tensor:
     check_features(x, K, "x")
     check_out_dtype(out_dtype)
+    if residual is not None:
+        check_residual(residual, x, weight.shape[0], out_dtype or x.dtype)
     return x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=out_dtype or x.dtype)
 
 
@@ -223,7 +235,7 @@ _operator(
     "linear_quantized",
     "(Tensor x, Tensor weight, Tensor weight_scale, Tensor? weight_zero_point, Tensor? weight_min, Tensor? bias, "
     "Tensor? act_scale, Tensor? act_zero_point, Tensor? inv_smooth, str scheme, int K, "
-    "ScalarType? out_dtype) -> Tensor",
+    "ScalarType? out_dtype, Tensor? residual=None) -> Tensor",
     _linear_quantized,
     _linear_quantized_fake,
     key="CompositeExplicitAutograd",
@@ -271,26 +283,26 @@ _operator(
 
 
 def _setup_w8a8(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, packed, _, weight_scale, _, N, K, *_, inv_smooth, _ = inputs
+    x, packed, _, weight_scale, _, N, K, *_, inv_smooth, _, residual = inputs
     ctx.save_for_backward(packed, weight_scale, inv_smooth)
-    ctx.sizes, ctx.dtype = (N, K), x.dtype
+    ctx.sizes, ctx.dtype, ctx.has_residual = (N, K), x.dtype, residual is not None
 
 
 def _backward_w8a8(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     packed, weight_scale, inv_smooth = ctx.saved_tensors
     weight = torch.ops.qkernels.dequantize_w8(packed, weight_scale, inv_smooth, *ctx.sizes, torch.float32)
-    return (input_gradient(grad, weight, ctx.dtype), *(None,) * 12)
+    return (input_gradient(grad, weight, ctx.dtype), *(None,) * 12, grad if ctx.has_residual else None)
 
 
 def _setup_quantized(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, scale, zero_point, low, _, _, _, inv_smooth, scheme, K, _ = inputs
+    x, weight, scale, zero_point, low, _, _, _, inv_smooth, scheme, K, _, residual = inputs
     ctx.save_for_backward(weight, scale, zero_point, low, inv_smooth)
-    ctx.scheme, ctx.features, ctx.dtype = scheme, K, x.dtype
+    ctx.scheme, ctx.features, ctx.dtype, ctx.has_residual = scheme, K, x.dtype, residual is not None
 
 
 def _backward_quantized(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     weight = torch.ops.qkernels.dequantize_quantized(*ctx.saved_tensors, ctx.scheme, ctx.features, torch.float32)
-    return (input_gradient(grad, weight, ctx.dtype), *(None,) * 11)
+    return (input_gradient(grad, weight, ctx.dtype), *(None,) * 11, grad if ctx.has_residual else None)
 
 
 for _name, _backward, _setup in (
@@ -345,8 +357,9 @@ def linear_w8a8(
     act_zero_point: Tensor | None = None,
     inv_smooth: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
+    residual: Tensor | None = None,
 ) -> Tensor:
-    """``y = quantize(x) @ weight.T`` scaled, plus bias, for a weight packed by :func:`pack_w8`.
+    """``y = quantize(x) @ weight.T`` scaled, plus bias, plus residual, for a weight packed by :func:`pack_w8`.
 
     Args:
         x: float32, bfloat16 or float16 ``[..., K]`` with any strides.
@@ -358,6 +371,7 @@ def linear_w8a8(
         act_zero_point: int32 ``[]``: static asymmetric activations.
         inv_smooth: float32 ``[K]``, multiplied into ``x`` first.
         out_dtype: None: the dtype of ``x``.
+        residual: ``[..., N]`` of the output's dtype.
 
     Raises:
         TypeError, ValueError: naming the argument.
@@ -376,4 +390,5 @@ def linear_w8a8(
         act_zero_point,
         inv_smooth,
         out_dtype,
+        residual,
     )

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import reference
-from .checks import DTYPE_CODES, check_input
+from .checks import DTYPE_CODES, check_input, check_residual
 from .epilogues import apply_epilogue
 from .scheme import Scheme
 
@@ -154,15 +154,30 @@ class Prepared(ABC):
         """
         return self.around(x)
 
-    def call(self, x: Tensor, tensors: Mapping[str, Tensor | None]) -> Tensor:
-        """:meth:`run` through torch's dispatcher, over ``tensors`` in place of the resident ones."""
+    def run_plus(self, x: Tensor, residual: Tensor) -> Tensor:
+        """:meth:`run`, and ``residual [..., N]`` of the output's dtype added.
+
+        A kernel that fuses adds it to the output in float32, after the epilogue and before the one rounding; behind
+        others torch adds it to the rounded output.
+
+        Raises:
+            TypeError, ValueError: as :meth:`run`; the residual has another shape, dtype or device than the output.
+        """
+        return self.around(x, residual)
+
+    def call(self, x: Tensor, tensors: Mapping[str, Tensor | None], residual: Tensor | None = None) -> Tensor:
+        """:meth:`run` or :meth:`run_plus` through torch's dispatcher, over ``tensors`` instead of the resident ones."""
         x = autocast_input(x)
         check_input(x, self.in_features, self.device)
-        if self.epilogue is None:
+        if residual is not None:
+            check_residual(residual, x, self.out_features, x.dtype)
+        if self.epilogue is None and residual is None:
             return self.product(x, tensors, None)
-        # A kernel that fuses rounds after the function, and so does this.
+        # A kernel that fuses rounds at the end alone, and so does this.
         y = self.product(x, tensors, torch.float32 if self.fuses else None)
-        return torch.ops.qkernels.epilogue(y, self.epilogue, x.dtype)
+        if self.epilogue is not None:
+            y = torch.ops.qkernels.epilogue(y, self.epilogue, x.dtype if residual is None else y.dtype)
+        return y if residual is None else (y + residual).to(x.dtype)
 
     def input_grid(self) -> RowGrid | None:
         """How inputs are quantized, if the kernel takes inputs that are integers already (``qkernels.deferred``)."""
@@ -172,11 +187,12 @@ class Prepared(ABC):
         """The output of a kernel that does not fuse, through the epilogue in torch's own words."""
         return y if self.epilogue is None else apply_epilogue(y, self.epilogue)
 
-    def around(self, x: Tensor) -> Tensor:
-        """:meth:`run` for whatever a direct call would go around: gradients, function transforms, modes, subclasses."""
+    def around(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """:meth:`run` or :meth:`run_plus` for whatever a direct call would go around: gradients, function transforms,
+        modes, subclasses."""
         if function_transform() is not None or forward_ad._current_level >= 0:
-            return through_transforms(x, self)
-        return self.call(x, self.tensors)
+            return through_transforms(x, self, residual)
+        return self.call(x, self.tensors, residual)
 
     def weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """:meth:`weight_of` the resident tensors."""
@@ -250,8 +266,11 @@ class _Transformable(torch.autograd.Function):
         return _Transformable.apply(x.movedim(in_dims[0] or 0, 0), prepared), 0
 
 
-def through_transforms(x: Tensor, prepared: Prepared) -> Tensor:
-    """``prepared.run(x)`` under ``torch.func`` transforms or forward mode."""
+def through_transforms(x: Tensor, prepared: Prepared, residual: Tensor | None = None) -> Tensor:
+    """``prepared.run(x)`` or ``run_plus(x, residual)`` under ``torch.func`` transforms or forward mode."""
     x = autocast_input(x)
     check_input(x, prepared.in_features, prepared.device)
-    return prepared.finished(_Transformable.apply(x, prepared))
+    if residual is not None:
+        check_residual(residual, x, prepared.out_features, x.dtype)
+    y = prepared.finished(_Transformable.apply(x, prepared))
+    return y if residual is None else y + residual

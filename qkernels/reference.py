@@ -32,6 +32,7 @@ from qkernels._fused import ACTIVATIONS, activated, add_residual, layer_norm, rm
 from qkernels._granules import check_positive
 from qkernels._tensors import check_static, dequantize, pack_int4, quantize, unpack_int4
 from qkernels._weights import dequantize_weight, quantize_weight, round_to_grid, weight_codes, weight_grid, widen_groups
+from qkernels.checks import check_residual
 from qkernels.scheme import MAX_INTEGER_K, Scheme
 
 __all__ = [
@@ -380,12 +381,21 @@ def linear(
     scheme: Scheme,
     in_features: int,
     out_dtype: torch.dtype | None = None,
+    residual: Tensor | None = None,
 ) -> Tensor:
     """``x [..., in_features]`` through the quantized Linear that ``tensors`` (see the module) and ``scheme`` describe.
+
+    With a ``residual [..., N]`` of the output's dtype: the float32 output ``y``, bias included, is not rounded yet;
+    ``y += float(residual)``, one float32 rounding; then one cast to ``out_dtype``.
 
     Raises:
         TypeError, ValueError: naming the argument or the tensor.
     """
+    if residual is not None:
+        rounded = x.dtype if out_dtype is None else out_dtype
+        y = linear(x, tensors, scheme, in_features, torch.float32)
+        check_residual(residual, x, y.shape[-1], rounded)
+        return (y + residual.to(torch.float32)).to(rounded)
     missing = [name for name in ("weight", "weight_scale") if name not in tensors]
     if not scheme.weight_symmetric:
         missing += [

@@ -85,6 +85,16 @@ def test_linear_w8a8_row_tails(isa, threads, m):
         check(H.seeded(m, k, seed=m), tensors(n, k, seed=m), Scheme(), isa)
 
 
+@pytest.mark.parametrize("m", (2, 3, 5, 6, 7, 13, 40))
+def test_linear_w8a8_row_tails_of_deep_weights(isa, threads, m):
+    for n, k, scheme in ((65, 2047, Scheme()), (65, 2048, ASYMMETRIC), (20, 2571, Scheme())):
+        check(H.seeded(m, k, seed=m), tensors(n, k, scheme, seed=m), scheme, isa)
+
+
+def test_linear_w8a8_last_chunk_of_one_row(isa, threads):
+    check(H.seeded(97, 50_000), tensors(3, 50_000), Scheme(), isa)
+
+
 @pytest.mark.parametrize("k", (1, 2, 3, 4, 5, 7, 8, 15, 16, 31, 32, 63, 64, 65, 66, 67, 127, 128, 129, 191, 300, 1025))
 def test_linear_w8a8_depth_tails(isa, k):
     for m, scheme in ((1, Scheme()), (7, ASYMMETRIC)):
@@ -147,7 +157,8 @@ def test_linear_w8a8_foreign_minus_128(isa, scheme):
     made["weight"][10] = -128
     x = torch.cat([H.hazard_rows(133), -torch.full((2, 133), 3.0)])
     check(x, made, scheme, isa)
-    check(x[:1], made, scheme, isa)
+    for rows in (1, 3, 6):
+        check(x[:rows], made, scheme, isa)
 
 
 @pytest.mark.parametrize("symmetric", (True, False))

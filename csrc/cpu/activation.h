@@ -1,4 +1,4 @@
-// The functions that follow a Linear, on one vector of floats; written once over the verbs of a tier.
+// What follows a Linear on one vector of floats: functions and the residual; written once over the verbs of a tier.
 //
 // Every step is rounded once and no two are fused, so that the tiers agree to the bit. With u = 2^-24 |x|, and y the
 // exact value (measured over all floats of [-100, 100], see tests/test_activation.py):
@@ -12,6 +12,7 @@
 #pragma once
 
 #include "../args.h"
+#include "../layout.h"
 
 namespace qk {
 namespace {
@@ -82,6 +83,21 @@ struct Activations {
     }
   }
 };
+
+// Asks for elements [at, at + n) of a residual, of 2 or 4 bytes each: a tile touches a few columns of every row, which
+// no hardware prefetcher follows.
+inline void prefetch_residual(const ResidualArgs& residual, DType dtype, int64_t at, int64_t n) {
+  const int64_t bytes = dtype == DType::kF32 ? 4 : 2;
+  const char* from = static_cast<const char*>(residual.rows) + at * bytes;
+  for (int64_t i = 0; i < n * bytes; i += kAlign) __builtin_prefetch(from + i);
+}
+
+// v plus lanes [at, at + n) of a residual of dtype D.
+template <class V, DType D>
+typename V::F plus_residual(const ResidualArgs& residual, int64_t at, int n, typename V::F v) {
+  return V::add(
+      v, n == V::kLanes ? V::template load<D>(residual.rows, at) : V::template load_part<D>(residual.rows, at, n));
+}
 
 }  // namespace
 }  // namespace qk

@@ -26,8 +26,8 @@ struct TileConfig {
 struct Amx : ZmmVerbs {
   static constexpr const char* kIsa = "amx";
   static constexpr int kTileM = 32, kTileN = 32, kOffset = 0, kSliceK = 4096;
-  static constexpr int kDepthAlign = 64, kMaxBlockTiles = 8, kDirectRows = 0;
-  static constexpr bool kFusesGroups = false, kPrefetchesSlices = false, kFinishesTiles = false;
+  static constexpr int kDepthAlign = 64, kMaxBlockTiles = 8, kDirectRows = 0, kDirectTiles = 6;
+  static constexpr bool kFusesGroups = false, kPrefetchesSlices = false, kFinishesTiles = false, kWidens = false;
   static constexpr int64_t kBlockBytes = 1 << 20;
 
   struct Session {

@@ -11,13 +11,13 @@
 //           unpack the group's codes into a panel of bytes in L1 (W8 layout), once for all row tiles of the block
 //             column tile x row tile: int32 sums, then total += float(d) * scale, in the order of the groups
 //
-// Few rows (kDirectTiles times kDirectRows of the tier) skip the panel: codes are unpacked in registers, for
-// kDirectRows rows at a time, from a group that stays in L1. K is never split between threads, so tiers and thread
-// counts agree to the bit.
+// Few rows (kDirectTiles times kDirectRows) skip the panel: codes are unpacked in registers, for kDirectRows rows at a
+// time, from a group that stays in L1. K is never split between threads, so tiers and thread counts agree to the bit.
 //
 // A tier provides, beside what linear_w8a8_impl.h asks for: tile4 (as tile, u8 weights and s8 activations, depth in
-// lines of 4 k), tile4_direct (rows <= kDirectRows, c [rows, 64], straight from packed lines of 8 k), and, where
-// kFusesGroups, tile4_group (a group's sums go to the float totals without a stop in memory).
+// lines of 4 k), tile4_direct (rows <= kDirectRows, c [rows, 64], straight from packed lines of 8 k), kDirectTiles (so
+// many of those beat a panel, measured), and, where kFusesGroups, tile4_group (a group's sums go to the float totals
+// without a stop in memory).
 #pragma once
 
 #include <cstring>
@@ -34,7 +34,6 @@ namespace {
 
 constexpr int64_t kPanelK = 512;  // deepest panel: 32 KiB
 constexpr int64_t kLineK = 2 * kPackK;
-constexpr int64_t kDirectTiles = 6;  // up to so many direct tiles beat a panel (AVX512-VNNI and AVX2, measured)
 constexpr int64_t kTotalsRows = 96;  // rows of a block: their float totals are 24 KiB a superblock
 
 inline int64_t w4a8_row_bytes(int64_t k, int64_t groups) {
@@ -140,7 +139,7 @@ class LinearW4A8 {
 
   void superblock(int64_t nb, int64_t row, Range block, const uint8_t* q, const RowScale* scales) const {
     const int64_t rows = block.end - block.begin, tiles = ceil_div(rows, V::kTileM);
-    const bool direct = rows <= kDirectTiles * V::kDirectRows;
+    const bool direct = rows <= V::kDirectTiles * V::kDirectRows;
     const uint8_t* a = q + block.begin * stride_;
     const uint8_t* codes = p_.packed + nb * (padded_k(p_.k) / kLineK) * kBlockN * kPackK;
     alignas(kAlign) float totals[kTotalsRows * kBlockN];
@@ -183,6 +182,11 @@ class LinearW4A8 {
           }
         }
       }
+    }
+    if (p_.residual.rows) {
+      for (int64_t r = 0; r < rows; ++r)
+        prefetch_residual(p_.residual, p_.y_dtype, (row + block.begin + r) * p_.residual.stride + nb * kBlockN,
+                          kBlockN);
     }
     for (int64_t r = 0; r < rows; ++r)
       finish_row(row + block.begin + r, scales[block.begin + r].scale, totals + r * kBlockN, nb);
@@ -258,7 +262,7 @@ class LinearW4A8 {
 
   template <DType D>
   void finish_row_as(int64_t row, float scale, const float* totals, int64_t nb) const {
-    const int64_t n0 = nb * kBlockN, y = row * p_.y_stride + n0;
+    const int64_t n0 = nb * kBlockN, y = row * p_.y_stride + n0, residual = row * p_.residual.stride + n0;
     const int width = static_cast<int>(p_.n - n0 < kBlockN ? p_.n - n0 : kBlockN);
     const F scale_x = V::set(scale);
     for (int i = 0; i < width; i += V::kLanes) {
@@ -266,6 +270,7 @@ class LinearW4A8 {
       F v = V::mul(V::load_f(totals + i), scale_x);
       if (p_.bias) v = V::add(v, n == V::kLanes ? V::load_f(p_.bias + n0 + i) : V::load_f_part(p_.bias + n0 + i, n));
       if (p_.function != Activation::kNone) v = Activations<V>::apply(p_.function, v);
+      if (p_.residual.rows) v = plus_residual<V, D>(p_.residual, residual + i, n, v);
       if (n == V::kLanes)
         V::template store<D>(p_.y, y + i, v);
       else

@@ -1,4 +1,5 @@
-// y [M, N] = f(((q_x [M, K] @ weight [N, K]^T - zp * colsum) * scale_x) * scale_w + bias), q_x quantized on the way in.
+// y [M, N] = f(((q_x [M, K] @ weight [N, K]^T - zp * colsum) * scale_x) * scale_w + bias) + residual, q_x quantized on
+// the way in.
 //
 // Written once over the verbs of a tier. A tier provides, beside the verbs of verbs_*.h:
 //   kTileM, kTileN    rows and columns of its register tile; kTileN divides the 64 columns of a superblock
@@ -12,6 +13,11 @@
 //   Session           constructed in each thread around its tiles
 //   tile(rows, ...)   c [rows, kTileN] (+)= a [rows, 4 * steps] * b, b being a slice of the packed superblock
 //   tile_one(...)     the same for one row and all 64 columns: M = 1 reads the weights as one sequential stream
+//   kWidens           whether both operands are widened to 16 bits first, from wide_rows(k) rows on; and then
+//     kWideTileM, kWideSliceK, kWideBlockBytes   take the place of kTileM, kSliceK and kBlockBytes
+//     widen_row(...)                             a row of activations: bytes to words
+//     widen_panel(...)                           a slice of a superblock's weights, once for all row tiles of a block
+//     wide_tile(...)                             as tile, over those
 //
 // Order of the loops (rows of a chunk are quantized first, then a barrier):
 //
@@ -37,16 +43,32 @@
 namespace qk {
 namespace {
 
+// Whether the product of m rows runs over widened operands.
+template <class V>
+bool is_wide(int64_t m, int64_t k) {
+  if constexpr (V::kWidens) return k > 0 && m >= V::wide_rows(k);
+  return false;
+}
+
+// Bytes of a quantized row. A widened one is quantized into its upper half first.
+template <class V>
+int64_t w8a8_row_bytes(int64_t m, int64_t k) {
+  return is_wide<V>(m, k) ? 2 * row_bytes(k) : row_bytes(k);
+}
+
 template <class V>
 int64_t linear_w8a8_scratch_bytes(int64_t m, int64_t k, int threads) {
-  return row_chunks_bytes<V>(m, k, row_bytes(k), threads);
+  return row_chunks_bytes<V>(m, k, w8a8_row_bytes<V>(m, k), threads);
 }
 
 template <class V>
 class LinearW8A8 {
  public:
   LinearW8A8(const LinearW8A8Args* members, int count)
-      : p_(*members), members_(members), stride_(row_bytes(members->k)) {
+      : p_(*members),
+        members_(members),
+        wide_(is_wide<V>(members->m, members->k)),
+        stride_(w8a8_row_bytes<V>(members->m, members->k)) {
     for (int i = 0; i < count; ++i) superblocks_ += ceil_div(members[i].n, kBlockN);
   }
 
@@ -64,9 +86,13 @@ class LinearW8A8 {
 
   void quantize_rows(int64_t row, Range range, uint8_t* q, RowScale* scales) const {
     for (int64_t r = range.begin; r < range.end; ++r) {
-      uint8_t* out = q + r * stride_;
+      uint8_t* out = q + r * stride_ + (wide_ ? row_bytes(p_.k) : 0);
       scales[r] = p_.xq ? copy_row(row + r, out) : quantize_row<V>(p_.act, row + r, p_.k, V::kOffset, out);
-      std::memset(out + p_.k, 0, static_cast<size_t>(stride_ - p_.k));  // meets zero weights: any value would do
+      // What meets zero weights: any value would do.
+      std::memset(out + p_.k, 0, static_cast<size_t>(row_bytes(p_.k) - p_.k));
+      if constexpr (V::kWidens) {
+        if (wide_) V::widen_row(out, row_bytes(p_.k), q + r * stride_);
+      }
     }
   }
 
@@ -82,8 +108,12 @@ class LinearW8A8 {
   // ---- matrix product ----------------------------------------------------------------------------------------
 
   void gemm(int64_t row, int64_t rows, const uint8_t* q, const RowScale* scales, int thread, int team) const {
-    const int64_t tiles = ceil_div(rows, V::kTileM);
-    int64_t block_tiles = V::kBlockBytes / (V::kTileM * stride_);
+    int64_t tile_m = V::kTileM, block_bytes = V::kBlockBytes;
+    if constexpr (V::kWidens) {
+      if (wide_) tile_m = V::kWideTileM, block_bytes = V::kWideBlockBytes;
+    }
+    const int64_t tiles = ceil_div(rows, tile_m);
+    int64_t block_tiles = block_bytes / (tile_m * stride_);
     block_tiles = block_tiles < 1 ? 1 : block_tiles > V::kMaxBlockTiles ? V::kMaxBlockTiles : block_tiles;
     const int64_t blocks = ceil_div(tiles, block_tiles);
     for (int64_t b = 0; b < blocks; ++b) {
@@ -142,6 +172,9 @@ class LinearW8A8 {
       columns.shared = shared;
     }
     const int8_t* weights = w.packed + n0 * padded_k(p_.k);
+    if constexpr (V::kWidens) {
+      if (wide_) return wide_slices(row, rows, tiles, range, q, scales, columns, weights, n0);
+    }
     if (rows == 1) {
       alignas(kAlign) int32_t sums[kBlockN];
       V::tile_one(q, weights, round_up(p_.k, V::kDepthAlign) / kPackK, sums, w.has_minus128);
@@ -165,6 +198,7 @@ class LinearW8A8 {
         for (int64_t t = range.begin; t < range.end; ++t) {
           const Range tile_rows = share(rows, static_cast<int>(t), static_cast<int>(tiles));
           const int64_t count = tile_rows.end - tile_rows.begin;
+          if (last) prefetch(row, tile_rows, *columns.member, n0 + j, V::kTileN);
           V::tile(static_cast<int>(count), q + tile_rows.begin * stride_ + k0, stride_, b,
                   round_up(depth, V::kDepthAlign) / kPackK, c, k0 > 0, w.has_minus128);
           if (last) epilogue<V::kTileN>(row, tile_rows, scales, c, columns, n0, j);
@@ -172,6 +206,35 @@ class LinearW8A8 {
         }
       }
       if (last) break;
+    }
+  }
+
+  // The same order of loops over widened operands.
+  void wide_slices(int64_t row, int64_t rows, int64_t tiles, Range range, const uint8_t* q, const RowScale* scales,
+                   const Columns& columns, const int8_t* weights, int64_t n0) const {
+    alignas(kAlign) int16_t panel[V::kWideSliceK * kBlockN];
+    alignas(kAlign) int32_t sums[V::kMaxBlockTiles * V::kWideTileM * kBlockN];
+    for (int64_t k0 = 0; k0 < p_.k; k0 += V::kWideSliceK) {
+      const int64_t depth = p_.k - k0 < V::kWideSliceK ? p_.k - k0 : V::kWideSliceK, steps = ceil_div(depth, kPackK);
+      V::widen_panel(weights + k0 * kBlockN, steps, panel);
+      // The next slice, or the first one of the next superblock, comes to L2 piece by piece meanwhile. Few tiles would
+      // not hide that.
+      const int64_t pieces = (range.end - range.begin) * (kBlockN / V::kTileN);
+      const int64_t piece = pieces < 16 ? 0 : round_up(ceil_div(V::kWideSliceK * kBlockN, pieces), kAlign);
+      const int8_t* ahead = weights + (k0 + depth) * kBlockN;
+      int32_t* c = sums;
+      for (int j = 0; j < columns.count; j += V::kTileN) {
+        for (int64_t t = range.begin; t < range.end; ++t) {
+          const Range tile_rows = share(rows, static_cast<int>(t), static_cast<int>(tiles));
+          for (int64_t i = 0; i < piece; i += kAlign) __builtin_prefetch(ahead + i, 0, 2);
+          ahead += piece;
+          if (k0 + depth >= p_.k) prefetch(row, tile_rows, *columns.member, n0 + j, V::kTileN);
+          V::wide_tile(static_cast<int>(tile_rows.end - tile_rows.begin), q + tile_rows.begin * stride_ + 2 * k0,
+                       stride_, panel + j * steps * kPackK, steps, c, k0 > 0);
+          if (k0 + depth >= p_.k) epilogue<V::kTileN>(row, tile_rows, scales, c, columns, n0, j);
+          if (p_.k > V::kWideSliceK) c += V::kWideTileM * V::kTileN;
+        }
+      }
     }
   }
 
@@ -186,10 +249,10 @@ class LinearW8A8 {
     int64_t at, y_stride;
   };
 
-  // One slice, whole columns, no function after the bias, and no tile of fewer rows than are served.
+  // One slice, whole columns, nothing after the bias, and no tile of fewer rows than are served.
   bool finishes(const Columns& columns, int64_t rows, int64_t tiles) const {
     return p_.k <= V::kSliceK && columns.count == kBlockN && columns.member->function == Activation::kNone &&
-           rows / tiles >= V::kFinishedRows;
+           !columns.member->residual.rows && rows / tiles >= V::kFinishedRows;
   }
 
   void finished(int64_t row, int64_t rows, int64_t tiles, Range range, const uint8_t* q, const RowScale* scales,
@@ -226,6 +289,13 @@ class LinearW8A8 {
 
   // ---- epilogue ----------------------------------------------------------------------------------------------
 
+  // The residual of a tile, while its product runs.
+  void prefetch(int64_t row, Range rows, const LinearW8A8Args& w, int64_t column, int64_t columns) const {
+    if (!w.residual.rows) return;
+    for (int64_t r = rows.begin; r < rows.end; ++r)
+      prefetch_residual(w.residual, w.y_dtype, (row + r) * w.residual.stride + column, columns);
+  }
+
   // Columns [j, j + kPitch) of the superblock; c has kPitch columns.
   template <int kPitch>
   void epilogue(int64_t row, Range rows, const RowScale* scales, const int32_t* c, const Columns& columns, int64_t n0,
@@ -258,7 +328,7 @@ class LinearW8A8 {
     for (int64_t r = rows.begin; r < rows.end; ++r, c += pitch) {
       const auto scale_x = V::set(scales[r].scale);
       const auto zero_point = V::set_i(scales[r].zero_point);
-      const int64_t y = (row + r) * w.y_stride + n0 + j;
+      const int64_t y = (row + r) * w.y_stride + n0 + j, residual = (row + r) * w.residual.stride + n0 + j;
       for (int i = 0; i < width; i += kW) {
         const int at = j + i;
         auto sum = V::load_i(c + i);
@@ -269,16 +339,19 @@ class LinearW8A8 {
         auto v = V::mul(V::mul(V::to_f(sum), scale_x), V::load_f(columns.scale + at));
         if (columns.bias) v = V::add(v, V::load_f(columns.bias + at));
         if constexpr (kActivates) v = Activations<V>::apply(w.function, v);
-        if (width - i >= kW)
+        const int lanes = width - i < kW ? width - i : kW;
+        if (w.residual.rows) v = plus_residual<V, D>(w.residual, residual + i, lanes, v);
+        if (lanes == kW)
           V::template store<D>(w.y, y + i, v);
         else
-          V::template store_part<D>(w.y, y + i, v, width - i);
+          V::template store_part<D>(w.y, y + i, v, lanes);
       }
     }
   }
 
   const LinearW8A8Args& p_;  // the first member, for what they share
   const LinearW8A8Args* const members_;
+  const bool wide_;
   const int64_t stride_;
   int64_t superblocks_ = 0;  // of all members
 };

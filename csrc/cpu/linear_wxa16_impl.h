@@ -305,6 +305,10 @@ class LinearWxA16 {
   // ---- epilogue ----------------------------------------------------------------------------------------------
 
   void epilogue(int64_t row, Range rows, int64_t nb, const float* c) const {
+    if (p_.residual.rows) {
+      for (int64_t r = rows.begin; r < rows.end; ++r)
+        prefetch_residual(p_.residual, p_.y_dtype, (row + r) * p_.residual.stride + nb * kBlockN, kBlockN);
+    }
     switch (p_.y_dtype) {
       case DType::kF32:
         return epilogue_as<DType::kF32>(row, rows, nb, c);
@@ -321,13 +325,14 @@ class LinearWxA16 {
     const int64_t n0 = nb * kBlockN;
     const int width = static_cast<int>(p_.n - n0 < kBlockN ? p_.n - n0 : kBlockN);
     for (int64_t r = rows.begin; r < rows.end; ++r, c += kBlockN) {
-      const int64_t y = (row + r) * p_.y_stride + n0;
+      const int64_t y = (row + r) * p_.y_stride + n0, residual = (row + r) * p_.residual.stride + n0;
       for (int i = 0; i < width; i += kW) {
         const int lanes = width - i < kW ? width - i : kW;
         auto v = V::load_f(c + i);
         if (W::kBits == 8) v = V::mul(v, V::load_f_part(static_cast<const float*>(p_.weight_scale) + n0 + i, lanes));
         if (p_.bias) v = V::add(v, V::load_f_part(p_.bias + n0 + i, lanes));
         if (p_.function != Activation::kNone) v = Activations<V>::apply(p_.function, v);
+        if (p_.residual.rows) v = plus_residual<V, D>(p_.residual, residual + i, lanes, v);
         if (lanes == kW)
           V::template store<D>(p_.y, y + i, v);
         else

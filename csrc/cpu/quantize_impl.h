@@ -15,7 +15,9 @@ namespace {
 constexpr int64_t kStage = 512;  // elements staged as bytes before int4 packing; even
 // Columns of a block in the strided case: pieces of rows long enough to be read as streams (256 columns ran at a fifth
 // of the bandwidth), of which 5 vectors of operands stay in L1 or L2.
-constexpr int64_t kMinColumns = 256, kColumns = 2048;
+constexpr int64_t kMinColumns = 256, kColumns = 2048, kNearElements = 256 << 10;
+constexpr int64_t kRowsAhead =
+    4;  // rows of a block asked for in advance: prefetchers do not follow from one to the next
 constexpr int kMaxSplit = 64;  // threads that share one contiguous granule
 constexpr int64_t kMinSplit = 64 << 10;  // elements of a contiguous granule worth sharing
 constexpr int64_t kMinElementsPerThread = 16 << 10;
@@ -67,11 +69,10 @@ class Quantize {
         for (int64_t c = range.begin; c < range.end; ++c) row(c);
       });
     } else {
-      const int64_t fair =
-                        ceil_div(p_.channels * p_.inner, threads),  // a block for each thread, if that is not too few
-          width = fair < kMinColumns ? kMinColumns
-                  : fair > kColumns  ? kColumns
-                                     : fair;
+      // A block for each thread, and one whose second pass finds it in the cache, if that is not too few columns.
+      const int64_t fair = ceil_div(p_.channels * p_.inner, threads), near = kNearElements / p_.outer,
+                    most = fair < near ? fair : near, even = round_up(most, kAlign);
+      const int64_t width = even < kMinColumns ? kMinColumns : even > kColumns ? kColumns : even;
       const int64_t per_block = p_.inner < width ? width / p_.inner : 1, blocks = ceil_div(p_.channels, per_block);
       parallel(threads, [&](int thread, int team) {
         const Range range = share(blocks, thread, team);
@@ -175,6 +176,12 @@ class Quantize {
     }
   }
 
+  void prefetch_row(int64_t o, int64_t pitch, int64_t at, int64_t width) const {
+    if (o >= p_.outer) return;
+    const char* x = static_cast<const char*>(x_at(o * pitch + at));
+    for (int64_t i = 0; i < width * (D == DType::kF32 ? 4 : 2); i += kAlign) __builtin_prefetch(x + i);
+  }
+
   // `count` channels of short runs, side by side: count * inner <= kColumns columns.
   void columns(int64_t c0, int64_t count) const {
     constexpr int kW = V::kLanes;
@@ -186,6 +193,7 @@ class Quantize {
     const bool ranged = !p_.symmetric && !p_.is_static;
     for (int64_t o = 0; o < p_.outer; ++o) {
       const void* x = x_at(o * pitch + at);
+      prefetch_row(o + kRowsAhead, pitch, at, width);
       for (int64_t j = 0; j < width; j += kW) {
         const auto v =
             width - j < kW ? V::template load_part<D>(x, j, static_cast<int>(width - j)) : V::template load<D>(x, j);
@@ -196,10 +204,12 @@ class Quantize {
         }
       }
     }
+    bool packs = p_.symmetric && !p_.is_static;  // q lies within 127, nothing is added to it
     for (int64_t c = 0; c < count; ++c) {
       Stats s;
       for (int64_t i = c * p_.inner; i < (c + 1) * p_.inner; ++i) s.merge({abs_bits[i], lo[i], hi[i]});
       const Params result = params(s, c0 + c);
+      packs = packs && s.finite();
       for (int64_t i = c * p_.inner; i < (c + 1) * p_.inner; ++i) {
         inv[i] = result.inv;
         // Both bounds zero give q = 0 even for NaN: min and max return their second operand when the first is NaN.
@@ -211,7 +221,13 @@ class Quantize {
     for (int64_t o = 0; o < p_.outer; ++o) {
       const void* x = x_at(o * pitch + at);
       uint8_t* q = q_at(o * pitch + at);
-      for (int64_t j = 0; j < width; j += kW) {
+      prefetch_row(o + kRowsAhead, pitch, at, width);
+      int64_t j = 0;
+      for (; packs && j + 4 * kW <= width; j += 4 * kW) {
+        const auto level = [&](int64_t i) { return V::round_i(V::mul(V::template load<D>(x, i), V::load_f(inv + i))); };
+        V::store_packed(q + j, level(j), level(j + kW), level(j + 2 * kW), level(j + 3 * kW), 0);
+      }
+      for (; j < width; j += kW) {
         const int n = static_cast<int>(width - j < kW ? width - j : kW);
         auto v = n < kW ? V::template load_part<D>(x, j, n) : V::template load<D>(x, j);
         v = V::min(V::max(V::mul(v, V::load_f(inv + j)), V::load_f(lo + j)), V::load_f(hi + j));

@@ -23,8 +23,8 @@ inline __m512i broadcast4(const uint8_t* p) {
 struct Avx512Vnni : ZmmVerbs {
   static constexpr const char* kIsa = "avx512vnni";
   static constexpr int kTileM = 6, kTileN = 64, kOffset = 128, kSliceK = 4096;
-  static constexpr int kDepthAlign = 8, kMaxBlockTiles = 16, kDirectRows = 4;
-  static constexpr bool kFusesGroups = true, kPrefetchesSlices = false, kFinishesTiles = true;
+  static constexpr int kDepthAlign = 8, kMaxBlockTiles = 16, kDirectRows = 4, kDirectTiles = 6;
+  static constexpr bool kFusesGroups = true, kPrefetchesSlices = false, kFinishesTiles = true, kWidens = false;
   static constexpr int64_t kBlockBytes = 384 << 10;
   struct Session {
     Session() {}
