@@ -72,7 +72,7 @@ class _Exact(torch.autograd.Function):
 
 def _learned(grad: Tensor, weight: Tensor, scale: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
     """LSQ: gradients of the weight and of its scale, from that of the rounded weight."""
-    low, high = (-127, 127) if scheme.weight_bits == 8 else (-8, 7)
+    low, high = (code - scheme.zero_code for code in scheme.code_range)
     columns = weight.shape[1]
     size = scheme.resolve_group_size(columns)
     grouped = scale.dim() == 2

@@ -157,7 +157,7 @@ def _check_small_tensors(manifest: Manifest, reader: Reader) -> None:
     for name, entry in manifest.layers.items():
         for suffix in entry.specs():
             if suffix not in ("weight", "bias") and f"{name}.{suffix}" in manifest.headers:
-                check_values(name, suffix, reader.read(f"{name}.{suffix}"))
+                check_values(name, suffix, reader.read(f"{name}.{suffix}"), entry.scheme)
 
 
 # --------------------------------------------------------------------------------------------------------------- saving
