@@ -77,6 +77,10 @@ class Manifest:
     non_persistent: list[str] = field(default_factory=list)
     headers: dict[str, TensorInfo] = field(default_factory=dict)
 
+    def splits(self, name: str) -> bool:
+        """Whether a module that may hold stacked experts was stored as experts with layers of their own."""
+        return any(tensor.startswith(f"{name}.0.") for tensor in self.tensors)
+
     def to_json(self) -> str:
         """As the file holds it."""
         schemes: dict[str, Scheme] = {}

@@ -6,13 +6,14 @@ elementwise float32, each rounded once; a quotient is always tensor by tensor, b
 number is a reciprocal and a product in torch (two roundings), and CUDA turns ``t / 127`` into a product.
 
     symmetric, 8 bits    scale = absmax / 127    inv = 127 / absmax   q = clamp(rne(x * inv), -127, 127)
-    symmetric, b < 8     scale = absmax / (2**(b-1) - 1)   inv = 1 / scale   q = clamp(rne(x * inv) + 2**(b-1), 0, 2**b - 1)
+    symmetric, b < 8     scale = absmax / (half - 1)   inv = 1 / scale   q = clamp(rne(x * inv) + half, 0, levels)
     asymmetric, 8 bits   scale = hi / 255 - lo / 255                  with hi = max(x, 0), lo = min(x, 0)
-    asymmetric, b < 8    scale = (hi - lo) / (2**b - 1)
+    asymmetric, b < 8    scale = (hi - lo) / levels
       both               inv = 1 / scale         zero_point = clamp(rne(-lo * inv), 0, levels)
                          q = clamp(rne(x * inv) + zero_point, 0, levels)
     given scale          inv = 1 / scale, then the same q
 
+``levels`` is 2**bits - 1, ``half`` is 2**(bits - 1).
 ``rne`` rounds to nearest, ties to even.  A symmetric granule with ``absmax < 2**-100``, or an asymmetric one whose
 ``1 / scale`` is not finite, counts as zero: scale 1, zero point 0, every q the code of zero.  A granule that
 holds NaN or Inf has scale NaN, zero point 0 and every q the code of zero, so all that is made of it is NaN.

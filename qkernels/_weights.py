@@ -105,7 +105,7 @@ def weight_grid(w: Tensor, scheme: Scheme) -> dict[str, Tensor]:
 def round_to_grid(w: Tensor, tensors: Mapping[str, Tensor], scheme: Scheme) -> Tensor:
     """The codes of ``w [N, K]`` on a grid that :func:`weight_grid` (or anybody) made: int32 ``[N, K]``.
 
-    symmetric      q = clamp(rne(w * inv) + zero)      with inv = 1 / weight_scale, zero = 0, 8, 4, 2 for 8, 4, 3, 2 bits
+    symmetric      q = clamp(rne(w * inv) + zero)      with inv = 1 / weight_scale, zero = scheme.zero_code
     zero point     q = clamp(rne(w * inv) + weight_zero_point)
     float minimum  q = clamp(rne((w - weight_min) * inv))
     code book      q = the entry nearest to w * inv, the first of equals

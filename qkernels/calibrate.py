@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from . import _rounding as rounding
+from .experts import experts_apart
 from .observe import Call, run_batches, take_batches
 from .patterns import compile_patterns, unmatched_message
 from .progress import Progress, tracking
@@ -250,6 +251,8 @@ def calibrate(
 ) -> Iterator[Statistics]:
     """Watch what enters the Linear layers of ``model`` while the block runs; nothing of the model changes.
 
+    Experts in 3-D parameters are watched one by one; inside the block, layers stand in their place.
+
     Args:
         model: run by the caller inside the block, in whatever mode it is in (``model.eval()`` is usual).
         include, exclude: patterns of layers, as in ``quantize_``.
@@ -270,6 +273,20 @@ def calibrate(
     check_method(method, percentile)
     if isinstance(samples, bool) or not isinstance(samples, int) or samples < 0:
         raise ValueError(f"samples: expected an integer of at least 0, got {samples!r}")
+    with experts_apart(model):
+        yield from _watching(model, include, exclude, method, percentile, histogram, samples, progress)
+
+
+def _watching(
+    model: nn.Module,
+    include: Iterable[str] | None,
+    exclude: Iterable[str] | None,
+    method: str,
+    percentile: float,
+    histogram: bool,
+    samples: int,
+    progress: Progress,
+) -> Iterator[Statistics]:
     modules = _watched(model, include, exclude)
     keep = histogram or method not in ("minmax", "absmax")
     stats = Statistics(

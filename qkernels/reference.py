@@ -218,7 +218,7 @@ def linear_w4a8(
     inv_smooth: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Weights of 4 bits or fewer times 8-bit activations: exact int32 within a group, float32 over the groups, in order.
+    """Weights of 4, 3 or 2 bits times 8-bit activations: exact int32 within a group, float32 over the groups, in order.
 
     With ``a`` the activation codes less their zero point: ``d = sum(a * q) - zero_point * sum(a)`` in int32;
     ``total += float(d) * weight_scale[g]``; with a float minimum the zero point is 0 and ``total += weight_min[g] *
@@ -323,7 +323,7 @@ def linear_w4a16(
     inv_smooth: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Weights of 4 bits or fewer, activations in floating point: dequantized weights and ``x`` multiplied in float32.
+    """Weights of 4, 3 or 2 bits, activations in floating point: dequantized weights and ``x`` multiplied in float32.
 
     Weights as in :func:`linear_w4a8`, or 4 bits through a ``codebook`` of 16 values.
     """

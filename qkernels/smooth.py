@@ -21,6 +21,8 @@ from torch import Tensor, nn
 
 from . import reference
 from .calibrate import LayerStats, Statistics, calibrate
+from .differences import difference_of, limit_of
+from .experts import holds_experts
 from .hooks import Smoothing, Target, register_smoother
 from .observe import run_batches, take_batches
 from .originals import Originals
@@ -30,7 +32,7 @@ from .progress import Progress, tracking
 from .scheme import Scheme
 from .smoothed import attach, attached, detach
 from .survey import Layer, is_conv1d, survey
-from .unchanged import difference_of, layer_outputs, limit_of, outputs_of
+from .unchanged import layer_outputs, outputs_of
 
 __all__ = [
     "SmoothReport",
@@ -228,6 +230,12 @@ class Smoother:
             for name in group.layers:
                 if name in stats.layers and stats.layers[name].seen:
                     self._follow(stats, name, 1.0 / scale)
+        why = "experts in 3-D parameters; split_experts_ makes layers of them"
+        entries += [
+            SmoothedGroup((name,), "left", None, None, why)
+            for name, module in self.model.named_modules()
+            if holds_experts(module)
+        ]
         return SmoothReport(tuple(entries), difference)
 
     def _follow(self, stats: Statistics, name: str, factor: Tensor) -> None:

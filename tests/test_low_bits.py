@@ -1,5 +1,5 @@
-"""3-bit and 2-bit weights: the reference serves them and says so, every algorithm rounds to them, and nothing is lost on
-the way to a file and back."""
+"""3-bit and 2-bit weights: the reference serves them and says so, every algorithm rounds to them, and they are the same
+after a way to a file and back."""
 
 from __future__ import annotations
 
