@@ -81,7 +81,7 @@ def main() -> None:
     for count in args.queries:
         part = queries[:count].contiguous()
         medians = interleaved(
-            {name: (lambda search=search: search(part)) for name, (search, _) in names.items()}, seconds=args.seconds
+            {name: (lambda search=search, part=part: search(part)) for name, (search, _) in names.items()}, seconds=args.seconds
         )
         for name, value in medians.items():
             times[name].append(1e3 * value)

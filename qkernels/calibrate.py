@@ -29,7 +29,7 @@ from .ranges import Histogram, check_method, choose_range
 from .scheme import Scheme
 from .survey import survey
 
-__all__ = ["LayerStats", "Statistics", "calibrate", "collect", "first_input", "name_some"]
+__all__ = ["LayerStats", "Statistics", "calibrate", "check_width", "collect", "first_input", "name_some"]
 
 SAMPLE_ROWS = 64
 
@@ -38,6 +38,16 @@ def first_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | No
     """The tensor a layer is called with, positional or by keyword; None if there is none."""
     x = args[0] if args else next(iter(kwargs.values()), None)
     return x if isinstance(x, Tensor) else None
+
+
+def check_width(name: str, x: Tensor, in_features: int) -> None:
+    """What enters the layer `name` has the features that its weight has.
+
+    Raises:
+        ValueError: it has others, as where a model is called with batches of other kinds; the message names the layer.
+    """
+    if not x.dim() or x.shape[-1] != in_features:
+        raise ValueError(f"calibration: expected {in_features} features to enter {name!r}, got shape {list(x.shape)}")
 
 
 def name_some(names: Sequence[str], limit: int = 5) -> str:
@@ -166,13 +176,14 @@ class Statistics:
         """Names of the layers that no row entered."""
         return [name for name, layer in self.layers.items() if not layer.seen]
 
-    def require(self, names: Iterable[str]) -> None:
-        """Check that there is finite data for every one of these layers.
+    def require(self, layers: Iterable[str] | Mapping[str, int]) -> None:
+        """Check that there is finite data for every one of these layers; given their input features, of that width.
 
         Raises:
-            ValueError: a layer that is unknown, saw nothing, or saw NaN or Inf; the message names it.
+            ValueError: a layer that is unknown, saw nothing, saw NaN or Inf, or is of another width; the message names
+                it.
         """
-        names = list(names)
+        names = list(layers)
         unknown = [name for name in names if name not in self.layers]
         if unknown:
             raise ValueError(
@@ -186,6 +197,12 @@ class Statistics:
         broken = [name for name in names if not self.layers[name].finite]
         if broken:
             raise ValueError(f"calibration: NaN or infinite values entered {name_some(broken)}")
+        for name, features in layers.items() if isinstance(layers, Mapping) else ():
+            if self.layers[name].in_features != features:
+                raise ValueError(
+                    f"calibration: expected statistics of {features} features for {name!r}, got them of "
+                    f"{self.layers[name].in_features}; calibrate this very model"
+                )
 
     def range(
         self,
@@ -299,10 +316,11 @@ def _watching(
     )
     handles = []
 
-    def watch(layer: LayerStats) -> Any:
+    def watch(name: str, layer: LayerStats) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = first_input(args, kwargs)
             if x is not None:
+                check_width(name, x, layer.in_features)
                 with torch.no_grad():
                     layer.update(x)
 
@@ -319,7 +337,7 @@ def _watching(
 
         try:
             for name, (module, _) in modules.items():
-                handles.append(module.register_forward_pre_hook(watch(stats.layers[name]), with_kwargs=True))
+                handles.append(module.register_forward_pre_hook(watch(name, stats.layers[name]), with_kwargs=True))
             handles.append(model.register_forward_hook(count, with_kwargs=True))
             yield stats
         finally:

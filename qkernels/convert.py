@@ -207,7 +207,7 @@ def _static_activations(
     if not layers:
         return {}
     stats = collect(model, calibration, samples=0, progress=progress)
-    stats.require(layer.name for layer in layers)
+    stats.require({layer.name: layer.shape[1] for layer in layers})
     return {
         layer.name: stats.activation_tensors(layer.name, layer.scheme, layer.weight.device)
         for layer in layers

@@ -29,7 +29,15 @@ from .journal import Site
 from .observe import evaluating
 from .survey import carry
 
-__all__ = ["SplitExperts", "experts_apart", "holds_experts", "join_experts_", "split_experts_", "take_apart", "with_experts_apart"]
+__all__ = [
+    "SplitExperts",
+    "experts_apart",
+    "holds_experts",
+    "join_experts_",
+    "split_experts_",
+    "take_apart",
+    "with_experts_apart",
+]
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _FLAGS = ("has_gate", "has_bias", "is_transposed", "has_post_expert_norm")

@@ -208,9 +208,10 @@ class Smoother:
 
     def run(self, stats: Statistics, example: Any, schemes: Mapping[str, Scheme], progress: Progress) -> SmoothReport:
         """Smooth every group that holds a layer of `schemes` whose activations are quantized."""
-        modules = {layer.name: layer.module for layer in _scalable(self.model)}
+        scalable = _scalable(self.model)
+        modules = {layer.name: layer.module for layer in scalable}
         wanted = {name for name, scheme in schemes.items() if self.wants(scheme)}
-        stats.require(name for name in wanted if name in modules)
+        stats.require({layer.name: layer.shape[1] for layer in scalable if layer.name in wanted})
         groups = find_groups(self.model, modules, example, producers=self.fold == "auto")
         before = outputs_of(self.model, example)
         entries: list[SmoothedGroup] = []
