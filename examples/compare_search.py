@@ -80,9 +80,8 @@ def main() -> None:
     times: dict[str, list[float]] = {name: [] for name in names}
     for count in args.queries:
         part = queries[:count].contiguous()
-        medians = interleaved(
-            {name: (lambda search=search, part=part: search(part)) for name, (search, _) in names.items()}, seconds=args.seconds
-        )
+        calls = {name: (lambda search=search, part=part: search(part)) for name, (search, _) in names.items()}
+        medians = interleaved(calls, seconds=args.seconds)
         for name, value in medians.items():
             times[name].append(1e3 * value)
     heads = "".join(f"{f'{count} queries, ms':>18}" for count in args.queries)
