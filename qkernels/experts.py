@@ -103,15 +103,11 @@ class SplitExperts(nn.Module):
                 expert: Any = self._modules[str(number)]
                 parts.append(expert[down](gate(expert[up](rows[first : first + count]))))
                 first += count
-        if first < len(rows) or not parts:
-            parts.append(rows.new_zeros(len(rows) - first, rows.shape[1]))
-        y = torch.cat(parts)
-        if stacked.has_post_expert_norm:
-            y = stacked.post_expert_norm(y)
-        y = y[torch.argsort(order)].view(tokens, chosen, hidden.shape[1]) * weights.unsqueeze(-1)
-        if first < len(rows):
-            y = y.masked_fill((index >= self.count).unsqueeze(-1), 0.0)
-        return y.sum(1).to(hidden.dtype)
+        if parts and stacked.has_post_expert_norm:
+            parts = [stacked.post_expert_norm(torch.cat(parts))]
+        y = torch.cat([*parts, rows.new_zeros(len(rows) - first, rows.shape[1])])
+        y = y[torch.argsort(order)].view(tokens, chosen, hidden.shape[1])
+        return (y * weights.unsqueeze(-1)).sum(1).to(hidden.dtype)
 
     def extra_repr(self) -> str:
         """How many."""

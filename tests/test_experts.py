@@ -205,6 +205,15 @@ def test_experts_are_quantized_stored_and_put_together(family, scheme, tmp_path)
     qk.quantize_(model, scheme)
 
 
+def test_stacked_weights_are_let_go_while_the_conversion_runs():
+    model = build("mixtral")
+    stack = weakref.ref(model.get_submodule(MODULE).down_proj)
+    alive = []
+    qk.quantize_(model, "w8a8", progress=lambda done, total, name: alive.append(stack() is not None))
+    assert len(alive) == 24
+    assert not any(alive)
+
+
 def test_patterns_name_experts_one_by_one():
     model = build("mixtral", layers=1)
     report = qk.quantize_(
