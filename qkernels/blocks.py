@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
-from .calibrate import check_width, first_input
+from .calibrate import first_input, widths_checked
 from .hooks import Target
 from .observe import call_model
 from .probe import quiescent
@@ -79,7 +79,11 @@ def run_by_blocks(
     """
     blocks, rest = _find_blocks(model, targets)
     done = 0
-    with quiescent(model), tracking(progress, total=len(targets), what="rounding weights") as step:
+    with (
+        quiescent(model),
+        widths_checked({t.name: t.module for t in targets}),
+        tracking(progress, total=len(targets), what="rounding weights") as step,
+    ):
 
         def each(found: Mapping[str, Inputs], chosen: Sequence[Target]) -> dict[str, Tensor]:
             nonlocal done
@@ -146,7 +150,6 @@ def _record(model: nn.Module, blocks: list[_Block], batches: Sequence[Any]) -> N
 
         try:
             for block in blocks:
-                handles += [t.module.register_forward_pre_hook(_width_of(t), with_kwargs=True) for t in block.targets]
                 handles.append(block.module.register_forward_pre_hook(before(block), with_kwargs=True))
                 handles.append(block.module.register_forward_hook(after))
             call_model(model, batch)
@@ -156,18 +159,6 @@ def _record(model: nn.Module, blocks: list[_Block], batches: Sequence[Any]) -> N
         for block in blocks:
             if len(block.calls) != number + 1:
                 raise ValueError(f"calibration: batch {number} does not reach {block.name!r}")
-
-
-def _width_of(target: Target) -> Any:
-    """A hook that refuses inputs of another width by the name of the layer, before the layer does in torch's words."""
-    features = target.weight().shape[1]
-
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        x = first_input(args, kwargs)
-        if x is not None:
-            check_width(target.name, x, features)
-
-    return hook
 
 
 def _resolve(call: tuple[tuple[Any, ...], dict[str, Any]], hidden: list[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -184,7 +175,6 @@ def _resolve(call: tuple[tuple[Any, ...], dict[str, Any]], hidden: list[Any]) ->
 def _watch(targets: Sequence[Target], run: Callable[[], Any]) -> dict[str, Inputs]:
     """What enters the targets while ``run`` runs; layers that are called with one tensor share one object."""
     found: dict[str, Inputs] = {}
-    features = {target.name: target.weight().shape[1] for target in targets}
     held: list[tuple[Tensor, Inputs]] = []
     handles = []
 
@@ -193,7 +183,6 @@ def _watch(targets: Sequence[Target], run: Callable[[], Any]) -> dict[str, Input
             x = first_input(args, kwargs)
             if x is None:
                 return
-            check_width(name, x, features[name])
             for tensor, inputs in held:
                 if tensor is x and name not in found:
                     found[name] = inputs

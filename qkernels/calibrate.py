@@ -29,7 +29,7 @@ from .ranges import Histogram, check_method, choose_range
 from .scheme import Scheme
 from .survey import survey
 
-__all__ = ["LayerStats", "Statistics", "calibrate", "check_width", "collect", "first_input", "name_some"]
+__all__ = ["LayerStats", "Statistics", "calibrate", "collect", "first_input", "name_some", "widths_checked"]
 
 SAMPLE_ROWS = 64
 
@@ -40,14 +40,32 @@ def first_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | No
     return x if isinstance(x, Tensor) else None
 
 
-def check_width(name: str, x: Tensor, in_features: int) -> None:
-    """What enters the layer `name` has the features that its weight has.
+@contextmanager
+def widths_checked(layers: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Inside, Linears and Conv1Ds refuse inputs of another width than their weight's before torch does.
 
     Raises:
-        ValueError: it has others, as where a model is called with batches of other kinds; the message names the layer.
+        ValueError: from the model's call, as where it is given batches of several kinds; the message names the layer.
     """
-    if not x.dim() or x.shape[-1] != in_features:
-        raise ValueError(f"calibration: expected {in_features} features to enter {name!r}, got shape {list(x.shape)}")
+
+    def check(name: str, features: int) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = first_input(args, kwargs)
+            if x is not None and (not x.dim() or x.shape[-1] != features):
+                shape = list(x.shape)
+                raise ValueError(f"calibration: expected {features} features to enter {name!r}, got shape {shape}")
+
+        return hook
+
+    handles = []
+    try:
+        for name, module in layers.items():
+            features = int(getattr(module, "in_features", getattr(module, "nx", 0)))
+            handles.append(module.register_forward_pre_hook(check(name, features), with_kwargs=True))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def name_some(names: Sequence[str], limit: int = 5) -> str:
@@ -316,17 +334,17 @@ def _watching(
     )
     handles = []
 
-    def watch(name: str, layer: LayerStats) -> Any:
+    def watch(layer: LayerStats) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = first_input(args, kwargs)
             if x is not None:
-                check_width(name, x, layer.in_features)
                 with torch.no_grad():
                     layer.update(x)
 
         return hook
 
-    with tracking(progress, total=0, what="calibrating") as step:
+    checked = widths_checked({name: module for name, (module, _) in modules.items()})
+    with checked, tracking(progress, total=0, what="calibrating") as step:
         passes = 0
 
         def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -337,7 +355,7 @@ def _watching(
 
         try:
             for name, (module, _) in modules.items():
-                handles.append(module.register_forward_pre_hook(watch(name, stats.layers[name]), with_kwargs=True))
+                handles.append(module.register_forward_pre_hook(watch(stats.layers[name]), with_kwargs=True))
             handles.append(model.register_forward_hook(count, with_kwargs=True))
             yield stats
         finally:
