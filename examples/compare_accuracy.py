@@ -57,8 +57,10 @@ def torchao_row(name: str, **options: Any) -> Row:
 
 
 def with_faster_products(row: Row) -> Row:
-    """torch._int_mm, which torchao calls in eager mode, takes minutes per window on CPUs without VNNI; a float32 product
-    gives the same integers as long as they stay below 2^24."""
+    """A row of torchao's whose int8 products are made in float32: the same integers as long as they stay below 2^24.
+
+    torch._int_mm, which torchao calls in eager mode, takes minutes per window on CPUs without VNNI.
+    """
 
     def wrapped(model: nn.Module, data: list[Any]) -> object:
         torch._int_mm = lambda a, b: (a.float() @ b.float()).to(torch.int32)
