@@ -20,6 +20,7 @@ from .calibrate import calibrate
 from .codebook import NF4, fit_codebook
 from .compat import quantize_dynamic
 from .convert import dequantize_, quantize_
+from .experts import join_experts_, split_experts_
 from .fuse import fuse_, unfuse_
 from .gptq import GPTQ
 from .hqq import HQQ
@@ -52,6 +53,7 @@ __all__ = [
     "fit_codebook",
     "fuse_",
     "info",
+    "join_experts_",
     "load",
     "nn",
     "ops",
@@ -63,5 +65,6 @@ __all__ = [
     "save",
     "sensitivity",
     "smooth_",
+    "split_experts_",
     "unfuse_",
 ]

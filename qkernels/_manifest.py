@@ -77,6 +77,10 @@ class Manifest:
     non_persistent: list[str] = field(default_factory=list)
     headers: dict[str, TensorInfo] = field(default_factory=dict)
 
+    def splits(self, name: str) -> bool:
+        """Whether a module that may hold stacked experts was stored as experts with layers of their own."""
+        return any(tensor.startswith(f"{name}.0.") for tensor in self.tensors)
+
     def to_json(self) -> str:
         """As the file holds it."""
         schemes: dict[str, Scheme] = {}
@@ -261,8 +265,9 @@ def _check_layers(manifest: Manifest) -> None:
                 )
 
 
-def check_values(name: str, suffix: str, tensor: torch.Tensor) -> None:
-    """Scales are positive and finite, minima and smoothing factors finite, zero points 0..15 (activations: 0..255).
+def check_values(name: str, suffix: str, tensor: torch.Tensor, scheme: Scheme) -> None:
+    """Scales are positive and finite, minima and smoothing factors finite, zero points codes of the scheme (0..255 for
+    activations).
 
     Raises:
         ValueError: they are not.
@@ -281,6 +286,6 @@ def check_values(name: str, suffix: str, tensor: torch.Tensor) -> None:
         if not bound < low <= high < float("inf"):
             raise ValueError(f"{name}.{suffix}: expected {words} values, got {low} to {high}")
     if suffix in ("weight_zero_point", "act_zero_point"):
-        top = 15 if suffix == "weight_zero_point" else 255
+        top = scheme.code_range[1] if suffix == "weight_zero_point" else 255
         if not 0 <= low <= high <= top:
             raise ValueError(f"{name}.{suffix}: expected values from 0 to {top}, got {low} to {high}")

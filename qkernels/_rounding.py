@@ -6,13 +6,14 @@ elementwise float32, each rounded once; a quotient is always tensor by tensor, b
 number is a reciprocal and a product in torch (two roundings), and CUDA turns ``t / 127`` into a product.
 
     symmetric, 8 bits    scale = absmax / 127    inv = 127 / absmax   q = clamp(rne(x * inv), -127, 127)
-    symmetric, 4 bits    scale = absmax / 7      inv = 1 / scale      q = clamp(rne(x * inv) + 8, 0, 15)
+    symmetric, b < 8     scale = absmax / (half - 1)   inv = 1 / scale   q = clamp(rne(x * inv) + half, 0, levels)
     asymmetric, 8 bits   scale = hi / 255 - lo / 255                  with hi = max(x, 0), lo = min(x, 0)
-    asymmetric, 4 bits   scale = (hi - lo) / 15
+    asymmetric, b < 8    scale = (hi - lo) / levels
       both               inv = 1 / scale         zero_point = clamp(rne(-lo * inv), 0, levels)
                          q = clamp(rne(x * inv) + zero_point, 0, levels)
     given scale          inv = 1 / scale, then the same q
 
+``levels`` is 2**bits - 1, ``half`` is 2**(bits - 1).
 ``rne`` rounds to nearest, ties to even.  A symmetric granule with ``absmax < 2**-100``, or an asymmetric one whose
 ``1 / scale`` is not finite, counts as zero: scale 1, zero point 0, every q the code of zero.  A granule that
 holds NaN or Inf has scale NaN, zero point 0 and every q the code of zero, so all that is made of it is NaN.
@@ -102,7 +103,7 @@ def symmetric_grid(x: Tensor, *, bits: int, scale: Tensor | None = None) -> Grid
     absmax = torch.where(live, absmax, torch.ones_like(absmax))
     if bits == 8:
         return _finish(divide(absmax, 127.0), None, quotient(127.0, absmax), live, finite)
-    measured = divide(absmax, 7.0)
+    measured = divide(absmax, 2.0 ** (bits - 1) - 1.0)
     return _finish(measured, None, quotient(1.0, measured), live, finite)
 
 
@@ -127,7 +128,7 @@ def asymmetric_grid(
         measured = asymmetric_scale(hi, lo, bits=bits)
     inv = quotient(1.0, measured)
     live = finite & torch.isfinite(inv)
-    levels = 255.0 if bits == 8 else 15.0
+    levels = 2.0**bits - 1.0
     offset = torch.where(live, torch.round(-lo * inv), torch.zeros_like(lo)).clamp(0.0, levels)
     return _finish(measured, offset, inv, live, finite)
 
@@ -136,7 +137,7 @@ def asymmetric_scale(hi: Tensor, lo: Tensor, *, bits: int) -> Tensor:
     """The scale of a range that includes zero, before any rule about zero or non-finite granules."""
     if bits == 8:
         return divide(hi, 255.0) - divide(lo, 255.0)
-    return divide(hi - lo, 15.0)
+    return divide(hi - lo, 2.0**bits - 1.0)
 
 
 def to_integers(x: Tensor, grid: Grid, *, low: int, high: int, offset: int = 0) -> Tensor:
@@ -162,6 +163,32 @@ def pack_nibbles(q: Tensor) -> Tensor:
 def unpack_nibbles(packed: Tensor, count: int) -> Tensor:
     """Inverse of :func:`pack_nibbles`: uint8 ``[..., count]`` of 0..15."""
     return torch.stack((packed & 15, packed >> 4), -1).flatten(-2)[..., :count]
+
+
+def pack_codes(q: Tensor, bits: int) -> Tensor:
+    """uint8 ``[..., n]`` of codes of ``bits`` (1..7) -> uint8 ``[..., ceil(n * bits / 8)]``.
+
+    A line of bytes read as one little-endian number holds code ``i`` in its bits ``bits * i`` and up: low nibble first
+    for 4 bits, four codes per byte for 2, eight in three bytes for 3.  What is left of the last byte is 0.
+    """
+    if bits == 4:
+        return pack_nibbles(q)
+    count = q.shape[-1]
+    q = torch.nn.functional.pad(q, (0, -count % 8)).unflatten(-1, (-1, 8)).to(torch.int64)
+    places = torch.arange(8, device=q.device) * bits
+    words = (q << places).sum(-1, keepdim=True)  # eight codes are `bits` whole bytes
+    lines = (words >> torch.arange(bits, device=q.device) * 8) & 255
+    return lines.flatten(-2)[..., : -(-count * bits // 8)].to(torch.uint8)
+
+
+def unpack_codes(packed: Tensor, bits: int, count: int) -> Tensor:
+    """Inverse of :func:`pack_codes`: uint8 ``[..., count]``."""
+    if bits == 4:
+        return unpack_nibbles(packed, count)
+    lines = torch.nn.functional.pad(packed, (0, -packed.shape[-1] % bits)).unflatten(-1, (-1, bits)).to(torch.int64)
+    words = (lines << torch.arange(bits, device=packed.device) * 8).sum(-1, keepdim=True)
+    codes = (words >> torch.arange(8, device=packed.device) * bits) & (2**bits - 1)
+    return codes.flatten(-2)[..., :count].to(torch.uint8)
 
 
 def split_groups(x: Tensor, group_size: int, *, replicate: bool = False) -> Tensor:

@@ -51,11 +51,12 @@ def weight_grid(w: Tensor, scheme: Scheme) -> dict[str, Tensor]:
     With hi and lo the bounds of a group, absmax its largest magnitude, each rounded to the storage dtype before
     anything is computed from it:
 
-        symmetric, 8 bits   scale = absmax / 127
-        symmetric, 4 bits   scale = absmax / 7
+        symmetric           scale = absmax / 127, / 7, / 3, / 1 for 8, 4, 3, 2 bits
         code book           scale = absmax / max|codebook|
-        integer zero point  zero inside the range; scale = (hi - lo) / 15; zero_point = clamp(rne(-lo / scale), 0, 15)
-        float minimum       scale = (hi - lo) / 15; minimum = lo
+        integer zero point  zero inside the range; scale = (hi - lo) / top; zero_point = clamp(rne(-lo / scale), 0, top)
+        float minimum       scale = (hi - lo) / top; minimum = lo
+
+    with top = 15, 7, 3 for 4, 3, 2 bits.
 
     A symmetric group with absmax < 2**-100, or another one whose 1 / scale is not finite, gets scale 1.
 
@@ -88,14 +89,14 @@ def weight_grid(w: Tensor, scheme: Scheme) -> dict[str, Tensor]:
         hi = lo = groups.new_zeros(groups.shape[:-1])
     if scheme.weight_zero == "int":
         hi, lo = hi.clamp(min=0.0), lo.clamp(max=0.0)
-    scale = rounding.asymmetric_scale(hi, lo, bits=4)
+    scale = rounding.asymmetric_scale(hi, lo, bits=scheme.weight_bits)
     _check_overflow(scale)
     scale = torch.where(torch.isfinite(rounding.quotient(1.0, scale)), scale, torch.ones_like(scale))
     if scheme.weight_zero == "float":
         dtype = rounding.storage_dtype(requested, scale, lo)
         return {"weight_scale": stored(scale, dtype), "weight_min": stored(lo, dtype)}
     dtype = rounding.storage_dtype(requested, scale)
-    grid = rounding.asymmetric_grid(groups, bits=4, measured=scale.to(dtype).to(torch.float32))
+    grid = rounding.asymmetric_grid(groups, bits=scheme.weight_bits, measured=scale.to(dtype).to(torch.float32))
     zeros = torch.zeros_like(scale) if grid.zero_point is None else grid.zero_point
     return {"weight_scale": stored(scale, dtype), "weight_zero_point": stored(zeros, torch.uint8)}
 
@@ -104,7 +105,7 @@ def weight_grid(w: Tensor, scheme: Scheme) -> dict[str, Tensor]:
 def round_to_grid(w: Tensor, tensors: Mapping[str, Tensor], scheme: Scheme) -> Tensor:
     """The codes of ``w [N, K]`` on a grid that :func:`weight_grid` (or anybody) made: int32 ``[N, K]``.
 
-    symmetric      q = clamp(rne(w * inv) + zero)      with inv = 1 / weight_scale, zero = 0 (8 bits) or 8 (4 bits)
+    symmetric      q = clamp(rne(w * inv) + zero)      with inv = 1 / weight_scale, zero = scheme.zero_code
     zero point     q = clamp(rne(w * inv) + weight_zero_point)
     float minimum  q = clamp(rne((w - weight_min) * inv))
     code book      q = the entry nearest to w * inv, the first of equals
@@ -118,23 +119,23 @@ def round_to_grid(w: Tensor, tensors: Mapping[str, Tensor], scheme: Scheme) -> T
         return tensors[name].to(torch.float32).reshape(*groups.shape[:2], 1)
 
     inv = rounding.quotient(1.0, column("weight_scale"))
+    low, high = scheme.code_range
     if scheme.codebook is not None:
         codes = _nearest(groups * inv, scheme.codebook)
     elif scheme.weight_symmetric:
-        low, high, zero = (-127, 127, 0) if scheme.weight_bits == 8 else (0, 15, 8)
-        codes = (torch.round(groups * inv) + zero).clamp(low, high)
+        codes = (torch.round(groups * inv) + scheme.zero_code).clamp(low, high)
     elif scheme.weight_zero == "int":
-        codes = (torch.round(groups * inv) + column("weight_zero_point")).clamp(0, 15)
+        codes = (torch.round(groups * inv) + column("weight_zero_point")).clamp(low, high)
     else:
-        codes = torch.round((groups - column("weight_min")) * inv).clamp(0, 15)
+        codes = torch.round((groups - column("weight_min")) * inv).clamp(low, high)
     return rounding.join_groups(codes, wide.shape[1]).to(torch.int32)
 
 
 def weight_codes(codes: Tensor, scheme: Scheme) -> Tensor:
-    """Codes ``[N, K]`` as ``weight`` stores them: int8, or uint8 with two per byte."""
+    """Codes ``[N, K]`` as ``weight`` stores them: int8, or uint8 with two, 8/3 or four per byte."""
     if scheme.weight_bits == 8:
         return codes.to(torch.int8).contiguous()
-    return rounding.pack_nibbles(codes.to(torch.uint8)).contiguous()
+    return rounding.pack_codes(codes.to(torch.uint8), scheme.weight_bits).contiguous()
 
 
 @torch.no_grad()
@@ -143,7 +144,7 @@ def dequantize_weight(
 ) -> Tensor:
     """The weight ``[N, in_features]`` that a quantized Linear stands for.
 
-    ``scale * (q - zero_point)`` (zero_point 0 for symmetric 8 bits, 8 for symmetric 4 bits), ``scale * q + minimum``
+    ``scale * (q - zero_point)`` (zero_point 0, 8, 4, 2 for symmetric 8, 4, 3, 2 bits), ``scale * q + minimum``
     (product rounded, then sum) or ``scale * codebook[q]``, in float32, then one cast.
 
     Raises:
@@ -151,10 +152,10 @@ def dequantize_weight(
         ValueError: shapes that do not fit ``in_features``.
     """
     weight, scale = tensors["weight"], tensors["weight_scale"]
-    width = in_features if scheme.weight_bits == 8 else (in_features + 1) // 2
+    width = scheme.code_bytes(in_features)
     if weight.dim() != 2 or weight.shape[1] != width:
         raise ValueError(f"weight: expected shape [N, {width}], got {list(weight.shape)}")
-    codes = weight if scheme.weight_bits == 8 else rounding.unpack_nibbles(weight, in_features)
+    codes = weight if scheme.weight_bits == 8 else rounding.unpack_codes(weight, scheme.weight_bits, in_features)
     group_size = scheme.resolve_group_size(in_features) if scale.dim() == 2 else None
     groups = widen_groups(codes.to(torch.int32), scale, group_size)
 
@@ -166,7 +167,7 @@ def dequantize_weight(
         table = torch.tensor(scheme.codebook, dtype=torch.float32, device=weight.device)
         values = table[groups] * wide_scale
     elif scheme.weight_symmetric:
-        values = (groups - (0 if scheme.weight_bits == 8 else 8)).to(torch.float32) * wide_scale
+        values = (groups - scheme.zero_code).to(torch.float32) * wide_scale
     elif scheme.weight_zero == "int":
         values = (groups - column("weight_zero_point").to(torch.int32)).to(torch.float32) * wide_scale
     else:

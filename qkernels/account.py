@@ -40,9 +40,10 @@ def account(model: nn.Module, before: Snapshot, notes: Mapping[str, str | None])
     after = measure(model)
     tables = owners(model)
     entries = []
+    held = _held(model, before.bytes)
     for name, module in model.named_modules():
         shape = _shape(module)
-        if name not in after and name not in before.bytes and shape is None:
+        if name not in after and name not in held and shape is None:
             continue
         note = notes.get(name)
         scheme = kernel = None
@@ -59,12 +60,23 @@ def account(model: nn.Module, before: Snapshot, notes: Mapping[str, str | None])
                 shape=shape,
                 scheme=scheme,
                 kernel=kernel,
-                bytes_before=before.bytes.get(name, 0),
+                bytes_before=held.get(name, 0),
                 bytes_after=after.get(name, 0),
                 reason=note,
             )
         )
     return Report(tuple(entries), isa=str(_C.info()["isa"]))
+
+
+def _held(model: nn.Module, before: Mapping[str, int]) -> dict[str, int]:
+    """Bytes by module; those of modules that are gone (experts put together again) count on what stands around them."""
+    names = {name for name, _ in model.named_modules(remove_duplicate=False)}
+    held: dict[str, int] = {}
+    for name, count in before.items():
+        while name not in names:
+            name = name.rpartition(".")[0]
+        held[name] = held.get(name, 0) + count
+    return held
 
 
 def fusion_notes(fused: Mapping[str, str], notes: Mapping[str, str | None]) -> dict[str, str | None]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
-from .calibrate import first_input
+from .calibrate import first_input, widths_checked
 from .hooks import Target
 from .observe import call_model
 from .probe import quiescent
@@ -79,7 +79,11 @@ def run_by_blocks(
     """
     blocks, rest = _find_blocks(model, targets)
     done = 0
-    with quiescent(model), tracking(progress, total=len(targets), what="rounding weights") as step:
+    with (
+        quiescent(model),
+        widths_checked({t.name: t.module for t in targets}),
+        tracking(progress, total=len(targets), what="rounding weights") as step,
+    ):
 
         def each(found: Mapping[str, Inputs], chosen: Sequence[Target]) -> dict[str, Tensor]:
             nonlocal done

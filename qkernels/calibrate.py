@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from . import _rounding as rounding
+from .experts import experts_apart
 from .observe import Call, run_batches, take_batches
 from .patterns import compile_patterns, unmatched_message
 from .progress import Progress, tracking
@@ -28,7 +29,7 @@ from .ranges import Histogram, check_method, choose_range
 from .scheme import Scheme
 from .survey import survey
 
-__all__ = ["LayerStats", "Statistics", "calibrate", "collect", "first_input", "name_some"]
+__all__ = ["LayerStats", "Statistics", "calibrate", "collect", "first_input", "name_some", "widths_checked"]
 
 SAMPLE_ROWS = 64
 
@@ -37,6 +38,34 @@ def first_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | No
     """The tensor a layer is called with, positional or by keyword; None if there is none."""
     x = args[0] if args else next(iter(kwargs.values()), None)
     return x if isinstance(x, Tensor) else None
+
+
+@contextmanager
+def widths_checked(layers: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Inside, Linears and Conv1Ds refuse inputs of another width than their weight's before torch does.
+
+    Raises:
+        ValueError: from the model's call, as where it is given batches of several kinds; the message names the layer.
+    """
+
+    def check(name: str, features: int) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = first_input(args, kwargs)
+            if x is not None and (not x.dim() or x.shape[-1] != features):
+                shape = list(x.shape)
+                raise ValueError(f"calibration: expected {features} features to enter {name!r}, got shape {shape}")
+
+        return hook
+
+    handles = []
+    try:
+        for name, module in layers.items():
+            features = int(getattr(module, "in_features", getattr(module, "nx", 0)))
+            handles.append(module.register_forward_pre_hook(check(name, features), with_kwargs=True))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def name_some(names: Sequence[str], limit: int = 5) -> str:
@@ -165,13 +194,14 @@ class Statistics:
         """Names of the layers that no row entered."""
         return [name for name, layer in self.layers.items() if not layer.seen]
 
-    def require(self, names: Iterable[str]) -> None:
-        """Check that there is finite data for every one of these layers.
+    def require(self, layers: Iterable[str] | Mapping[str, int]) -> None:
+        """Check that there is finite data for every one of these layers; given their input features, of that width.
 
         Raises:
-            ValueError: a layer that is unknown, saw nothing, or saw NaN or Inf; the message names it.
+            ValueError: a layer that is unknown, saw nothing, saw NaN or Inf, or is of another width; the message names
+                it.
         """
-        names = list(names)
+        names = list(layers)
         unknown = [name for name in names if name not in self.layers]
         if unknown:
             raise ValueError(
@@ -185,6 +215,12 @@ class Statistics:
         broken = [name for name in names if not self.layers[name].finite]
         if broken:
             raise ValueError(f"calibration: NaN or infinite values entered {name_some(broken)}")
+        for name, features in layers.items() if isinstance(layers, Mapping) else ():
+            if self.layers[name].in_features != features:
+                raise ValueError(
+                    f"calibration: expected statistics of {features} features for {name!r}, got them of "
+                    f"{self.layers[name].in_features}; calibrate this very model"
+                )
 
     def range(
         self,
@@ -250,6 +286,8 @@ def calibrate(
 ) -> Iterator[Statistics]:
     """Watch what enters the Linear layers of ``model`` while the block runs; nothing of the model changes.
 
+    Experts in 3-D parameters are watched one by one; inside the block, layers stand in their place.
+
     Args:
         model: run by the caller inside the block, in whatever mode it is in (``model.eval()`` is usual).
         include, exclude: patterns of layers, as in ``quantize_``.
@@ -270,6 +308,20 @@ def calibrate(
     check_method(method, percentile)
     if isinstance(samples, bool) or not isinstance(samples, int) or samples < 0:
         raise ValueError(f"samples: expected an integer of at least 0, got {samples!r}")
+    with experts_apart(model):
+        yield from _watching(model, include, exclude, method, percentile, histogram, samples, progress)
+
+
+def _watching(
+    model: nn.Module,
+    include: Iterable[str] | None,
+    exclude: Iterable[str] | None,
+    method: str,
+    percentile: float,
+    histogram: bool,
+    samples: int,
+    progress: Progress,
+) -> Iterator[Statistics]:
     modules = _watched(model, include, exclude)
     keep = histogram or method not in ("minmax", "absmax")
     stats = Statistics(
@@ -291,7 +343,8 @@ def calibrate(
 
         return hook
 
-    with tracking(progress, total=0, what="calibrating") as step:
+    checked = widths_checked({name: module for name, (module, _) in modules.items()})
+    with checked, tracking(progress, total=0, what="calibrating") as step:
         passes = 0
 
         def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:

@@ -149,7 +149,7 @@ def canonical_specs(scheme: Scheme, in_features: int, out_features: int) -> dict
     if scheme.weight_bits == 8:
         specs = {"weight": TensorSpec((out_features, in_features), (torch.int8,))}
     else:
-        specs = {"weight": TensorSpec((out_features, (in_features + 1) // 2), (torch.uint8,))}
+        specs = {"weight": TensorSpec((out_features, scheme.code_bytes(in_features)), (torch.uint8,))}
     if scheme.weight_granularity == "per_channel":
         scales = rows
         scale_dtypes: tuple[torch.dtype, ...] = (torch.float32,)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ._rounding import split_groups
+from .experts import with_experts_apart
 from .patterns import compile_patterns
 from .plan import DEFAULT_EXCLUDE
 from .survey import survey
@@ -36,6 +37,7 @@ NF4: tuple[float, ...] = _normal_float()
 """Most accurate for weights that are normally distributed within a group."""
 
 
+@with_experts_apart
 @torch.no_grad()
 def fit_codebook(
     model: nn.Module,

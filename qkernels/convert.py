@@ -15,6 +15,7 @@ from torch import nn
 
 from .account import account, fusion_notes, take_snapshot
 from .calibrate import Statistics, collect
+from .experts import join_experts_, take_apart
 from .fuse import fuse_, unfuse_
 from .hooks import Algorithm, Quantizer, Target, find_algorithm, find_smoother
 from .journal import Journal
@@ -66,7 +67,7 @@ def quantize_(
 
     Args:
         model: the module that holds the layers. A layer of it, not the model itself, can be replaced in place.
-        scheme: "w8a8", "w8a8_static", "w8a16", "w4a8", "w4a16", or a `Scheme`.
+        scheme: "w8a8", "w8a8_static", "w8a16", "w4a8", "w4a16", "w3a16", "w2a16", or a `Scheme`.
         include: patterns of the layers to convert; None for all. A pattern is a glob over the whole qualified name
             ("*" crosses dots) or "re:" and a regular expression for the whole name.
         exclude: patterns of layers to leave. By default output heads named lm_head; that default gives way to an
@@ -95,47 +96,53 @@ def quantize_(
     """
     rounder, smoother = find_algorithm(algorithm), find_smoother(smooth)
     _check_flags(embeddings=embeddings, strict=strict, fuse=fuse)
-    plan = make_plan(
-        model, scheme, include=include, exclude=exclude, overrides=overrides, embeddings=embeddings, strict=strict
-    )
-    chosen = plan.selected
-    static = [layer for layer in chosen if layer.scheme is not None and not layer.scheme.activation_dynamic]
-    stats = calibration if isinstance(calibration, Statistics) else None
-    batches = None if calibration is None or stats is not None else take_batches(calibration)
-    if batches is None and stats is None and static:
-        raise ValueError(f"calibration: scheme {static[0].scheme.name} needs batches to measure activations, got None")  # type: ignore[union-attr]
-    if batches is None and stats is None and smoother is not None:
-        raise ValueError("calibration: smooth needs batches to measure activations, got None")
+    # Experts in 3-D parameters are layers from here on, and as they were again after a failure.
+    with take_apart(model) as apart:
+        plan = make_plan(
+            model, scheme, include=include, exclude=exclude, overrides=overrides, embeddings=embeddings, strict=strict
+        )
+        reasons = {layer.name: layer.reason or "" for layer in plan.layers if not layer.selected}
+        apart.keep(lambda name: name not in reasons, reasons.__getitem__)
+        apart.release()
+        chosen = plan.selected
+        static = [layer for layer in chosen if layer.scheme is not None and not layer.scheme.activation_dynamic]
+        stats = calibration if isinstance(calibration, Statistics) else None
+        batches = None if calibration is None or stats is not None else take_batches(calibration)
+        if batches is None and stats is None and static:
+            kind = "" if static[0].scheme is None else static[0].scheme.name
+            raise ValueError(f"calibration: scheme {kind} needs batches to measure activations, got None")
+        if batches is None and stats is None and smoother is not None:
+            raise ValueError("calibration: smooth needs batches to measure activations, got None")
 
-    before = take_snapshot(model)
-    expected = sum(layer.weight.numel() * layer.weight.element_size() for layer in chosen)
-    with Journal(expected=expected) as journal, torch.no_grad():
-        targets = [
-            Target(x.name, x.module, x.scheme, x.kind == "conv1d")
-            for x in chosen
-            if x.scheme is not None and x.table is None and x.same_as is None  # those share what another one rounds
-        ]
-        if smoother is not None and smooth is not None:
-            smoothing = smoother(model, targets, batches if stats is None else stats, smooth)
-            journal.on_failure(smoothing.undo)
-        data = batches if stats is None else stats
-        quantizer = None if rounder is None else rounder(model, targets, data)
-        if quantizer is not None and hasattr(quantizer, "undo"):
-            journal.on_failure(quantizer.undo)
-        activations = _static_activations(model, static, data, progress)
-        builder = _Builder(quantizer, activations)
-        targets.clear()  # they hold the float layers
-        with tracking(progress, total=len(chosen), what="quantizing") as step:
-            for index, layer in enumerate(chosen):
-                replacement = builder.build(layer)
-                journal.replace(layer.sites, layer.module, replacement)
-                layer.module = replacement  # the float layer is free now
-                step(index + 1, len(chosen), layer.name)
-        adapt_parents(model, is_quantized, on_failure=journal.on_failure)
-        notes = {layer.name: layer.reason or layer.note for layer in plan.layers}
-        if fuse:
-            notes.update(fusion_notes(fuse_(model, on_failure=journal.on_failure), notes))
-        return account(model, before, notes)
+        before = take_snapshot(model)
+        expected = sum(layer.weight.numel() * layer.weight.element_size() for layer in chosen)
+        with Journal(expected=expected) as journal, torch.no_grad():
+            targets = [
+                Target(x.name, x.module, x.scheme, x.kind == "conv1d")
+                for x in chosen
+                if x.scheme is not None and x.table is None and x.same_as is None  # those share what another one rounds
+            ]
+            if smoother is not None and smooth is not None:
+                smoothing = smoother(model, targets, batches if stats is None else stats, smooth)
+                journal.on_failure(smoothing.undo)
+            data = batches if stats is None else stats
+            quantizer = None if rounder is None else rounder(model, targets, data)
+            if quantizer is not None and hasattr(quantizer, "undo"):
+                journal.on_failure(quantizer.undo)
+            activations = _static_activations(model, static, data, progress)
+            builder = _Builder(quantizer, activations)
+            targets.clear()  # they hold the float layers
+            with tracking(progress, total=len(chosen), what="quantizing") as step:
+                for index, layer in enumerate(chosen):
+                    replacement = builder.build(layer)
+                    journal.replace(layer.sites, layer.module, replacement)
+                    layer.module = replacement  # the float layer is free now
+                    step(index + 1, len(chosen), layer.name)
+            adapt_parents(model, is_quantized, on_failure=journal.on_failure)
+            notes = {layer.name: layer.reason or layer.note for layer in plan.layers} | apart.reasons
+            if fuse:
+                notes.update(fusion_notes(fuse_(model, on_failure=journal.on_failure), notes))
+            return account(model, before, notes)
 
 
 class _Builder:
@@ -200,7 +207,7 @@ def _static_activations(
     if not layers:
         return {}
     stats = collect(model, calibration, samples=0, progress=progress)
-    stats.require(layer.name for layer in layers)
+    stats.require({layer.name: layer.shape[1] for layer in layers})
     return {
         layer.name: stats.activation_tensors(layer.name, layer.scheme, layer.weight.device)
         for layer in layers
@@ -248,6 +255,7 @@ def dequantize_(model: nn.Module, *, dtype: torch.dtype | None = None) -> Report
             if module._buffers.get("inv_smooth") is None:
                 weights[layer.name] = new._parameters["weight"] if origin(module)["kind"] != "conv1d" else None
             journal.replace(layer.sites, module, new)
+        join_experts_(model, on_failure=journal.on_failure)
         adapt_parents(model, is_quantized, on_failure=journal.on_failure)
         return account(model, before, {layer.name: "dequantized" for layer in layers})
 

@@ -51,13 +51,12 @@ class Grid:
         if "weight_zero_point" in tensors:
             zero = tensors["weight_zero_point"].to(torch.float32).reshape(scale.shape)
         if zero is None:
-            middle = 8.0 if scheme.weight_bits == 4 and low is None and scheme.codebook is None else 0.0
-            zero = torch.full_like(scale, middle)
+            around_zero = low is None and scheme.codebook is None
+            zero = torch.full_like(scale, float(scheme.zero_code) if around_zero else 0.0)
         table = None
         if scheme.codebook is not None:
             table = torch.tensor(scheme.codebook, dtype=torch.float32, device=scale.device)
-        bounds = (-127, 127) if scheme.weight_bits == 8 else (0, 15)
-        return cls(scale, zero, low, scheme.resolve_group_size(in_features), bounds, table)
+        return cls(scale, zero, low, scheme.resolve_group_size(in_features), scheme.code_range, table)
 
     def round_column(self, values: Tensor, column: int) -> tuple[Tensor, Tensor]:
         """Codes (float32) and what they stand for, of ``values [N]`` in a column of the weight."""
@@ -159,11 +158,12 @@ def _round(values: Tensor, tensors: Mapping[str, Tensor], scheme: Scheme) -> Ten
     if scheme.codebook is not None:
         table = torch.tensor(sorted(scheme.codebook), dtype=torch.float32, device=values.device)
         return table[torch.bucketize((values * inv).contiguous(), (table[1:] + table[:-1]) / 2)].mul_(scale)
+    bottom, top = scheme.code_range
     if "weight_min" in tensors:
         low = tensors["weight_min"].to(torch.float32).reshape(shape)
-        return (values - low).mul_(inv).round_().clamp_(0, 15).mul_(scale).add_(low)
+        return (values - low).mul_(inv).round_().clamp_(bottom, top).mul_(scale).add_(low)
     if "weight_zero_point" in tensors:
         zero = tensors["weight_zero_point"].to(torch.float32).reshape(shape)
-        return (values * inv).round_().add_(zero).clamp_(0, 15).sub_(zero).mul_(scale)
-    bottom, top = (-127, 127) if scheme.weight_bits == 8 else (-8, 7)
-    return (values * inv).round_().clamp_(bottom, top).mul_(scale)
+        return (values * inv).round_().add_(zero).clamp_(bottom, top).sub_(zero).mul_(scale)
+    middle = scheme.zero_code
+    return (values * inv).round_().clamp_(bottom - middle, top - middle).mul_(scale)

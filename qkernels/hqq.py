@@ -115,13 +115,13 @@ def _fit(
         return {"weight_scale": stored, "weight_min": low.reshape(stored.shape).to(tensors["weight_min"].dtype)}
     if "weight_zero_point" in tensors:
         zero = ((codes - wanted / scale.unsqueeze(-1)) * real).sum(-1) / count
-        zero = zero.round().clamp(0, 15)
+        zero = zero.round().clamp(*scheme.code_range)
         fitted = _fit_scale(wanted, (codes - zero.unsqueeze(-1)) * real, scale)
         return {
             "weight_scale": fitted.reshape(stored.shape).to(stored.dtype),
             "weight_zero_point": zero.reshape(stored.shape).to(torch.uint8),
         }
-    fitted = _fit_scale(wanted, (codes - 8.0) * real, scale)
+    fitted = _fit_scale(wanted, (codes - scheme.zero_code) * real, scale)
     return {"weight_scale": fitted.reshape(stored.shape).to(stored.dtype)}
 
 

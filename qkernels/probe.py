@@ -86,6 +86,11 @@ class _Trace:
     repeated: set[str] = field(default_factory=set)
     outputs: list[Tensor] = field(default_factory=list)
 
+    def rows(self, group: Group) -> tuple[int, int]:
+        """Shape of what a group reads, as rows ``[M, K]``."""
+        x = next(x for name, x in self.calls if name in group.layers)
+        return x.numel() // max(group.in_features, 1), group.in_features
+
 
 @contextlib.contextmanager
 def quiescent(model: nn.Module) -> Iterator[None]:
@@ -244,7 +249,7 @@ class _Search:
                     trace.repeated.add(name)
                 called.add(name)
                 trace.calls.append((name, x))
-                if name not in inputs:
+                if name not in inputs or inputs[name].shape != x.shape:  # noise may lead tokens to other experts
                     return None
                 if args:
                     return (inputs[name], *args[1:]), kwargs
@@ -287,18 +292,36 @@ class _Search:
                 queues[index] = self._candidates(group, trace)
                 group.reason = "its input is no module's output channels scaled"
         accepted: dict[int, tuple[_Candidate, Producer]] = {}
+        disturbed = self._rounds(groups, queues, accepted, trace, batch)
+        # Once more those whose tokens other candidates' noise had sent to other experts, now among themselves.
+        self._rounds(groups, disturbed, accepted, trace, batch)
+        confirmed = self._confirm(groups, accepted, trace, batch)
+        for index, (candidate, _) in accepted.items():
+            groups[index].producer = confirmed.get(index)
+            groups[index].reason = "" if index in confirmed else f"others read the output of {candidate.name} too"
+
+    def _rounds(
+        self,
+        groups: list[Group],
+        queues: dict[int, list[_Candidate]],
+        accepted: dict[int, tuple[_Candidate, Producer]],
+        trace: _Trace,
+        batch: Any,
+    ) -> dict[int, list[_Candidate]]:
+        """Try the candidates of all groups, one of each at a time; what could not be judged comes back."""
+        disturbed: dict[int, list[_Candidate]] = {}
         while any(queues.values()):
             chosen: dict[int, _Candidate] = {}
             for index, queue in queues.items():
                 if queue and all(queue[0].name != other.name for other in chosen.values()):
                     chosen[index] = queue.pop(0)
-            for index, producer in self._probe(groups, chosen, trace, batch).items():
+            found, unjudged = self._probe(groups, chosen, trace, batch)
+            for index in unjudged:
+                disturbed.setdefault(index, []).append(chosen[index])
+            for index, producer in found.items():
                 accepted[index] = chosen[index], producer
                 queues[index] = []
-        confirmed = self._confirm(groups, accepted, trace, batch)
-        for index, (candidate, _) in accepted.items():
-            groups[index].producer = confirmed.get(index)
-            groups[index].reason = "" if index in confirmed else f"others read the output of {candidate.name} too"
+        return {index: queue for index, queue in disturbed.items() if index not in accepted}
 
     def _scalable(self, group: Group, trace: _Trace) -> bool:
         if group.reason:
@@ -326,10 +349,12 @@ class _Search:
                     found.append(_Candidate(name, module, kind, 0, k))
         if found:
             return found
-        for name in reversed(names[max(0, first - NEAR_CALLS) : first]):
+        for name, given in reversed(trace.calls[max(0, first - NEAR_CALLS) : first]):
             module = self.layers[name]
             if name in trace.repeated or id(module) in self.shared or name in group.layers:
                 continue
+            if given.numel() // max(given.shape[-1], 1) != x.numel() // max(k, 1):
+                continue  # other tokens: those of another expert
             rows = out_features(module)
             if rows <= k and k % rows == 0:
                 slices = [(0, rows)]
@@ -344,19 +369,21 @@ class _Search:
 
     def _probe(
         self, groups: list[Group], chosen: Mapping[int, _Candidate], trace: _Trace, batch: Any
-    ) -> dict[int, Producer]:
-        """Which of the candidates scale their group's input, and how."""
+    ) -> tuple[dict[int, Producer], set[int]]:
+        """Which of the candidates scale their group's input, and how; and of which groups other tokens came in."""
         if not chosen:
-            return {}
+            return {}, set()
         start = self._observe(groups, chosen, None, trace, batch)
-        alive = {index: x for index, x in start.items() if bool((x.abs().amax(0) > 0).all())}
+        alive = {index: x for index, x in start.items() if len(x) and bool((x.abs().amax(0) > 0).all())}
+        unjudged = {i for i in chosen if i not in start or start[i].shape != trace.rows(groups[i])}
         codes = {index: torch.zeros(x.shape[1], dtype=torch.int64) for index, x in alive.items()}
-        for digit in range(max((_digits(c.channels) for c in chosen.values()), default=0)):
+        for digit in range(max((_digits(c.channels + 1) for c in chosen.values()), default=0)):
             if not alive:
                 break
             seen = self._observe(groups, chosen, digit, trace, batch)
+            unjudged |= {i for i in alive if i not in seen or seen[i].shape != trace.rows(groups[i])}
             for index in list(alive):
-                value = _read_digit(alive[index], seen[index])
+                value = _read_digit(alive[index], seen[index]) if index in seen else None
                 if value is None:
                     del alive[index]
                 else:
@@ -364,10 +391,11 @@ class _Search:
         result = {}
         for index in alive:
             candidate, code = chosen[index], codes[index]
-            if len(torch.unique(code)) == candidate.channels and bool((code < candidate.channels).all()):
-                channel = torch.argsort(_permutation(candidate))[code] + candidate.first
+            whole = len(torch.unique(code)) == candidate.channels and int(code.min()) == 1
+            if whole and int(code.max()) == candidate.channels:
+                channel = torch.argsort(_permutation(candidate))[code - 1] + candidate.first
                 result[index] = Producer(candidate.name, candidate.module, candidate.kind, channel)
-        return result
+        return result, unjudged
 
     def _confirm(
         self, groups: list[Group], accepted: Mapping[int, tuple[_Candidate, Producer]], trace: _Trace, batch: Any
@@ -382,11 +410,17 @@ class _Search:
             inputs={name: x for name, x in trace.calls if name in mine},
             outputs={c.name: _Noise(c, None) for c in chosen.values()},
         )
-        unmoved = same(trace.outputs, probe.outputs) and same(
-            [x for name, x in trace.calls if name not in mine], [x for name, x in probe.calls if name not in mine]
+        unmoved = (
+            same(trace.outputs, probe.outputs)
+            and same(
+                [x for name, x in trace.calls if name not in mine], [x for name, x in probe.calls if name not in mine]
+            )
+            # Groups further on are handed their true inputs and would hide what a router or a residual made of noise;
+            # the norms before them are not.
+            and same(_entered(trace), _entered(probe))
         )
         if unmoved:
-            again = self._probe(groups, chosen, trace, batch)
+            again, _ = self._probe(groups, chosen, trace, batch)
             unmoved = all(
                 index in again and torch.equal(again[index].channel, producer.channel)
                 for index, (_, producer) in accepted.items()
@@ -404,17 +438,23 @@ class _Search:
         self, groups: list[Group], chosen: Mapping[int, _Candidate], digit: int | None, trace: _Trace, batch: Any
     ) -> dict[int, Tensor]:
         """What every chosen group is called with, rows ``[M, K]``, while its candidate speaks ``digit``."""
-        mine = {name for index in chosen for name in groups[index].layers}
         probe = self.run(
             batch,
-            inputs={name: x for name, x in trace.calls if name in mine},
+            inputs={name: x for name, x in trace.calls if name not in trace.repeated},
             outputs={c.name: _Noise(c, digit) for c in chosen.values()},
         )
         seen = dict(reversed(probe.calls))
         return {
-            index: seen[next(iter(groups[index].layers))].reshape(-1, groups[index].in_features).to(torch.float32)
+            index: seen[name].reshape(-1, groups[index].in_features).to(torch.float32)
             for index in chosen
+            if (name := next(iter(groups[index].layers))) in seen
         }
+
+
+def _entered(trace: _Trace) -> list[Tensor]:
+    """What the modules with gains were called with."""
+    inputs = [first_input(args, kwargs) for args, kwargs, _ in trace.made.values()]
+    return [x for x in inputs if x is not None and x.is_floating_point()]
 
 
 class _Noise:
@@ -441,9 +481,12 @@ def _seed(candidate: _Candidate) -> int:
 
 
 def _permutation(candidate: _Candidate) -> Tensor:
-    """The number of each channel, different for every candidate, so that products of two cannot pass for one."""
+    """The number of each channel, different for every candidate, so that products of two cannot pass for one.
+
+    From 1 on: a feature that no channel reaches reads as 0.
+    """
     generator = torch.Generator().manual_seed(_seed(candidate) + 1)
-    return torch.randperm(candidate.channels, generator=generator)
+    return torch.randperm(candidate.channels, generator=generator) + 1
 
 
 def _digits(channels: int) -> int:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from . import reference
 from ._rounding import join_groups, split_groups, storage_dtype
 from .account import account, take_snapshot
+from .experts import take_apart
 from .nn import QuantLinear
 from .patterns import compile_patterns, unmatched_message
 from .plan import DEFAULT_EXCLUDE
@@ -72,7 +73,7 @@ class _Exact(torch.autograd.Function):
 
 def _learned(grad: Tensor, weight: Tensor, scale: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
     """LSQ: gradients of the weight and of its scale, from that of the rounded weight."""
-    low, high = (-127, 127) if scheme.weight_bits == 8 else (-8, 7)
+    low, high = (code - scheme.zero_code for code in scheme.code_range)
     columns = weight.shape[1]
     size = scheme.resolve_group_size(columns)
     grouped = scale.dim() == 2
@@ -152,45 +153,51 @@ def prepare_qat_(
         learnable_scale: scales become parameters (symmetric schemes without a code book); make the optimizer after
             this call.
 
+    Experts in 3-D parameters become layers with parameters of their own: make the optimizer after this call for them
+    too.
+
     Returns:
         The names of the layers.
 
     Raises:
         ValueError, TypeError: naming the argument; the model is unchanged then.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     resolved = Scheme.resolve(scheme)
     if not resolved.activation_dynamic:
         raise ValueError(f"scheme: expected dynamic or no activation quantization for training, got {resolved.name}")
     if learnable_scale and (not resolved.weight_symmetric or resolved.codebook is not None):
         raise ValueError(f"learnable_scale: expected a symmetric scheme without a code book, got {resolved.name}")
     wanted, unwanted = compile_patterns(include, "include"), compile_patterns(exclude, "exclude")
-    layers = [layer for layer in survey(model) if layer.kind == "linear" and layer.reason is None]
-    names = [name for layer in layers for name in layer.names]
-    for pattern in [*wanted, *(unwanted if exclude is not DEFAULT_EXCLUDE else [])]:
-        if not pattern.matches(names):
-            raise ValueError(unmatched_message(pattern, names, [name for name, _ in model.named_modules()]))
-    chosen = [
-        layer
-        for layer in layers
-        if (not wanted or any(p.matches(layer.names) for p in wanted))
-        and not any(p.matches(layer.names) for p in unwanted)
-        and scheme_obstacle(layer, resolved) is None
-    ]
-    if not chosen:
-        raise ValueError(f"model: expected Linear layers to prepare, {type(model).__name__} holds none that are chosen")
-    made = []
-    for layer in chosen:
-        linear = layer.module
-        if isinstance(linear, nn.Linear):
-            new = QATLinear(linear, resolved, learnable_scale=learnable_scale)
-            new.train(linear.training)
-            made.append((layer, new))
-    for layer, new in made:
-        for parent, key in layer.sites:
-            parent._modules[key] = new
-    return [layer.name for layer in chosen]
+    with take_apart(model) as apart:
+        layers = [layer for layer in survey(model) if layer.kind == "linear" and layer.reason is None]
+        names = [name for layer in layers for name in layer.names]
+        for pattern in [*wanted, *(unwanted if exclude is not DEFAULT_EXCLUDE else [])]:
+            if not pattern.matches(names):
+                raise ValueError(unmatched_message(pattern, names, [name for name, _ in model.named_modules()]))
+        chosen = [
+            layer
+            for layer in layers
+            if (not wanted or any(p.matches(layer.names) for p in wanted))
+            and not any(p.matches(layer.names) for p in unwanted)
+            and scheme_obstacle(layer, resolved) is None
+        ]
+        if not chosen:
+            raise ValueError(
+                f"model: expected Linear layers to prepare, {type(model).__name__} holds none that are chosen"
+            )
+        names = [layer.name for layer in chosen]
+        apart.keep(names.__contains__, lambda name: "not chosen")
+        made = []
+        for layer in chosen:
+            linear = layer.module
+            if isinstance(linear, nn.Linear):
+                new = QATLinear(linear, resolved, learnable_scale=learnable_scale)
+                new.train(linear.training)
+                made.append((layer, new))
+        for layer, new in made:
+            for parent, key in layer.sites:
+                parent._modules[key] = new
+        return names
 
 
 def convert_(model: nn.Module) -> Report:

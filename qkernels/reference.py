@@ -9,7 +9,8 @@ of summation.  Rounding rules are in ``_rounding.py``, tensors of any shape in `
 
 The tensors of a quantized Linear, under the names a state dict gives them:
 
-    weight             int8 [N, K], or uint8 [N, ceil(K / 2)] for 4 bits, low nibble first
+    weight             int8 [N, K], or uint8 [N, ceil(K * bits / 8)] for 4, 3 and 2 bits: the codes of a row one after
+                       the other, from the lowest bit of the first byte on (4 bits: low nibble first)
     weight_scale       float32 [N] per channel; float16 or float32 [N, G] per group, G = ceil(K / group_size)
     weight_zero_point  uint8, shaped like weight_scale: asymmetric with an integer zero point
     weight_min         dtype and shape of weight_scale: asymmetric with a float minimum
@@ -163,7 +164,7 @@ def linear_w8a8(
     Raises:
         TypeError, ValueError: naming the argument.
     """
-    _check_weight(x, weight, weight.shape[-1], packed=False)
+    _check_weight(x, weight, weight.shape[-1], 8)
     _check_integer_k(weight.shape[-1])
     q, x_scale, x_zero_point = quantize_activations(
         x, symmetric=act_symmetric, scale=act_scale, zero_point=act_zero_point, inv_smooth=inv_smooth
@@ -195,7 +196,7 @@ def linear_w8a8_prequantized(
         q: int8 or uint8 ``[..., K]``; x_scale: float32 ``[...]``; x_zero_point: int32 ``[...]`` or None.
         weight: int8 ``[N, K]``; weight_scale: float32 ``[N]``; bias: ``[N]``.
     """
-    _check_weight(q, weight, weight.shape[-1], packed=False)
+    _check_weight(q, weight, weight.shape[-1], 8)
     _check_integer_k(weight.shape[-1])
     _check_vector("weight_scale", weight_scale, weight.shape[0])
     a = q.to(torch.int32) if x_zero_point is None else q.to(torch.int32) - x_zero_point.unsqueeze(-1)
@@ -214,6 +215,7 @@ def linear_w4a8(
     bias: Tensor | None = None,
     *,
     in_features: int,
+    bits: int = 4,
     group_size: int | None = None,
     weight_zero_point: Tensor | None = None,
     weight_min: Tensor | None = None,
@@ -223,7 +225,7 @@ def linear_w4a8(
     inv_smooth: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """4-bit weights times 8-bit activations: exact int32 within a group, float32 over the groups, in order.
+    """Weights of 4, 3 or 2 bits times 8-bit activations: exact int32 within a group, float32 over the groups, in order.
 
     With ``a`` the activation codes less their zero point: ``d = sum(a * q) - zero_point * sum(a)`` in int32;
     ``total += float(d) * weight_scale[g]``; with a float minimum the zero point is 0 and ``total += weight_min[g] *
@@ -231,10 +233,12 @@ def linear_w4a8(
 
     Args:
         x: float32, bfloat16 or float16 ``[..., in_features]``, in_features <= 65,536.
-        weight: uint8 ``[N, ceil(in_features / 2)]``; weight_scale: ``[N]`` or ``[N, G]`` with ``group_size``.
-        weight_zero_point, weight_min: shaped like weight_scale; at most one of them; neither: zero point 8.
+        weight: uint8 ``[N, ceil(in_features * bits / 8)]``; weight_scale: ``[N]`` or ``[N, G]`` with ``group_size``.
+        bits: 4, 3 or 2.
+        weight_zero_point, weight_min: shaped like weight_scale; at most one of them; neither: zero point
+            ``2 ** (bits - 1)``.
     """
-    _check_weight(x, weight, in_features, packed=True)
+    _check_weight(x, weight, in_features, bits)
     _check_integer_k(in_features)
     if weight_zero_point is not None and weight_min is not None:
         raise ValueError("weight_min: expected None beside weight_zero_point, got both")
@@ -245,11 +249,11 @@ def linear_w4a8(
         q,
         x_scale,
         x_zero_point,
-        rounding.unpack_nibbles(weight, in_features),
+        rounding.unpack_codes(weight, bits, in_features),
         weight_scale,
         bias,
         group_size=group_size,
-        zero=8 if weight_min is None else 0,
+        zero=2 ** (bits - 1) if weight_min is None else 0,
         weight_zero_point=weight_zero_point,
         weight_min=weight_min,
         out_dtype=x.dtype if out_dtype is None else out_dtype,
@@ -304,7 +308,7 @@ def linear_w8a16(
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """8-bit weights, activations in floating point: dequantized weights and ``x`` multiplied in float32."""
-    _check_weight(x, weight, weight.shape[-1], packed=False)
+    _check_weight(x, weight, weight.shape[-1], 8)
     scheme = Scheme(activation_bits=None) if weight_scale.dim() == 1 else _per_group(8, group_size, weight_scale)
     tensors = {"weight": weight, "weight_scale": weight_scale}
     return _float_product(x, tensors, scheme, weight.shape[-1], bias, inv_smooth, out_dtype)
@@ -318,6 +322,7 @@ def linear_w4a16(
     bias: Tensor | None = None,
     *,
     in_features: int,
+    bits: int = 4,
     group_size: int | None = None,
     weight_zero_point: Tensor | None = None,
     weight_min: Tensor | None = None,
@@ -325,17 +330,17 @@ def linear_w4a16(
     inv_smooth: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """4-bit weights, activations in floating point: dequantized weights and ``x`` multiplied in float32.
+    """Weights of 4, 3 or 2 bits, activations in floating point: dequantized weights and ``x`` multiplied in float32.
 
-    Weights as in :func:`linear_w4a8`, or through a ``codebook`` of 16 values.
+    Weights as in :func:`linear_w4a8`, or 4 bits through a ``codebook`` of 16 values.
     """
-    _check_weight(x, weight, in_features, packed=True)
+    _check_weight(x, weight, in_features, bits)
     symmetric = weight_zero_point is None and weight_min is None
     zero = "int" if weight_min is None else "float"
     if weight_scale.dim() == 1:
-        scheme = Scheme(4, weight_symmetric=symmetric, weight_zero=zero, codebook=codebook, activation_bits=None)
+        scheme = Scheme(bits, weight_symmetric=symmetric, weight_zero=zero, codebook=codebook, activation_bits=None)
     else:
-        scheme = _per_group(4, group_size, weight_scale).replace(
+        scheme = _per_group(bits, group_size, weight_scale).replace(
             weight_symmetric=symmetric, weight_zero=zero, codebook=codebook
         )
     tensors = {"weight": weight, "weight_scale": weight_scale}
@@ -419,6 +424,7 @@ def linear(
             scale,
             bias,
             in_features=in_features,
+            bits=scheme.weight_bits,
             group_size=group,
             weight_zero_point=zero_point,
             weight_min=low,
@@ -448,6 +454,7 @@ def linear(
         scale,
         bias,
         in_features=in_features,
+        bits=scheme.weight_bits,
         group_size=group,
         weight_zero_point=zero_point,
         weight_min=low,
@@ -491,8 +498,10 @@ def _check_integer_k(in_features: int) -> None:
         raise ValueError(f"in_features: expected <= {MAX_INTEGER_K} for exact int32 sums, got {in_features}")
 
 
-def _check_weight(x: Tensor, weight: Tensor, in_features: int, *, packed: bool) -> None:
-    dtype, width = (torch.uint8, (in_features + 1) // 2) if packed else (torch.int8, in_features)
+def _check_weight(x: Tensor, weight: Tensor, in_features: int, bits: int) -> None:
+    if bits not in (8, 4, 3, 2):
+        raise ValueError(f"bits: expected 4, 3 or 2, got {bits!r}")
+    dtype, width = torch.uint8 if bits < 8 else torch.int8, -(-in_features * bits // 8)
     if weight.dtype != dtype:
         raise TypeError(f"weight: expected {dtype}, got {weight.dtype}")
     if weight.dim() != 2 or weight.shape[1] != width:

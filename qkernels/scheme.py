@@ -2,8 +2,8 @@
 
 A :class:`Scheme` says how the weight is stored (bits, granularity, group size, symmetric or not, dtype of
 the scales, code book) and how the activations enter the product (8 bits or left in floating point, per token
-or per tensor, dynamic or static).  The short names ``"w8a8"``, ``"w8a8_static"``, ``"w8a16"``, ``"w4a8"`` and
-``"w4a16"`` are presets of it; there is no other configuration object.
+or per tensor, dynamic or static).  The short names (``"w8a8"``, ``"w4a16"`` and the others of :data:`PRESETS`) are
+presets of it; there is no other configuration object.
 """
 
 from __future__ import annotations
@@ -38,12 +38,13 @@ class Scheme:
     """How one Linear is quantized.  Frozen and hashable; two schemes that mean the same compare equal.
 
     Fields:
-        weight_bits: 8 (int8, -127..127) or 4 (0..15, two per byte).
+        weight_bits: 8 (int8, -127..127), 4 (0..15, two per byte), 3 (0..7, eight in three bytes) or 2 (0..3, four
+            per byte).  No kernel serves 3 and 2 bits: the pure-torch reference does.
         weight_granularity: "per_channel" (one scale per output row) or "per_group" (one per ``group_size``
             consecutive input features of a row).
         group_size: per_group only.  A positive multiple of 8, or "auto" (also what None becomes): the largest
             of 128, 64, 32 that divides K, else 128 with a short last group.
-        weight_symmetric: False needs 4-bit weights; zero is then inside the range of every group for
+        weight_symmetric: False needs weights of 4 bits or fewer; zero is then inside the range of every group for
             ``weight_zero="int"``.
         weight_zero: "int" (``w ~ scale * (q - zero_point)``) or "float" (``w ~ scale * q + minimum``).
         scale_dtype: dtype the scales are stored in.  None becomes float32 per channel, float16 per group.
@@ -72,7 +73,7 @@ class Scheme:
     activation_symmetric: bool = True
 
     def __post_init__(self) -> None:
-        _check_choice("weight_bits", self.weight_bits, (8, 4))
+        _check_choice("weight_bits", self.weight_bits, (8, 4, 3, 2))
         _check_choice("weight_granularity", self.weight_granularity, ("per_channel", "per_group"))
         _check_choice("weight_zero", self.weight_zero, ("int", "float"))
         _check_choice("activation_bits", self.activation_bits, (8, None))
@@ -195,7 +196,7 @@ class Scheme:
             parts.append("gauto" if self.group_size == "auto" else f"g{self.group_size}")
             if self.scale_dtype == torch.float32:
                 parts.append("fp32scale")
-        elif self.weight_bits == 4:
+        elif self.weight_bits < 8:
             parts.append("perchannel")
         if not self.weight_symmetric:
             parts.append("asym" if self.weight_zero == "int" else "min")
@@ -209,6 +210,20 @@ class Scheme:
     def weight_only(self) -> bool:
         """True where activations stay in floating point."""
         return self.activation_bits is None
+
+    @property
+    def code_range(self) -> tuple[int, int]:
+        """Smallest and largest code that rounding a weight gives."""
+        return (-127, 127) if self.weight_bits == 8 else (0, 2**self.weight_bits - 1)
+
+    @property
+    def zero_code(self) -> int:
+        """The code of zero in a grid around zero: 0 for 8 bits, else the middle of the codes, rounded up."""
+        return 0 if self.weight_bits == 8 else 2 ** (self.weight_bits - 1)
+
+    def code_bytes(self, in_features: int) -> int:
+        """Bytes of the codes of one row of ``in_features`` weights, as they are stored."""
+        return -(-in_features * self.weight_bits // 8)
 
     def resolve_group_size(self, in_features: int) -> int:
         """Input features that share one scale, for a layer of ``in_features`` (per channel: all, at least 1).
@@ -269,5 +284,7 @@ PRESETS: dict[str, Scheme] = {
     "w8a16": Scheme(activation_bits=None),
     "w4a8": Scheme(weight_bits=4, weight_granularity="per_group", group_size="auto"),
     "w4a16": Scheme(weight_bits=4, weight_granularity="per_group", group_size="auto", activation_bits=None),
+    "w3a16": Scheme(weight_bits=3, weight_granularity="per_group", group_size="auto", activation_bits=None),
+    "w2a16": Scheme(weight_bits=2, weight_granularity="per_group", group_size="auto", activation_bits=None),
 }
 """Short names.  Every one of them is an ordinary Scheme."""

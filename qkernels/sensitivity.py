@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from .calibrate import Statistics, calibrate
 from .convert import quantize_rows
+from .experts import with_experts_apart
 from .nn import QuantLinear
 from .observe import call_model, take_batches
 from .patterns import compile_patterns
@@ -137,6 +138,7 @@ class MixedPlan:
         figure.savefig(path, dpi=110)
 
 
+@with_experts_apart
 def sensitivity(
     model: nn.Module,
     batches: Iterable[Any],
@@ -167,6 +169,7 @@ def sensitivity(
     return Sensitivity(tuple(sorted(rows, key=lambda row: -row.harm)))
 
 
+@with_experts_apart
 def plan(
     model: nn.Module,
     batches: Iterable[Any],

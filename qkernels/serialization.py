@@ -19,6 +19,7 @@ from torch import nn
 from ._atomic import replacing
 from ._manifest import MANIFEST, LayerEntry, Manifest, check_values, read_manifest
 from ._safetensors import sha256_of, write_tensors
+from .experts import take_apart
 from .nn import QuantEmbedding, QuantLinear
 from .progress import Progress, tracking
 from .report import Report
@@ -142,13 +143,15 @@ def load(
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     source = Path(directory)
     manifest = read_manifest(source)
-    targets = check_model(model, manifest)
-    if verify:
-        for name, facts in manifest.files.items():
-            if sha256_of(source / name) != facts["sha256"]:
-                raise ValueError(f"{name}: its SHA-256 is not the one {MANIFEST} gives; the file is damaged")
     with Reader(source, manifest) as reader:
-        _check_small_tensors(manifest, reader)
+        with take_apart(model, chosen=manifest.splits) as apart:
+            targets = check_model(model, manifest)
+            if verify:
+                for name, facts in manifest.files.items():
+                    if sha256_of(source / name) != facts["sha256"]:
+                        raise ValueError(f"{name}: its SHA-256 is not the one {MANIFEST} gives; the file is damaged")
+            _check_small_tensors(manifest, reader)
+            apart.release()
         return fill_model(model, manifest, targets, reader, device=device, fuse=fuse, progress=progress)
 
 
@@ -157,7 +160,7 @@ def _check_small_tensors(manifest: Manifest, reader: Reader) -> None:
     for name, entry in manifest.layers.items():
         for suffix in entry.specs():
             if suffix not in ("weight", "bias") and f"{name}.{suffix}" in manifest.headers:
-                check_values(name, suffix, reader.read(f"{name}.{suffix}"))
+                check_values(name, suffix, reader.read(f"{name}.{suffix}"), entry.scheme)
 
 
 # --------------------------------------------------------------------------------------------------------------- saving

@@ -21,6 +21,8 @@ from torch import Tensor, nn
 
 from . import reference
 from .calibrate import LayerStats, Statistics, calibrate
+from .differences import difference_of, limit_of
+from .experts import holds_experts
 from .hooks import Smoothing, Target, register_smoother
 from .observe import run_batches, take_batches
 from .originals import Originals
@@ -30,7 +32,7 @@ from .progress import Progress, tracking
 from .scheme import Scheme
 from .smoothed import attach, attached, detach
 from .survey import Layer, is_conv1d, survey
-from .unchanged import difference_of, layer_outputs, limit_of, outputs_of
+from .unchanged import layer_outputs, outputs_of
 
 __all__ = [
     "SmoothReport",
@@ -206,9 +208,10 @@ class Smoother:
 
     def run(self, stats: Statistics, example: Any, schemes: Mapping[str, Scheme], progress: Progress) -> SmoothReport:
         """Smooth every group that holds a layer of `schemes` whose activations are quantized."""
-        modules = {layer.name: layer.module for layer in _scalable(self.model)}
+        scalable = _scalable(self.model)
+        modules = {layer.name: layer.module for layer in scalable}
         wanted = {name for name, scheme in schemes.items() if self.wants(scheme)}
-        stats.require(name for name in wanted if name in modules)
+        stats.require({layer.name: layer.shape[1] for layer in scalable if layer.name in wanted})
         groups = find_groups(self.model, modules, example, producers=self.fold == "auto")
         before = outputs_of(self.model, example)
         entries: list[SmoothedGroup] = []
@@ -228,6 +231,12 @@ class Smoother:
             for name in group.layers:
                 if name in stats.layers and stats.layers[name].seen:
                     self._follow(stats, name, 1.0 / scale)
+        why = "experts in 3-D parameters; split_experts_ makes layers of them"
+        entries += [
+            SmoothedGroup((name,), "left", None, None, why)
+            for name, module in self.model.named_modules()
+            if holds_experts(module)
+        ]
         return SmoothReport(tuple(entries), difference)
 
     def _follow(self, stats: Statistics, name: str, factor: Tensor) -> None:

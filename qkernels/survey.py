@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,7 @@ from .smoothed import forget_hook
 
 __all__ = [
     "Layer",
+    "carry",
     "conv1d_class",
     "dress",
     "finite",
@@ -248,7 +249,7 @@ def dress(new: nn.Module, layer: Layer) -> None:
     old = layer.module
     standard = {*_FRESH, "in_features", "out_features", "nf", "nx", "num_embeddings", "embedding_dim"}
     extras = [k for k in old.__dict__ if k not in standard and k not in new.__dict__ and not hasattr(type(new), k)]
-    _carry(old, new, extras)
+    carry(old, new, extras)
     forget_hook(new)  # the factor is a tensor of the quantized layer
     new.__dict__[_ORIGIN] = {"kind": layer.kind, "extras": extras}
 
@@ -275,10 +276,11 @@ def origin(module: nn.Module) -> dict[str, Any]:
 
 def undress(old: nn.Module, new: nn.Module) -> None:
     """Give a float layer made from a quantized one what `dress` carried over."""
-    _carry(old, new, [k for k in origin(old)["extras"] if k in old.__dict__])
+    carry(old, new, [k for k in origin(old)["extras"] if k in old.__dict__])
 
 
-def _carry(old: nn.Module, new: nn.Module, extras: list[str]) -> None:
+def carry(old: nn.Module, new: nn.Module, extras: Iterable[str] = ()) -> None:
+    """Give what stands in a module's place its mode, its hooks (the very tables) and some attributes."""
     new.training = old.training
     for name in _HOOKS:
         if name in old.__dict__:
@@ -290,7 +292,7 @@ def _carry(old: nn.Module, new: nn.Module, extras: list[str]) -> None:
 def module_note(module: nn.Module) -> str:
     """Why a module that owns tensors but is no layer stays as it is."""
     own = [(n, p) for n, p in module._parameters.items() if p is not None]
-    stacked = [n for n, p in own if not nn.parameter.is_lazy(p) and p.dim() == 3]
+    stacked = [n for n, p in own if not nn.parameter.is_lazy(p) and p.dim() == 3 and len(p) > 1]
     if not own:
         return "buffers only"
     if isinstance(module, nn.MultiheadAttention):

@@ -6,7 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-FAMILIES = ("opt", "gpt2", "bert", "distilbert", "llama", "qwen2", "gemma", "t5", "phi3", "mixtral")
+EXPERTS = ("mixtral", "qwen2_moe", "gpt_oss")
+"""Families that hold their experts in 3-D parameters."""
+
+FAMILIES = ("opt", "gpt2", "bert", "distilbert", "llama", "qwen2", "gemma", "t5", "phi3", *EXPERTS)
 VOCABULARY = 100
 
 
@@ -70,6 +73,18 @@ def build(family: str, *, width: int = 32, layers: int = 2, seed: int = 0) -> nn
         ),
         "phi3": lambda: transformers.Phi3ForCausalLM(transformers.Phi3Config(**grouped, pad_token_id=0)),
         "mixtral": lambda: transformers.MixtralForCausalLM(transformers.MixtralConfig(**grouped, num_local_experts=4)),
+        "qwen2_moe": lambda: transformers.Qwen2MoeForCausalLM(
+            transformers.Qwen2MoeConfig(
+                **grouped,
+                num_experts=4,
+                num_experts_per_tok=2,
+                moe_intermediate_size=width,
+                shared_expert_intermediate_size=width,
+            )
+        ),
+        "gpt_oss": lambda: transformers.GptOssForCausalLM(
+            transformers.GptOssConfig(**grouped, head_dim=width // 4, num_local_experts=4, num_experts_per_tok=2)
+        ),
     }
     torch.manual_seed(seed)
     return configs[family]().eval()

@@ -281,13 +281,13 @@ def oracle_linear_grouped_a8(
     return narrow(y, x.dtype)
 
 
-def oracle_unpack(packed: Tensor, count: int) -> np.ndarray:
-    """Codes 0..15 ``[N, count]`` of bytes ``[N, ceil(count / 2)]``."""
-    data = packed.cpu().numpy()
-    out = np.zeros((data.shape[0], count), np.int64)
-    for i in range(count):
-        byte = data[:, i // 2].astype(np.int64)
-        out[:, i] = byte // 16 if i % 2 else byte % 16
+def oracle_unpack(packed: Tensor, count: int, bits: int = 4) -> np.ndarray:
+    """Codes ``[N, count]`` of bytes ``[N, ceil(count * bits / 8)]``: every row one little-endian number."""
+    out = np.zeros((packed.shape[0], count), np.int64)
+    for row, data in enumerate(packed.cpu().numpy()):
+        number = int.from_bytes(data.tobytes(), "little")
+        for i in range(count):
+            out[row, i] = number >> bits * i & (1 << bits) - 1
     return out
 
 

@@ -185,7 +185,7 @@ def layer(data: dict) -> dict:
         (lambda d: layer(d).update(shares=3), "shares"),
         (lambda d: layer(d).pop("kind") and None, "kind"),
         (lambda d: d["layers"].update({"../x": layer(d)}), r"\.\./x"),
-        (lambda d: d["schemes"]["w8a8"].update(weight_bits=3), "weight_bits"),
+        (lambda d: d["schemes"]["w8a8"].update(weight_bits=5), "weight_bits"),
         (lambda d: d["schemes"]["w8a8"].update(weight_granularity="per_group", group_size=0), "group_size"),
         (lambda d: d["schemes"]["w8a8"].update(weight_granularity="per_group", group_size=10**30), "weight_scale"),
         (lambda d: d["schemes"]["w8a8"].update(surprise=1), "surprise"),

@@ -36,7 +36,7 @@ def test_linear_from_linear_and_back(scheme):
     assert not back.training
     assert isinstance(back.weight, nn.Parameter)
     H.assert_bits_equal(back.weight.detach(), layer.weight.clone())
-    tolerance = 2.0 ** (-7 if scheme.weight_bits == 8 else -3)  # half a step of the largest weight, with room
+    tolerance = 0.6 / (2 ** (scheme.weight_bits - 1) - 1)  # half a step of the largest weight, with room
     assert (back.weight - linear.weight).abs().max() <= tolerance * linear.weight.abs().max()
     x = H.seeded(3, K)
     expected = reference.linear(x, layer.canonical(), scheme, K)

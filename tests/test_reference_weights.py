@@ -1,4 +1,4 @@
-"""Weights of the reference (8 and 4 bits, groups, zero points, code books) and the products that use them."""
+"""Weights of the reference (8, 4, 3 and 2 bits, groups, zero points, code books) and the products that use them."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from helpers import (
 )
 
 from qkernels import reference
+from qkernels._rounding import pack_codes, unpack_codes
 from qkernels.scheme import PRESETS, Scheme
 
 
@@ -75,9 +76,15 @@ INT4 = [
 ]
 
 
-def _oracle_int4(w: np.ndarray, scheme: Scheme) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, np.ndarray | None]:
+LOW_BITS = [scheme.replace(weight_bits=bits) for bits in (3, 2) for scheme in INT4]
+
+
+def _oracle_low_bits(
+    w: np.ndarray, scheme: Scheme
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, np.ndarray | None]:
     """Codes [N, K] and, per group, scale, zero point, minimum: loops over groups, no padding."""
     f, half = np.float32, scheme.scale_dtype == torch.float16
+    top, middle = 2**scheme.weight_bits - 1, 2 ** (scheme.weight_bits - 1)
     n, k = w.shape
     size = scheme.resolve_group_size(k)
     count = 1 if scheme.weight_granularity == "per_channel" else -(-k // size)
@@ -92,11 +99,11 @@ def _oracle_int4(w: np.ndarray, scheme: Scheme) -> tuple[np.ndarray, np.ndarray,
             hi, lo = group.max(), group.min()
             if scheme.weight_symmetric:
                 absmax = np.abs(group).max()
-                scale[i, g] = f(1) if absmax < 2.0**-100 else absmax / f(7)
+                scale[i, g] = f(1) if absmax < 2.0**-100 else absmax / f(middle - 1)
                 continue
             if scheme.weight_zero == "int":
                 hi, lo = max(hi, f(0)), min(lo, f(0))
-            step = f(hi - lo) / f(15)
+            step = f(hi - lo) / f(top)
             with np.errstate(all="ignore"):
                 scale[i, g] = step if np.isfinite(f(1) / step) else f(1)
             lows[i, g] = lo
@@ -112,20 +119,20 @@ def _oracle_int4(w: np.ndarray, scheme: Scheme) -> tuple[np.ndarray, np.ndarray,
         for g, cut in enumerate(cuts):
             inv = f(1) / scale[i, g]
             if scheme.weight_zero == "float":
-                codes[i, cut] = np.clip(np.rint((w[i, cut] - lows[i, g]) * inv), 0, 15)
+                codes[i, cut] = np.clip(np.rint((w[i, cut] - lows[i, g]) * inv), 0, top)
             elif scheme.weight_symmetric:
-                codes[i, cut] = np.clip(np.rint(w[i, cut] * inv), -8, 7) + 8
+                codes[i, cut] = np.clip(np.rint(w[i, cut] * inv), -middle, middle - 1) + middle
             else:
                 lo = min(w[i, cut].min(initial=0), f(0))
-                zeros[i, g] = np.clip(np.rint(-lo * inv), 0, 15)
-                codes[i, cut] = np.clip(np.rint(w[i, cut] * inv) + zeros[i, g], 0, 15)
+                zeros[i, g] = np.clip(np.rint(-lo * inv), 0, top)
+                codes[i, cut] = np.clip(np.rint(w[i, cut] * inv) + zeros[i, g], 0, top)
     return codes, scale, None if scheme.weight_symmetric else zeros, lows if scheme.weight_zero == "float" else None
 
 
-@pytest.mark.parametrize("scheme", INT4, ids=lambda s: s.name)
+@pytest.mark.parametrize("scheme", INT4 + LOW_BITS, ids=lambda s: s.name)
 @pytest.mark.parametrize("k", [0, 1, 8, 31, 64, 129, 200])
 @pytest.mark.parametrize("magnitude", [1.0, 1e-6, 1e6])
-def test_quantize_weight_int4(scheme: Scheme, k: int, magnitude: float) -> None:
+def test_quantize_weight_low_bits(scheme: Scheme, k: int, magnitude: float) -> None:
     w = seeded(6, k, seed=k) * magnitude
     w[1] = 0
     w[2] = 0.25 * magnitude
@@ -134,13 +141,14 @@ def test_quantize_weight_int4(scheme: Scheme, k: int, magnitude: float) -> None:
     if k and magnitude == 1.0:
         w[4] = 1.0  # keeps the layer's scales in float16
     tensors = reference.quantize_weight(w, scheme)
-    codes, scale, zeros, lows = _oracle_int4(w.numpy(), scheme)
+    codes, scale, zeros, lows = _oracle_low_bits(w.numpy(), scheme)
+    bits = scheme.weight_bits
     shape = (6,) if scheme.weight_granularity == "per_channel" else scale.shape
-    assert tensors["weight"].shape == (6, (k + 1) // 2)
+    assert tensors["weight"].shape == (6, -(-k * bits // 8))
     assert tensors["weight_scale"].shape == shape
-    np.testing.assert_array_equal(oracle_unpack(tensors["weight"], k), codes)
-    if k % 2:
-        assert (tensors["weight"][:, -1] >> 4 == 0).all(), "the odd tail is padded with 0"
+    np.testing.assert_array_equal(oracle_unpack(tensors["weight"], k, bits), codes)
+    if k * bits % 8:
+        assert (tensors["weight"][:, -1] >> k * bits % 8 == 0).all(), "the rest of the last byte is 0"
     assert_bits_equal(tensors["weight_scale"].float(), torch.from_numpy(scale).reshape(shape), "scale")
     value = torch.from_numpy(codes).float()
     size = scheme.resolve_group_size(k)
@@ -153,7 +161,7 @@ def test_quantize_weight_int4(scheme: Scheme, k: int, magnitude: float) -> None:
         assert_bits_equal(tensors["weight_zero_point"], torch.from_numpy(zeros).to(torch.uint8).reshape(shape), "zero")
         value = torch.from_numpy((codes - wide[1]).astype(np.float32) * wide[0])
     else:
-        value = torch.from_numpy((codes - 8).astype(np.float32) * wide[0])
+        value = torch.from_numpy((codes - 2 ** (bits - 1)).astype(np.float32) * wide[0])
     assert_bits_equal(reference.dequantize_weight(tensors, scheme, k), value, "dequantized")
 
 
@@ -208,7 +216,7 @@ def test_quantize_weight_codebook() -> None:
 
 def test_round_to_grid_is_what_quantize_weight_does() -> None:
     w = seeded(5, 100)
-    for scheme in INT4:
+    for scheme in INT4 + LOW_BITS:
         tensors = reference.quantize_weight(w, scheme)
         codes = reference.round_to_grid(w, tensors, scheme)
         assert_bits_equal(reference.weight_codes(codes, scheme), tensors["weight"], scheme.name)
@@ -227,6 +235,17 @@ def test_pack_int4_layout(k: int) -> None:
         assert packed[0, 0] == 0 | 1 << 4, "the first value is in the low nibble"
 
 
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 7])
+@pytest.mark.parametrize("k", [0, 1, 2, 7, 8, 9, 16, 171])
+def test_codes_of_any_width_are_packed_without_gaps(bits: int, k: int) -> None:
+    q = torch.randint(0, 2**bits, (2, 3, k), dtype=torch.uint8, generator=torch.Generator().manual_seed(k))
+    packed = pack_codes(q, bits)
+    assert packed.dtype == torch.uint8
+    assert packed.shape == (2, 3, math.ceil(k * bits / 8))
+    np.testing.assert_array_equal(oracle_unpack(packed[1], k, bits), q[1].numpy())
+    assert torch.equal(unpack_codes(packed, bits, k), q)
+
+
 def test_pack_int4_bad_arguments() -> None:
     with pytest.raises(ValueError, match=r"q: expected values in 0..15, got 16"):
         reference.pack_int4(torch.tensor([16], dtype=torch.uint8))
@@ -240,25 +259,27 @@ def test_pack_int4_bad_arguments() -> None:
 
 
 @pytest.mark.parametrize("k", [1, 31, 64, 100, 129])
-@pytest.mark.parametrize("kind", ["symmetric", "zero_point", "minimum", "int8"])
+@pytest.mark.parametrize("kind", ["symmetric", "zero_point", "minimum"])
+@pytest.mark.parametrize("bits", [8, 4, 3, 2])
 @pytest.mark.parametrize("act_symmetric", [True, False])
-def test_linear_grouped_a8(k: int, kind: str, act_symmetric: bool) -> None:
-    bits = 8 if kind == "int8" else 4
+def test_linear_grouped_a8(k: int, kind: str, bits: int, act_symmetric: bool) -> None:
+    if bits == 8 and kind != "symmetric":
+        pytest.skip("8-bit weights have no zero points")
     scheme = Scheme(
         bits,
         "per_group",
         32,
-        weight_symmetric=kind in ("symmetric", "int8"),
+        weight_symmetric=kind == "symmetric",
         weight_zero="float" if kind == "minimum" else "int",
         activation_symmetric=act_symmetric,
     )
     w, x, bias = seeded(4, k, seed=k), hazard_rows(k), seeded(4, seed=9)
     tensors = reference.quantize_weight(w, scheme)
     y = reference.linear(x, {**tensors, "bias": bias}, scheme, k)
-    zero: np.ndarray | int = {"symmetric": 8, "minimum": 0, "int8": 0}.get(kind, 0)
+    zero: np.ndarray | int = 2 ** (bits - 1) if kind == "symmetric" and bits < 8 else 0
     if kind == "zero_point":
         zero = tensors["weight_zero_point"].numpy()
-    codes = tensors["weight"].numpy() if bits == 8 else oracle_unpack(tensors["weight"], k)
+    codes = tensors["weight"].numpy() if bits == 8 else oracle_unpack(tensors["weight"], k, bits)
     expected = oracle_linear_grouped_a8(
         x,
         codes,

@@ -103,3 +103,24 @@ def test_refusals(tmp_path):
     (tmp_path / "bad" / "index.safetensors").write_bytes(b"nonsense")
     with pytest.raises(ValueError, match="is damaged"):
         qk.EmbeddingIndex.load(tmp_path / "bad")
+
+
+@pytest.mark.parametrize("width", (1, 63, 64, 65, 384))
+def test_signs_are_compared_bit_by_bit(width):
+    x = seeded(7, width, seed=width)
+    x[0], x[1], x[2] = 1.0, -1.0, 0.0
+    signs = qkernels.retrieval._pack_signs(x)
+    assert signs.shape == (7, -(-width // 64))
+    for i in range(7):
+        expected = ((x > 0) != (x[i] > 0)).sum(1)
+        assert torch.equal(qkernels.retrieval._count_ones(signs ^ signs[i]), expected)
+
+
+def test_binary_search_in_pieces_that_do_not_fit(monkeypatch):
+    data, queries = embeddings(101), embeddings(5, seed=5)
+    index = qk.EmbeddingIndex(48, kind="binary")
+    index.add(data)
+    whole = index.search(queries, k=3)
+    monkeypatch.setattr(qkernels.retrieval, "ROWS_IN_CACHE", 7)
+    for a, b in zip(whole, index.search(queries, k=3), strict=True):
+        assert_bits_equal(a, b)

@@ -28,7 +28,7 @@ VALID = [
 
 
 def test_presets_are_what_they_say() -> None:
-    assert set(PRESETS) == {"w8a8", "w8a8_static", "w8a16", "w4a8", "w4a16"}
+    assert set(PRESETS) == {"w8a8", "w8a8_static", "w8a16", "w4a8", "w4a16", "w3a16", "w2a16"}
     assert Scheme.from_preset("w8a8") == Scheme()
     static = Scheme.from_preset("w8a8_static")
     assert (static.activation_granularity, static.activation_dynamic) == ("per_tensor", False)
@@ -37,12 +37,14 @@ def test_presets_are_what_they_say() -> None:
         assert (scheme.weight_bits, scheme.weight_granularity, scheme.group_size) == (4, "per_group", "auto")
         assert scheme.scale_dtype == torch.float16
         assert scheme.weight_symmetric
-    assert [name for name, scheme in PRESETS.items() if scheme.weight_only] == ["w8a16", "w4a16"]
+    assert [name for name, scheme in PRESETS.items() if scheme.weight_only] == ["w8a16", "w4a16", "w3a16", "w2a16"]
     assert Scheme().scale_dtype == torch.float32
 
 
 def test_resolve_typo_lists_names() -> None:
-    with pytest.raises(ValueError, match=r"scheme: expected one of w4a16, w4a8, w8a16, w8a8, w8a8_static, got 'w8a9'"):
+    with pytest.raises(
+        ValueError, match=r"scheme: expected one of w2a16, w3a16, w4a16, w4a8, w8a16, w8a8, w8a8_static, got 'w8a9'"
+    ):
         Scheme.resolve("w8a9")
     with pytest.raises(TypeError, match="scheme: expected a Scheme or the name of a preset, got int"):
         Scheme.resolve(8)  # type: ignore[arg-type]
@@ -55,7 +57,7 @@ def test_resolve_typo_lists_names() -> None:
 @pytest.mark.parametrize(
     "arguments, error, message",
     [
-        ({"weight_bits": 5}, ValueError, "weight_bits: expected one of 8, 4, got 5"),
+        ({"weight_bits": 5}, ValueError, "weight_bits: expected one of 8, 4, 3, 2, got 5"),
         ({"weight_bits": True}, ValueError, "weight_bits"),
         ({"weight_bits": 8.0}, ValueError, "weight_bits"),
         ({"weight_bits": "8"}, ValueError, "weight_bits"),

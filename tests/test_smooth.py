@@ -139,6 +139,51 @@ def test_probe_folds_only_what_passes_factors_on(model, folds):
     assert folds or groups[1].reason
 
 
+class Beside(nn.Module):
+    """One channel computed beside the way from input to output, and used for nothing that shows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.gate, self.second = nn.Linear(8, 1), nn.Linear(8, 6)
+
+    def forward(self, x):
+        idle = self.gate(x)
+        return self.second(torch.tanh(x)) + 0 * idle
+
+
+def test_probe_does_not_take_a_single_channel_for_a_producer():
+    model = Beside()
+    groups = find_groups(model, linears(model), seeded(32, 8))
+    assert [tail(group.layers) for group in groups] == [("gate",), ("second",)]
+    assert groups[1].producer is None
+    qk.smooth_(model, [seeded(32, 8)])
+
+
+class Routed(nn.Module):
+    """A norm that a Linear reads and a bare parameter too, behind which only another norm and Linear follow."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.norm, self.fc, self.last, self.head = nn.LayerNorm(8), nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 4)
+        self.router = nn.Parameter(seeded(8, 8))
+
+    def forward(self, x):
+        h = self.norm(x)
+        return self.head(self.last(x + self.fc(h) * torch.sigmoid(h @ self.router)))
+
+
+def test_probe_sees_readers_that_are_no_linears_behind_another_group():
+    model = Routed()
+    first, second = find_groups(model, linears(model), seeded(32, 8))
+    assert first.producer is None
+    assert "others read the output of norm too" in first.reason
+    assert second.producer.name == "last"
+    report = qk.smooth_(model, [seeded(32, 8)])
+    assert [group.how for group in report.groups] == ["runtime", "folded"]
+
+
 def test_probe_refuses_layers_called_twice_and_shared_weights():
     class Twice(nn.Module):
         def __init__(self):
