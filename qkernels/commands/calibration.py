@@ -76,7 +76,7 @@ def calibration_text(path: str | None) -> str:
 def text_batches(tokenizer: Any, text: str, limit: int) -> list[dict[str, Any]]:
     """Paragraphs as padded batches where the tokenizer can pad, else one row of tokens after the other."""
     if getattr(tokenizer, "mask_token", None) is not None and tokenizer.pad_token is not None:
-        lines = [line for line in text.splitlines() if line.strip()]
+        lines = sorted((line for line in text.splitlines() if line.strip()), key=len)  # little padding
         return [
             dict(tokenizer(lines[i : i + LINES], padding=True, truncation=True, max_length=128, return_tensors="pt"))
             for i in range(0, len(lines), LINES)
