@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -67,7 +68,7 @@ def test_every_round_of_refinement_lowers_the_error(scheme):
         codes, grid = refine_weight(w, codes, h, grid, scheme, rounds=1)
         found.append(objective(w, codes, grid, h, scheme))
     # Scales are stored in 11 bits where groups have them: that may cost what little a last round wins.
-    assert all(after <= before * 1.0005 for before, after in zip(found, found[1:], strict=False)), found
+    assert all(after <= before * 1.0005 for before, after in itertools.pairwise(found)), found
     assert found[-1] < (0.5 if scheme.weight_bits == 4 else 0.8) * found[0], found
 
 
@@ -132,7 +133,9 @@ def test_gptq_refines_its_result():
 
 
 def moments(model: nn.Module, data: list, **options: bool) -> dict[str, Inputs]:
-    targets = [Target(n, m, G16, False) for n, m in model.named_modules() if isinstance(m, nn.Linear) and "lm_" not in n]
+    targets = [
+        Target(n, m, G16, False) for n, m in model.named_modules() if isinstance(m, nn.Linear) and "lm_" not in n
+    ]
     found: dict[str, Inputs] = {}
 
     def visit(target: Target, inputs: Inputs) -> torch.Tensor:
