@@ -58,7 +58,7 @@ class GPTQ:
     search: bool = True
     bias_correction: bool = False
     by_sequence: bool = True
-    match: bool = False
+    match: bool = True
     refine: int = 2
     progress: Progress = None
 

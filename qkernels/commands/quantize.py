@@ -79,10 +79,11 @@ def add_scheme_options(parser: argparse.ArgumentParser, *, default: str | None =
     parser.add_argument("--gguf-file", metavar="NAME", help="which GGUF file of MODEL_DIR to read")
 
 
-def quantize_model(model: Any, args: argparse.Namespace, **calibrated: Any) -> Any:
+def quantize_model(model: Any, args: argparse.Namespace, *, finer: float = 0.0, **calibrated: Any) -> Any:
     """Apply the scheme options to a float model in place, with a progress bar, and return the report.
 
-    `calibrated` are further keywords of `quantize_`: smoothing, algorithm and their data.
+    `finer`: percent of the weights that may become w8a16, those that suffer most from the scheme on the first batch
+    of the data. `calibrated` are further keywords of `quantize_`: smoothing, algorithm and their data.
     """
     import qkernels
 
@@ -91,7 +92,15 @@ def quantize_model(model: Any, args: argparse.Namespace, **calibrated: Any) -> A
         options["include"] = tuple(args.include)
     if args.exclude:
         options["exclude"] = tuple(args.exclude)
-    return qkernels.quantize_(model, chosen_scheme(args), **options)
+    scheme = chosen_scheme(args)
+    if finer:
+        data, chosen = options["calibration"], {k: v for k, v in options.items() if k in ("include", "exclude")}
+        if options["smooth"] is not None:  # before the layers are judged, not after
+            qkernels.smooth_(model, data, alpha=options["smooth"], scheme=scheme, progress=True, **chosen)
+            options["smooth"] = None
+        ranking = qkernels.sensitivity(model, data[:1], scheme, progress=True, **chosen)
+        options["overrides"] = ranking.overrides("w8a16", share=finer / 100.0)
+    return qkernels.quantize_(model, scheme, **options)
 
 
 def chosen_scheme(args: argparse.Namespace) -> Scheme:
