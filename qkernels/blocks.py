@@ -26,6 +26,7 @@ from .progress import Progress, tracking
 __all__ = ["Inputs", "Visit", "run_by_blocks"]
 
 HESSIAN_BYTES = 1 << 30  # of statistics gathered at once for layers outside of blocks
+STAGES = 16  # runs of a block that comparing may take; more would be experts, each with an input of its own
 
 
 @dataclass
@@ -61,10 +62,19 @@ class Inputs:
         return cls(*zeros(), *(zeros() if compare else ()))
 
     def update(self, x: Tensor, weights: Tensor | None, expected: Tensor | None = None) -> None:
-        """Add one more input ``[..., K]``; ``weights``, one per row, None: all alike; ``expected`` is the float
-        model's."""
+        """Add one more input ``[..., K]``.
+
+        Args:
+            weights: one per row; None: all alike.
+            expected: what entered the float model there. One that is missing or of another shape (tokens chose other
+                experts) ends the comparison.
+        """
         rows = x.detach().reshape(-1, x.shape[-1]).to(torch.float32)
-        wanted = None if expected is None else expected.detach().reshape(rows.shape).to(torch.float32)
+        wanted = None
+        if expected is not None and expected.shape == x.shape:
+            wanted = expected.detach().reshape(rows.shape).to(torch.float32)
+        else:
+            self.cross = self.float_sums = None
         if weights is not None:
             share = weights.to(rows).reshape(-1)
             live = share > 0
@@ -120,7 +130,7 @@ def run_by_blocks(
             Tokens that an ``attention_mask [sequences, tokens]`` of the batch hides never count.
         compare: run the float blocks beside the quantized ones and gather ``Inputs.cross``; layers then see quantized
             layers before them in the same block, too, which takes two runs per block for each tensor that enters
-            layers.
+            layers. Blocks that more than 16 tensors enter (experts) are not compared.
         progress: as in ``quantize_``.
 
     Raises:
@@ -149,8 +159,10 @@ def run_by_blocks(
                 run = _Run(block, [_resolve(call, old) for call, old in zip(block.calls, hidden, strict=True)])
                 truth = _Run(block, [_resolve(call, old) for call, old in zip(block.calls, wanted, strict=True)])
                 block.calls.clear()
-                for stage in _stages(run) if compare else [block.targets]:
-                    found = _watch(stage, run, weigh, truth if compare else None)
+                stages = _stages(run) if compare else [block.targets]
+                few = len(stages) <= STAGES
+                for stage in stages if few else [block.targets]:
+                    found = _watch(stage, run, weigh, truth if compare and few else None)
                     run.weights.update(each(found, stage))
                 if index + 1 < len(blocks) and blocks[index + 1].linked:
                     hidden = [tree_flatten(run(i))[0] for i in range(len(batches))]

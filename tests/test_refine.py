@@ -228,6 +228,43 @@ def test_layers_are_compared_with_the_float_model_and_see_quantized_ones_before_
         torch.testing.assert_close(seen[name].cross, before.t() @ after, rtol=1e-4, atol=1e-4)
 
 
+class Routed(nn.Module):
+    """A block whose layers see the tokens that a threshold lets through."""
+
+    def __init__(self, layers: int) -> None:
+        super().__init__()
+        self.before = nn.Linear(16, 16)
+        self.after = nn.ModuleDict({str(i): nn.Linear(16, 16) for i in range(layers)})
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = router = self.before(x)
+        for i, layer in enumerate(self.after.values()):
+            chosen = router[..., i % 16] > 0
+            x = x.masked_scatter(chosen.unsqueeze(-1), layer(x[chosen]))
+        return x
+
+
+@pytest.mark.parametrize("layers, compared", [(2, True), (20, False)])
+def test_layers_whose_tokens_changed_are_not_compared(layers, compared):
+    torch.manual_seed(0)
+    model = nn.Module()
+    model.blocks = nn.ModuleList([Routed(layers)])
+    model.forward = lambda x: model.blocks[0](x)
+    data = [seeded(4, 8, 16, seed=s) for s in range(3)]
+    targets = [Target(n, m, G16, False) for n, m in model.named_modules() if isinstance(m, nn.Linear)]
+    found: dict[str, Inputs] = {}
+
+    def visit(target: Target, inputs: Inputs) -> torch.Tensor:
+        found[target.name] = inputs
+        return target.weight() + (0.5 * seeded(16, 16, seed=9) if "before" in target.name else 0.0)
+
+    run_by_blocks(model, targets, data, visit, compare=True)
+    assert (found["blocks.0.before"].cross is not None) == compared
+    assert found["blocks.0.after.0"].cross is None
+    report = qk.quantize_(model, G16, algorithm="gptq", calibration=data)
+    assert len(report.quantized) == layers + 1
+
+
 @pytest.mark.parametrize("family", ("llama", "gpt2", "bert"))
 def test_matching_the_float_model_betters_outputs_for_data_not_seen(family):
     model, data = build(family), batches(family, count=24, rows=4)
