@@ -102,8 +102,10 @@ def refit_scales(
         part = units[rows]
         system = part.new_empty(len(part), groups, groups)
         for g in range(groups):
-            columns_of = slice(g * size, min((g + 1) * size, columns))
-            system[:, g] = split_groups((part[:, columns_of] @ h[columns_of]).mul_(part), size).sum(-1)
+            start, stop = g * size, min((g + 1) * size, columns)
+            products = (part[:, start:stop] @ h[start:stop, start:]).mul_(part[:, start:])
+            system[:, g, g:] = split_groups(products, size).sum(-1)
+            system[:, g:, g] = system[:, g, g:]  # symmetric
         diagonal = system.diagonal(dim1=1, dim2=2)
         diagonal += 1e-6 * diagonal.mean(1, keepdim=True) + torch.finfo(torch.float32).tiny  # a group of zeros
         fitted[rows], _ = torch.linalg.solve_ex(system, pulls[rows])
