@@ -8,7 +8,8 @@ the model itself is never changed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,28 +26,69 @@ from .progress import Progress, tracking
 __all__ = ["Inputs", "Visit", "run_by_blocks"]
 
 HESSIAN_BYTES = 1 << 30  # of statistics gathered at once for layers outside of blocks
+STAGES = 16  # runs of a block that comparing may take; more would be experts, each with an input of its own
 
 
 @dataclass
 class Inputs:
-    """Second moments of what entered one layer.
+    """Second moments of what entered one layer, of rows ``x`` of the model as it is quantized so far.
 
     Args:
         moments: sum of ``x x^T``, float32 ``[K, K]``.
-        sums: float64 ``[K]``.
-        rows: how many rows.
+        sums: of ``x``, float64 ``[K]``.
+        cross: sum of ``x' x^T`` with the rows ``x'`` of the float model; None where they were not compared.
+        float_sums: of ``x'``, float64 ``[K]``, or None.
+        rows: how many rows, by weight.
     """
 
     moments: Tensor
     sums: Tensor
-    rows: int = 0
+    cross: Tensor | None = None
+    float_sums: Tensor | None = None
+    rows: float = 0.0
 
-    def update(self, x: Tensor) -> None:
-        """Add one more input ``[..., K]``."""
+    def means(self) -> tuple[Tensor, Tensor]:
+        """Of ``x``, and of ``x'`` where it is known (else of ``x`` again), float32 ``[K]``."""
+        mean = (self.sums / self.rows).to(torch.float32)
+        return mean, mean if self.float_sums is None else (self.float_sums / self.rows).to(torch.float32)
+
+    @classmethod
+    def empty(cls, size: int, device: torch.device, *, compare: bool) -> Inputs:
+        """Nothing seen yet."""
+
+        def zeros() -> tuple[Tensor, Tensor]:
+            return torch.zeros(size, size, device=device), torch.zeros(size, dtype=torch.float64, device=device)
+
+        return cls(*zeros(), *(zeros() if compare else ()))
+
+    def update(self, x: Tensor, weights: Tensor | None, expected: Tensor | None = None) -> None:
+        """Add one more input ``[..., K]``.
+
+        Args:
+            weights: one per row; None: all alike.
+            expected: what entered the float model there. One that is missing or of another shape (tokens chose other
+                experts) ends the comparison.
+        """
         rows = x.detach().reshape(-1, x.shape[-1]).to(torch.float32)
-        self.moments.addmm_(rows.t(), rows)
-        self.sums += rows.sum(0, dtype=torch.float64)
-        self.rows += len(rows)
+        wanted = None
+        if expected is not None and expected.shape == x.shape:
+            wanted = expected.detach().reshape(rows.shape).to(torch.float32)
+        else:
+            self.cross = self.float_sums = None
+        if weights is not None:
+            share = weights.to(rows).reshape(-1)
+            live = share > 0
+            rows, share = rows[live], share[live].unsqueeze(1)
+            wanted = None if wanted is None else wanted[live]
+        else:
+            share = rows.new_ones(1).expand(len(rows), 1)
+        weighted = rows * share
+        self.moments.addmm_(weighted.t(), rows)
+        self.sums += weighted.sum(0, dtype=torch.float64)
+        self.rows += float(share.sum())
+        if wanted is not None and self.cross is not None and self.float_sums is not None:
+            self.cross.addmm_(wanted.t(), weighted)
+            self.float_sums += (wanted * share).sum(0, dtype=torch.float64)
 
 
 Visit = Callable[[Target, Inputs], Tensor]
@@ -70,14 +112,32 @@ class _Block:
 
 
 def run_by_blocks(
-    model: nn.Module, targets: Sequence[Target], batches: Sequence[Any], visit: Visit, *, progress: Progress = None
+    model: nn.Module,
+    targets: Sequence[Target],
+    batches: Sequence[Any],
+    visit: Visit,
+    *,
+    by_sequence: bool = False,
+    compare: bool = False,
+    progress: Progress = None,
 ) -> None:
     """Call ``visit`` for every target, block by block in the order of the model, with the moments of its input.
+
+    Args:
+        model, targets, batches: see :class:`qkernels.hooks.Algorithm`.
+        visit: see :data:`Visit`.
+        by_sequence: all tokens of a sequence together count as much as those of any other; else tokens count alike.
+            Tokens that an ``attention_mask [sequences, tokens]`` of the batch hides never count.
+        compare: run the float blocks beside the quantized ones and gather ``Inputs.cross``; layers then see quantized
+            layers before them in the same block, too, which takes two runs per block for each tensor that enters
+            layers. Blocks that more than 16 tensors enter (experts) are not compared.
+        progress: as in ``quantize_``.
 
     Raises:
         ValueError: a target that no batch reaches, or that NaN or Inf enters; the message names it.
     """
     blocks, rest = _find_blocks(model, targets)
+    weigh = _Weigher([_mask(batch) for batch in batches], by_sequence)
     done = 0
     with (
         quiescent(model),
@@ -98,16 +158,70 @@ def run_by_blocks(
         if blocks:
             _record(model, blocks, batches)
             hidden: list[list[Any]] = [[] for _ in batches]
+            wanted: list[list[Any]] = hidden
             for index, block in enumerate(blocks):
-                calls = [_resolve(call, old) for call, old in zip(block.calls, hidden, strict=True)]
+                run = _Run(block, [_resolve(call, old) for call, old in zip(block.calls, hidden, strict=True)])
+                truth = _Run(block, [_resolve(call, old) for call, old in zip(block.calls, wanted, strict=True)])
                 block.calls.clear()
-                found = _watch(block.targets, lambda b=block, c=calls: [b.module(*a, **k) for a, k in c])  # type: ignore[misc]
-                weights = each(found, block.targets)
+                stages = _stages(run) if compare else [block.targets]
+                few = len(stages) <= STAGES
+                for stage in stages if few else [block.targets]:
+                    found = _watch(stage, run, weigh, truth if compare and few else None)
+                    run.weights.update(each(found, stage))
                 if index + 1 < len(blocks) and blocks[index + 1].linked:
-                    given = _parameters(block, weights)
-                    hidden = [tree_flatten(torch.func.functional_call(block.module, given, a, k))[0] for a, k in calls]
+                    hidden = [tree_flatten(run(i))[0] for i in range(len(batches))]
+                    wanted = [tree_flatten(truth(i))[0] for i in range(len(batches))] if compare else hidden
         for part in _parts(rest):
-            each(_watch(part, lambda: [call_model(model, batch) for batch in batches]), part)
+            each(_watch(part, lambda i: call_model(model, batches[i]), weigh, None), part)
+
+
+class _Run:
+    """A block and its calls, one per batch; layers that are quantized stand for their new weights."""
+
+    def __init__(self, block: _Block, calls: Sequence[tuple[tuple[Any, ...], dict[str, Any]]]) -> None:
+        self.block, self.calls = block, calls
+        self.weights: dict[str, Tensor] = {}
+
+    def __call__(self, number: int) -> Any:
+        args, kwargs = self.calls[number]
+        if not self.weights:
+            return self.block.module(*args, **kwargs)
+        return torch.func.functional_call(self.block.module, _parameters(self.block, self.weights), args, kwargs)
+
+
+def _stages(run: _Run) -> list[list[Target]]:
+    """The block's targets in the order of their calls, those that one tensor enters together."""
+    found = _watch(run.block.targets, run, _Weigher([None], False), None)
+    stages: dict[int, list[Target]] = {}
+    targets = {target.name: target for target in run.block.targets}
+    for name, inputs in found.items():
+        stages.setdefault(id(inputs), []).append(targets.pop(name))
+    return [*stages.values(), *([list(targets.values())] if targets else [])]
+
+
+def _mask(batch: Any) -> Tensor | None:
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    return mask != 0 if isinstance(mask, Tensor) and mask.dim() == 2 else None
+
+
+@dataclass(frozen=True)
+class _Weigher:
+    """How much each row of a layer's input counts."""
+
+    masks: Sequence[Tensor | None]
+    by_sequence: bool
+
+    def __call__(self, number: int, x: Tensor) -> Tensor | None:
+        """Weights, one per row of ``x [..., K]`` in batch ``number``; None: all alike."""
+        mask = self.masks[number]
+        shape = x.shape[:-1]
+        if mask is not None and (mask.shape == shape or (len(shape) == 1 and mask.numel() == shape[0])):
+            weights = mask.to(torch.float32)
+        elif self.by_sequence and len(shape) == 2:
+            weights = torch.ones(shape, device=x.device)
+        else:
+            return None
+        return weights / weights.sum(1, keepdim=True).clamp_min(1.0) if self.by_sequence else weights
 
 
 def _find_blocks(model: nn.Module, targets: Sequence[Target]) -> tuple[list[_Block], list[Target]]:
@@ -172,17 +286,29 @@ def _resolve(call: tuple[tuple[Any, ...], dict[str, Any]], hidden: list[Any]) ->
     return tree_map(fill, args, is_leaf=is_leaf), tree_map(fill, kwargs, is_leaf=is_leaf)
 
 
-def _watch(targets: Sequence[Target], run: Callable[[], Any]) -> dict[str, Inputs]:
-    """What enters the targets while ``run`` runs; layers that are called with one tensor share one object."""
-    found: dict[str, Inputs] = {}
-    held: list[tuple[Tensor, Inputs]] = []
-    handles = []
+def _watch(
+    targets: Sequence[Target], run: Callable[[int], Any], weigh: _Weigher, truth: Callable[[int], Any] | None
+) -> dict[str, Inputs]:
+    """What enters the targets while ``run(batch number)`` runs; layers called with one tensor share one object.
 
-    def watch(name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x = first_input(args, kwargs)
-            if x is None:
-                return
+    ``truth(batch number)`` is what it is compared with: the same calls in the float model.
+    """
+    found: dict[str, Inputs] = {}
+    for number in range(len(weigh.masks)):
+        expected: dict[str, list[Tensor]] = {}
+        if truth is not None:
+            with _observed(targets, lambda name, x, e=expected: e.setdefault(name, []).append(x)):  # type: ignore[misc]
+                truth(number)
+        held: list[tuple[Tensor, Inputs]] = []
+
+        def watch(
+            name: str,
+            x: Tensor,
+            number: int = number,
+            expected: dict[str, list[Tensor]] = expected,
+            held: list[tuple[Tensor, Inputs]] = held,
+        ) -> None:
+            wanted = expected[name].pop(0) if expected.get(name) else None
             for tensor, inputs in held:
                 if tensor is x and name not in found:
                     found[name] = inputs
@@ -190,24 +316,34 @@ def _watch(targets: Sequence[Target], run: Callable[[], Any]) -> dict[str, Input
                     return
             known = found.get(name)
             if known is None:
-                size, device = x.shape[-1], x.device
-                known = found[name] = Inputs(
-                    torch.zeros(size, size, device=device), torch.zeros(size, dtype=torch.float64, device=device)
-                )
-            known.update(x)
+                known = found[name] = Inputs.empty(x.shape[-1], x.device, compare=truth is not None)
+            known.update(x, weigh(number, x), wanted)
             held.append((x, known))
             del held[:-4]
 
-        return hook
+        with _observed(targets, watch):
+            run(number)
+    return found
 
+
+@contextmanager
+def _observed(targets: Sequence[Target], see: Callable[[str, Tensor], Any]) -> Iterator[None]:
+    """Inside, ``see(name, input)`` is called for every call of a target."""
+
+    def hook(name: str) -> Any:
+        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = first_input(args, kwargs)
+            if x is not None:
+                see(name, x)
+
+        return before
+
+    handles = [target.module.register_forward_pre_hook(hook(target.name), with_kwargs=True) for target in targets]
     try:
-        for target in targets:
-            handles.append(target.module.register_forward_pre_hook(watch(target.name), with_kwargs=True))
-        run()
+        yield
     finally:
         for handle in handles:
             handle.remove()
-    return found
 
 
 def _check(target: Target, inputs: Inputs | None) -> None:
@@ -220,6 +356,8 @@ def _check(target: Target, inputs: Inputs | None) -> None:
 def _parameters(block: _Block, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     given = {}
     for target in block.targets:
+        if target.name not in weights:
+            continue
         weight = weights[target.name].to(target.weight().dtype)
         given[f"{target.name[len(block.name) + 1 :]}.weight"] = weight.t() if target.transposed else weight
     return given

@@ -58,6 +58,21 @@ class Grid:
             table = torch.tensor(scheme.codebook, dtype=torch.float32, device=scale.device)
         return cls(scale, zero, low, scheme.resolve_group_size(in_features), scheme.code_range, table)
 
+    def units(self, codes: Tensor) -> Tensor:
+        """What the scales of ``codes [N, K]`` are multiplied with, float32."""
+        if self.table is not None:
+            return self.table[codes.to(torch.int64)]
+        return codes.to(torch.float32) - self.widen(self.zero, codes.shape[1])
+
+    def values(self, codes: Tensor) -> Tensor:
+        """What ``codes [N, K]`` stand for, float32."""
+        values = self.units(codes).mul_(self.widen(self.scale, codes.shape[1]))
+        return values if self.low is None else values.add_(self.widen(self.low, codes.shape[1]))
+
+    def widen(self, per_group: Tensor, columns: int) -> Tensor:
+        """``per_group [N, G]`` once per column, ``[N, columns]``."""
+        return per_group.repeat_interleave(self.group_size, 1)[:, :columns]
+
     def round_column(self, values: Tensor, column: int) -> tuple[Tensor, Tensor]:
         """Codes (float32) and what they stand for, of ``values [N]`` in a column of the weight."""
         group = column // self.group_size

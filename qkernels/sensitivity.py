@@ -62,6 +62,27 @@ class Sensitivity:
 
     layers: tuple[LayerHarm, ...]
 
+    def overrides(self, scheme: str | Scheme | None, *, share: float) -> dict[str, Scheme | None]:
+        """Overrides for `quantize_` that give another scheme to the layers that suffer most for their size.
+
+        Args:
+            scheme: what they become instead, for example "w8a16"; None leaves them.
+            share: of the bytes of all ranked layers; no more than this is taken.
+
+        Raises:
+            ValueError: a share that is not between 0 and 1.
+        """
+        if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0.0 <= share <= 1.0:
+            raise ValueError(f"share: expected a number from 0 to 1, got {share!r}")
+        chosen = None if scheme is None else Scheme.resolve(scheme)
+        left = share * sum(layer.bytes_before for layer in self.layers)
+        overrides: dict[str, Scheme | None] = {}
+        for layer in sorted(self.layers, key=lambda layer: layer.harm / layer.bytes_before, reverse=True):
+            if layer.bytes_before <= left:
+                overrides[layer.name] = chosen
+                left -= layer.bytes_before
+        return overrides
+
     def to_dict(self) -> list[dict[str, Any]]:
         """Plain values that JSON can hold."""
         return [dict(vars(layer)) for layer in self.layers]

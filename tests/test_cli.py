@@ -214,6 +214,19 @@ def test_quantize_scheme_typo_lists_the_presets(tmp_path: Path, capsys: pytest.C
     assert "w8a9" in message
 
 
+def test_quantize_with_groups_and_zero_points(bert: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--scheme", "w4a16", "--group-size", "16", "--asymmetric-weights"]
+    assert cli.main(["quantize", str(bert), "-o", str(tmp_path / "out"), *options, "--json"]) == 0
+    layers = json.loads(capsys.readouterr().out)["report"]["layers"]
+    names = {layer["scheme"] for layer in layers if layer["scheme"]}
+    scheme = qkernels.Scheme.resolve("w4a16").replace(group_size=16, weight_symmetric=False)
+    assert names == {scheme.name}
+    message = fails(capsys, "quantize", str(bert), "-o", str(tmp_path / "no"), "--group-size", "16")
+    assert "group_size: expected None with weight_granularity='per_channel', got 16" in message
+    message = fails(capsys, "quantize", str(bert), "-o", str(tmp_path / "no"), "--asymmetric-weights")
+    assert "weight_symmetric: expected True with weight_bits=8" in message
+
+
 def test_quantize_with_asymmetric_activations(bert: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["quantize", str(bert), "-o", str(tmp_path / "out"), "--asymmetric-activations", "--json"]) == 0
     layers = json.loads(capsys.readouterr().out)["report"]["layers"]

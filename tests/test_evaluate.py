@@ -127,6 +127,22 @@ def test_evaluate_a_calibrated_algorithm_and_fail_the_check(llama, text, capsys)
     assert code == (1 if result["quality"]["rise_percent"] > 0 else 0)
 
 
+def test_evaluate_with_finer_layers_where_it_hurts_most(llama, text, capsys):
+    options = ["--smooth", "0.5", "--finer", "30", "--text", str(text), "--tokens", "200"]
+    assert cli.main(["evaluate", str(llama), *options, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    sizes = {"w8a8": 0, "w8a16": 0}
+    for layer in result["report"]["layers"]:
+        if layer["scheme"]:
+            sizes[layer["scheme"]] += layer["bytes_before"]
+    assert 0 < sizes["w8a16"] <= 0.3 * sum(sizes.values())
+    assert cli.main(["evaluate", str(llama), "--finer", "30", "--text", str(text), "--tokens", "200"]) == 0
+    assert "30 % of the weights finer" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        cli.main(["evaluate", str(llama), "--finer", "130"])
+    assert "expected a number from 0 to 100" in capsys.readouterr().err
+
+
 def test_evaluate_an_encoder(tmp_path, text, capsys):
     model = save_bert_with_words(tmp_path / "bert")
     assert cli.main(["evaluate", str(model), "--text", str(text), "--min-cosine", "0.9", "--smooth", "auto"]) == 0

@@ -125,3 +125,19 @@ def test_plan_refuses(options, message):
 def test_non_finite_outputs_are_refused():
     with pytest.raises(ValueError, match="NaN or infinite"):
         qk.sensitivity(model_with_a_fragile_layer(), [torch.full((2, 64), torch.nan)])
+
+
+def test_overrides_go_to_the_layers_that_suffer_most_for_their_size():
+    model = model_with_a_fragile_layer()
+    model.append(nn.Linear(64, 8))
+    ranking = qk.sensitivity(model, BATCHES, "w8a8")
+    total = sum(layer.bytes_before for layer in ranking.layers)
+    overrides = ranking.overrides("w8a16", share=0.3)
+    assert overrides["2"] == qk.Scheme.resolve("w8a16")
+    assert sum(layer.bytes_before for layer in ranking.layers if layer.name in overrides) <= 0.3 * total
+    assert ranking.overrides("w8a16", share=0.0) == {}
+    assert ranking.overrides(None, share=1) == dict.fromkeys(layer.name for layer in ranking.layers)
+    report = qk.quantize_(model, "w8a8", overrides=overrides)
+    assert report["2"].scheme == "w8a16"
+    with pytest.raises(ValueError, match=r"share: expected a number from 0 to 1, got 1\.5"):
+        ranking.overrides("w8a16", share=1.5)

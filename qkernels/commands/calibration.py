@@ -7,7 +7,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from qkernels.commands.common import positive_int
+from qkernels.commands.common import non_negative_float, positive_int
 
 WINDOW = 256  # tokens per batch of a language model
 LINES = 16  # sentences per batch of an encoder
@@ -25,6 +25,13 @@ def add_calibration_options(parser: argparse.ArgumentParser) -> None:
         help="how weights are rounded: rtn (to nearest, default), mse, hqq; with data: gptq, awq",
     )
     parser.add_argument(
+        "--finer",
+        type=percentage,
+        default=0.0,
+        metavar="PERCENT",
+        help="w8a16 for the layers that suffer most, up to this share of the weights (needs data)",
+    )
+    parser.add_argument(
         "--calibration", metavar="FILE", help="text to calibrate on (default: a short one of the package)"
     )
     parser.add_argument(
@@ -34,6 +41,14 @@ def add_calibration_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="use N tokens at most (default: 8192)",
     )
+
+
+def percentage(text: str) -> float:
+    """An argparse type: a number from 0 to 100."""
+    value = non_negative_float(text)
+    if value > 100.0:
+        raise argparse.ArgumentTypeError(f"expected a number from 0 to 100, got {text!r}")
+    return value
 
 
 def smoothing(args: argparse.Namespace) -> float | str | None:
@@ -51,15 +66,15 @@ def smoothing(args: argparse.Namespace) -> float | str | None:
 
 
 def calibrated_options(args: argparse.Namespace, tokenizer: Any, *, static: bool = False) -> dict[str, Any]:
-    """The keywords of `quantize_` that the options stand for.
+    """The keywords of `quantize_model` that the options stand for.
 
     Raises:
         ValueError: data is needed and there is no tokenizer to read it with.
         OSError: the file cannot be read.
     """
     smooth = smoothing(args)
-    options: dict[str, Any] = {"smooth": smooth, "algorithm": args.algorithm}
-    if smooth is not None or args.algorithm in ("gptq", "awq") or static:
+    options: dict[str, Any] = {"smooth": smooth, "algorithm": args.algorithm, "finer": args.finer}
+    if smooth is not None or args.algorithm in ("gptq", "awq") or static or args.finer:
         if tokenizer is None:
             raise ValueError("calibration: expected a tokenizer in the model directory, found none")
         options["calibration"] = text_batches(tokenizer, calibration_text(args.calibration), args.calibration_tokens)
@@ -76,7 +91,7 @@ def calibration_text(path: str | None) -> str:
 def text_batches(tokenizer: Any, text: str, limit: int) -> list[dict[str, Any]]:
     """Paragraphs as padded batches where the tokenizer can pad, else one row of tokens after the other."""
     if getattr(tokenizer, "mask_token", None) is not None and tokenizer.pad_token is not None:
-        lines = [line for line in text.splitlines() if line.strip()]
+        lines = sorted((line for line in text.splitlines() if line.strip()), key=len)  # little padding
         return [
             dict(tokenizer(lines[i : i + LINES], padding=True, truncation=True, max_length=128, return_tensors="pt"))
             for i in range(0, len(lines), LINES)

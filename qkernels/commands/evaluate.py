@@ -90,6 +90,7 @@ def run(args: argparse.Namespace) -> int:
         "scheme": scheme.name,
         "smooth": args.smooth,
         "algorithm": args.algorithm,
+        "finer": args.finer,
         "seconds": seconds,
         "bytes": {"before": report.bytes_before, "after": report.bytes_after},
         "quality": judge.compare(before, after),
@@ -183,6 +184,7 @@ def format_result(result: dict[str, Any]) -> str:
     lines = [
         f"{result['model']}: {result['scheme']}, {result['algorithm']}"
         + (f", smoothed ({result['smooth']})" if result["smooth"] is not None else "")
+        + (f", {result['finer']:g} % of the weights finer" if result["finer"] else "")
         + f", quantized in {result['seconds']:.1f} s",
         f"resident size   {size['before'] / 1e6:10.2f} MB -> {size['after'] / 1e6:10.2f} MB",
     ]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import sys
 import time
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qkernels.commands.calibration import add_calibration_options, calibrated_options, smoothing
-from qkernels.commands.common import add_json_option, add_threads_option, apply_threads, write_json
+from qkernels.commands.common import add_json_option, add_threads_option, apply_threads, positive_int, write_json
 from qkernels.scheme import Scheme
 
 REPORT_FILE = "qkernels_report.json"
@@ -54,6 +53,17 @@ def add_scheme_options(parser: argparse.ArgumentParser, *, default: str | None =
         help="8-bit inputs with a zero point: more exact where inputs are one-sided or skewed",
     )
     parser.add_argument(
+        "--group-size",
+        type=positive_int,
+        metavar="N",
+        help="4-bit weights: one scale per N input features, a multiple of 8 (default: 128, 64 or 32, what fits)",
+    )
+    parser.add_argument(
+        "--asymmetric-weights",
+        action="store_true",
+        help="4-bit weights with a zero point per group: more exact, a little larger",
+    )
+    parser.add_argument(
         "--embeddings", action="store_true", help="also quantize embeddings, and an output head tied to one"
     )
     parser.add_argument(
@@ -71,10 +81,11 @@ def add_scheme_options(parser: argparse.ArgumentParser, *, default: str | None =
     parser.add_argument("--gguf-file", metavar="NAME", help="which GGUF file of MODEL_DIR to read")
 
 
-def quantize_model(model: Any, args: argparse.Namespace, **calibrated: Any) -> Any:
+def quantize_model(model: Any, args: argparse.Namespace, *, finer: float = 0.0, **calibrated: Any) -> Any:
     """Apply the scheme options to a float model in place, with a progress bar, and return the report.
 
-    `calibrated` are further keywords of `quantize_`: smoothing, algorithm and their data.
+    `finer`: percent of the weights that may become w8a16, those that suffer most from the scheme on the first batch
+    of the data. `calibrated` are further keywords of `quantize_`: smoothing, algorithm and their data.
     """
     import qkernels
 
@@ -83,18 +94,30 @@ def quantize_model(model: Any, args: argparse.Namespace, **calibrated: Any) -> A
         options["include"] = tuple(args.include)
     if args.exclude:
         options["exclude"] = tuple(args.exclude)
-    return qkernels.quantize_(model, chosen_scheme(args), **options)
+    scheme = chosen_scheme(args)
+    if finer:
+        data, chosen = options["calibration"], {k: v for k, v in options.items() if k in ("include", "exclude")}
+        if options["smooth"] is not None:  # before the layers are judged, not after
+            qkernels.smooth_(model, data, alpha=options["smooth"], scheme=scheme, progress=True, **chosen)
+            options["smooth"] = None
+        ranking = qkernels.sensitivity(model, data[:1], scheme, progress=True, **chosen)
+        options["overrides"] = ranking.overrides("w8a16", share=finer / 100.0)
+    return qkernels.quantize_(model, scheme, **options)
 
 
 def chosen_scheme(args: argparse.Namespace) -> Scheme:
     """The scheme that the options name.
 
     Raises:
-        ValueError: no such preset, or one whose inputs are not quantized and so cannot be asymmetric.
+        ValueError: no such preset, or one that has no groups, no zero points, or inputs that are not quantized.
     """
     scheme = Scheme.resolve(args.scheme)
+    if args.group_size is not None:
+        scheme = scheme.replace(group_size=args.group_size)
+    if args.asymmetric_weights:
+        scheme = scheme.replace(weight_symmetric=False)
     if args.asymmetric_activations:
-        scheme = dataclasses.replace(scheme, activation_symmetric=False)
+        scheme = scheme.replace(activation_symmetric=False)
     return scheme
 
 
