@@ -37,7 +37,7 @@ __all__ = [
     "unpack_w4",
 ]
 
-FUSED_ROWS, FUSED_ROWS_SM90 = 320, 4096
+FUSED_ROWS, FUSED_ROWS_SM90 = 320, 2048
 """Where :func:`fused_rows` ends, for the kernels of mma.sync and of wgmma (measured on an H100)."""
 
 GROUP_STEP = 32

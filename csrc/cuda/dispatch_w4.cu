@@ -30,7 +30,9 @@ W4Plan plan_wgmma(bool bytes, int64_t m, int64_t n, int64_t k, W4Kind kind, bool
   const int64_t tiles = int64_t(blocks(m, plan.tokens)) * blocks(n, w4_channels(plan.phases) * size);
   const int64_t slots = int64_t(sms) * w4_per_sm(bytes, plan.tokens, minimum, plan.phases) / size;
   const int64_t waves = (tiles + slots - 1) / slots;
-  if (bytes || plan.phases > 1 || tiles * 2 > waves * slots) {
+  // Half of the multiprocessors in a single wave, half of the places in the last of several.
+  const bool enough = waves == 1 ? tiles * size * 2 >= sms : tiles * 2 > waves * slots;
+  if (bytes || plan.phases > 1 || enough) {
     plan.ctas = static_cast<int32_t>(tiles < slots ? tiles : slots);
     return plan;
   }
