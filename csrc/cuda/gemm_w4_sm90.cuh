@@ -1,17 +1,16 @@
 // Products of 4-bit weights by wgmma with the weights in registers, for 16-bit and for 8-bit activations. sm_90a.
 //
 // Channels are the 64-row wgmma operand, tokens the n operand. A CTA owns 128 channels x kTokens tokens, two consumer
-// warpgroups of 64 channels each, and walks K in slabs of 128 (w4.h) through a ring of stages that producers, a
-// lane of a warp each, fill in turns with bulk copies: 8 KB of codes, the scales of the slab's groups, and the tokens,
+// warpgroups of 64 channels each, and walks K in slabs of 128 (w4.h) through a ring of stages, which producers (one
+// lane of a warp each) fill in turns by bulk copies: 8 KB of codes, the scales of the slab's groups, and the tokens,
 // 128-byte swizzled.
 //
 //          kTokens                        cluster of kCluster: the CTAs take neighbouring channels and the same tokens;
 //      +-------------+                    each fetches its part of the token tile and multicasts it to all, so that a
 //  64  |  warps 0-3  |   x K              token crosses the L2 once for 128 * kCluster channels.
 //      +-------------+
-//  64  |  warps 4-7  |                    warps 8 and 9: producers. Warps 10 and 11, if any, only hand
-//                                        over registers.
-//      +-------------+
+//  64  |  warps 4-7  |                    warps 8, 9: producers; where registers move (kMovesRegisters), warps 10, 11
+//      +-------------+                    only hand theirs over.
 //
 // A block of codes is in the order of wgmma's register operand, so a warp reads 16 bytes a lane, makes 64 k of them
 // whole (8 or 16 registers) and multiplies them with the tokens in shared memory. Halves of a slab take turns: while
