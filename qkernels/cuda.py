@@ -69,6 +69,8 @@ def unavailable(device: torch.device) -> str:
         return f"no CUDA kernel for device {device.type}"
     if _cuda is None:
         return "no CUDA kernel: this installation was built without nvcc"
+    if not torch.cuda.is_available():
+        return "no CUDA kernel: no CUDA device, or a torch built without CUDA"
     found = capability(device.index or 0)
     if found < MINIMUM_CAPABILITY:
         return f"no CUDA kernel for compute capability {found // 10}.{found % 10} (8.0 and up)"
