@@ -63,13 +63,18 @@ def capability(index: int) -> int:
     return 10 * major + minor
 
 
+@functools.cache
+def _any_device() -> bool:
+    return torch.cuda.is_available()
+
+
 def unavailable(device: torch.device) -> str:
     """Why the CUDA module cannot serve a device; "" where it can."""
     if device.type != "cuda":
         return f"no CUDA kernel for device {device.type}"
     if _cuda is None:
         return "no CUDA kernel: this installation was built without nvcc"
-    if not torch.cuda.is_available():
+    if not _any_device():
         return "no CUDA kernel: no CUDA device, or a torch built without CUDA"
     found = capability(device.index or 0)
     if found < MINIMUM_CAPABILITY:
