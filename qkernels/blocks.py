@@ -19,8 +19,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from .calibrate import first_input, widths_checked
 from .hooks import Target
-from .observe import call_model
-from .probe import quiescent
+from .observe import call_model, quiescent
 from .progress import Progress, tracking
 
 __all__ = ["Inputs", "Visit", "run_by_blocks"]

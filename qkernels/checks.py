@@ -25,6 +25,7 @@ __all__ = [
     "check_out_dtype",
     "check_residual",
     "check_static",
+    "check_vector",
     "row_stride",
 ]
 
@@ -81,6 +82,16 @@ def check_residual(residual: object, x: Tensor, out_features: int, dtype: torch.
         raise ValueError(f"residual: expected shape {tuple(expected)}, got {tuple(residual.shape)}")
     if residual.device != x.device:
         raise ValueError(f"residual: expected device {x.device}, that of the input, got {residual.device}")
+
+
+def check_vector(name: str, vector: Tensor, size: int) -> None:
+    """One value per feature or channel.
+
+    Raises:
+        ValueError: another shape than ``[size]``.
+    """
+    if tuple(vector.shape) != (size,):
+        raise ValueError(f"{name}: expected shape [{size}], got {list(vector.shape)}")
 
 
 def check_out_dtype(dtype: torch.dtype | None, name: str = "out_dtype") -> None:

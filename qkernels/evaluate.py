@@ -17,8 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .observe import call_model
-from .probe import output_tensors, quiescent
+from .observe import call_model, output_tensors, quiescent
 from .progress import Progress, tracking
 
 __all__ = ["BlockOutputs", "TextLoss", "block_errors", "cosines", "observe_blocks", "perplexity", "text_windows"]

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,9 +25,9 @@ from torch import Tensor, nn
 
 from .calibrate import first_input
 from .gains import gain_kind, is_gain, out_features, same, shared_weights, tolerance
-from .observe import Call, call_model, evaluating
+from .observe import Call, call_model, output_tensors, quiescent
 
-__all__ = ["Group", "Producer", "find_groups", "output_tensors", "quiescent", "trim"]
+__all__ = ["Group", "Producer", "find_groups", "trim"]
 
 BASE = 8  # digits are spelled in powers of two down to 2**-7
 MIN_ROWS = 8  # rows of a tensor below which a probe proves nothing
@@ -90,36 +90,6 @@ class _Trace:
         """Shape of what a group reads, as rows ``[M, K]``."""
         x = next(x for name, x in self.calls if name in group.layers)
         return x.numel() // max(group.in_features, 1), group.in_features
-
-
-@contextlib.contextmanager
-def quiescent(model: nn.Module) -> Iterator[None]:
-    """Eval mode, no gradients, and no key-value cache among the outputs (it holds what folding rescales)."""
-    changed: list[Any] = []
-    for module in model.modules():
-        config = module.__dict__.get("config")
-        if config is not None and getattr(config, "use_cache", None) is True and all(config is not c for c in changed):
-            changed.append(config)
-    try:
-        for config in changed:
-            config.use_cache = False
-        with evaluating(model):
-            yield
-    finally:
-        for config in changed:
-            config.use_cache = True
-
-
-def output_tensors(output: Any) -> list[Tensor]:
-    """The floating-point tensors in what a model returned, in order."""
-    if isinstance(output, Tensor):
-        return [output] if output.is_floating_point() else []
-    values: Sequence[Any] = ()
-    if isinstance(output, Mapping):
-        values = list(output.values())
-    elif isinstance(output, (tuple, list)):
-        values = output
-    return [tensor for value in values for tensor in output_tensors(value)]
 
 
 def trim(batch: Any, rows: int, limit: int = PROBE_ROWS) -> Any:

@@ -3,7 +3,8 @@
 Runs on any device, needs no compiled code, and favours being read over being fast.  Results are defined to the
 bit for everything that enters the product as integers; weight-only products are float32 with unspecified order
 of summation.  Rounding rules are in ``_rounding.py``, tensors of any shape in ``_tensors.py``, weights in
-``_weights.py``, norms and activations before a quantization in ``_fused.py``.  Names and shapes:
+``_weights.py``, rows of activations in ``_activations.py``, norms and functions before those in ``_fused.py``.  Names
+and shapes:
 
     x [..., K]    weight [N, K]    y [..., N] = x @ weight.T + bias
 
@@ -29,11 +30,11 @@ import torch
 from torch import Tensor
 
 from qkernels import _rounding as rounding
+from qkernels._activations import quantize_activations
 from qkernels._fused import ACTIVATIONS, activated, add_residual, layer_norm, rms_norm
-from qkernels._granules import check_positive
 from qkernels._tensors import check_static, dequantize, pack_int4, quantize, unpack_int4
 from qkernels._weights import dequantize_weight, quantize_weight, round_to_grid, weight_codes, weight_grid, widen_groups
-from qkernels.checks import check_residual
+from qkernels.checks import check_residual, check_vector
 from qkernels.scheme import MAX_INTEGER_K, Scheme
 
 __all__ = [
@@ -63,76 +64,6 @@ __all__ = [
 
 CHUNK_ELEMENTS = 1 << 23
 """Weights are widened in slices of rows of at most this many elements (64 MiB of float64)."""
-
-
-# -- activations ----------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def quantize_activations(
-    x: Tensor,
-    *,
-    symmetric: bool = True,
-    scale: Tensor | float | None = None,
-    zero_point: Tensor | int | None = None,
-    inv_smooth: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Activations to 8 bits, one grid per row (dynamic) or one given for all (static).
-
-    Args:
-        x: float32, bfloat16 or float16 ``[..., K]``; ``[M, K]`` for most callers.
-        symmetric: int8 around zero; False: uint8 with a zero point.
-        scale: static: a number or a one-element tensor, finite and > 0.
-        zero_point: static and asymmetric: 0..255.
-        inv_smooth: float32 ``[K]``; ``x * inv_smooth`` (one rounding) comes before everything else.
-
-    Returns:
-        Codes int8 or uint8 ``[..., K]``, scales float32 ``[...]``, zero points int32 ``[...]`` or None.  A row with
-        a NaN or Inf (after smoothing) has codes 0, scale NaN, zero point 0.
-
-    Raises:
-        TypeError, ValueError: naming the argument.
-    """
-    wide = rounding.widen(x, "x")
-    if not wide.dim():
-        raise ValueError("x: expected at least one dimension, got none")
-    if inv_smooth is not None:
-        _check_vector("inv_smooth", inv_smooth, wide.shape[-1])
-        wide = wide * inv_smooth.to(torch.float32)
-    rows = wide.shape[:-1]
-    given = _check_given_scale(scale, wide.device)
-    if given is not None:
-        given = given.expand(rows)
-    if symmetric:
-        if zero_point is not None:
-            raise ValueError("zero_point: expected None with symmetric=True, got a value")
-        grid = rounding.symmetric_grid(wide, bits=8, scale=given)
-        return rounding.to_integers(wide, grid, low=-127, high=127).to(torch.int8), grid.scale, None
-    if (given is None) != (zero_point is None):
-        raise ValueError("zero_point: expected to be given together with scale, got only one of them")
-    zeros = None
-    if zero_point is not None:
-        if _on_host(zero_point) and not 0 <= int(zero_point) <= 255:
-            raise ValueError(f"zero_point: expected 0..255, got {int(zero_point)}")
-        zeros = torch.as_tensor(zero_point, device=wide.device).to(torch.int32).reshape(()).expand(rows)
-    grid = rounding.asymmetric_grid(wide, bits=8, scale=given, zero_point=zeros)
-    return rounding.to_integers(wide, grid, low=0, high=255).to(torch.uint8), grid.scale, grid.zero_point
-
-
-def _check_given_scale(scale: Tensor | float | None, device: torch.device) -> Tensor | None:
-    if scale is None:
-        return None
-    given = torch.as_tensor(scale, device=device).detach().to(torch.float32)
-    if given.numel() != 1:
-        raise ValueError(f"scale: expected one element, got shape {list(given.shape)}")
-    if _on_host(scale):
-        check_positive("scale", given)
-    return given.reshape(())
-
-
-def _on_host(value: object) -> bool:
-    """Values on an accelerator are not read back in every call: whoever put them there has checked them."""
-    return not isinstance(value, Tensor) or value.device.type == "cpu"
 
 
 # -- products -------------------------------------------------------------------------------------------------
@@ -198,7 +129,7 @@ def linear_w8a8_prequantized(
     """
     _check_weight(q, weight, weight.shape[-1], 8)
     _check_integer_k(weight.shape[-1])
-    _check_vector("weight_scale", weight_scale, weight.shape[0])
+    check_vector("weight_scale", weight_scale, weight.shape[0])
     a = q.to(torch.int32) if x_zero_point is None else q.to(torch.int32) - x_zero_point.unsqueeze(-1)
     acc = q.new_empty((*q.shape[:-1], weight.shape[0]), dtype=torch.int32)
     for rows in _row_slices(weight):
@@ -368,7 +299,7 @@ def _float_product(
 ) -> Tensor:
     wide = rounding.widen(x, "x")
     if inv_smooth is not None:
-        _check_vector("inv_smooth", inv_smooth, in_features)
+        check_vector("inv_smooth", inv_smooth, in_features)
         wide = wide * inv_smooth.to(torch.float32)
     y = wide.new_empty((*wide.shape[:-1], tensors["weight"].shape[0]))
     # A float32 product would be narrowed under autocast: switched off here.
@@ -483,14 +414,9 @@ def _row_slices(weight: Tensor) -> Iterator[slice]:
 
 def _finish(y: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
     if bias is not None:
-        _check_vector("bias", bias, y.shape[-1])
+        check_vector("bias", bias, y.shape[-1])
         y = y + bias.detach().to(torch.float32)
     return y.to(rounding.check_dtype(out_dtype, "out_dtype"))
-
-
-def _check_vector(name: str, vector: Tensor, size: int) -> None:
-    if tuple(vector.shape) != (size,):
-        raise ValueError(f"{name}: expected shape [{size}], got {list(vector.shape)}")
 
 
 def _check_integer_k(in_features: int) -> None:

@@ -22,10 +22,9 @@ from .calibrate import Statistics, calibrate
 from .convert import quantize_rows
 from .experts import with_experts_apart
 from .nn import QuantLinear
-from .observe import call_model, take_batches
+from .observe import call_model, output_tensors, quiescent, take_batches
 from .patterns import compile_patterns
 from .plan import DEFAULT_EXCLUDE
-from .probe import output_tensors, quiescent
 from .progress import Progress, tracking
 from .report import measure
 from .scheme import Scheme

@@ -7,8 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .observe import call_model
-from .probe import output_tensors, quiescent
+from .observe import call_model, output_tensors, quiescent
 
 __all__ = ["layer_outputs", "outputs_of"]
 

@@ -1,7 +1,7 @@
 """Norms and activations that hand integers to Linears: who may, what the others see, copies and the way back.
 
 The hand-over itself runs wherever a layer says how it quantizes its input.  Here a stand-in for the CUDA layers does,
-over the reference; the same models run on a GPU at the end of the file.
+over the reference; on a GPU, such models run in test_cuda_deferred.py.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ import torch
 from helpers import assert_bits_equal, seeded
 from torch import Tensor, nn
 from torch.nn import functional
+from toys import Block, K, Mlp, PlainMlp, RMSNorm, close
 
 import qkernels as qk
-from qkernels import cuda, deferred, norms, reference, row_ops
+from qkernels import deferred, norms, reference, row_ops
 from qkernels.backends import PreparedReference
 from qkernels.cuda_rows import Codes, RowGrid
 from qkernels.deferred import Deferred, QuantizedInput, hand_activation
@@ -25,23 +26,6 @@ from qkernels.fuse import fuse_, unfuse_
 from qkernels.nn import QuantLinear
 from qkernels.norms import NormHandoff, norm_of
 
-K = 32
-
-
-class RMSNorm(nn.Module):
-    """As in transformers' Llama."""
-
-    def __init__(self, size: int = K, eps: float = 1e-5) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.linspace(0.5, 1.5, size))
-        self.variance_epsilon = eps
-
-    def forward(self, hidden):
-        dtype = hidden.dtype
-        hidden = hidden.to(torch.float32)
-        hidden = hidden * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
-        return self.weight * hidden.to(dtype)
-
 
 class OnePlusRMSNorm(RMSNorm):
     """As in Gemma."""
@@ -49,52 +33,6 @@ class OnePlusRMSNorm(RMSNorm):
     def forward(self, hidden):
         hidden = hidden * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
         return (1.0 + self.weight) * hidden
-
-
-class Attention(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.q, self.k, self.o = nn.Linear(K, K), nn.Linear(K, K), nn.Linear(K, K)
-
-    def forward(self, hidden, mask=None):
-        shape = hidden.shape[:-1]
-        q = self.q(hidden).view(*shape, 2, -1)
-        k = self.k(hidden).view(*shape, 2, -1)
-        return self.o((q * k).reshape(*shape, -1)), mask
-
-
-class Mlp(nn.Module):
-    def __init__(self, activation: nn.Module | None = None) -> None:
-        super().__init__()
-        self.gate, self.up, self.down = nn.Linear(K, 48), nn.Linear(K, 48), nn.Linear(48, K)
-        self.act = activation or nn.SiLU()
-
-    def forward(self, x):
-        return self.down(self.act(self.gate(x)) * self.up(x))
-
-
-class PlainMlp(Mlp):
-    def forward(self, x):
-        return self.down(self.act(self.up(x)))
-
-
-class Block(nn.Module):
-    """As in transformers' Llama."""
-
-    def __init__(self, norm=RMSNorm, mlp: nn.Module | None = None) -> None:
-        super().__init__()
-        self.attention, self.mlp = Attention(), mlp or Mlp()
-        self.first, self.second = norm(K), norm(K)
-
-    def forward(self, hidden, mask=None, **kwargs):
-        residual = hidden
-        hidden = self.first(hidden)
-        hidden, _ = self.attention(hidden=hidden, mask=mask, **kwargs)
-        hidden = residual + hidden
-        residual = hidden
-        hidden = self.second(hidden)
-        hidden = self.mlp(hidden)
-        return residual + hidden
 
 
 class Nested(Block):
@@ -232,11 +170,6 @@ def converted(model: nn.Module, scheme: str | qk.Scheme = "w8a8") -> tuple[nn.Mo
 
 def handing(model: nn.Module) -> list[str]:
     return [n for n, m in model.named_modules() if isinstance(m.__dict__.get("forward"), NormHandoff)]
-
-
-def close(a: Tensor, b: Tensor) -> bool:
-    """One code of a row of this size may be rounded the other way now and then."""
-    return float((a - b).norm() / b.norm()) < 0.01
 
 
 X = seeded(2, 5, K)
@@ -496,103 +429,3 @@ def test_a_failed_fusion_is_taken_back(stand_in: None) -> None:
     undo[1]()
     assert handing(fused) == []
     assert all(m._reads is None and m._feeds is None for m in fused.modules() if isinstance(m, QuantLinear))
-
-
-# -- on a GPU ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def gpu_model() -> tuple[nn.Module, nn.Module]:
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device, or a torch built without CUDA")
-    if cuda._cuda is None:
-        pytest.skip("this installation was built without the CUDA module")
-    torch.manual_seed(0)
-    model = nn.Sequential(Block(), Block(nn.LayerNorm, PlainMlp(nn.GELU()))).eval()
-    plain = copy.deepcopy(model)
-    report = qk.quantize_(model.cuda().to(torch.bfloat16), "w8a8", exclude=())
-    qk.quantize_(plain.cuda().to(torch.bfloat16), "w8a8", exclude=(), fuse=False)
-    notes = {layer.name: layer.reason or "" for layer in report.layers}
-    assert "reads first as integers" in notes["0.attention.q"]
-    assert "reads act as integers" in notes["0.mlp.down"]
-    return model, plain
-
-
-@pytest.mark.gpu
-def test_gpu_integers_arrive(gpu_model: tuple[nn.Module, nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
-    from qkernels.cuda_w8a8 import PreparedCudaW8A8
-
-    fused, plain = gpu_model
-    taken = []
-    original = PreparedCudaW8A8._product_of
-
-    def counted(self, codes, out_dtype):
-        taken.append(self)
-        return original(self, codes, out_dtype)
-
-    monkeypatch.setattr(PreparedCudaW8A8, "_product_of", counted)
-    for rows in (1, 3, 200):
-        x = seeded(rows, 4, K).to("cuda", torch.bfloat16)
-        with torch.no_grad():
-            taken.clear()
-            y = fused(x)
-            assert len(taken) == 5 + 4
-            assert close(y.float(), plain(x).float())
-            normed = fused[0].first(x)
-            assert isinstance(normed, QuantizedInput)
-            layer = fused[0].attention.q
-            codes = row_ops.rms_norm_quantize(x, fused[0].first.weight, eps=1e-5)
-            tensors = {name: t.cpu() for name, t in layer.canonical().items()}
-            wanted = reference.linear_w8a8_prequantized(
-                codes[0].cpu(),
-                codes[1].cpu(),
-                None,
-                tensors["weight"],
-                tensors["weight_scale"],
-                tensors["bias"],
-                torch.bfloat16,
-            )
-            assert_bits_equal(layer(normed), wanted)
-            assert_bits_equal(normed.clone(), plain[0].first(x))
-
-
-@pytest.mark.gpu
-def test_gpu_graph_replays_and_streams(gpu_model: tuple[nn.Module, nn.Module]) -> None:
-    fused, _ = gpu_model
-    x = seeded(7, 4, K).to("cuda", torch.bfloat16)
-    with torch.no_grad():
-        fused(x)
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            y = fused(x)
-        for seed in range(3):
-            x.copy_(seeded(7, 4, K, seed=seed))
-            graph.replay()
-            assert_bits_equal(y, fused(x))
-        wanted = fused(x)
-        streams = [torch.cuda.Stream(), torch.cuda.Stream()]
-        torch.cuda.synchronize()
-        results = []
-        for turn in range(20):
-            with torch.cuda.stream(streams[turn % 2]):
-                results.append(fused(x))
-        torch.cuda.synchronize()
-        for result in results:
-            assert_bits_equal(result, wanted)
-
-
-@pytest.mark.gpu
-def test_gpu_compiled_asymmetric_and_moved(gpu_model: tuple[nn.Module, nn.Module]) -> None:
-    fused, plain = gpu_model
-    x = seeded(6, 4, K).to("cuda", torch.bfloat16)
-    with torch.no_grad():
-        assert close(torch.compile(fused, fullgraph=True)(x).float(), plain(x).float())
-        there_and_back = copy.deepcopy(fused).cpu().cuda()
-        assert_bits_equal(there_and_back(x), fused(x))
-        model = Block().eval()
-        other = copy.deepcopy(model)
-        qk.quantize_(model, ASYMMETRIC, exclude=())
-        qk.quantize_(other, ASYMMETRIC, exclude=(), fuse=False)
-        model.cuda(), other.cuda()  # converted on the CPU, run here
-        assert close(model(x.float()), other(x.float()))

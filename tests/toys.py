@@ -6,6 +6,8 @@ import torch
 from helpers import assert_bits_equal
 from torch import nn
 
+K = 32  # features of a Block
+
 
 class Toy(nn.Module):
     """Two blocks, a norm, an embedding and an output head; optionally tied."""
@@ -55,3 +57,69 @@ def assert_unchanged(model: nn.Module, before: tuple) -> None:
 def all_tensors(model: nn.Module) -> list[torch.Tensor]:
     """Parameters and buffers."""
     return [*model.parameters(), *model.buffers()]
+
+
+class RMSNorm(nn.Module):
+    """As in transformers' Llama."""
+
+    def __init__(self, size: int = K, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.linspace(0.5, 1.5, size))
+        self.variance_epsilon = eps
+
+    def forward(self, hidden):
+        dtype = hidden.dtype
+        hidden = hidden.to(torch.float32)
+        hidden = hidden * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+        return self.weight * hidden.to(dtype)
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.o = nn.Linear(K, K), nn.Linear(K, K), nn.Linear(K, K)
+
+    def forward(self, hidden, mask=None):
+        shape = hidden.shape[:-1]
+        q = self.q(hidden).view(*shape, 2, -1)
+        k = self.k(hidden).view(*shape, 2, -1)
+        return self.o((q * k).reshape(*shape, -1)), mask
+
+
+class Mlp(nn.Module):
+    def __init__(self, activation: nn.Module | None = None) -> None:
+        super().__init__()
+        self.gate, self.up, self.down = nn.Linear(K, 48), nn.Linear(K, 48), nn.Linear(48, K)
+        self.act = activation or nn.SiLU()
+
+    def forward(self, x):
+        return self.down(self.act(self.gate(x)) * self.up(x))
+
+
+class PlainMlp(Mlp):
+    def forward(self, x):
+        return self.down(self.act(self.up(x)))
+
+
+class Block(nn.Module):
+    """As in transformers' Llama."""
+
+    def __init__(self, norm=RMSNorm, mlp: nn.Module | None = None) -> None:
+        super().__init__()
+        self.attention, self.mlp = Attention(), mlp or Mlp()
+        self.first, self.second = norm(K), norm(K)
+
+    def forward(self, hidden, mask=None, **kwargs):
+        residual = hidden
+        hidden = self.first(hidden)
+        hidden, _ = self.attention(hidden=hidden, mask=mask, **kwargs)
+        hidden = residual + hidden
+        residual = hidden
+        hidden = self.second(hidden)
+        hidden = self.mlp(hidden)
+        return residual + hidden
+
+
+def close(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """One code of a row of this size may be rounded the other way now and then."""
+    return float((a - b).norm() / b.norm()) < 0.01

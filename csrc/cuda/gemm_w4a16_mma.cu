@@ -17,6 +17,7 @@
 #include "epilogue.cuh"
 #include "groups_w4.cuh"
 #include "host.h"
+#include "instances_w4a16.cuh"
 #include "launch.h"
 #include "launch_w4.h"
 #include "operands_w4a16.cuh"
@@ -412,23 +413,12 @@ void run_tokens(const GemmW4A16Args& args, const W4Plan& plan, bool dependent, c
                               std::to_string(plan.tokens));
 }
 
-template <typename T>
-void run_kind(const GemmW4A16Args& args, const W4Plan& plan, bool dependent, cudaStream_t stream) {
-  switch (args.weight.kind) {
-    case W4Kind::kZeroPoint:
-      return run_tokens<T, W4Kind::kZeroPoint>(args, plan, dependent, stream);
-    case W4Kind::kMinimum:
-      return run_tokens<T, W4Kind::kMinimum>(args, plan, dependent, stream);
-    case W4Kind::kCodebook:
-      return run_tokens<T, W4Kind::kCodebook>(args, plan, dependent, stream);
-  }
-}
-
 }  // namespace
 
 void gemm_w4a16_mma(const GemmW4A16Args& args, const W4Plan& plan, bool dependent, cudaStream_t stream) {
-  if (args.x_dtype == DType::kBF16) return run_kind<__nv_bfloat16>(args, plan, dependent, stream);
-  return run_kind<__half>(args, plan, dependent, stream);
+  for_type_and_kind(args, [&](auto type, auto kind) {
+    run_tokens<decltype(type), decltype(kind)::value>(args, plan, dependent, stream);
+  });
 }
 
 }  // namespace qk::cuda
