@@ -17,7 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from qkernels.scheme import PRESETS
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SERVED = [scheme for scheme in PRESETS.values() if scheme.weight_bits >= 4]
+"""The presets that kernels serve; the others run on the reference."""
 F = np.float32
 _INTS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from qkernels import _C, reference
 from qkernels.epilogues import EPILOGUES, apply_epilogue
 from qkernels.nn import QuantLinear
-from qkernels.scheme import PRESETS, Scheme
+from qkernels.scheme import Scheme
 
 STATIC = {"act_scale": torch.tensor(0.02)}
 by_name = pytest.mark.parametrize("name", EPILOGUES)
@@ -94,7 +94,7 @@ def layers(scheme: Scheme, name: str, n: int, k: int) -> tuple[QuantLinear, Quan
     return fused, bare
 
 
-@pytest.mark.parametrize("scheme", PRESETS.values(), ids=lambda s: s.name)
+@pytest.mark.parametrize("scheme", H.SERVED, ids=lambda s: s.name)
 @pytest.mark.parametrize(("n", "k"), [(1, 1), (65, 70), (192, 513)])
 def test_fused_equals_the_function_of_the_unrounded_output(scheme, n, k, isa, threads):
     for name in EPILOGUES:

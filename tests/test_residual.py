@@ -20,8 +20,7 @@ from qkernels.residuals import adds_inside
 from qkernels.scheme import PRESETS, Scheme
 
 STATIC = {"act_scale": torch.tensor(0.02)}
-SERVED = [scheme for scheme in PRESETS.values() if scheme.weight_bits >= 4]  # by kernels
-by_scheme = pytest.mark.parametrize("scheme", SERVED, ids=lambda s: s.name)
+by_scheme = pytest.mark.parametrize("scheme", H.SERVED, ids=lambda s: s.name)
 
 
 def layer(scheme: Scheme, n: int, k: int, epilogue: str | None = None) -> QuantLinear:
