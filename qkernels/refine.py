@@ -105,7 +105,7 @@ def refit_scales(
             start, stop = g * size, min((g + 1) * size, columns)
             products = (part[:, start:stop] @ h[start:stop, start:]).mul_(part[:, start:])
             system[:, g, g:] = split_groups(products, size).sum(-1)
-            system[:, g:, g] = system[:, g, g:]  # symmetric
+            system[:, g + 1 :, g] = system[:, g, g + 1 :]  # symmetric
         diagonal = system.diagonal(dim1=1, dim2=2)
         diagonal += 1e-6 * diagonal.mean(1, keepdim=True) + torch.finfo(torch.float32).tiny  # a group of zeros
         fitted[rows], _ = torch.linalg.solve_ex(system, pulls[rows])
