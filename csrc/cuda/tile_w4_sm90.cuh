@@ -210,15 +210,6 @@ struct Sums {
   float total[S::kValues];
 };
 
-// A sum of products as a float, times `factor`, rounded once: what follows needs neither a conversion, which runs at an
-// eighth of the rate, nor a second multiplication. The integer was accumulated onto the bits of 1.5 * 2^23, so that
-// they are those of the float 1.5 * 2^23 + d; and (1.5 * 2^23 + d) * factor - 1.5 * 2^23 * factor is d * factor before
-// the one rounding of the FMA, since the last term is exact for a `factor` of 22 bits or less.
-constexpr float kSeed = 12582912.0f;
-__device__ __forceinline__ float scaled_by_seed(int32_t sum, float factor, float seed_times_factor) {
-  return __fmaf_rn(__int_as_float(sum), factor, -seed_times_factor);
-}
-
 // Starts the products of k-steps kFirst ... kFirst + kCount - 1 of a slab, whose fragments are f. Sums begin anew with
 // each row of scales, of kPerRow steps, but integers only if `fresh`.
 template <typename S, int kFirst, int kCount, int kPerRow>
