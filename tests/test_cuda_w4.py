@@ -119,13 +119,13 @@ def test_w4_plans_have_room_for_what_is_shared(eight_bits: bool, capability: int
             continue
         plan = cuda._cuda.plan_w4(eight_bits, m, n, k, group, kind, capability, 132)
         kernel, tokens, phases, ctas, counters, floats = plan
-        assert tokens in (8, 16, 32, 64, 128)
+        assert tokens in (8, 16, 32, 64, 128, 256)
         assert kernel == (1 if capability == 90 and cuda._cuda.has_sm90a() else 0)
         if kernel == 0:
             assert eight_bits or 1 <= ctas <= min(264, -(-m // tokens) * -(-n // 128) * -(-k // 128))
             assert eight_bits or floats == ctas * 2 * 128 * tokens
             continue
-        assert tokens <= (64 if kind == 1 else 128)
+        assert tokens <= (64 if kind == 1 else 128 if eight_bits else 256)
         assert phases == 1 or (tokens <= 16 and kind == 0 and (not eight_bits or (group == 128 and k > 128)))
         assert 1 <= ctas <= 264
         assert (floats == 0) == (counters == 0)

@@ -8,38 +8,83 @@ namespace {
 
 constexpr int kChannels = 128;  // of a tile
 
-// wgmma. Sums that CTAs share through memory cost some 4 us, so they pay only where less than half of the chip would
-// have work; and with few tokens phases serve instead (measured on an H100). Phases need the groups of 8-bit
-// activations to lie within a slab (`within`).
-W4Plan plan_wgmma(bool bytes, int64_t m, int64_t n, int64_t k, W4Kind kind, bool within, int sms) {
-  W4Plan plan = {};
+// wgmma: what a tile costs, in microseconds on an H100: a slab in each wave of tiles, a launch, and sums that CTAs
+// share through memory, where they may.
+struct Tile {
+  int tokens, phases;
+  double slab, launch, sharing;
+};
+constexpr Tile kHalfTiles[] = {
+    {16, 4, 0.256, 1, 0}, {32, 1, 0.385, 3, 5}, {64, 1, 0.52, 3, 6.5}, {128, 1, 0.76, 3, 8}, {256, 1, 1.33, 3, 17}};
+constexpr Tile kByteTiles[] = {{16, 4, 0.24, 1, 0}, {32, 1, 0.335, 3, 0}, {64, 1, 0.43, 3, 0}, {128, 1, 0.66, 3, 0}};
+constexpr int kFew = 16;  // tokens, whose tiles wait for weights alone
+
+// Tiles of a product, and how many of them run at a time.
+struct Waves {
+  int64_t tiles, slots;
+  int cluster;
+  int64_t count() const { return (tiles + slots - 1) / slots; }
+};
+
+Waves waves_of(const W4Plan& plan, bool bytes, int64_t m, int64_t n, bool minimum, int sms) {
+  Waves w;
+  w.cluster = w4_cluster(bytes, plan.tokens, plan.phases);
+  w.tiles = int64_t(blocks(m, plan.tokens)) * blocks(n, w4_channels(plan.phases) * w.cluster);
+  w.slots = int64_t(sms) * w4_per_sm(bytes, plan.tokens, minimum, plan.phases) / w.cluster;
+  return w;
+}
+
+W4Plan finished(W4Plan plan, const Waves& w, bool shared) {
   plan.kernel = W4Kernel::kWgmma;
-  const bool minimum = kind == W4Kind::kMinimum;
-  const int most = minimum ? 64 : 128;
-  for (plan.tokens = 8; plan.tokens < m && plan.tokens < most;) plan.tokens *= 2;
-  plan.phases = 1;
-  if (kind == W4Kind::kZeroPoint && w4_slabs(k) >= 8 && (within || !bytes)) {
-    // Tiles of 16 tokens fetch the weights from the L2 again and again.
-    const int64_t narrow = blocks(n, w4_channels(4));
-    if (plan.tokens <= 16 ? narrow <= sms : plan.tokens <= 64 && narrow * 3 <= sms * 2) {
-      plan.phases = 4;
-      if (plan.tokens > 16) plan.tokens = 16;
-    }
+  plan.ctas = static_cast<int32_t>(!shared && w.tiles < w.slots ? w.tiles : w.slots);
+  if (shared) {
+    plan.counters = (w.tiles - w4_whole_tiles(w.tiles, plan.ctas)) * w.cluster * 2;
+    plan.partial_floats = int64_t(2) * plan.ctas * w.cluster * kChannels * plan.tokens;
   }
-  const int size = w4_cluster(bytes, plan.tokens, plan.phases);
-  const int64_t tiles = int64_t(blocks(m, plan.tokens)) * blocks(n, w4_channels(plan.phases) * size);
-  const int64_t slots = int64_t(sms) * w4_per_sm(bytes, plan.tokens, minimum, plan.phases) / size;
-  const int64_t waves = (tiles + slots - 1) / slots;
-  // Half of the multiprocessors in a single wave, half of the places in the last of several.
-  const bool enough = waves == 1 ? tiles * size * 2 >= sms : tiles * 2 > waves * slots;
-  if (bytes || plan.phases > 1 || enough) {
-    plan.ctas = static_cast<int32_t>(tiles < slots ? tiles : slots);
-    return plan;
-  }
-  plan.ctas = static_cast<int32_t>(slots);
-  plan.counters = (tiles - w4_whole_tiles(tiles, plan.ctas)) * size * 2;
-  plan.partial_floats = int64_t(2) * plan.ctas * size * kChannels * plan.tokens;
   return plan;
+}
+
+// Few tokens: phases instead of sums in memory, which cost some 4 us, as long as one wave of narrow tiles serves, since
+// several fetch the tokens again and again; else sums are shared where less than half of the chip would have work.
+W4Plan plan_few(bool bytes, int64_t m, int64_t n, W4Kind kind, bool phases, int sms) {
+  W4Plan plan = {};
+  plan.tokens = m <= 8 ? 8 : kFew;
+  plan.phases = phases && blocks(n, w4_channels(4)) <= sms ? 4 : 1;
+  const Waves w = waves_of(plan, bytes, m, n, kind == W4Kind::kMinimum, sms);
+  // Half of the multiprocessors in a single wave, half of the places in the last of several.
+  const bool enough = w.count() == 1 ? w.tiles * w.cluster * 2 >= sms : w.tiles * 2 > w.count() * w.slots;
+  return finished(plan, w, !bytes && plan.phases == 1 && !enough);
+}
+
+// Phases need the groups of 8-bit activations to lie within a slab (`within`).
+W4Plan plan_wgmma(bool bytes, int64_t m, int64_t n, int64_t k, W4Kind kind, bool within, int sms) {
+  const bool minimum = kind == W4Kind::kMinimum;
+  const bool phases = kind == W4Kind::kZeroPoint && w4_slabs(k) >= 8 && (within || !bytes);
+  if (m <= kFew) return plan_few(bytes, m, n, kind, phases, sms);
+  W4Plan best = {};
+  double least = 0.0;
+  const auto consider = [&](const Tile& tile, bool shared) {
+    W4Plan plan = {};
+    plan.tokens = tile.tokens, plan.phases = tile.phases;
+    const Waves w = waves_of(plan, bytes, m, n, minimum, sms);
+    if (shared && w.tiles % w.slots == 0) return;
+    const double waves = shared ? double(w.tiles) / double(w.slots) : double(w.count());
+    const double cost = waves * double(w4_slabs(k)) * tile.slab + tile.launch + (shared ? tile.sharing : 0.0);
+    if (least == 0.0 || cost < least) least = cost, best = finished(plan, w, shared);
+  };
+  const auto consider_all = [&](const auto& tiles) {
+    for (const Tile& tile : tiles) {
+      if ((tile.phases == 4 && !phases) || (minimum && tile.tokens > 64)) continue;
+      consider(tile, false);
+      if (tile.sharing > 0.0) consider(tile, true);
+    }
+  };
+  if (bytes) {
+    consider_all(kByteTiles);
+  } else {
+    consider_all(kHalfTiles);
+  }
+  return best;
 }
 
 }  // namespace

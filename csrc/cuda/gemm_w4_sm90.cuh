@@ -22,7 +22,9 @@
 //
 // Weights are never rounded: codes less their zero point are exact, and the sums of a group are multiplied by its
 // scale. 8-bit activations: sums are int32 and exact, and the groups of an output are added in the order of K, each
-// step rounded once. 16-bit activations: fp32 sums, promoted at the end of each group and of each slab.
+// step rounded once. 16-bit activations: fp32 sums, promoted at the end of each group and of each slab; or, of 256
+// tokens ("wide"), kept by the tensor cores for all of K in units of the scale of the group at hand, and multiplied by
+// the ratio of two scales between groups: one set of registers serves twice the tokens.
 //
 // Few tokens of few channels: four warpgroups take the slabs of 64 channels in turns ("phases"), and add their sums up
 // at the end, or hand the running total of an output on from slab to slab where the order counts.
@@ -209,6 +211,8 @@ __global__ void __launch_bounds__(S::kThreads, S::kPerSm)
     Ring ring;
     ring.stage = t.phase;
     const Relay<S> relay(exchange, group);
+    Segment s;
+    float scale[2];  // of wide sums
     int group_left;  // rows until the end of the group, counted for integers alone
 
     // One slab whose groups have 1 << kShift rows. Its even half is unpacked, and so is the next one's when it ends.
@@ -227,33 +231,53 @@ __global__ void __launch_bounds__(S::kThreads, S::kPerSm)
       const int next = --left > 0 ? ring.stage : own;
       const uint32_t next_parity = left > 0 ? ring.parity : own_parity;
       const uint8_t* next_packed = packed_at(next);
-      if constexpr (S::kTurns) ptx::named_barrier(kTurnBarrier + group, S::kConsumers);
 #pragma unroll
       for (int row = 0; row < kRows; ++row) {
-        const bool fresh = kEach || group_left == job.group_rows;
+        if constexpr (S::kTurns) ptx::named_barrier(kTurnBarrier + group, S::kConsumers);
+        const bool last = slab == s.last - 1 && row == kRows - 1;
+        const bool fresh = S::kWide ? slab == s.first && row == 0 : kEach || group_left == job.group_rows;
         // The last group may be short, and nothing comes of rows of padding.
         const int at = slab * kRows + row;
         const bool ends = kEach || at == job.rows - 1 || (--group_left == 0 && at < job.rows);
         if constexpr (kShift == 0) {
           multiply<S, 0, S::kSteps / 2, kPerRow>(even, tokens, fresh, sums);
-          unpack_half<S>(job, t, packed, odd_codes, book, 1, odd);
+          if (!S::kApart) unpack_half<S>(job, t, packed, odd_codes, book, 1, odd);
           multiply<S, S::kSteps / 2, S::kSteps / 2, kPerRow>(odd, tokens, fresh, sums);
         } else {
           multiply_row<S, kPerRow>(row, even, odd, tokens, fresh, sums);
-          if (row == 0) unpack_half<S>(job, t, packed, odd_codes, book, 1, odd);
+          if (row == 0 && !S::kApart) unpack_half<S>(job, t, packed, odd_codes, book, 1, odd);
         }
-        if (S::kTurns && row == kRows - 1) ptx::named_barrier_arrive(kTurnBarrier + 1 - group, S::kConsumers);
-        const Factors f = load_factors<S>(job, t, rows + row * job.groups.row_bytes);
-        if (row == kRows / 2) {
+        if constexpr (S::kTurns) ptx::named_barrier_arrive(kTurnBarrier + 1 - group, S::kConsumers);
+        Factors f;
+        if (!S::kWide) f = load_factors<S>(job, t, rows + row * job.groups.row_bytes);
+        if (row == (S::kApart ? kRows - 1 : kRows / 2)) {
           ptx::mbarrier_wait(full_here + 8 * next, next_parity);
           const uint4 even_codes = load_codes(t, next_packed, 0);
           odd_codes = load_codes(t, next_packed, 1);
-          if (kShift == 0) ptx::wgmma_wait<1>();  // the even half may be overwritten
+          if (S::kApart) {
+            ptx::wgmma_wait<0>();
+            unpack_half<S>(job, t, next_packed, odd_codes, book, 1, odd);
+          } else if (kShift == 0) {
+            ptx::wgmma_wait<1>();  // the even half may be overwritten
+          }
           unpack_half<S>(job, t, next_packed, even_codes, book, 0, even);
         }
+        if constexpr (S::kWide) {
+          f = load_factors<S>(
+              job, t,
+              row + 1 < kRows ? rows + (row + 1) * job.groups.row_bytes : next_packed + S::kChannels * (kW4SlabK / 2));
+        }
         ptx::wgmma_wait<0>();
-        if (S::kBytes && S::kPhases > 1 && row == 0) relay.receive(t.phase, sums);
-        if (!S::kBytes || ends) promote<S>(f, sums);
+        if constexpr (S::kWide) {
+          float next_scale[2];
+#pragma unroll
+          for (int e = 0; e < 2; ++e) next_scale[e] = is_live(f.scale[e]) ? f.scale[e] : last ? 1.0f : scale[e];
+          if (ends || last) rescale<S>(scale, next_scale, last, sums);
+          scale[0] = next_scale[0], scale[1] = next_scale[1];
+        } else {
+          if (S::kBytes && S::kPhases > 1 && row == 0) relay.receive(t.phase, sums);
+          if (!S::kBytes || ends) promote<S>(f, sums);
+        }
         if (!kEach && ends) group_left = job.group_rows;
       }
       if (S::kBytes && S::kPhases > 1) relay.send(t.phase, sums);
@@ -271,13 +295,20 @@ __global__ void __launch_bounds__(S::kThreads, S::kPerSm)
       const uint8_t* packed = packed_at(ring.stage);
       unpack_half<S>(job, t, packed, load_codes(t, packed, 0), book, 0, even);
       odd_codes = load_codes(t, packed, 1);
+      if (S::kApart) unpack_half<S>(job, t, packed, odd_codes, book, 1, odd);
+      if constexpr (S::kWide) {
+        const Factors f = load_factors<S>(job, t, packed + S::kChannels * (kW4SlabK / 2));
+#pragma unroll
+        for (int e = 0; e < 2; ++e) scale[e] = is_live(f.scale[e]) ? f.scale[e] : 1.0f;
+      }
       if (S::kTurns && group == 1) ptx::named_barrier_arrive(kTurnBarrier, S::kConsumers);
     }
-    Segment s;
     while (walk.next(job, s)) {
+      if constexpr (!S::kWide) {
 #pragma unroll
-      for (int i = 0; i < S::kValues; ++i) sums.total[i] = 0.0f;
-      group_left = job.group_rows;
+        for (int i = 0; i < S::kValues; ++i) sums.total[i] = 0.0f;
+      }
+      group_left = job.group_rows - (s.first << job.groups.row_shift) % job.group_rows;
       if (S::kBytes && S::kPhases > 1 && t.phase == S::kPhases - 1) relay.send(t.phase, sums);  // zeros, to phase 0
       const auto run_slabs = [&](auto shift, auto each) {
 #pragma unroll 1

@@ -45,6 +45,9 @@ void run_tokens(const GemmW4A16Args& args, const W4Plan& plan, bool dependent, c
     case 128:  // the sums of tokens, which minima multiply, find no room
       if constexpr (kKind != W4Kind::kMinimum) return run<T, kKind, 128>(args, plan, dependent, stream);
       break;
+    case 256:
+      if constexpr (kKind != W4Kind::kMinimum) return run<T, kKind, 256>(args, plan, dependent, stream);
+      break;
     default:
       break;
   }

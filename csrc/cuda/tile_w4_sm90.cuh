@@ -33,6 +33,9 @@ struct Shape {
   static constexpr W4Kind kKind = kKind_;
   static constexpr bool kMinimum = kKind == W4Kind::kMinimum, kCodebook = kKind == W4Kind::kCodebook;
   static constexpr bool kZeros = kZeros_;
+  // Room for one set of sums alone: they are of all of K, in units of the scale that they are multiplied by next.
+  static constexpr bool kWide = kTokens == 256;
+  static_assert(!kWide || (!kBytes && !kMinimum && kPhases_ == 1), "a single sum of floats");
   // Integer products are 16 times the true ones (operands_w4a8.cuh).
   static constexpr bool kSixteenfold = kBytes && kKind == W4Kind::kZeroPoint && !kZeros;
   static constexpr int kPhases = kPhases_, kGroups = w4_channels(kPhases) / kGroupChannels;
@@ -48,7 +51,7 @@ struct Shape {
   static constexpr int kFragments = kSteps / 2 * 4;  // registers of half a slab
   static constexpr int kValues = kTokens / 2;  // sums of a thread
   // Warps: what one lane computes and waits for between its copies would limit small tiles.
-  static constexpr int kProducers = kPhases > 1 ? 4 : 2;
+  static constexpr int kProducers = kPhases > 1 ? 4 : kWide ? 1 : 2;  // three stages are all that fit
   // Few tokens leave registers for two CTAs, which hide each other's latency. With more, the producer's registers go to
   // the consumers, and it is a whole warpgroup since setmaxnreg works on those: 168 a thread at launch.
   static constexpr int kPerSm = w4_per_sm(kBytes, kTokens, kMinimum, kPhases);
@@ -57,7 +60,11 @@ struct Shape {
   static constexpr int kExchange = kPhases > 1 ? kGroups * kPhases * 128 * (kTokens / 8) : 1;  // float4, between phases
   // The warpgroups take turns to start a slab's products, lest they finish, and leave the tensor cores idle, together.
   static constexpr bool kTurns = kTokens >= 64 && kPhases == 1;
-  static constexpr int kProducerRegisters = 56, kConsumerRegisters = 224;
+  // An instruction with a register operand waits for the one before it, so products hold a warp up. Where sums of
+  // integers take as long to add up, nothing comes between the products of a row: one warpgroup is in its products
+  // while the other unpacks and adds.
+  static constexpr bool kApart = kBytes && kTurns;
+  static constexpr int kProducerRegisters = kWide ? 40 : 56, kConsumerRegisters = kWide ? 232 : 224;
 };
 
 struct Job {
@@ -142,6 +149,9 @@ __device__ __forceinline__ uint4 load_codes(const Thread& t, const uint8_t* pack
   return *reinterpret_cast<const uint4*>(packed + t.codes + half * 512);
 }
 
+// Wide sums cannot be in units of a scale that is zero or nearly so: its weights are taken as zeros. NaN is not.
+__device__ __forceinline__ bool is_live(float scale) { return !(fabsf(scale) < 0x1p-100f); }
+
 // Those codes as wgmma fragments. packed: the stage's codes, with the rows of its groups behind them.
 template <typename S>
 __device__ __forceinline__ void unpack_half(const Job& job, const Thread& t, const uint8_t* packed, const uint4& v,
@@ -150,10 +160,11 @@ __device__ __forceinline__ void unpack_half(const Job& job, const Thread& t, con
 #pragma unroll
   for (int part = 0; part < 2; ++part) {  // 32 k
     uint32_t zero[2] = {S::kMinimum ? 0u : 8u, S::kMinimum ? 0u : 8u};  // of channels g and g + 8
+    const uint8_t* row = packed + S::kChannels * (kW4SlabK / 2) +
+                         ((2 * half + part) >> (2 - job.groups.row_shift)) * job.groups.row_bytes;
     if (S::kZeros && job.weight.zero_point) {
-      const uint8_t* row = packed + S::kChannels * (kW4SlabK / 2) + S::kChannels * job.groups.value_bytes +
-                           ((2 * half + part) >> (2 - job.groups.row_shift)) * job.groups.row_bytes;
-      zero[0] = row[t.channel], zero[1] = row[t.channel + 8];
+      const uint8_t* zeros = row + S::kChannels * job.groups.value_bytes;
+      zero[0] = zeros[t.channel], zero[1] = zeros[t.channel + 8];
     }
     if constexpr (S::kBytes) {
       if constexpr (S::kSixteenfold) {
@@ -189,6 +200,12 @@ __device__ __forceinline__ void unpack_half(const Job& job, const Thread& t, con
           }
         }
       }
+      if constexpr (S::kWide) {
+        const uint32_t kept[2] = {is_live(row_value(row, job.weight.scale_type, t.channel)) ? ~0u : 0u,
+                                  is_live(row_value(row, job.weight.scale_type, t.channel + 8)) ? ~0u : 0u};
+#pragma unroll
+        for (int i = 8 * part; i < 8 * part + 8; ++i) f[i] &= kept[i & 1];
+      }
     }
   }
 }
@@ -205,13 +222,13 @@ struct OnesOf<int8_t> {
 
 template <typename S>
 struct Sums {
-  typename S::Sum part[S::kValues];  // since the last scale
+  typename S::Sum part[S::kWide ? 1 : S::kValues];  // since the last scale
   typename S::Sum tokens[S::kMinimum ? S::kValues : 1];  // of the activations alone
   float total[S::kValues];
 };
 
 // Starts the products of k-steps kFirst ... kFirst + kCount - 1 of a slab, whose fragments are f. Sums begin anew with
-// each row of scales, of kPerRow steps, but integers only if `fresh`.
+// each row of scales, of kPerRow steps, but integers only if `fresh`; wide ones only with a `fresh` slab.
 template <typename S, int kFirst, int kCount, int kPerRow>
 __device__ __forceinline__ void multiply(const uint32_t* f, uint32_t tokens, bool fresh, Sums<S>& sums) {
   constexpr uint32_t kOne = OnesOf<typename S::T>::kValue;
@@ -221,9 +238,13 @@ __device__ __forceinline__ void multiply(const uint32_t* f, uint32_t tokens, boo
   for (int s = 0; s < kCount; ++s) {
     const int step = kFirst + s;
     const uint64_t b = ptx::wgmma_descriptor(tokens + step / 4 * S::kTokens * 128) + 2 * (step % 4);
-    const int accumulate = step % kPerRow != 0 || (S::kBytes && !fresh);
-    WgmmaRegisters<typename S::T, S::kTokens>::run(sums.part, f + 4 * s, b, accumulate);
-    if constexpr (S::kMinimum) WgmmaRegisters<typename S::T, S::kTokens>::run(sums.tokens, ones, b, accumulate);
+    if constexpr (S::kWide) {
+      WgmmaRegisters<typename S::T, S::kTokens>::run(sums.total, f + 4 * s, b, step > 0 || !fresh);
+    } else {
+      const int accumulate = step % kPerRow != 0 || (S::kBytes && !fresh);
+      WgmmaRegisters<typename S::T, S::kTokens>::run(sums.part, f + 4 * s, b, accumulate);
+      if constexpr (S::kMinimum) WgmmaRegisters<typename S::T, S::kTokens>::run(sums.tokens, ones, b, accumulate);
+    }
   }
   ptx::wgmma_commit();
 }
@@ -278,6 +299,16 @@ __device__ __forceinline__ void promote(Factors f, Sums<S>& sums) {
       if constexpr (S::kMinimum) total = __fmaf_rn(sums.tokens[i], f.low[e], total);
     }
   }
+}
+
+// Wide sums, from units of `scale` to those of what follows; or to what they are, at the end.
+template <typename S>
+__device__ __forceinline__ void rescale(const float (&scale)[2], const float (&next)[2], bool end, Sums<S>& sums) {
+  float factor[2];
+#pragma unroll
+  for (int e = 0; e < 2; ++e) factor[e] = end ? scale[e] : __fdividef(scale[e], next[e]);
+#pragma unroll
+  for (int i = 0; i < S::kValues; ++i) sums.total[i] *= factor[(i >> 1) & 1];
 }
 
 // The running total of an output on its way from one phase to the next: integers are to be added in the order of K.
@@ -363,27 +394,30 @@ __device__ __forceinline__ bool meet(const Job& job, int shared, bool from_first
   const bool mine = is_last[group];
   if (!mine) return false;
   __threadfence();
+  // Loads take long, so several are on their way at once; the order of additions is the same.
+  constexpr int kPart = kQuads < 16 ? kQuads : 16, kAtOnce = kQuads <= 2 ? 4 : kQuads <= 4 ? 2 : 1;
 #pragma unroll
-  for (int i = 0; i < S::kValues; ++i) sums.total[i] = 0.0f;
-  // Loads take long, and the order of additions is the same.
-  constexpr int kAtOnce = kQuads <= 2 ? 4 : kQuads <= 4 ? 2 : 1;
-  for (int c0 = first; c0 <= last; c0 += kAtOnce) {
-    float4 v[kAtOnce][kQuads];
+  for (int q0 = 0; q0 < kQuads; q0 += kPart) {
 #pragma unroll
-    for (int p = 0; p < kAtOnce; ++p) {
-      const int c = min(c0 + p, last);
-      // Only the last one left the tile before its end, having begun it; the first one began it.
+    for (int i = 4 * q0; i < 4 * (q0 + kPart); ++i) sums.total[i] = 0.0f;
+    for (int c0 = first; c0 <= last; c0 += kAtOnce) {
+      float4 v[kAtOnce][kPart];
 #pragma unroll
-      for (int q = 0; q < kQuads; ++q) v[p][q] = __ldcg(slot(c, c == first) + q * 128);
-    }
+      for (int p = 0; p < kAtOnce; ++p) {
+        const int c = min(c0 + p, last);
+        // Only the last one left the tile before its end, having begun it; the first one began it.
 #pragma unroll
-    for (int p = 0; p < kAtOnce; ++p) {
-      if (c0 + p > last) break;
+        for (int q = 0; q < kPart; ++q) v[p][q] = __ldcg(slot(c, c == first) + (q0 + q) * 128);
+      }
 #pragma unroll
-      for (int q = 0; q < kQuads; ++q) {
-        float* d = sums.total + 4 * q;
-        d[0] = __fadd_rn(d[0], v[p][q].x), d[1] = __fadd_rn(d[1], v[p][q].y);
-        d[2] = __fadd_rn(d[2], v[p][q].z), d[3] = __fadd_rn(d[3], v[p][q].w);
+      for (int p = 0; p < kAtOnce; ++p) {
+        if (c0 + p > last) break;
+#pragma unroll
+        for (int q = 0; q < kPart; ++q) {
+          float* d = sums.total + 4 * (q0 + q);
+          d[0] = __fadd_rn(d[0], v[p][q].x), d[1] = __fadd_rn(d[1], v[p][q].y);
+          d[2] = __fadd_rn(d[2], v[p][q].z), d[3] = __fadd_rn(d[3], v[p][q].w);
+        }
       }
     }
   }
