@@ -167,20 +167,22 @@ def quantize_rows(
     scale: Tensor | None = None,
     zero_point: Tensor | None = None,
     inv_smooth: Tensor | None = None,
+    for_gemm: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """:func:`qkernels.reference.quantize_activations` of ``x [M, K]`` on the GPU.
 
     Args:
         x: float32, bfloat16 or float16, rows of contiguous values.
         symmetric, scale, zero_point, inv_smooth: as there; tensors on the GPU.
+        for_gemm: codes of an asymmetric grid are less 128, as int8.
 
     Returns:
-        q: int8 (symmetric) or uint8 ``[M, K]``, its rows 16-byte aligned; scale float32 ``[M]``; zero points int32
-        ``[M]`` or None.
+        q: int8 (symmetric or for_gemm) or uint8 ``[M, K]``, its rows 16-byte aligned; scale float32 ``[M]``; zero
+        points int32 ``[M]`` or None.
     """
     rows, features = x.shape
     stride = -(-features // _ACTIVATION_ALIGNMENT) * _ACTIVATION_ALIGNMENT
-    dtype = torch.int8 if symmetric else torch.uint8
+    dtype = torch.int8 if symmetric or for_gemm else torch.uint8
     q = torch.empty((rows, stride), dtype=dtype, device=x.device)
     scales = torch.empty(rows, dtype=torch.float32, device=x.device)
     zeros = None if symmetric else torch.empty(rows, dtype=torch.int32, device=x.device)
@@ -201,7 +203,7 @@ def quantize_rows(
             _address(inv_smooth),
             _address(scale),
             _address(zero_point),
-            False,
+            for_gemm,
             False,
             _stream(x.device),
         )

@@ -20,6 +20,7 @@ from torch import Tensor
 from .checks import DTYPE_CODES, check_input, check_out_dtype
 from .cpu_packed import PreparedPacked
 from .cuda import _address, _cuda, _on, _stream, capability, quantize_rows, unavailable
+from .cuda_rows import Codes, RowGrid
 from .cuda_slices import aligned_rows, by_slices, split_float32
 from .eager import is_plain
 from .packed import GROUPED, PackedLayer, codebook_tensor, group_count
@@ -39,6 +40,9 @@ __all__ = [
 
 FUSED_ROWS, FUSED_ROWS_SM90 = 320, 2048
 """Where :func:`fused_rows` ends, for the kernels of mma.sync and of wgmma (measured on an H100)."""
+
+MMA_CAPABILITY = 89
+"""The highest compute capability whose plans are all of mma.sync; those run on every later one too."""
 
 GROUP_STEP = 32
 """Groups are a multiple of it, or the whole row."""
@@ -155,10 +159,26 @@ def _workspace(device: torch.device, stream: int, counters: int, floats: int) ->
 
 
 @functools.lru_cache(maxsize=4096)
-def _plan(activation_bits: int | None, rows: int, weight: tuple[int, ...], kind: int, index: int) -> Plan:
-    """What the module would do.  ``weight``: N, K, group; ``kind``: ``W4Kind``."""
+def _plan(
+    activation_bits: int | None, rows: int, weight: tuple[int, ...], kind: int, index: int, shifted: bool = False
+) -> Plan:
+    """What the module would do.
+
+    Args:
+        weight: N, K, group.
+        kind: ``W4Kind``.
+        shifted: activations have zero points, which the kernels of mma.sync alone take.
+    """
     sms = torch.cuda.get_device_properties(index).multi_processor_count
-    return _cuda.plan_w4(activation_bits == 8, rows, *weight, kind, capability(index), sms)
+    most = min(capability(index), MMA_CAPABILITY) if shifted else capability(index)
+    return _cuda.plan_w4(activation_bits == 8, rows, *weight, kind, most, sms)
+
+
+def wgmma_objection(scheme: Scheme, found: int) -> str:
+    """Why a device of compute capability ``found`` serves a layer by mma.sync although it has wgmma; "" otherwise."""
+    if found == 90 and _cuda.has_sm90a() and not scheme.weight_only and not scheme.activation_symmetric:
+        return "no wgmma kernel for 4-bit weights under asymmetric activations: mma.sync serves them"
+    return ""
 
 
 def _fused(x: Tensor, weight: Weight, bias: Tensor | None, out_dtype: torch.dtype, dependent: bool) -> Tensor:
@@ -247,6 +267,7 @@ def gemm_w4a8(
     bias: Tensor | None,
     out_dtype: torch.dtype,
     *,
+    x_zero_point: Tensor | None = None,
     plan: Plan | None = None,
     dependent: bool = False,
 ) -> Tensor:
@@ -254,12 +275,16 @@ def gemm_w4a8(
 
     Args:
         x_scale: float32 ``[M]``; bias: float32 ``[N]``.
+        x_zero_point: int32 ``[M]``, for codes of an asymmetric grid less 128; a kernel of mma.sync multiplies them.
         plan: None: the module's own choice.
         dependent: the launch may fetch weights while the kernel before it ends; that one must not write them.
     """
     rows, channels, device = q.shape[0], weight[7], q.device
     out = torch.empty((rows, channels), dtype=out_dtype, device=device)
     if rows:
+        if plan is None:
+            kind = 2 if weight[4] else 1 if weight[3] else 0
+            plan = _plan(8, rows, weight[7:], kind, device.index or 0, x_zero_point is not None)
         with _on(device):
             _cuda.gemm_w4a8(
                 weight,
@@ -267,11 +292,12 @@ def gemm_w4a8(
                 rows,
                 q.stride(0),
                 x_scale.data_ptr(),
+                _address(x_zero_point),
                 _address(bias),
                 out.data_ptr(),
                 DTYPE_CODES[out_dtype],
                 channels,
-                plan or _plan(8, rows, weight[7:], 2 if weight[4] else 1 if weight[3] else 0, device.index or 0),
+                plan,
                 dependent,
                 _stream(device),
             )
@@ -282,20 +308,25 @@ def linear_w4a8(
     x: Tensor,
     weight: Weight,
     bias: Tensor | None,
-    act_scale: Tensor | None,
-    inv_smooth: Tensor | None,
+    grid: RowGrid,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    """:func:`qkernels.reference.linear_w4a8` over a packed weight, for activations around zero.
+    """:func:`qkernels.reference.linear_w4a8` over a packed weight.
 
     Args:
         x: float32, bfloat16 or float16 ``[..., K]``.
-        bias: float32 ``[N]``; act_scale: float32 ``[]``: static; inv_smooth: float32 ``[K]``.
+        bias: float32 ``[N]``.
+        grid: how the rows of ``x`` are quantized.
     """
-    flat = x.reshape(-1, weight[8])
-    q, scale, _ = quantize_rows(flat, scale=act_scale, inv_smooth=inv_smooth)
-    later = capability(x.device.index or 0) >= 90
-    return gemm_w4a8(q, scale, weight, bias, out_dtype, dependent=later).view(*x.shape[:-1], weight[7])
+    codes = Codes(*quantize_rows(x.reshape(-1, weight[8]), **grid._asdict(), for_gemm=True))
+    return _product(codes, weight, bias, out_dtype).view(*x.shape[:-1], weight[7])
+
+
+def _product(codes: Codes, weight: Weight, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+    """``[M, N]`` of the rows that a quantizer has just made."""
+    later = capability(codes.q.device.index or 0) >= 90
+    q, scale, zero_point = codes
+    return gemm_w4a8(q, scale, weight, bias, out_dtype, x_zero_point=zero_point, dependent=later)
 
 
 # -- layers -----------------------------------------------------------------------------------------------------------
@@ -329,10 +360,16 @@ def _run(
 ) -> Tensor:
     """A layer over tensors that were checked; ``dependent``: none of which the kernel before this may be writing."""
     weight = _describe(tensors, scheme, rows, features)
-    bias, smooth = tensors.get("bias"), tensors.get("inv_smooth")
+    bias = tensors.get("bias")
     if scheme.weight_only:
-        return linear_w4a16(x, weight, bias, smooth, dtype, dependent=dependent)
-    return linear_w4a8(x, weight, bias, tensors.get("act_scale"), smooth, dtype)
+        return linear_w4a16(x, weight, bias, tensors.get("inv_smooth"), dtype, dependent=dependent)
+    return linear_w4a8(x, weight, bias, _grid(tensors, scheme), dtype)
+
+
+def _grid(tensors: Mapping[str, Tensor | None], scheme: Scheme) -> RowGrid:
+    """How the inputs of a layer with 8-bit activations are quantized."""
+    zero_point = None if scheme.activation_symmetric else tensors.get("act_zero_point")
+    return RowGrid(scheme.activation_symmetric, tensors.get("act_scale"), zero_point, tensors.get("inv_smooth"))
 
 
 class PreparedCudaW4(PackedLayer):
@@ -346,8 +383,6 @@ class PreparedCudaW4(PackedLayer):
         """What keeps the CUDA kernels from a layer."""
         if device.type != "cuda" or scheme.weight_bits != 4:  # nothing to add to what the other kernels say
             return PreparedPacked.objection(scheme, in_features, out_features, device) or unavailable(device)
-        if not scheme.weight_only and not scheme.activation_symmetric:
-            return f"no CUDA kernel for 4-bit weights under asymmetric activations (scheme {scheme.name})"
         if in_features == 0 or out_features == 0:
             return f"no CUDA kernel for an empty weight [{out_features}, {in_features}]"
         if in_features > MAX_FEATURES:
@@ -373,10 +408,21 @@ class PreparedCudaW4(PackedLayer):
         """See the base class."""
         return _canonical(self.tensors, self.scheme, self.out_features, self.in_features)
 
+    @classmethod
+    def from_canonical(
+        cls, canonical: Mapping[str, Tensor], scheme: Scheme, in_features: int, reason: str = ""
+    ) -> PackedLayer:
+        """See the base class; the reason says where another kernel would be faster."""
+        reason = reason or wgmma_objection(scheme, capability(canonical["weight"].device.index or 0))
+        return super().from_canonical(canonical, scheme, in_features, reason)
+
     @property
     def kernel(self) -> str:
-        """``"w4a16.cuda.sm"`` and the compute capability."""
-        return f"w4a{self.scheme.activation_bits or 16}.cuda.sm{capability(self.device.index or 0)}"
+        """``"w4a16.cuda.sm"`` and the compute capability; ``"w4a8.cuda.mma.sm90"`` where mma.sync serves in place of
+        wgmma."""
+        found = capability(self.device.index or 0)
+        mma = "mma." if wgmma_objection(self.scheme, found) else ""
+        return f"w4a{self.scheme.activation_bits or 16}.cuda.{mma}sm{found}"
 
     def run(self, x: Tensor) -> Tensor:
         """See :meth:`Prepared.run`.  Plain eager calls go straight to the binding."""

@@ -103,12 +103,14 @@ constexpr int64_t w4_whole_tiles(int64_t tiles, int64_t ctas) {
 }
 
 // y [M, N] from int8 activations: total = sum over groups in order of float(d_g) * scale_g (+ min_g * float(sum_g)),
-// y = round(total * x_scale + bias), each step rounded once; d_g = sum (q - zero) * xq in int32.
+// y = round(total * x_scale + bias), each step rounded once; d_g = sum (q - zero) * a and sum_g = sum a in int32, with
+// a = xq, or xq - (x_zero_point - 128).
 struct GemmW4A8Args {
   W4Weight weight;
-  const int8_t* xq;  // [M, K], 16-byte aligned
+  const int8_t* xq;  // [M, K], 16-byte aligned; q, or q - 128 where x_zero_point is given
   int64_t x_stride;  // bytes between rows, a multiple of 16
   const float* x_scale;  // [M]
+  const int32_t* x_zero_point;  // [M], 0..255, or nullptr; kMma only
   const float* bias;  // [N] or nullptr
   int32_t m;
   void* y;
