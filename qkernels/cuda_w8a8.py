@@ -13,9 +13,9 @@ from ._library import plus_residual
 from .checks import DTYPE_CODES, check_input, check_out_dtype
 from .cpu_w8a8 import PreparedW8A8
 from .cuda_rows import Codes, RowGrid
-from .deferred import Deferred, QuantizedInput, hand_activation
+from .deferred import Deferred, TakesIntegers
 from .eager import is_plain
-from .prepared import Prepared, effective_weight
+from .prepared import effective_weight
 from .scheme import MAX_INTEGER_K, Scheme
 
 __all__ = ["PreparedCudaW8A8", "register_operators"]
@@ -95,7 +95,7 @@ def _dequantize_w8(
     return effective_weight(tensors, Scheme(), K, dtype)
 
 
-class PreparedCudaW8A8(Prepared):
+class PreparedCudaW8A8(TakesIntegers):
     """8-bit weights per output channel and 8-bit activations on a GPU, by the CUDA kernels.
 
     Resident: ``packed`` and ``colsum`` (see :func:`qkernels.cuda.pack_w8`) and the small canonical tensors.
@@ -134,9 +134,9 @@ class PreparedCudaW8A8(Prepared):
     def run(self, x: Tensor) -> Tensor:
         """See :meth:`Prepared.run`.  Plain eager calls go straight to the binding."""
         if isinstance(x, Deferred):
-            codes = x.codes_for(self) if isinstance(x, QuantizedInput) else None
-            if codes is not None:
-                return self.finished(self._product_of(codes, x.dtype).view(*x.shape[:-1], self.out_features))
+            taken = self.over_codes(x)
+            if taken is not None:
+                return taken
             x = x.value()
         if is_plain(x) and x.is_cuda:
             tensors = self.tensors
@@ -174,16 +174,8 @@ class PreparedCudaW8A8(Prepared):
             return None
         return RowGrid(self.scheme.activation_symmetric, get("act_scale"), get("act_zero_point"), get("inv_smooth"))
 
-    def finished(self, y: Tensor) -> Tensor:
-        """See :meth:`Prepared.finished`; the next Linear may get it as integers."""
-        if self.epilogue is not None and self.feeds is not None:
-            handed = hand_activation(y, self.epilogue, *self.feeds)
-            if handed is not None:
-                return handed
-        return super().finished(y)
-
-    def _product_of(self, codes: Codes, out_dtype: torch.dtype) -> Tensor:
-        """``[M, N]`` of rows that are integers already."""
+    def product_of(self, codes: Codes, out_dtype: torch.dtype) -> Tensor:
+        """See the base class."""
         overlaps = cuda.capability(codes.q.device.index or 0) >= 90
         return cuda.gemm_w8a8(*codes, self.tensors, out_dtype=out_dtype, dependent=overlaps)
 

@@ -9,6 +9,7 @@ where, from the code of the parents; a :class:`Handoff` ties the two ends togeth
 from __future__ import annotations
 
 import weakref
+from abc import abstractmethod
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -19,13 +20,13 @@ from torch.utils._pytree import tree_map_only
 from .cuda_rows import Codes, RowGrid, quantize_activation
 from .eager import is_plain
 from .epilogues import apply_epilogue
+from .prepared import Prepared
 from .views import METADATA, writes
 
 if TYPE_CHECKING:
     from .linear import QuantLinear
-    from .prepared import Prepared
 
-__all__ = ["Deferred", "Handoff", "QuantizedInput", "hand_activation"]
+__all__ = ["Deferred", "Handoff", "QuantizedInput", "TakesIntegers", "hand_activation"]
 
 
 class Handoff:
@@ -160,6 +161,30 @@ class QuantizedInput(Deferred):
         if same(grid.scale, own.scale) and same(grid.zero_point, own.zero_point):
             return self._codes if same(grid.inv_smooth, own.inv_smooth) else None
         return None
+
+
+class TakesIntegers(Prepared):
+    """A layer whose kernel multiplies 8-bit integers: it takes them where they come ready, and its activation makes
+    those of the next layer."""
+
+    @abstractmethod
+    def product_of(self, codes: Codes, out_dtype: torch.dtype) -> Tensor:
+        """``[M, N]`` of rows that are integers already, bias included, without the epilogue."""
+
+    def over_codes(self, x: Deferred) -> Tensor | None:
+        """The layer's output for an input that came as integers it would have made; None where the values count."""
+        codes = x.codes_for(self) if isinstance(x, QuantizedInput) else None
+        if codes is None:
+            return None
+        return self.finished(self.product_of(codes, x.dtype).view(*x.shape[:-1], self.out_features))
+
+    def finished(self, y: Tensor) -> Tensor:
+        """See :meth:`Prepared.finished`; the next Linear may get it as integers."""
+        if self.epilogue is not None and self.feeds is not None:
+            handed = hand_activation(y, self.epilogue, *self.feeds)
+            if handed is not None:
+                return handed
+        return super().finished(y)
 
 
 class _HeldActivation(Deferred):

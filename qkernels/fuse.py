@@ -2,7 +2,7 @@
 
 Activation modules are applied inside the Linear before them; Linears that read one input run as one product (see
 :mod:`qkernels.groups`); residuals are added inside the Linear (see :mod:`qkernels.residuals`); on a GPU, norms and
-activations quantize their output in the pass that computes it, where 8-bit Linears alone read it
+activations quantize their output in the pass that computes it, where Linears of 8-bit inputs alone read it
 (:mod:`qkernels.norms`, :mod:`qkernels.deferred`).
 
 An activation is fused where the parent's own ``forward``, traced with every child as a leaf, calls the quantized Linear
@@ -26,7 +26,7 @@ from .cpu_w8a8 import PreparedW8A8
 from .deferred import Handoff
 from .epilogues import epilogue_of
 from .flow import linears_behind
-from .groups import InputGroup, compatible, readers
+from .groups import InputGroup, compatible, quantize_alike, readers
 from .linear import QuantLinear
 from .norms import Norm, NormHandoff, norm_of
 from .residuals import TRANSPARENT, Sum, add_inside, add_outside, adds_inside, sum_of
@@ -267,15 +267,22 @@ class _Family:
             layers = [m for m in readers or () if isinstance(m, QuantLinear) and self.takes_codes(m)]
             if norm is None or readers is None or len(layers) != len(readers):
                 continue
-            if all(compatible(layers[0], layer) for layer in layers[1:]):
+            if all(quantize_alike(layers[0], layer) for layer in layers[1:]):
                 found.append(_Read(child, norm, layers))
         return found
 
     def takes_codes(self, child: QuantLinear) -> bool:
-        """Whether a Linear multiplies 8-bit integers, per channel, and nothing hands it any yet."""
+        """Whether a Linear multiplies 8-bit inputs by 4-bit weights, or by 8-bit ones per channel, and nothing hands it
+        integers yet."""
         scheme = child.scheme
-        eight = (scheme.weight_bits, scheme.activation_bits, scheme.weight_granularity) == (8, 8, "per_channel")
-        return eight and type(child) is QuantLinear and child._reads is None and self._in_one_place(child)
+        weights = scheme.weight_bits == 4 or (scheme.weight_bits, scheme.weight_granularity) == (8, "per_channel")
+        return (
+            weights
+            and scheme.activation_bits == 8
+            and type(child) is QuantLinear
+            and child._reads is None
+            and self._in_one_place(child)
+        )
 
     def sum(self, parent: nn.Module, grouped: list[QuantLinear]) -> Sum | None:
         """How ``parent`` adds a residual to the output of a child that can add it itself."""

@@ -23,11 +23,22 @@ from . import _C
 from .checks import DTYPE_CODES
 from .cpu_w8a8 import PreparedW8A8
 from .eager import is_plain
+from .scheme import Scheme
 
 if TYPE_CHECKING:
     from .linear import QuantLinear
 
-__all__ = ["NOT_ONCE", "InputGroup", "called_child", "compatible", "mentions", "parsed", "parsed_forward", "readers"]
+__all__ = [
+    "NOT_ONCE",
+    "InputGroup",
+    "called_child",
+    "compatible",
+    "mentions",
+    "parsed",
+    "parsed_forward",
+    "quantize_alike",
+    "readers",
+]
 
 _new_empty = Tensor.new_empty
 _num_threads = torch.get_num_threads
@@ -132,8 +143,13 @@ class InputGroup:
 
 
 def compatible(one: QuantLinear, other: QuantLinear) -> bool:
-    """Whether two layers quantize an input to the same codes: sizes, scheme, static grid and smoothing."""
-    if one.in_features != other.in_features or one.scheme != other.scheme:
+    """Whether two layers are of one scheme and quantize an input to the same codes."""
+    return one.scheme == other.scheme and quantize_alike(one, other)
+
+
+def quantize_alike(one: QuantLinear, other: QuantLinear) -> bool:
+    """Whether two layers quantize an input to the same codes: features, grid and smoothing.  Weights do not matter."""
+    if one.in_features != other.in_features or _inputs(one.scheme) != _inputs(other.scheme):
         return False
     for name in ("act_scale", "act_zero_point", "inv_smooth"):
         a, b = one._buffers.get(name), other._buffers.get(name)
@@ -143,6 +159,16 @@ def compatible(one: QuantLinear, other: QuantLinear) -> bool:
         elif not torch.equal(a, b):
             return False
     return True
+
+
+def _inputs(scheme: Scheme) -> tuple[Any, ...]:
+    """How inputs are quantized."""
+    return (
+        scheme.activation_bits,
+        scheme.activation_granularity,
+        scheme.activation_dynamic,
+        scheme.activation_symmetric,
+    )
 
 
 # -- reading the source -----------------------------------------------------------------------------------------------

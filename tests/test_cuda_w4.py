@@ -29,8 +29,8 @@ from helpers import (
 )
 from torch import Tensor
 
-from qkernels import cuda, cuda_w4, ops, reference
-from qkernels.cuda_w4 import PreparedCudaW4
+from qkernels import cuda, cuda_w4, cuda_w4_layer, ops, reference
+from qkernels.cuda_w4_layer import PreparedCudaW4
 from qkernels.scheme import Scheme
 
 gpu = [
@@ -156,7 +156,8 @@ def test_w4a8_with_zero_points_is_planned_for_mma_and_says_so(
     capability: int, asked: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cuda_w4, "_cuda", Plans())
-    monkeypatch.setattr(cuda_w4, "capability", lambda index: capability)
+    for module in (cuda_w4, cuda_w4_layer):
+        monkeypatch.setattr(module, "capability", lambda index: capability)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(multi_processor_count=132))
     plan = cuda_w4._plan.__wrapped__
     assert plan(8, 5, (264, 1100, 128), 1, 0, True) == (True, 5, 264, 1100, 128, 1, asked, 132)
@@ -225,7 +226,7 @@ class TestW4A16:
         tensors = canonical(scheme, n, k)
         prepared = on_gpu(tensors, scheme, k)
         x = seeded(40, k).to(dtype)
-        weight = cuda_w4._describe(prepared.tensors, scheme, n, k)
+        weight = cuda_w4.describe(prepared.tensors, scheme, n, k)
         y = cuda_w4._by_slices(x.to("cuda"), weight, prepared.tensors["bias"], dtype)
         assert_close(y, x, tensors, scheme, k, fused=False)
 
@@ -398,7 +399,7 @@ class TestW4A8:
             tensors = canonical(scheme, n, k)
             prepared = on_gpu(tensors, scheme, k)
             moved = {name: tensor.to("cuda") for name, tensor in tensors.items()}
-            weight = cuda_w4._describe(prepared.tensors, scheme, n, k)
+            weight = cuda_w4.describe(prepared.tensors, scheme, n, k)
             for rows in (1, 5, 33, 150):
                 x = (seeded(rows, k, seed=rows) + 0.25 * (rows - 30)).to("cuda", torch.bfloat16)
                 q, scale, zero = cuda.quantize_rows(x, symmetric=symmetric, for_gemm=True)
@@ -412,7 +413,7 @@ class TestW4A8:
         prepared = on_gpu(canonical(scheme, n, k), scheme, k)
         assert prepared.reason == cuda_w4.wgmma_objection(scheme, cuda.capability(torch.cuda.current_device()))
         q, scale, zero = cuda.quantize_rows(seeded(3, k).to("cuda"), symmetric=False, for_gemm=True)
-        weight = cuda_w4._describe(prepared.tensors, scheme, n, k)
+        weight = cuda_w4.describe(prepared.tensors, scheme, n, k)
         with pytest.raises(ValueError, match=r"expected the mma\.sync kernel"):
             cuda_w4.gemm_w4a8(q, scale, weight, None, torch.float32, x_zero_point=zero, plan=(1, 8, 1, 1, 0, 0))
 
