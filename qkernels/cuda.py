@@ -25,8 +25,10 @@ except ImportError:  # built without CUDA
     _cuda = None
 
 __all__ = [
+    "ATOM_ROWS",
     "MINIMUM_CAPABILITY",
     "PACKED_ALIGNMENT",
+    "SLAB_K",
     "capability",
     "dequantize",
     "gemm_w8a8",
@@ -37,6 +39,7 @@ __all__ = [
     "peak_s8",
     "quantize",
     "quantize_rows",
+    "slab_rows",
     "unavailable",
     "unpack_w8",
 ]
@@ -51,6 +54,10 @@ _KERNELS = ("mma", "wgmma.stream", "wgmma.tiled")
 _ACTIVATION_ALIGNMENT = 16
 PACKED_ALIGNMENT = 128
 """Bytes; packed weights begin at a multiple of it."""
+
+ATOM_ROWS: int = 8
+SLAB_K: int = 128
+"""Of the packed weight of ``csrc/cuda/w8a8.h``: rows are padded to a multiple, bytes of a row in a slab."""
 
 
 # -- what there is ----------------------------------------------------------------------------------------------------
@@ -134,7 +141,7 @@ def pack_w8(weight: Tensor, packed: Tensor | None = None, colsum: Tensor | None 
 
     Args:
         weight: int8 ``[N, K]``, contiguous, on a CUDA device.
-        packed, colsum: written in place where given.
+        packed, colsum: written in place where given, contiguous.
 
     Returns:
         packed int8 ``[ceil(K / 128) * ceil(N / 8) * 1024]`` and colsum int32 ``[N]``, the sum of each row.
@@ -149,8 +156,16 @@ def pack_w8(weight: Tensor, packed: Tensor | None = None, colsum: Tensor | None 
     return packed, colsum
 
 
+def slab_rows(packed: Tensor, rows: int) -> int:
+    """Rows from one slab of a packed weight ``[rows, K]`` to the next: more than its own where it lies among others, as
+    ``[slabs, rows, 128]`` (see :mod:`qkernels.joint`)."""
+    alone = packed.dim() == 1 or packed.shape[0] == 1
+    return -(-rows // ATOM_ROWS) * ATOM_ROWS if alone else packed.stride(0) // SLAB_K
+
+
 def unpack_w8(packed: Tensor, rows: int, features: int) -> Tensor:
     """The canonical int8 ``[rows, features]`` that :func:`pack_w8` packed, without loss."""
+    packed = packed.contiguous()
     weight = torch.empty((rows, features), dtype=torch.int8, device=packed.device)
     with _on(packed.device):
         _cuda.unpack_w8(packed.data_ptr(), rows, features, weight.data_ptr(), _stream(packed.device))
@@ -253,6 +268,7 @@ def gemm_w8a8(
             x_scale.data_ptr(),
             _address(x_zero_point),
             packed.data_ptr(),
+            slab_rows(packed, channels),
             _address(tensors.get("colsum")),
             weight_scale.data_ptr(),
             _address(tensors.get("bias")),
@@ -321,6 +337,7 @@ def linear_w8a8(
                 _address(act_scale),
                 _address(act_zero_point),
                 packed.data_ptr(),
+                slab_rows(packed, rows),
                 colsum.data_ptr(),
                 weight_scale.data_ptr(),
                 _address(bias),

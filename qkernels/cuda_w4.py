@@ -24,9 +24,13 @@ from .packed import codebook_tensor
 from .scheme import Scheme
 
 __all__ = [
+    "BLOCK_BYTES",
+    "BLOCK_ROWS",
     "GROUP_STEP",
     "MAX_FEATURES",
     "ORDERS",
+    "SLAB_K",
+    "blocks_of",
     "dequantize_w4",
     "describe",
     "fused_rows",
@@ -52,11 +56,17 @@ GROUP_STEP = 32
 
 MAX_FEATURES = 1 << 18
 
+BLOCK_ROWS = 16
+SLAB_K = 128
+BLOCK_BYTES = 1024
+"""Of the packed weight of ``csrc/cuda/w4.h``: channels of a block, features of a slab, bytes of a block in a slab."""
+
 ORDERS = {None: 0, 8: 1}
 """``W4Order`` of ``csrc/cuda/w4.h``, by the bits of activations."""
 
 Weight = tuple[int, ...]
-"""Addresses of packed, scale, zero point, minimum and codebook; scale dtype code; order; N, K, group."""
+"""Addresses of packed, scale, zero point, minimum and codebook; scale dtype code; order; N, K, group; blocks from slab
+to slab."""
 
 Plan = tuple[int, ...]
 """``W4Plan`` of ``csrc/cuda/w4.h``: kernel, tokens of a tile, phases, CTAs, counters, partial sums."""
@@ -72,7 +82,7 @@ def pack_w4(weight: Tensor, features: int, order: int, packed: Tensor | None = N
         weight: contiguous, on a CUDA device.
         features: K.
         order: 0 for 16-bit activations, 1 for 8-bit ones.
-        packed: written in place where given.
+        packed: written in place where given, contiguous.
     """
     rows = weight.shape[0]
     if packed is None:
@@ -84,6 +94,7 @@ def pack_w4(weight: Tensor, features: int, order: int, packed: Tensor | None = N
 
 def unpack_w4(packed: Tensor, rows: int, features: int, order: int) -> Tensor:
     """The canonical codes that :func:`pack_w4` packed, without loss."""
+    packed = packed.contiguous()
     weight = torch.empty((rows, -(-features // 2)), dtype=torch.uint8, device=packed.device)
     with _on(packed.device):
         _cuda.unpack_w4(packed.data_ptr(), rows, features, order, weight.data_ptr(), _stream(packed.device))
@@ -100,7 +111,7 @@ def pack_groups(tensor: Tensor) -> Tensor:
 
 def unpack_groups(packed: Tensor, shape: tuple[int, ...]) -> Tensor:
     """The canonical tensor of that shape that :func:`pack_groups` packed."""
-    wide = packed.view(-1, _cuda.w4_group_pitch(shape[0]))
+    wide = packed.reshape(-1, _cuda.w4_group_pitch(shape[0]))
     return wide[:, : shape[0]].t().reshape(shape).contiguous()
 
 
@@ -119,7 +130,19 @@ def describe(tensors: Mapping[str, Tensor | None], scheme: Scheme, rows: int, fe
         rows,
         features,
         scheme.resolve_group_size(features),
+        blocks_of(packed, scale, rows),
     )
+
+
+def blocks_of(packed: Tensor, scale: Tensor, rows: int) -> int:
+    """Blocks of 16 channels from one slab of a packed weight ``[rows, K]`` to the next, and from group to group: more
+    than its own where it lies among others, as ``[slabs, blocks, 1024]`` and ``[groups, channels]`` (see
+    :mod:`qkernels.joint`)."""
+    if packed.dim() > 1 and packed.shape[0] > 1:
+        return packed.stride(0) // BLOCK_BYTES
+    if scale.dim() > 1 and scale.shape[0] > 1:
+        return scale.stride(0) // BLOCK_ROWS
+    return -(-rows // BLOCK_ROWS)
 
 
 def dequantize_w4(
@@ -190,7 +213,7 @@ def _fused(x: Tensor, weight: Weight, bias: Tensor | None, out_dtype: torch.dtyp
     rows, channels, device = x.shape[0], weight[7], x.device
     x = aligned_rows(x)
     out = torch.empty((rows, channels), dtype=out_dtype, device=device)
-    plan = _plan(None, rows, weight[7:], 2 if weight[4] else 1 if weight[3] else 0, device.index or 0)
+    plan = _plan(None, rows, weight[7:10], 2 if weight[4] else 1 if weight[3] else 0, device.index or 0)
     with _on(device):
         stream = _stream(device)
         _cuda.gemm_w4a16(
@@ -288,7 +311,7 @@ def gemm_w4a8(
     if rows:
         if plan is None:
             kind = 2 if weight[4] else 1 if weight[3] else 0
-            plan = _plan(8, rows, weight[7:], kind, device.index or 0, x_zero_point is not None)
+            plan = _plan(8, rows, weight[7:10], kind, device.index or 0, x_zero_point is not None)
         with _on(device):
             _cuda.gemm_w4a8(
                 weight,

@@ -18,9 +18,12 @@ from .cpu_packed import PreparedPacked
 from .cuda import _cuda, capability, unavailable
 from .cuda_rows import Codes, RowGrid
 from .cuda_w4 import (
+    BLOCK_BYTES,
+    BLOCK_ROWS,
     GROUP_STEP,
     MAX_FEATURES,
     ORDERS,
+    SLAB_K,
     dequantize_w4,
     describe,
     linear_w4a8,
@@ -34,6 +37,7 @@ from .cuda_w4 import (
 )
 from .deferred import Deferred, TakesIntegers
 from .eager import is_plain
+from .joint import Joinable, Rows
 from .packed import GROUPED, PackedLayer, codebook_tensor, group_count
 from .prepared import effective_weight, scheme_from_key
 from .scheme import Scheme
@@ -81,11 +85,13 @@ def _grid(tensors: Mapping[str, Tensor | None], scheme: Scheme) -> RowGrid:
     return RowGrid(scheme.activation_symmetric, tensors.get("act_scale"), zero_point, tensors.get("inv_smooth"))
 
 
-class PreparedCudaW4(TakesIntegers, PackedLayer):
+class PreparedCudaW4(TakesIntegers, Joinable, PackedLayer):
     """4-bit weights on a GPU, by the CUDA kernels.
 
     Resident: the packed codes, what belongs to their groups transposed, and the small canonical tensors.
     """
+
+    granule = BLOCK_ROWS
 
     @classmethod
     def objection(cls, scheme: Scheme, in_features: int, out_features: int, device: torch.device) -> str:
@@ -155,6 +161,14 @@ class PreparedCudaW4(TakesIntegers, PackedLayer):
                 return self.finished(_run(x, tensors, self.scheme, self.out_features, self.in_features, x.dtype, True))
         return self.around(x)
 
+    def rows_of(self, name: str, tensor: Tensor) -> Rows | None:
+        """See :class:`qkernels.joint.Joinable`."""
+        if name == "packed":
+            return Rows(tensor.reshape(-(-self.in_features // SLAB_K), -1, BLOCK_BYTES), 1)
+        if name in GROUPED.values():
+            return Rows(tensor.reshape(group_count(self.scheme, self.in_features), -1), 1)
+        return Rows(tensor, 0) if name == "bias" else None
+
     def input_grid(self) -> RowGrid | None:
         """See :meth:`Prepared.input_grid`."""
         if self.scheme.weight_only or self.tensors["packed"].data_ptr() % 16:
@@ -171,11 +185,14 @@ class PreparedCudaW4(TakesIntegers, PackedLayer):
         with torch.no_grad():
             for name, tensor in canonical.items():
                 if name == "weight":
-                    codes = tensor.detach().to(self.device).contiguous()
-                    pack_w4(codes, self.in_features, ORDERS[self.scheme.activation_bits], self.tensors["packed"])
+                    codes, own = tensor.detach().to(self.device).contiguous(), self.tensors["packed"]
+                    order = ORDERS[self.scheme.activation_bits]
+                    packed = pack_w4(codes, self.in_features, order, own if own.is_contiguous() else None)
+                    if packed is not own:
+                        own.copy_(packed.view(own.shape))
                 elif name in GROUPED:
                     own = self.tensors[GROUPED[name]]
-                    own.copy_(pack_groups(tensor.detach().to(self.device)))
+                    own.copy_(pack_groups(tensor.detach().to(self.device)).view(own.shape))
                 else:
                     self.tensors[name].copy_(tensor)
         _settle(self.device)
@@ -185,12 +202,14 @@ class PreparedCudaW4(TakesIntegers, PackedLayer):
 
 
 def _checked(given: Mapping[str, Tensor | None], scheme: Scheme, rows: int, features: int) -> dict[str, Tensor | None]:
-    """Contiguous, aligned tensors of the sizes that a kernel reads.
+    """Aligned tensors of the sizes that a kernel reads: contiguous, or among those of other layers.
 
     Raises:
         ValueError: naming the tensor.
     """
-    device = cast(Tensor, given["packed"]).device
+    packed = cast(Tensor, given["packed"])
+    joined = not packed.is_contiguous() and _joined(packed, given, rows)
+    device = packed.device
     objection = PreparedCudaW4.objection(scheme, features, rows, device)
     if objection:
         raise ValueError(f"packed: {objection}")
@@ -206,11 +225,26 @@ def _checked(given: Mapping[str, Tensor | None], scheme: Scheme, rows: int, feat
                     f"{name}: expected {wanted} elements on {device} for a [{rows}, {features}] layer of scheme "
                     f"{scheme.name}, got {tensor.numel()} on {tensor.device}"
                 )
-            tensor = tensor.contiguous()
-            if name.startswith("packed") and tensor.data_ptr() % 16:
-                tensor = tensor.clone()
+            if not (joined and name.startswith("packed")):
+                tensor = tensor.contiguous()
+                if name.startswith("packed"):
+                    tensor = tensor.flatten()
+                    if tensor.data_ptr() % 16:
+                        tensor = tensor.clone()
         tensors[name] = tensor
     return tensors
+
+
+def _joined(packed: Tensor, given: Mapping[str, Tensor | None], rows: int) -> bool:
+    """Whether the packed tensors lie among those of other layers as kernels can read them: the same distance in all."""
+    if packed.dim() != 3 or packed.stride()[1:] != (BLOCK_BYTES, 1) or packed.data_ptr() % 16:
+        return False
+    pitch = packed.stride(0) // BLOCK_BYTES * BLOCK_ROWS
+    for name in GROUPED.values():
+        tensor = given.get(name)
+        if tensor is not None and (tensor.dim() != 2 or tensor.stride() != (pitch, 1) or tensor.data_ptr() % 16):
+            return False
+    return packed.stride(0) % BLOCK_BYTES == 0
 
 
 def linear_packed(x: Tensor, *rest: Any) -> Tensor:

@@ -91,6 +91,11 @@ class Deferred(Tensor):
         tensor._build, tensor._value, tensor._seen = build, None, 0
         return tensor
 
+    def untouched(self) -> bool:
+        """Whether the values are what :meth:`value` gave or will give: nobody wrote to them, nor may have."""
+        value = self._value
+        return value is None or (self._seen >= 0 and version(value) == self._seen)
+
     def value(self) -> Tensor:
         """The ordinary tensor; from then on there is one, and whoever writes to this one writes to it."""
         if self._value is None:
@@ -150,9 +155,9 @@ class QuantizedInput(Deferred):
 
     def codes_for(self, prepared: Prepared) -> Codes | None:
         """The integers, if a layer would have made these from the values; None where the values count."""
-        value, grid, own = self._value, self._grid, prepared.input_grid()
-        if value is not None and (self._seen < 0 or version(value) != self._seen):
-            return None  # somebody wrote to them, or may have
+        grid, own = self._grid, prepared.input_grid()
+        if not self.untouched():
+            return None
         if own is None or prepared.in_features != self.shape[-1] or prepared.device != self.device:
             return None
         if own.symmetric != grid.symmetric or not is_plain(self._codes.scale):

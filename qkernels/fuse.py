@@ -22,13 +22,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
+from .cpu_packed import PreparedPacked
 from .cpu_w8a8 import PreparedW8A8
 from .deferred import Handoff
 from .epilogues import epilogue_of
 from .flow import linears_behind
 from .groups import InputGroup, compatible, quantize_alike, readers
+from .joint import Joinable
 from .linear import QuantLinear
 from .norms import Norm, NormHandoff, norm_of
+from .prepared import Prepared
 from .residuals import TRANSPARENT, Sum, add_inside, add_outside, adds_inside, sum_of
 
 __all__ = ["Passed", "fuse_", "unfuse_"]
@@ -90,7 +93,7 @@ def fuse_(model: nn.Module, *, on_failure: OnFailure | None = None) -> dict[str,
     family = _Family(model)
     pairs = [pair for parent in model.modules() for pair in family.pairs(parent)]
     groups = [group for parent in model.modules() for group in family.groups(parent)]
-    grouped = [layer for group in groups for layer in group]
+    grouped = [layer for group in groups for layer in group if type(layer._prepared) is PreparedW8A8]
     reads = [read for parent in model.modules() for read in family.reads(parent)]
     sums = [(parent, form) for parent in model.modules() if (form := family.sum(parent, grouped)) is not None]
     if on_failure is not None:
@@ -116,11 +119,12 @@ def fuse_(model: nn.Module, *, on_failure: OnFailure | None = None) -> dict[str,
     for members in groups:
         names = [family.names[id(layer)] for layer in members]
         shared = InputGroup(len(members))
-        for slot, (layer, name) in enumerate(zip(members, names, strict=True)):
-            layer._group = (shared, slot)
-            shared.join(slot, layer)
+        for slot, layer in enumerate(members):
+            layer.beside((shared, slot))
+        shared.settle()
+        for layer, name in zip(members, names, strict=True):
             others = " and ".join(other.rpartition(".")[2] for other in names if other != name)
-            note(layer, f"runs with {others}")
+            note(layer, f"runs with {others}" if shared.joined or type(layer._prepared) is PreparedW8A8 else "")
     for parent, linear, activation, name, gated in pairs:
         layer, reader = parent._modules[linear], parent._modules.get(name or "")
         if isinstance(layer, QuantLinear) and isinstance(reader, QuantLinear) and family.takes_codes(reader):
@@ -165,7 +169,7 @@ def unfuse_(model: nn.Module, *, on_failure: OnFailure | None = None) -> None:
     for parent in sums:
         add_outside(parent)
     for member in _linears(model):
-        member._group = None
+        member.beside(None)
         member.feed(None)
         if member._reads is not None:
             member._reads.leave()
@@ -196,10 +200,13 @@ def _restorer(
 
     def restore() -> None:
         for layer, epilogue, group, reads, feeds in layers:
-            layer.epilogue, layer._group, layer._reads = epilogue, group, reads
+            layer.epilogue, layer._reads = epilogue, reads
             layer.feed(feeds)
+            layer.beside(group)
             if reads is not None:
                 reads.join(layer)
+        for shared in {layer._group[0] for layer, *_ in layers if layer._group is not None}:
+            shared.settle()
         for pair, activation in activations:
             pair.parent._modules[pair.activation] = activation
         for norm, forward in forwards:
@@ -253,7 +260,7 @@ class _Family:
         return [
             members
             for members in groups
-            if type(members[0]._prepared) is PreparedW8A8 and all(compatible(members[0], m) for m in members[1:])
+            if _groupable(members[0]._prepared) and all(compatible(members[0], m) for m in members[1:])
         ]
 
     def reads(self, parent: nn.Module) -> list[_Read]:
@@ -324,6 +331,12 @@ class _Family:
             if not self._called_as_a_whole(parent):
                 return False
         return True
+
+
+def _groupable(prepared: Prepared) -> bool:
+    """Whether layers of a kind run as one: here, or once they are on a GPU."""
+    four_bits = isinstance(prepared, PreparedPacked) and prepared.scheme.weight_bits == 4
+    return four_bits or type(prepared) is PreparedW8A8 or isinstance(prepared, Joinable)
 
 
 def _replaceable(kind: type) -> bool:

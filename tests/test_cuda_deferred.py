@@ -59,7 +59,7 @@ def test_gpu_integers_arrive(gpu_model: tuple[nn.Module, nn.Module], monkeypatch
         with torch.no_grad():
             taken.clear()
             y = fused(x)
-            assert len(taken) == 5 + 4
+            assert len(taken) == 3 + 3  # query and key together, gate and up, down; up by itself, down
             assert close(y.float(), plain(x).float())
             normed = fused[0].first(x)
             assert isinstance(normed, QuantizedInput)

@@ -16,9 +16,9 @@ W4Order order_of(int code) {
   return static_cast<W4Order>(code);
 }
 
-// (packed, scale, zero point, minimum, codebook) as addresses, 0: absent; scale dtype code; order; N, K, group.
+// (packed, scale, zero point, minimum, codebook) as addresses, 0: absent; scale dtype code; order; N, K, group; blocks.
 W4Weight weight_of(const py::tuple& v) {
-  QK_CHECK_EQ(v.size(), size_t{10});
+  QK_CHECK_EQ(v.size(), size_t{11});
   const auto address = [&](size_t i) { return v[i].cast<Address>(); };
   W4Weight w = {};
   w.packed = pointer<const uint8_t>(address(0)), w.scale = pointer<const void>(address(1));
@@ -38,6 +38,10 @@ W4Weight weight_of(const py::tuple& v) {
   QK_CHECK_EQ((address(0) | address(1) | address(2) | address(3)) % 16, Address{0});
   w.n = static_cast<int32_t>(n), w.k = static_cast<int32_t>(k);
   w.group = static_cast<int32_t>(group < k ? group : k);
+  const auto stored = v[10].cast<int64_t>();
+  QK_CHECK_GE(stored, w4_blocks(n));
+  QK_CHECK_LE(stored, w4_blocks(0x7fffff00));
+  w.blocks = static_cast<int32_t>(stored);
   w.kind = w.codebook ? W4Kind::kCodebook : w.minimum ? W4Kind::kMinimum : W4Kind::kZeroPoint;
   return w;
 }

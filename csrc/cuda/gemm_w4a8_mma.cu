@@ -100,7 +100,7 @@ __global__ void __launch_bounds__(kThreads, 2) narrow_kernel(const Job job) {
 #pragma unroll
     for (int i = 0; i < S::kBlocksN; ++i) {
       const int block = min(n0 / kW4Rows + i, job.blocks_n - 1);
-      const uint8_t* source = w.packed + int64_t(slab * job.blocks_n + block) * kW4BlockBytes + lane * 16;
+      const uint8_t* source = w.packed + (int64_t(slab) * w.blocks + block) * kW4BlockBytes + lane * 16;
       ptx::cp_async_16(target + i * kW4BlockBytes, source, 16);
       ptx::cp_async_16(target + i * kW4BlockBytes + 512, source + 512, 16);
     }
@@ -147,7 +147,7 @@ __global__ void __launch_bounds__(kThreads, 2) narrow_kernel(const Job job) {
       const uint32_t group = group_of(job.groups, min(k + p * block_k, w.k - 1));
 #pragma unroll
       for (int i = 0; i < S::kPerThread; ++i) {
-        const uint32_t at = group * job.groups.pitch + min(n0 + channel[i], job.groups.pitch - 1);
+        const uint32_t at = group * job.groups.pitch + min(n0 + channel[i], job.groups.width - 1);
         scale[p][i] = stored_value(w.scale, w.scale_type, at);
         if constexpr (S::kKind == W4Kind::kMinimum) low[p][i] = stored_value(w.minimum, w.scale_type, at);
       }
@@ -176,7 +176,7 @@ __global__ void __launch_bounds__(kThreads, 2) narrow_kernel(const Job job) {
               uint32_t zero = S::kKind == W4Kind::kMinimum ? 0u : 8u;
               if (S::kKind == W4Kind::kZeroPoint && w.zero_point) {
                 const int k = min(slab * kW4SlabK + quarter * 32, w.k - 1);
-                const int n = min(n0 + 16 * i + 8 * e + (lane >> 2), job.groups.pitch - 1);
+                const int n = min(n0 + 16 * i + 8 * e + (lane >> 2), job.groups.width - 1);
                 zero = __ldg(w.zero_point + int64_t(group_of(job.groups, k)) * job.groups.pitch + n);
               }
               zeros[i][e] = zero * kOnes;
@@ -316,7 +316,7 @@ __device__ __forceinline__ void load_slab(const Job& job, const Groups& groups, 
   for (int i = 0; i < 2; ++i) {
     const int at = i * kThreads + tid, block = min(n0 / kW4Rows + at / 64, job.blocks_n - 1);
     ptx::cp_async_16(stage + at * 16,
-                     a.weight.packed + int64_t(slab * job.blocks_n + block) * kW4BlockBytes + at % 64 * 16, 16);
+                     a.weight.packed + (int64_t(slab) * a.weight.blocks + block) * kW4BlockBytes + at % 64 * 16, 16);
   }
   const uint32_t tokens = stage + S::kWeightBytes;
 #pragma unroll
