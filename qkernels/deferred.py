@@ -2,8 +2,9 @@
 
 On a GPU a norm, or an activation, can quantize its output in the pass that computes it (:mod:`qkernels.cuda_rows`).
 What it returns then is a :class:`QuantizedInput`: the Linears it is meant for take the integers; to everybody else it
-is an ordinary tensor, computed at the first operation on it by the module's own code.  :mod:`qkernels.fuse` decides
-where, from the code of the parents; a :class:`Handoff` ties the two ends together.
+is an ordinary tensor, computed at the first operation on it by the module's own code.  A sum that such a norm reads may
+wait for it too, as a :class:`PendingSum`.  :mod:`qkernels.fuse` decides where, from the code of the parents; a
+:class:`Handoff` ties the two ends together.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import weakref
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ from .views import METADATA, writes
 if TYPE_CHECKING:
     from .linear import QuantLinear
 
-__all__ = ["Deferred", "Handoff", "QuantizedInput", "TakesIntegers", "hand_activation"]
+__all__ = ["Deferred", "Handoff", "PendingSum", "QuantizedInput", "TakesIntegers", "hand_activation", "hand_term"]
 
 
 class Handoff:
@@ -77,6 +78,9 @@ def version(tensor: Tensor) -> int:
     return -1 if tensor.is_inference() else tensor._version
 
 
+_Kind = TypeVar("_Kind", bound="Deferred")
+
+
 class Deferred(Tensor):
     """Shape, dtype and device now, values when somebody asks for them."""
 
@@ -85,7 +89,7 @@ class Deferred(Tensor):
     _seen: int
 
     @staticmethod
-    def __new__(cls: type[Deferred], like: Tensor, build: Callable[[], Tensor]) -> Deferred:
+    def __new__(cls: type[_Kind], like: Tensor, build: Callable[[], Tensor]) -> _Kind:
         """A tensor shaped like ``like``, whose values come from ``build()``."""
         tensor = torch.Tensor._make_wrapper_subclass(cls, like.shape, dtype=like.dtype, device=like.device)
         tensor._build, tensor._value, tensor._seen = build, None, 0
@@ -112,10 +116,10 @@ class Deferred(Tensor):
         if func in METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        if func in _PRODUCTS and len(args) == 2 and not kwargs:
-            product = _product(*args)
-            if product is not None:
-                return product
+        if len(args) == 2 and not kwargs:
+            waiting = _product(*args) if func in _PRODUCTS else _sum(*args) if func in _SUMS else None
+            if waiting is not None:
+                return waiting
         result = func(*_values(args), **_values(kwargs))
         if args and isinstance(args[0], Deferred) and isinstance(result, Tensor) and result is args[0]._value:
             if result.shape != args[0].shape:
@@ -234,6 +238,73 @@ def _product(a: Any, b: Any) -> Tensor | None:
     return QuantizedInput.of(inner, build, codes, grid, held._handoff)
 
 
+class _Term(Deferred):
+    """A Linear's output, whose values are there, on its way to a sum."""
+
+    _handoff: Handoff
+    _y: Tensor
+    _seen_by_others: bool
+
+    def value(self) -> Tensor:
+        """The output, which somebody may write to from now on."""
+        self._seen_by_others = True
+        return super().value()
+
+    def untouched(self) -> bool:
+        """Known without torch's counter, which inference mode has not, as long as nobody got the values."""
+        return not self._seen_by_others or super().untouched()
+
+
+class PendingSum(Deferred):
+    """The sum of two tensors that waits for the norm behind it."""
+
+    _terms: tuple[Tensor, Tensor] | None
+    _versions: list[int]
+
+    @classmethod
+    def of(cls, y: Tensor, residual: Tensor) -> PendingSum:
+        """``residual + y``, alike in shape, dtype and device."""
+        pending = cls(y, unchanged(residual, unchanged(y, lambda: residual + y)))
+        pending._terms, pending._versions = (y, residual), [version(y), version(residual)]
+        return pending
+
+    def terms(self) -> tuple[Tensor, Tensor] | None:
+        """``y`` and the residual, if they are what they were and their sum has not been formed; None otherwise."""
+        if self._value is not None or self._terms is None or [version(t) for t in self._terms] != self._versions:
+            return None
+        return self._terms
+
+    def formed(self, total: Tensor) -> None:
+        """Take the sum that somebody else computed, and let go of its terms."""
+        self._value, self._seen, self._terms, self._build = total, version(total), None, lambda: total
+
+
+def hand_term(y: Tensor, handoff: Handoff) -> Tensor:
+    """A Linear's output ``y [..., N]``, nobody else's, ready to be a term of what a norm reads next; ``y`` itself where
+    the norm would not take it."""
+    if not is_plain(y) or handoff.grid(y) is None:
+        return y
+    term = _Term(y, lambda: y)
+    term._value, term._seen, term._handoff, term._y, term._seen_by_others = y, version(y), handoff, y, False
+    return term
+
+
+def _sum(a: Any, b: Any) -> Tensor | None:
+    term, other = (b, a) if isinstance(b, _Term) else (a, b)
+    if not isinstance(term, _Term) or not term.untouched() or isinstance(other, _Term):
+        return None
+    y = term._y
+    if isinstance(other, Deferred):
+        other = other.value()
+    if not isinstance(other, Tensor) or not is_plain(other):
+        return None
+    if other.shape != y.shape or other.dtype != y.dtype or other.device != y.device:
+        return None
+    if term._handoff.grid(y) is None:
+        return None
+    return PendingSum.of(y, other)
+
+
 def unchanged(x: Tensor, build: Callable[[], Tensor]) -> Callable[[], Tensor]:
     """``build``, which reads ``x`` later, and refuses if it was written to meanwhile."""
     before = version(x)
@@ -249,4 +320,5 @@ def unchanged(x: Tensor, build: Callable[[], Tensor]) -> Callable[[], Tensor]:
     return checked
 
 
+_SUMS = {Tensor.add, torch.add, Tensor.__add__, Tensor.__radd__}
 _PRODUCTS = {Tensor.mul, torch.mul, Tensor.multiply, torch.multiply, Tensor.__mul__, Tensor.__rmul__}

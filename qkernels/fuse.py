@@ -33,6 +33,7 @@ from .linear import QuantLinear
 from .norms import Norm, NormHandoff, norm_of
 from .prepared import Prepared
 from .residuals import TRANSPARENT, Sum, add_inside, add_outside, adds_inside, sum_of
+from .sums import linear_added_before
 
 __all__ = ["Passed", "fuse_", "unfuse_"]
 
@@ -77,6 +78,7 @@ class _Read(NamedTuple):
     module: nn.Module
     norm: Norm
     readers: list[QuantLinear]
+    added: QuantLinear | None = None  # what it reads is the sum of this one's output and something else
 
 
 def fuse_(model: nn.Module, *, on_failure: OnFailure | None = None) -> dict[str, str]:
@@ -130,11 +132,15 @@ def fuse_(model: nn.Module, *, on_failure: OnFailure | None = None) -> dict[str,
         if isinstance(layer, QuantLinear) and isinstance(reader, QuantLinear) and family.takes_codes(reader):
             layer.feed((_join(reader), gated))
             note(reader, _words(reader, activation))
-    for module, norm, layers in reads:
+    for module, norm, layers, added in reads:
         if layers[0]._reads is None:
             module.__dict__["forward"] = NormHandoff(module, norm, _join(layers[0]))
             for layer in layers:
                 note(layer, _words(layer, family.names[id(module)].rpartition(".")[2]))
+            if added is not None and added._adds is None:
+                added._adds = layers[0]._reads
+                if layers[0]._device().type == "cuda":
+                    note(added, f"added by {family.names[id(module)]}")
     return done
 
 
@@ -171,6 +177,7 @@ def unfuse_(model: nn.Module, *, on_failure: OnFailure | None = None) -> None:
     for member in _linears(model):
         member.beside(None)
         member.feed(None)
+        member._adds = None
         if member._reads is not None:
             member._reads.leave()
             member._reads = None
@@ -193,14 +200,14 @@ def _restorer(
 ) -> Callable[[], None]:
     """A function that makes both halves of each pair, every Linear, these norms and where modules add what they are
     now."""
-    layers = [(x, x.epilogue, x._group, x._reads, x._feeds) for x in _linears(model)]
+    layers = [(x, x.epilogue, x._group, x._reads, x._feeds, x._adds) for x in _linears(model)]
     activations = [(pair, pair.parent._modules.get(pair.activation)) for pair in pairs]
     forwards = [(norm, norm.__dict__.get("forward")) for norm in norms]
     inside = [(module, module.__dict__.get("_residual_sum")) for module in sums]
 
     def restore() -> None:
-        for layer, epilogue, group, reads, feeds in layers:
-            layer.epilogue, layer._reads = epilogue, reads
+        for layer, epilogue, group, reads, feeds, adds in layers:
+            layer.epilogue, layer._reads, layer._adds = epilogue, reads, adds
             layer.feed(feeds)
             layer.beside(group)
             if reads is not None:
@@ -275,8 +282,21 @@ class _Family:
             if norm is None or readers is None or len(layers) != len(readers):
                 continue
             if all(quantize_alike(layers[0], layer) for layer in layers[1:]):
-                found.append(_Read(child, norm, layers))
+                added = linear_added_before(parent, name, self._before(parent), lambda m: isinstance(m, QuantLinear))
+                if not isinstance(added, QuantLinear) or type(added) is not QuantLinear or not self._separable(added):
+                    added = None
+                found.append(_Read(child, norm, layers, added))
         return found
+
+    def _before(self, block: nn.Module) -> nn.Module | None:
+        """What stands before a block in a list of blocks, each of which is called with what the one before it returns:
+        so it is taken to be, since only time is lost where it is not."""
+        for container, name in self._parents.get(id(block), []):
+            children = list(container._modules.values())
+            index = list(container._modules).index(name)
+            if isinstance(container, (nn.ModuleList, nn.Sequential)) and index:
+                return children[index - 1]
+        return None
 
     def takes_codes(self, child: QuantLinear) -> bool:
         """Whether a Linear multiplies 8-bit inputs by 4-bit weights, or by 8-bit ones per channel, and nothing hands it

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from . import reference
 from .checks import TensorSpec, canonical_specs, check_out_dtype
-from .deferred import Handoff
+from .deferred import Handoff, hand_term
 from .epilogues import check_epilogue
 from .groups import InputGroup
 from .joint import own_memory, separate
@@ -53,6 +53,7 @@ class QuantLinear(QuantModule):
     _group: tuple[InputGroup, int] | None = None  # and the number of this member
     _reads: Handoff | None = None  # by which its input may come as integers
     _feeds: tuple[Handoff, bool] | None = None  # where its output goes as integers; through a product?
+    _adds: Handoff | None = None  # to the readers of a norm that reads the sum of its output and something else
 
     def __init__(
         self,
@@ -168,7 +169,8 @@ class QuantLinear(QuantModule):
         if residual is not None:
             return self._prepared.run_plus(input, residual)
         group = self._group
-        return self._prepared.run(input) if group is None else group[0].run(self, group[1], input)
+        y = self._prepared.run(input) if group is None else group[0].run(self, group[1], input)
+        return y if self._adds is None or self._forward_hooks else hand_term(y, self._adds)
 
     @property
     def kernel(self) -> str:

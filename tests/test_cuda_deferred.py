@@ -14,7 +14,7 @@ import qkernels as qk
 from qkernels import cuda, reference, row_ops
 from qkernels.cuda_w4_layer import PreparedCudaW4
 from qkernels.cuda_w8a8 import PreparedCudaW8A8
-from qkernels.deferred import QuantizedInput
+from qkernels.deferred import PendingSum, QuantizedInput
 
 SHIFTED = qk.Scheme.from_preset("w4a8").replace(activation_symmetric=False)
 
@@ -33,6 +33,8 @@ def gpu_model(request: pytest.FixtureRequest) -> tuple[nn.Module, nn.Module]:
     notes = {layer.name: layer.reason or "" for layer in report.layers}
     assert "reads first as integers" in notes["0.attention.q"]
     assert "reads act as integers" in notes["0.mlp.down"]
+    assert "added by 0.second" in notes["0.attention.o"]
+    assert "added by 1.first" in notes["0.mlp.down"]
     return model, plain
 
 
@@ -64,6 +66,14 @@ def test_gpu_integers_arrive(gpu_model: tuple[nn.Module, nn.Module], monkeypatch
             normed = fused[0].first(x)
             assert isinstance(normed, QuantizedInput)
             layer = fused[0].attention.q
+            given = fused[0].attention(normed)[0]
+            waiting = x + given
+            assert isinstance(waiting, PendingSum)
+            fused[0].second(waiting)
+            total, wanted_total = waiting._value, x + given.clone()
+            assert total is not None
+            assert_bits_equal(total, wanted_total)
+            assert_bits_equal(waiting + 0.0, wanted_total + 0.0)
             codes = row_ops.rms_norm_quantize(x, fused[0].first.weight, eps=1e-5, symmetric=symmetric)
             on_cpu = [None if t is None else t.cpu() for t in codes[:3]]
             tensors = {name: t.cpu() for name, t in layer.canonical().items()}

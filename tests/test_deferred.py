@@ -141,12 +141,14 @@ def prequantized(
 @torch.no_grad()
 def quantize_norm(x, weight, bias, eps, grid, *, layer, residual=None, for_gemm=False):
     options = {"symmetric": grid.symmetric, "scale": grid.scale, "zero_point": grid.zero_point}
+    total = None if residual is None else reference.add_residual(x, residual)
+    x = x if total is None else total
     rows = x.reshape(-1, x.shape[-1])
     if layer:
         got = row_ops.layer_norm_quantize(rows, weight, bias, eps=eps, inv_smooth=grid.inv_smooth, **options)
     else:
         got = row_ops.rms_norm_quantize(rows, weight, eps=eps, inv_smooth=grid.inv_smooth, **options)
-    return Codes(*got[:3]), None
+    return Codes(*got[:3]), total
 
 
 @torch.no_grad()
