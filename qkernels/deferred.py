@@ -242,17 +242,6 @@ class _Term(Deferred):
     """A Linear's output, whose values are there, on its way to a sum."""
 
     _handoff: Handoff
-    _y: Tensor
-    _seen_by_others: bool
-
-    def value(self) -> Tensor:
-        """The output, which somebody may write to from now on."""
-        self._seen_by_others = True
-        return super().value()
-
-    def untouched(self) -> bool:
-        """Known without torch's counter, which inference mode has not, as long as nobody got the values."""
-        return not self._seen_by_others or super().untouched()
 
 
 class PendingSum(Deferred):
@@ -285,15 +274,15 @@ def hand_term(y: Tensor, handoff: Handoff) -> Tensor:
     if not is_plain(y) or handoff.grid(y) is None:
         return y
     term = _Term(y, lambda: y)
-    term._value, term._seen, term._handoff, term._y, term._seen_by_others = y, version(y), handoff, y, False
+    term._value, term._seen, term._handoff = y, version(y), handoff
     return term
 
 
 def _sum(a: Any, b: Any) -> Tensor | None:
     term, other = (b, a) if isinstance(b, _Term) else (a, b)
-    if not isinstance(term, _Term) or not term.untouched() or isinstance(other, _Term):
+    if not isinstance(term, _Term) or isinstance(other, _Term):
         return None
-    y = term._y
+    y = term.value()
     if isinstance(other, Deferred):
         other = other.value()
     if not isinstance(other, Tensor) or not is_plain(other):

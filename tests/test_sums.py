@@ -83,6 +83,14 @@ class Writes(Block):
         return total + self.mlp(self.second(total))
 
 
+class WritesSometimes(Block):
+    def forward(self, hidden):
+        total = hidden + self.attention(self.first(hidden))[0]
+        if total.shape[0] > 100:
+            hidden.zero_()
+        return total + self.mlp(self.second(total))
+
+
 class Augmented(Block):
     def forward(self, hidden):
         given = self.attention(self.first(hidden))[0]
@@ -101,6 +109,7 @@ class Augmented(Block):
         (Sometimes, None, "mlp.down"),
         (Early, "attention.o", None),
         (Writes, None, "mlp.down"),
+        (WritesSometimes, None, "mlp.down"),
         (Augmented, None, "mlp.down"),
     ],
     ids=lambda value: getattr(value, "__name__", str(value)),
