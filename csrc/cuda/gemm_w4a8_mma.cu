@@ -4,12 +4,7 @@
 //
 // Weights are the 16-row operand; how codes become its fragments stands in operands_w4a8.cuh.
 //
-// Activations with zero points ("shifted", instances of their own) hold stored = q - 128, and int32 sums stay exact:
-//
-//     sum (q - zero_x) (w - zero_w) = sum stored (w - zero_w) - (zero_x - 128) sum (w - zero_w)
-//
-// The last sum comes from the same fragments times ones (no ones beyond K, where codes are padding): one product more
-// for each fragment of weights, and nothing that layers would have to keep.
+// Activations with zero points ("shifted") have instances of their own, whose sums shift_w4a8.cuh sets right.
 //
 // Few tokens ("narrow"): a CTA owns 32 channels x 8 or 16 tokens and its eight warps take the slabs of 128 k in turns,
 // so that one CTA per 32 channels is enough to keep the memory busy. Every warp leaves the integers of its blocks (the
@@ -28,6 +23,7 @@
 #include "host.h"
 #include "launch_w4.h"
 #include "operands_w4a8.cuh"
+#include "shift_w4a8.cuh"
 
 namespace qk::cuda {
 namespace {
@@ -44,24 +40,6 @@ struct Job {
 __device__ __forceinline__ float stored_value(const void* values, ScaleType type, int64_t at) {
   return type == ScaleType::kF32 ? __ldg(static_cast<const float*>(values) + at)
                                  : __half2float(__ldg(static_cast<const __half*>(values) + at));
-}
-
-// What zero_x - 128 is for the two tokens of a lane's columns, or zeros where there is no token.
-__device__ __forceinline__ void load_shift(const GemmW4A8Args& a, int m, int32_t (&shift)[2]) {
-#pragma unroll
-  for (int e = 0; e < 2; ++e) shift[e] = m + e < a.m ? a.x_zero_point[m + e] - kZeroShift : 0;
-}
-
-// Ones for the four k from `k` on, as far as there are weights.
-__device__ __forceinline__ uint32_t ones_below(int k, int end) {
-  const int left = end - k;
-  return left >= 4 ? kOnes : left <= 0 ? 0u : kOnes >> (8 * (4 - left));
-}
-
-// The sums of weights over the 32 k from `k` on, added to those of a fragment: the same in every column.
-__device__ __forceinline__ void add_weights(int32_t (&sums)[4], const uint32_t (&f)[4], int k, int end, int lane) {
-  const int own = k + 4 * (lane & 3);
-  ptx::mma_s8(sums, f, ones_below(own, end), ones_below(own + 16, end));
 }
 
 // ---- Few tokens ----------------------------------------------------------------------------------------------------
@@ -203,17 +181,7 @@ __global__ void __launch_bounds__(kThreads, 2) narrow_kernel(const Job job) {
         if (((quarter + 1) & mask) == 0) {
           if constexpr (S::kShifted) {
             const int first = slab * kW4SlabK + (quarter & ~mask) * 32, width = max(0, min(block_k, w.k - first));
-#pragma unroll
-            for (int j = 0; j < S::kBlocksM; ++j) {
-#pragma unroll
-              for (int c = 0; c < 4; ++c) {
-#pragma unroll
-                for (int i = 0; i < S::kBlocksN; ++i) acc[i][j][c] -= shifts[j][c & 1] * weights[i][c];
-                if (S::kKind == W4Kind::kMinimum) ones[j][c] -= shifts[j][c & 1] * width;
-              }
-            }
-#pragma unroll
-            for (int i = 0; i < S::kBlocksN; ++i) weights[i][0] = weights[i][1] = weights[i][2] = weights[i][3] = 0;
+            take_shift_off<S::kKind == W4Kind::kMinimum>(acc, ones, shifts, weights, width);
           }
           int32_t* out = ints + ((warp << shift) + (quarter >> (2 - shift))) * S::kBlockInts;
 #pragma unroll
@@ -388,17 +356,7 @@ __global__ void __launch_bounds__(kThreads, S::kPerSm) wide_kernel(const Job job
       if constexpr (S::kShifted) {
         // Steps of no group but a single one are 0, and it begins at 0.
         const int first = group_of(job.groups, k) * job.groups.steps * kW4GroupStep, width = min(next, w.k) - first;
-#pragma unroll
-        for (int j = 0; j < S::kBlocksM; ++j) {
-#pragma unroll
-          for (int c = 0; c < 4; ++c) {
-#pragma unroll
-            for (int i = 0; i < S::kBlocksN; ++i) acc[i][j][c] -= shifts[j][c & 1] * weights[i][c];
-            if constexpr (S::kKind == W4Kind::kMinimum) ones[j][c] -= shifts[j][c & 1] * width;
-          }
-        }
-#pragma unroll
-        for (int i = 0; i < S::kBlocksN; ++i) weights[i][0] = weights[i][1] = weights[i][2] = weights[i][3] = 0;
+        take_shift_off<S::kKind == W4Kind::kMinimum>(acc, ones, shifts, weights, width);
       }
 #pragma unroll
       for (int i = 0; i < S::kBlocksN; ++i) {
