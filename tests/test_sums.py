@@ -213,6 +213,10 @@ def test_everybody_sees_the_sum(counts: Counts) -> None:
         fused(X)
         assert isinstance(seen[0], PendingSum)
         assert_bits_equal(seen[0].clone(), counts.totals[2])
+        for other in (pickle.loads(pickle.dumps(seen[0])), copy.deepcopy(seen[0]), seen[0].to("cpu", copy=True)):
+            assert type(other) is Tensor
+            assert_bits_equal(other, counts.totals[2])
+        assert_bits_equal(torch.from_numpy(seen[0].numpy()), counts.totals[2])
         handle.remove()
         stream = fused[0](X)
         assert close(stream, plain[0](X))
