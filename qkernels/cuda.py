@@ -25,8 +25,10 @@ except ImportError:  # built without CUDA
     _cuda = None
 
 __all__ = [
+    "ATOM_ROWS",
     "MINIMUM_CAPABILITY",
     "PACKED_ALIGNMENT",
+    "SLAB_K",
     "capability",
     "dequantize",
     "gemm_w8a8",
@@ -37,6 +39,7 @@ __all__ = [
     "peak_s8",
     "quantize",
     "quantize_rows",
+    "slab_rows",
     "unavailable",
     "unpack_w8",
 ]
@@ -51,6 +54,10 @@ _KERNELS = ("mma", "wgmma.stream", "wgmma.tiled")
 _ACTIVATION_ALIGNMENT = 16
 PACKED_ALIGNMENT = 128
 """Bytes; packed weights begin at a multiple of it."""
+
+ATOM_ROWS: int = 8
+SLAB_K: int = 128
+"""Of the packed weight of ``csrc/cuda/w8a8.h``: rows are padded to a multiple, bytes of a row in a slab."""
 
 
 # -- what there is ----------------------------------------------------------------------------------------------------
@@ -134,7 +141,7 @@ def pack_w8(weight: Tensor, packed: Tensor | None = None, colsum: Tensor | None 
 
     Args:
         weight: int8 ``[N, K]``, contiguous, on a CUDA device.
-        packed, colsum: written in place where given.
+        packed, colsum: written in place where given, contiguous.
 
     Returns:
         packed int8 ``[ceil(K / 128) * ceil(N / 8) * 1024]`` and colsum int32 ``[N]``, the sum of each row.
@@ -149,8 +156,16 @@ def pack_w8(weight: Tensor, packed: Tensor | None = None, colsum: Tensor | None 
     return packed, colsum
 
 
+def slab_rows(packed: Tensor, rows: int) -> int:
+    """Rows from one slab of a packed weight ``[rows, K]`` to the next: more than its own where it lies among others, as
+    ``[slabs, rows, 128]`` (see :mod:`qkernels.joint`)."""
+    alone = packed.dim() == 1 or packed.shape[0] == 1
+    return -(-rows // ATOM_ROWS) * ATOM_ROWS if alone else packed.stride(0) // SLAB_K
+
+
 def unpack_w8(packed: Tensor, rows: int, features: int) -> Tensor:
     """The canonical int8 ``[rows, features]`` that :func:`pack_w8` packed, without loss."""
+    packed = packed.contiguous()
     weight = torch.empty((rows, features), dtype=torch.int8, device=packed.device)
     with _on(packed.device):
         _cuda.unpack_w8(packed.data_ptr(), rows, features, weight.data_ptr(), _stream(packed.device))
@@ -167,20 +182,22 @@ def quantize_rows(
     scale: Tensor | None = None,
     zero_point: Tensor | None = None,
     inv_smooth: Tensor | None = None,
+    for_gemm: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """:func:`qkernels.reference.quantize_activations` of ``x [M, K]`` on the GPU.
 
     Args:
         x: float32, bfloat16 or float16, rows of contiguous values.
         symmetric, scale, zero_point, inv_smooth: as there; tensors on the GPU.
+        for_gemm: codes of an asymmetric grid are less 128, as int8.
 
     Returns:
-        q: int8 (symmetric) or uint8 ``[M, K]``, its rows 16-byte aligned; scale float32 ``[M]``; zero points int32
-        ``[M]`` or None.
+        q: int8 (symmetric or for_gemm) or uint8 ``[M, K]``, its rows 16-byte aligned; scale float32 ``[M]``; zero
+        points int32 ``[M]`` or None.
     """
     rows, features = x.shape
     stride = -(-features // _ACTIVATION_ALIGNMENT) * _ACTIVATION_ALIGNMENT
-    dtype = torch.int8 if symmetric else torch.uint8
+    dtype = torch.int8 if symmetric or for_gemm else torch.uint8
     q = torch.empty((rows, stride), dtype=dtype, device=x.device)
     scales = torch.empty(rows, dtype=torch.float32, device=x.device)
     zeros = None if symmetric else torch.empty(rows, dtype=torch.int32, device=x.device)
@@ -201,7 +218,7 @@ def quantize_rows(
             _address(inv_smooth),
             _address(scale),
             _address(zero_point),
-            False,
+            for_gemm,
             False,
             _stream(x.device),
         )
@@ -251,6 +268,7 @@ def gemm_w8a8(
             x_scale.data_ptr(),
             _address(x_zero_point),
             packed.data_ptr(),
+            slab_rows(packed, channels),
             _address(tensors.get("colsum")),
             weight_scale.data_ptr(),
             _address(tensors.get("bias")),
@@ -319,6 +337,7 @@ def linear_w8a8(
                 _address(act_scale),
                 _address(act_zero_point),
                 packed.data_ptr(),
+                slab_rows(packed, rows),
                 colsum.data_ptr(),
                 weight_scale.data_ptr(),
                 _address(bias),

@@ -1,55 +1,72 @@
-"""4-bit weights on a GPU: packing, products and layers of the CUDA module.
+"""4-bit weights on a GPU: packing and products of the CUDA module.
 
     w4a16   floating-point activations    fused with dequantization up to fused_rows() rows, else dequantized in slices
                                           of the weight and multiplied by the vendor's library
     w4a8    8-bit activations             quantized on the way in; equal to :mod:`qkernels.reference` bit for bit
 
-Layers hold the packed weight of ``csrc/cuda/w4.h`` and run under ``torch.ops.qkernels.linear_packed`` like those of the
-CPU (:mod:`qkernels.cpu_packed`), whose schema, shape function and gradient serve both.
+Weights are packed as ``csrc/cuda/w4.h`` says; layers over them are in :mod:`qkernels.cuda_w4_layer`.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from .checks import DTYPE_CODES, check_input, check_out_dtype
-from .cpu_packed import PreparedPacked
-from .cuda import _address, _cuda, _on, _stream, capability, quantize_rows, unavailable
+from .checks import DTYPE_CODES
+from .cuda import _address, _cuda, _on, _stream, capability, quantize_rows
+from .cuda_rows import Codes, RowGrid
 from .cuda_slices import aligned_rows, by_slices, split_float32
-from .eager import is_plain
-from .packed import GROUPED, PackedLayer, codebook_tensor, group_count
-from .prepared import effective_weight, scheme_from_key
+from .packed import codebook_tensor
 from .scheme import Scheme
 
 __all__ = [
-    "PreparedCudaW4",
+    "BLOCK_BYTES",
+    "BLOCK_ROWS",
+    "GROUP_STEP",
+    "MAX_FEATURES",
+    "ORDERS",
+    "SLAB_K",
+    "blocks_of",
     "dequantize_w4",
+    "describe",
     "fused_rows",
     "gemm_w4a8",
     "linear_w4a8",
     "linear_w4a16",
+    "pack_groups",
     "pack_w4",
+    "product_w4a8",
+    "unpack_groups",
     "unpack_w4",
+    "wgmma_objection",
 ]
 
 FUSED_ROWS, FUSED_ROWS_SM90 = 320, 2048
 """Where :func:`fused_rows` ends, for the kernels of mma.sync and of wgmma (measured on an H100)."""
+
+MMA_CAPABILITY = 89
+"""The highest compute capability whose plans are all of mma.sync; those run on every later one too."""
 
 GROUP_STEP = 32
 """Groups are a multiple of it, or the whole row."""
 
 MAX_FEATURES = 1 << 18
 
-_ORDERS = {None: 0, 8: 1}
+BLOCK_ROWS = 16
+SLAB_K = 128
+BLOCK_BYTES = 1024
+"""Of the packed weight of ``csrc/cuda/w4.h``: channels of a block, features of a slab, bytes of a block in a slab."""
+
+ORDERS = {None: 0, 8: 1}
 """``W4Order`` of ``csrc/cuda/w4.h``, by the bits of activations."""
 
 Weight = tuple[int, ...]
-"""Addresses of packed, scale, zero point, minimum and codebook; scale dtype code; order; N, K, group."""
+"""Addresses of packed, scale, zero point, minimum and codebook; scale dtype code; order; N, K, group; blocks from slab
+to slab."""
 
 Plan = tuple[int, ...]
 """``W4Plan`` of ``csrc/cuda/w4.h``: kernel, tokens of a tile, phases, CTAs, counters, partial sums."""
@@ -65,7 +82,7 @@ def pack_w4(weight: Tensor, features: int, order: int, packed: Tensor | None = N
         weight: contiguous, on a CUDA device.
         features: K.
         order: 0 for 16-bit activations, 1 for 8-bit ones.
-        packed: written in place where given.
+        packed: written in place where given, contiguous.
     """
     rows = weight.shape[0]
     if packed is None:
@@ -77,26 +94,28 @@ def pack_w4(weight: Tensor, features: int, order: int, packed: Tensor | None = N
 
 def unpack_w4(packed: Tensor, rows: int, features: int, order: int) -> Tensor:
     """The canonical codes that :func:`pack_w4` packed, without loss."""
+    packed = packed.contiguous()
     weight = torch.empty((rows, -(-features // 2)), dtype=torch.uint8, device=packed.device)
     with _on(packed.device):
         _cuda.unpack_w4(packed.data_ptr(), rows, features, order, weight.data_ptr(), _stream(packed.device))
     return weight
 
 
-def _pack_groups(tensor: Tensor) -> Tensor:
-    """``[N]`` or ``[N, G]`` to ``[G * round_up(N, 16)]``, transposed and padded with zeros."""
+def pack_groups(tensor: Tensor) -> Tensor:
+    """What belongs to groups, ``[N]`` or ``[N, G]`` to ``[G * round_up(N, 16)]``, transposed and padded with zeros."""
     values = tensor.reshape(tensor.shape[0], -1)
     out = values.new_zeros(values.shape[1], _cuda.w4_group_pitch(values.shape[0]))
     out[:, : values.shape[0]] = values.t()
     return out.flatten()
 
 
-def _unpack_groups(packed: Tensor, shape: tuple[int, ...]) -> Tensor:
-    wide = packed.view(-1, _cuda.w4_group_pitch(shape[0]))
+def unpack_groups(packed: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The canonical tensor of that shape that :func:`pack_groups` packed."""
+    wide = packed.reshape(-1, _cuda.w4_group_pitch(shape[0]))
     return wide[:, : shape[0]].t().reshape(shape).contiguous()
 
 
-def _describe(tensors: Mapping[str, Tensor | None], scheme: Scheme, rows: int, features: int) -> Weight:
+def describe(tensors: Mapping[str, Tensor | None], scheme: Scheme, rows: int, features: int) -> Weight:
     """What the binding is told of a weight."""
     packed, scale = cast(Tensor, tensors["packed"]), cast(Tensor, tensors["packed_scale"])
     book = 0 if scheme.codebook is None else codebook_tensor(scheme.codebook, packed.device).data_ptr()
@@ -107,11 +126,23 @@ def _describe(tensors: Mapping[str, Tensor | None], scheme: Scheme, rows: int, f
         _address(tensors.get("packed_min")),
         book,
         DTYPE_CODES[scale.dtype],
-        _ORDERS[scheme.activation_bits],
+        ORDERS[scheme.activation_bits],
         rows,
         features,
         scheme.resolve_group_size(features),
+        blocks_of(packed, scale, rows),
     )
+
+
+def blocks_of(packed: Tensor, scale: Tensor, rows: int) -> int:
+    """Blocks of 16 channels from one slab of a packed weight ``[rows, K]`` to the next, and from group to group: more
+    than its own where it lies among others, as ``[slabs, blocks, 1024]`` and ``[groups, channels]`` (see
+    :mod:`qkernels.joint`)."""
+    if packed.dim() > 1 and packed.shape[0] > 1:
+        return packed.stride(0) // BLOCK_BYTES
+    if scale.dim() > 1 and scale.shape[0] > 1:
+        return scale.stride(0) // BLOCK_ROWS
+    return -(-rows // BLOCK_ROWS)
 
 
 def dequantize_w4(
@@ -155,10 +186,26 @@ def _workspace(device: torch.device, stream: int, counters: int, floats: int) ->
 
 
 @functools.lru_cache(maxsize=4096)
-def _plan(activation_bits: int | None, rows: int, weight: tuple[int, ...], kind: int, index: int) -> Plan:
-    """What the module would do.  ``weight``: N, K, group; ``kind``: ``W4Kind``."""
+def _plan(
+    activation_bits: int | None, rows: int, weight: tuple[int, ...], kind: int, index: int, shifted: bool = False
+) -> Plan:
+    """What the module would do.
+
+    Args:
+        weight: N, K, group.
+        kind: ``W4Kind``.
+        shifted: activations have zero points, which the kernels of mma.sync alone take.
+    """
     sms = torch.cuda.get_device_properties(index).multi_processor_count
-    return _cuda.plan_w4(activation_bits == 8, rows, *weight, kind, capability(index), sms)
+    most = min(capability(index), MMA_CAPABILITY) if shifted else capability(index)
+    return _cuda.plan_w4(activation_bits == 8, rows, *weight, kind, most, sms)
+
+
+def wgmma_objection(scheme: Scheme, found: int) -> str:
+    """Why a device of compute capability ``found`` serves a layer by mma.sync although it has wgmma; "" otherwise."""
+    if found == 90 and _cuda.has_sm90a() and not scheme.weight_only and not scheme.activation_symmetric:
+        return "no wgmma kernel for 4-bit weights under asymmetric activations: mma.sync serves them"
+    return ""
 
 
 def _fused(x: Tensor, weight: Weight, bias: Tensor | None, out_dtype: torch.dtype, dependent: bool) -> Tensor:
@@ -166,7 +213,7 @@ def _fused(x: Tensor, weight: Weight, bias: Tensor | None, out_dtype: torch.dtyp
     rows, channels, device = x.shape[0], weight[7], x.device
     x = aligned_rows(x)
     out = torch.empty((rows, channels), dtype=out_dtype, device=device)
-    plan = _plan(None, rows, weight[7:], 2 if weight[4] else 1 if weight[3] else 0, device.index or 0)
+    plan = _plan(None, rows, weight[7:10], 2 if weight[4] else 1 if weight[3] else 0, device.index or 0)
     with _on(device):
         stream = _stream(device)
         _cuda.gemm_w4a16(
@@ -247,6 +294,7 @@ def gemm_w4a8(
     bias: Tensor | None,
     out_dtype: torch.dtype,
     *,
+    x_zero_point: Tensor | None = None,
     plan: Plan | None = None,
     dependent: bool = False,
 ) -> Tensor:
@@ -254,12 +302,16 @@ def gemm_w4a8(
 
     Args:
         x_scale: float32 ``[M]``; bias: float32 ``[N]``.
+        x_zero_point: int32 ``[M]``, for codes of an asymmetric grid less 128; a kernel of mma.sync multiplies them.
         plan: None: the module's own choice.
         dependent: the launch may fetch weights while the kernel before it ends; that one must not write them.
     """
     rows, channels, device = q.shape[0], weight[7], q.device
     out = torch.empty((rows, channels), dtype=out_dtype, device=device)
     if rows:
+        if plan is None:
+            kind = 2 if weight[4] else 1 if weight[3] else 0
+            plan = _plan(8, rows, weight[7:10], kind, device.index or 0, x_zero_point is not None)
         with _on(device):
             _cuda.gemm_w4a8(
                 weight,
@@ -267,11 +319,12 @@ def gemm_w4a8(
                 rows,
                 q.stride(0),
                 x_scale.data_ptr(),
+                _address(x_zero_point),
                 _address(bias),
                 out.data_ptr(),
                 DTYPE_CODES[out_dtype],
                 channels,
-                plan or _plan(8, rows, weight[7:], 2 if weight[4] else 1 if weight[3] else 0, device.index or 0),
+                plan,
                 dependent,
                 _stream(device),
             )
@@ -282,183 +335,22 @@ def linear_w4a8(
     x: Tensor,
     weight: Weight,
     bias: Tensor | None,
-    act_scale: Tensor | None,
-    inv_smooth: Tensor | None,
+    grid: RowGrid,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    """:func:`qkernels.reference.linear_w4a8` over a packed weight, for activations around zero.
+    """:func:`qkernels.reference.linear_w4a8` over a packed weight.
 
     Args:
         x: float32, bfloat16 or float16 ``[..., K]``.
-        bias: float32 ``[N]``; act_scale: float32 ``[]``: static; inv_smooth: float32 ``[K]``.
+        bias: float32 ``[N]``.
+        grid: how the rows of ``x`` are quantized.
     """
-    flat = x.reshape(-1, weight[8])
-    q, scale, _ = quantize_rows(flat, scale=act_scale, inv_smooth=inv_smooth)
-    later = capability(x.device.index or 0) >= 90
-    return gemm_w4a8(q, scale, weight, bias, out_dtype, dependent=later).view(*x.shape[:-1], weight[7])
+    codes = Codes(*quantize_rows(x.reshape(-1, weight[8]), **grid._asdict(), for_gemm=True))
+    return product_w4a8(codes, weight, bias, out_dtype).view(*x.shape[:-1], weight[7])
 
 
-# -- layers -----------------------------------------------------------------------------------------------------------
-
-
-def _settle(device: torch.device) -> None:
-    """Waits for what was packed: launches of layers fetch weights before the kernel in front of them has ended."""
-    if not torch.cuda.is_current_stream_capturing():
-        torch.cuda.current_stream(device).synchronize()
-
-
-def _canonical(tensors: Mapping[str, Tensor | None], scheme: Scheme, rows: int, features: int) -> dict[str, Tensor]:
-    """The canonical tensors that :meth:`PreparedCudaW4.pack` packed."""
-    codes = cast(Tensor, tensors["packed"])
-    canonical = {"weight": unpack_w4(codes, rows, features, _ORDERS[scheme.activation_bits])}
-    shape = (rows,) if scheme.weight_granularity == "per_channel" else (rows, group_count(scheme, features))
-    for name, own in GROUPED.items():
-        if (tensor := tensors.get(own)) is not None:
-            canonical[name] = _unpack_groups(tensor, shape)
-    return canonical
-
-
-def _run(
-    x: Tensor,
-    tensors: Mapping[str, Tensor | None],
-    scheme: Scheme,
-    rows: int,
-    features: int,
-    dtype: torch.dtype,
-    dependent: bool,
-) -> Tensor:
-    """A layer over tensors that were checked; ``dependent``: none of which the kernel before this may be writing."""
-    weight = _describe(tensors, scheme, rows, features)
-    bias, smooth = tensors.get("bias"), tensors.get("inv_smooth")
-    if scheme.weight_only:
-        return linear_w4a16(x, weight, bias, smooth, dtype, dependent=dependent)
-    return linear_w4a8(x, weight, bias, tensors.get("act_scale"), smooth, dtype)
-
-
-class PreparedCudaW4(PackedLayer):
-    """4-bit weights on a GPU, by the CUDA kernels.
-
-    Resident: the packed codes, what belongs to their groups transposed, and the small canonical tensors.
-    """
-
-    @classmethod
-    def objection(cls, scheme: Scheme, in_features: int, out_features: int, device: torch.device) -> str:
-        """What keeps the CUDA kernels from a layer."""
-        if device.type != "cuda" or scheme.weight_bits != 4:  # nothing to add to what the other kernels say
-            return PreparedPacked.objection(scheme, in_features, out_features, device) or unavailable(device)
-        if not scheme.weight_only and not scheme.activation_symmetric:
-            return f"no CUDA kernel for 4-bit weights under asymmetric activations (scheme {scheme.name})"
-        if in_features == 0 or out_features == 0:
-            return f"no CUDA kernel for an empty weight [{out_features}, {in_features}]"
-        if in_features > MAX_FEATURES:
-            return f"no CUDA kernel for 4-bit weights of more than {MAX_FEATURES} features ({in_features})"
-        group = scheme.resolve_group_size(in_features)
-        if group % GROUP_STEP and group < in_features:
-            return f"no CUDA kernel for groups of {group} (multiples of {GROUP_STEP})"
-        return unavailable(device)
-
-    @classmethod
-    def pack(cls, canonical: Mapping[str, Tensor], scheme: Scheme, in_features: int) -> dict[str, Tensor]:
-        """See the base class."""
-        packed = {"packed": pack_w4(canonical["weight"].contiguous(), in_features, _ORDERS[scheme.activation_bits])}
-        for name, own in GROUPED.items():
-            if name in canonical:
-                packed[own] = _pack_groups(canonical[name])
-        if scheme.codebook is not None:  # here: a copy to the device has no place in a CUDA graph
-            codebook_tensor(scheme.codebook, packed["packed"].device)
-        _settle(packed["packed"].device)
-        return packed
-
-    def unpack(self) -> dict[str, Tensor]:
-        """See the base class."""
-        return _canonical(self.tensors, self.scheme, self.out_features, self.in_features)
-
-    @property
-    def kernel(self) -> str:
-        """``"w4a16.cuda.sm"`` and the compute capability."""
-        return f"w4a{self.scheme.activation_bits or 16}.cuda.sm{capability(self.device.index or 0)}"
-
-    def run(self, x: Tensor) -> Tensor:
-        """See :meth:`Prepared.run`.  Plain eager calls go straight to the binding."""
-        if is_plain(x) and x.is_cuda:
-            tensors = self.tensors
-            packed = tensors["packed"]
-            if (
-                type(packed) is Tensor
-                and packed.device == x.device
-                and x.dtype in DTYPE_CODES
-                and x.dim()
-                and x.shape[-1] == self.in_features
-                and x.layout is torch.strided
-                and packed.data_ptr() % 16 == 0
-            ):
-                return self.finished(_run(x, tensors, self.scheme, self.out_features, self.in_features, x.dtype, True))
-        return self.around(x)
-
-    def load(self, canonical: Mapping[str, Tensor]) -> None:
-        """Packs into the resident memory."""
-        with torch.no_grad():
-            for name, tensor in canonical.items():
-                if name == "weight":
-                    codes = tensor.detach().to(self.device).contiguous()
-                    pack_w4(codes, self.in_features, _ORDERS[self.scheme.activation_bits], self.tensors["packed"])
-                elif name in GROUPED:
-                    own = self.tensors[GROUPED[name]]
-                    own.copy_(_pack_groups(tensor.detach().to(self.device)))
-                else:
-                    self.tensors[name].copy_(tensor)
-        _settle(self.device)
-
-
-# -- operators --------------------------------------------------------------------------------------------------------
-
-
-def _checked(given: Mapping[str, Tensor | None], scheme: Scheme, rows: int, features: int) -> dict[str, Tensor | None]:
-    """Contiguous, aligned tensors of the sizes that a kernel reads.
-
-    Raises:
-        ValueError: naming the tensor.
-    """
-    device = cast(Tensor, given["packed"]).device
-    objection = PreparedCudaW4.objection(scheme, features, rows, device)
-    if objection:
-        raise ValueError(f"packed: {objection}")
-    groups = group_count(scheme, features) * _cuda.w4_group_pitch(rows)
-    sizes = {"packed": _cuda.packed_w4_bytes(rows, features), "bias": rows, "inv_smooth": features}
-    sizes |= {"act_scale": 1, "act_zero_point": 1}
-    tensors: dict[str, Tensor | None] = {}
-    for name, tensor in given.items():
-        if tensor is not None:
-            wanted = sizes.get(name, groups)
-            if tensor.numel() != wanted or tensor.device != device:
-                raise ValueError(
-                    f"{name}: expected {wanted} elements on {device} for a [{rows}, {features}] layer of scheme "
-                    f"{scheme.name}, got {tensor.numel()} on {tensor.device}"
-                )
-            tensor = tensor.contiguous()
-            if name.startswith("packed") and tensor.data_ptr() % 16:
-                tensor = tensor.clone()
-        tensors[name] = tensor
-    return tensors
-
-
-def _linear_packed(x: Tensor, *rest: Any) -> Tensor:
-    """``torch.ops.qkernels.linear_packed`` on CUDA tensors."""
-    *given, key, rows, features, out_dtype = rest
-    check_input(x, features, given[0].device, "x")
-    check_out_dtype(out_dtype)
-    scheme = scheme_from_key(key)
-    tensors = _checked(dict(zip(PackedLayer.names, given, strict=True)), scheme, rows, features)
-    return _run(x, tensors, scheme, rows, features, out_dtype or x.dtype, False)
-
-
-def _dequantize_packed(*rest: Any) -> Tensor:
-    """``torch.ops.qkernels.dequantize_packed`` on CUDA tensors."""
-    *given, smooth, key, rows, features, dtype = rest
-    scheme = scheme_from_key(key)
-    tensors = _checked(dict(zip(PackedLayer.names[:4], given, strict=True)), scheme, rows, features)
-    if smooth is None:
-        weight = _describe(tensors, scheme, rows, features)
-        return dequantize_w4(weight, 0, rows, dtype, cast(Tensor, tensors["packed"]).device)
-    canonical = {**_canonical(tensors, scheme, rows, features), "inv_smooth": smooth}
-    return effective_weight(canonical, scheme, features, dtype).contiguous()
+def product_w4a8(codes: Codes, weight: Weight, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+    """``[M, N]`` of the rows that a quantizer has just made."""
+    later = capability(codes.q.device.index or 0) >= 90
+    q, scale, zero_point = codes
+    return gemm_w4a8(q, scale, weight, bias, out_dtype, x_zero_point=zero_point, dependent=later)

@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from . import cuda, cuda_w4
+from . import cuda, cuda_w4_layer
 from ._library import plus_residual, vmap_rows
 from .checks import DTYPE_CODES, check_input, check_out_dtype
 from .cpu_packed import PreparedPacked
@@ -273,7 +273,7 @@ def _linear_packed(x: Tensor, *rest: Any) -> Tensor:
     *given, key, rows, features, out_dtype = rest
     scheme = scheme_from_key(key)
     if scheme.weight_bits == 4:
-        return cuda_w4._linear_packed(x, *rest)
+        return cuda_w4_layer.linear_packed(x, *rest)
     check_input(x, features, given[0].device, "x")
     check_out_dtype(out_dtype)
     tensors: Any = _checked(dict(zip(PackedLayer.names, given, strict=True)), scheme, rows, features)
@@ -293,7 +293,7 @@ def _dequantize_packed(*rest: Any) -> Tensor:
     *given, smooth, key, rows, features, dtype = rest
     scheme = scheme_from_key(key)
     if scheme.weight_bits == 4:
-        return cuda_w4._dequantize_packed(*rest)
+        return cuda_w4_layer.dequantize_packed(*rest)
     tensors: Any = _checked(dict(zip(PackedLayer.names[:4], given, strict=True)), scheme, rows, features)
     packed, scale = tensors["packed"], tensors["packed_scale"]
     if smooth is None:

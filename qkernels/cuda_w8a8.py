@@ -13,9 +13,10 @@ from ._library import plus_residual
 from .checks import DTYPE_CODES, check_input, check_out_dtype
 from .cpu_w8a8 import PreparedW8A8
 from .cuda_rows import Codes, RowGrid
-from .deferred import Deferred, QuantizedInput, hand_activation
+from .deferred import Deferred, TakesIntegers
 from .eager import is_plain
-from .prepared import Prepared, effective_weight
+from .joint import Joinable, Rows
+from .prepared import effective_weight
 from .scheme import MAX_INTEGER_K, Scheme
 
 __all__ = ["PreparedCudaW8A8", "register_operators"]
@@ -31,6 +32,20 @@ def _require(name: str, tensor: Tensor | None, dtype: torch.dtype, numel: int, d
             f"{name}: expected {numel} contiguous elements on {device}, got shape {tuple(tensor.shape)}, "
             f"strides {tensor.stride()} on {tensor.device}"
         )
+
+
+def _packed(packed: Tensor, rows: int, features: int) -> Tensor:
+    """A packed weight that was checked, aligned: contiguous, or slabs among those of other layers."""
+    whole = packed.is_contiguous()
+    if packed.dim() == 3 and not whole:
+        whole = packed.stride()[1:] == (cuda.SLAB_K, 1) and packed.stride(0) % (cuda.ATOM_ROWS * cuda.SLAB_K) == 0
+    wanted = cuda.packed_w8_bytes(rows, features)
+    if packed.dtype != torch.int8 or packed.numel() != wanted or not whole:
+        raise ValueError(
+            f"packed: expected {wanted} int8 elements as pack_w8 or a joint of layers has them, got {packed.dtype} of "
+            f"shape {tuple(packed.shape)}, strides {packed.stride()}"
+        )
+    return packed.clone() if packed.data_ptr() % cuda.PACKED_ALIGNMENT else packed
 
 
 def _linear_w8a8(
@@ -57,7 +72,7 @@ def _linear_w8a8(
     check_out_dtype(out_dtype)
     if not 1 <= K <= MAX_INTEGER_K or N < 1:
         raise ValueError(f"N, K: expected N >= 1 and 1 <= K <= {MAX_INTEGER_K}, got N = {N}, K = {K}")
-    _require("packed", packed, torch.int8, cuda.packed_w8_bytes(N, K), device)
+    packed = _packed(packed, N, K)
     _require("colsum", colsum, torch.int32, N, device)
     _require("weight_scale", weight_scale, torch.float32, N, device)
     _require("bias", bias, torch.float32, N, device)
@@ -66,8 +81,6 @@ def _linear_w8a8(
     _require("inv_smooth", inv_smooth, torch.float32, K, device)
     if act_scale is not None and not act_symmetric and act_zero_point is None:
         raise ValueError("act_zero_point: expected a tensor beside act_scale with act_symmetric=False, got None")
-    if packed.data_ptr() % cuda.PACKED_ALIGNMENT:
-        packed = packed.clone()
     return cuda.linear_w8a8(
         x,
         packed,
@@ -88,20 +101,21 @@ def _dequantize_w8(
     packed: Tensor, weight_scale: Tensor, inv_smooth: Tensor | None, N: int, K: int, dtype: torch.dtype
 ) -> Tensor:
     """``torch.ops.qkernels.dequantize_w8`` on CUDA tensors."""
-    _require("packed", packed, torch.int8, cuda.packed_w8_bytes(N, K), packed.device)
+    packed = _packed(packed, N, K)
     tensors = {"weight": cuda.unpack_w8(packed, N, K), "weight_scale": weight_scale}
     if inv_smooth is not None:
         tensors["inv_smooth"] = inv_smooth
     return effective_weight(tensors, Scheme(), K, dtype)
 
 
-class PreparedCudaW8A8(Prepared):
+class PreparedCudaW8A8(TakesIntegers, Joinable):
     """8-bit weights per output channel and 8-bit activations on a GPU, by the CUDA kernels.
 
     Resident: ``packed`` and ``colsum`` (see :func:`qkernels.cuda.pack_w8`) and the small canonical tensors.
     """
 
     names = PreparedW8A8.names
+    granule = cuda.ATOM_ROWS
 
     @classmethod
     def objection(cls, scheme: Scheme, in_features: int, out_features: int, device: torch.device) -> str:
@@ -134,9 +148,9 @@ class PreparedCudaW8A8(Prepared):
     def run(self, x: Tensor) -> Tensor:
         """See :meth:`Prepared.run`.  Plain eager calls go straight to the binding."""
         if isinstance(x, Deferred):
-            codes = x.codes_for(self) if isinstance(x, QuantizedInput) else None
-            if codes is not None:
-                return self.finished(self._product_of(codes, x.dtype).view(*x.shape[:-1], self.out_features))
+            taken = self.over_codes(x)
+            if taken is not None:
+                return taken
             x = x.value()
         if is_plain(x) and x.is_cuda:
             tensors = self.tensors
@@ -167,6 +181,13 @@ class PreparedCudaW8A8(Prepared):
                 return self.finished(y)
         return self.around(x)
 
+    def rows_of(self, name: str, tensor: Tensor) -> Rows | None:
+        """See :class:`qkernels.joint.Joinable`."""
+        if name == "packed":
+            slabs = -(-self.in_features // cuda.SLAB_K)
+            return Rows(tensor.reshape(slabs, -1, cuda.SLAB_K), 1)
+        return Rows(tensor, 0) if name in ("colsum", "weight_scale", "bias") else None
+
     def input_grid(self) -> RowGrid | None:
         """See :meth:`Prepared.input_grid`."""
         get, packed = self.tensors.get, self.tensors["packed"]
@@ -174,16 +195,8 @@ class PreparedCudaW8A8(Prepared):
             return None
         return RowGrid(self.scheme.activation_symmetric, get("act_scale"), get("act_zero_point"), get("inv_smooth"))
 
-    def finished(self, y: Tensor) -> Tensor:
-        """See :meth:`Prepared.finished`; the next Linear may get it as integers."""
-        if self.epilogue is not None and self.feeds is not None:
-            handed = hand_activation(y, self.epilogue, *self.feeds)
-            if handed is not None:
-                return handed
-        return super().finished(y)
-
-    def _product_of(self, codes: Codes, out_dtype: torch.dtype) -> Tensor:
-        """``[M, N]`` of rows that are integers already."""
+    def product_of(self, codes: Codes, out_dtype: torch.dtype) -> Tensor:
+        """See the base class."""
         overlaps = cuda.capability(codes.q.device.index or 0) >= 90
         return cuda.gemm_w8a8(*codes, self.tensors, out_dtype=out_dtype, dependent=overlaps)
 
@@ -229,7 +242,10 @@ class PreparedCudaW8A8(Prepared):
                     self.tensors[name].copy_(tensor)
         if "weight" in canonical:
             weight = canonical["weight"].detach().to(self.device).contiguous()
-            cuda.pack_w8(weight, self.tensors["packed"], self.tensors["colsum"])
+            own, colsum = self.tensors["packed"], self.tensors["colsum"]
+            packed, _ = cuda.pack_w8(weight, own if own.is_contiguous() else None, colsum)
+            if packed is not own:
+                own.copy_(packed.view(own.shape))
 
 
 def register_operators() -> torch.library.Library:

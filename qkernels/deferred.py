@@ -2,15 +2,17 @@
 
 On a GPU a norm, or an activation, can quantize its output in the pass that computes it (:mod:`qkernels.cuda_rows`).
 What it returns then is a :class:`QuantizedInput`: the Linears it is meant for take the integers; to everybody else it
-is an ordinary tensor, computed at the first operation on it by the module's own code.  :mod:`qkernels.fuse` decides
-where, from the code of the parents; a :class:`Handoff` ties the two ends together.
+is an ordinary tensor, computed at the first operation on it by the module's own code.  A sum that such a norm reads may
+wait for it too, as a :class:`PendingSum`.  :mod:`qkernels.fuse` decides where, from the code of the parents; a
+:class:`Handoff` ties the two ends together.
 """
 
 from __future__ import annotations
 
 import weakref
+from abc import abstractmethod
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,13 +21,13 @@ from torch.utils._pytree import tree_map_only
 from .cuda_rows import Codes, RowGrid, quantize_activation
 from .eager import is_plain
 from .epilogues import apply_epilogue
+from .prepared import Prepared
 from .views import METADATA, writes
 
 if TYPE_CHECKING:
     from .linear import QuantLinear
-    from .prepared import Prepared
 
-__all__ = ["Deferred", "Handoff", "QuantizedInput", "hand_activation"]
+__all__ = ["Deferred", "Handoff", "PendingSum", "QuantizedInput", "TakesIntegers", "hand_activation", "hand_term"]
 
 
 class Handoff:
@@ -76,6 +78,9 @@ def version(tensor: Tensor) -> int:
     return -1 if tensor.is_inference() else tensor._version
 
 
+_Kind = TypeVar("_Kind", bound="Deferred")
+
+
 class Deferred(Tensor):
     """Shape, dtype and device now, values when somebody asks for them."""
 
@@ -84,11 +89,16 @@ class Deferred(Tensor):
     _seen: int
 
     @staticmethod
-    def __new__(cls: type[Deferred], like: Tensor, build: Callable[[], Tensor]) -> Deferred:
+    def __new__(cls: type[_Kind], like: Tensor, build: Callable[[], Tensor]) -> _Kind:
         """A tensor shaped like ``like``, whose values come from ``build()``."""
         tensor = torch.Tensor._make_wrapper_subclass(cls, like.shape, dtype=like.dtype, device=like.device)
         tensor._build, tensor._value, tensor._seen = build, None, 0
         return tensor
+
+    def untouched(self) -> bool:
+        """Whether the values are what :meth:`value` gave or will give: nobody wrote to them, nor may have."""
+        value = self._value
+        return value is None or (self._seen >= 0 and version(value) == self._seen)
 
     def value(self) -> Tensor:
         """The ordinary tensor; from then on there is one, and whoever writes to this one writes to it."""
@@ -106,10 +116,10 @@ class Deferred(Tensor):
         if func in METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        if func in _PRODUCTS and len(args) == 2 and not kwargs:
-            product = _product(*args)
-            if product is not None:
-                return product
+        if len(args) == 2 and not kwargs:
+            waiting = _product(*args) if func in _PRODUCTS else _sum(*args) if func in _SUMS else None
+            if waiting is not None:
+                return waiting
         result = func(*_values(args), **_values(kwargs))
         if args and isinstance(args[0], Deferred) and isinstance(result, Tensor) and result is args[0]._value:
             if result.shape != args[0].shape:
@@ -149,9 +159,9 @@ class QuantizedInput(Deferred):
 
     def codes_for(self, prepared: Prepared) -> Codes | None:
         """The integers, if a layer would have made these from the values; None where the values count."""
-        value, grid, own = self._value, self._grid, prepared.input_grid()
-        if value is not None and (self._seen < 0 or version(value) != self._seen):
-            return None  # somebody wrote to them, or may have
+        grid, own = self._grid, prepared.input_grid()
+        if not self.untouched():
+            return None
         if own is None or prepared.in_features != self.shape[-1] or prepared.device != self.device:
             return None
         if own.symmetric != grid.symmetric or not is_plain(self._codes.scale):
@@ -160,6 +170,30 @@ class QuantizedInput(Deferred):
         if same(grid.scale, own.scale) and same(grid.zero_point, own.zero_point):
             return self._codes if same(grid.inv_smooth, own.inv_smooth) else None
         return None
+
+
+class TakesIntegers(Prepared):
+    """A layer whose kernel multiplies 8-bit integers: it takes them where they come ready, and its activation makes
+    those of the next layer."""
+
+    @abstractmethod
+    def product_of(self, codes: Codes, out_dtype: torch.dtype) -> Tensor:
+        """``[M, N]`` of rows that are integers already, bias included, without the epilogue."""
+
+    def over_codes(self, x: Deferred) -> Tensor | None:
+        """The layer's output for an input that came as integers it would have made; None where the values count."""
+        codes = x.codes_for(self) if isinstance(x, QuantizedInput) else None
+        if codes is None:
+            return None
+        return self.finished(self.product_of(codes, x.dtype).view(*x.shape[:-1], self.out_features))
+
+    def finished(self, y: Tensor) -> Tensor:
+        """See :meth:`Prepared.finished`; the next Linear may get it as integers."""
+        if self.epilogue is not None and self.feeds is not None:
+            handed = hand_activation(y, self.epilogue, *self.feeds)
+            if handed is not None:
+                return handed
+        return super().finished(y)
 
 
 class _HeldActivation(Deferred):
@@ -204,6 +238,62 @@ def _product(a: Any, b: Any) -> Tensor | None:
     return QuantizedInput.of(inner, build, codes, grid, held._handoff)
 
 
+class _Term(Deferred):
+    """A Linear's output, whose values are there, on its way to a sum."""
+
+    _handoff: Handoff
+
+
+class PendingSum(Deferred):
+    """The sum of two tensors that waits for the norm behind it."""
+
+    _terms: tuple[Tensor, Tensor] | None
+    _versions: list[int]
+
+    @classmethod
+    def of(cls, y: Tensor, residual: Tensor) -> PendingSum:
+        """``residual + y``, alike in shape, dtype and device."""
+        pending = cls(y, unchanged(residual, unchanged(y, lambda: residual + y)))
+        pending._terms, pending._versions = (y, residual), [version(y), version(residual)]
+        return pending
+
+    def terms(self) -> tuple[Tensor, Tensor] | None:
+        """``y`` and the residual, if they are what they were and their sum has not been formed; None otherwise."""
+        if self._value is not None or self._terms is None or [version(t) for t in self._terms] != self._versions:
+            return None
+        return self._terms
+
+    def formed(self, total: Tensor) -> None:
+        """Take the sum that somebody else computed, and let go of its terms."""
+        self._value, self._seen, self._terms, self._build = total, version(total), None, lambda: total
+
+
+def hand_term(y: Tensor, handoff: Handoff) -> Tensor:
+    """A Linear's output ``y [..., N]``, nobody else's, ready to be a term of what a norm reads next; ``y`` itself where
+    the norm would not take it."""
+    if not is_plain(y) or handoff.grid(y) is None:
+        return y
+    term = _Term(y, lambda: y)
+    term._value, term._seen, term._handoff = y, version(y), handoff
+    return term
+
+
+def _sum(a: Any, b: Any) -> Tensor | None:
+    term, other = (b, a) if isinstance(b, _Term) else (a, b)
+    if not isinstance(term, _Term) or isinstance(other, _Term):
+        return None
+    y = term.value()
+    if isinstance(other, Deferred):
+        other = other.value()
+    if not isinstance(other, Tensor) or not is_plain(other):
+        return None
+    if other.shape != y.shape or other.dtype != y.dtype or other.device != y.device:
+        return None
+    if term._handoff.grid(y) is None:
+        return None
+    return PendingSum.of(y, other)
+
+
 def unchanged(x: Tensor, build: Callable[[], Tensor]) -> Callable[[], Tensor]:
     """``build``, which reads ``x`` later, and refuses if it was written to meanwhile."""
     before = version(x)
@@ -219,4 +309,5 @@ def unchanged(x: Tensor, build: Callable[[], Tensor]) -> Callable[[], Tensor]:
     return checked
 
 
+_SUMS = {Tensor.add, torch.add, Tensor.__add__, Tensor.__radd__}
 _PRODUCTS = {Tensor.mul, torch.mul, Tensor.multiply, torch.multiply, Tensor.__mul__, Tensor.__rmul__}

@@ -2,7 +2,7 @@
 
 Activation modules are applied inside the Linear before them; Linears that read one input run as one product (see
 :mod:`qkernels.groups`); residuals are added inside the Linear (see :mod:`qkernels.residuals`); on a GPU, norms and
-activations quantize their output in the pass that computes it, where 8-bit Linears alone read it
+activations quantize their output in the pass that computes it, where Linears of 8-bit inputs alone read it
 (:mod:`qkernels.norms`, :mod:`qkernels.deferred`).
 
 An activation is fused where the parent's own ``forward``, traced with every child as a leaf, calls the quantized Linear
@@ -22,14 +22,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
+from .cpu_packed import PreparedPacked
 from .cpu_w8a8 import PreparedW8A8
 from .deferred import Handoff
 from .epilogues import epilogue_of
 from .flow import linears_behind
-from .groups import InputGroup, compatible, readers
+from .groups import InputGroup, compatible, quantize_alike, readers
+from .joint import Joinable
 from .linear import QuantLinear
 from .norms import Norm, NormHandoff, norm_of
+from .prepared import Prepared
 from .residuals import TRANSPARENT, Sum, add_inside, add_outside, adds_inside, sum_of
+from .sums import linear_added_before
 
 __all__ = ["Passed", "fuse_", "unfuse_"]
 
@@ -74,6 +78,7 @@ class _Read(NamedTuple):
     module: nn.Module
     norm: Norm
     readers: list[QuantLinear]
+    added: QuantLinear | None = None  # what it reads is the sum of this one's output and something else
 
 
 def fuse_(model: nn.Module, *, on_failure: OnFailure | None = None) -> dict[str, str]:
@@ -90,7 +95,7 @@ def fuse_(model: nn.Module, *, on_failure: OnFailure | None = None) -> dict[str,
     family = _Family(model)
     pairs = [pair for parent in model.modules() for pair in family.pairs(parent)]
     groups = [group for parent in model.modules() for group in family.groups(parent)]
-    grouped = [layer for group in groups for layer in group]
+    grouped = [layer for group in groups for layer in group if type(layer._prepared) is PreparedW8A8]
     reads = [read for parent in model.modules() for read in family.reads(parent)]
     sums = [(parent, form) for parent in model.modules() if (form := family.sum(parent, grouped)) is not None]
     if on_failure is not None:
@@ -116,21 +121,26 @@ def fuse_(model: nn.Module, *, on_failure: OnFailure | None = None) -> dict[str,
     for members in groups:
         names = [family.names[id(layer)] for layer in members]
         shared = InputGroup(len(members))
-        for slot, (layer, name) in enumerate(zip(members, names, strict=True)):
-            layer._group = (shared, slot)
-            shared.join(slot, layer)
+        for slot, layer in enumerate(members):
+            layer.beside((shared, slot))
+        shared.settle()
+        for layer, name in zip(members, names, strict=True):
             others = " and ".join(other.rpartition(".")[2] for other in names if other != name)
-            note(layer, f"runs with {others}")
+            note(layer, f"runs with {others}" if shared.joined or type(layer._prepared) is PreparedW8A8 else "")
     for parent, linear, activation, name, gated in pairs:
         layer, reader = parent._modules[linear], parent._modules.get(name or "")
         if isinstance(layer, QuantLinear) and isinstance(reader, QuantLinear) and family.takes_codes(reader):
             layer.feed((_join(reader), gated))
             note(reader, _words(reader, activation))
-    for module, norm, layers in reads:
+    for module, norm, layers, added in reads:
         if layers[0]._reads is None:
             module.__dict__["forward"] = NormHandoff(module, norm, _join(layers[0]))
             for layer in layers:
                 note(layer, _words(layer, family.names[id(module)].rpartition(".")[2]))
+            if added is not None and added._adds is None:
+                added._adds = layers[0]._reads
+                if layers[0]._device().type == "cuda":
+                    note(added, f"added by {family.names[id(module)]}")
     return done
 
 
@@ -165,8 +175,9 @@ def unfuse_(model: nn.Module, *, on_failure: OnFailure | None = None) -> None:
     for parent in sums:
         add_outside(parent)
     for member in _linears(model):
-        member._group = None
+        member.beside(None)
         member.feed(None)
+        member._adds = None
         if member._reads is not None:
             member._reads.leave()
             member._reads = None
@@ -189,17 +200,20 @@ def _restorer(
 ) -> Callable[[], None]:
     """A function that makes both halves of each pair, every Linear, these norms and where modules add what they are
     now."""
-    layers = [(x, x.epilogue, x._group, x._reads, x._feeds) for x in _linears(model)]
+    layers = [(x, x.epilogue, x._group, x._reads, x._feeds, x._adds) for x in _linears(model)]
     activations = [(pair, pair.parent._modules.get(pair.activation)) for pair in pairs]
     forwards = [(norm, norm.__dict__.get("forward")) for norm in norms]
     inside = [(module, module.__dict__.get("_residual_sum")) for module in sums]
 
     def restore() -> None:
-        for layer, epilogue, group, reads, feeds in layers:
-            layer.epilogue, layer._group, layer._reads = epilogue, group, reads
+        for layer, epilogue, group, reads, feeds, adds in layers:
+            layer.epilogue, layer._reads, layer._adds = epilogue, reads, adds
             layer.feed(feeds)
+            layer.beside(group)
             if reads is not None:
                 reads.join(layer)
+        for shared in {layer._group[0] for layer, *_ in layers if layer._group is not None}:
+            shared.settle()
         for pair, activation in activations:
             pair.parent._modules[pair.activation] = activation
         for norm, forward in forwards:
@@ -253,7 +267,7 @@ class _Family:
         return [
             members
             for members in groups
-            if type(members[0]._prepared) is PreparedW8A8 and all(compatible(members[0], m) for m in members[1:])
+            if _groupable(members[0]._prepared) and all(compatible(members[0], m) for m in members[1:])
         ]
 
     def reads(self, parent: nn.Module) -> list[_Read]:
@@ -267,15 +281,35 @@ class _Family:
             layers = [m for m in readers or () if isinstance(m, QuantLinear) and self.takes_codes(m)]
             if norm is None or readers is None or len(layers) != len(readers):
                 continue
-            if all(compatible(layers[0], layer) for layer in layers[1:]):
-                found.append(_Read(child, norm, layers))
+            if all(quantize_alike(layers[0], layer) for layer in layers[1:]):
+                added = linear_added_before(parent, name, self._before(parent), lambda m: isinstance(m, QuantLinear))
+                if not isinstance(added, QuantLinear) or type(added) is not QuantLinear or not self._separable(added):
+                    added = None
+                found.append(_Read(child, norm, layers, added))
         return found
 
+    def _before(self, block: nn.Module) -> nn.Module | None:
+        """What stands before a block in a list of blocks, each of which is called with what the one before it returns:
+        so it is taken to be, since only time is lost where it is not."""
+        for container, name in self._parents.get(id(block), []):
+            children = list(container._modules.values())
+            index = list(container._modules).index(name)
+            if isinstance(container, (nn.ModuleList, nn.Sequential)) and index:
+                return children[index - 1]
+        return None
+
     def takes_codes(self, child: QuantLinear) -> bool:
-        """Whether a Linear multiplies 8-bit integers, per channel, and nothing hands it any yet."""
+        """Whether a Linear multiplies 8-bit inputs by 4-bit weights, or by 8-bit ones per channel, and nothing hands it
+        integers yet."""
         scheme = child.scheme
-        eight = (scheme.weight_bits, scheme.activation_bits, scheme.weight_granularity) == (8, 8, "per_channel")
-        return eight and type(child) is QuantLinear and child._reads is None and self._in_one_place(child)
+        weights = scheme.weight_bits == 4 or (scheme.weight_bits, scheme.weight_granularity) == (8, "per_channel")
+        return (
+            weights
+            and scheme.activation_bits == 8
+            and type(child) is QuantLinear
+            and child._reads is None
+            and self._in_one_place(child)
+        )
 
     def sum(self, parent: nn.Module, grouped: list[QuantLinear]) -> Sum | None:
         """How ``parent`` adds a residual to the output of a child that can add it itself."""
@@ -317,6 +351,12 @@ class _Family:
             if not self._called_as_a_whole(parent):
                 return False
         return True
+
+
+def _groupable(prepared: Prepared) -> bool:
+    """Whether layers of a kind run as one: here, or once they are on a GPU."""
+    four_bits = isinstance(prepared, PreparedPacked) and prepared.scheme.weight_bits == 4
+    return four_bits or type(prepared) is PreparedW8A8 or isinstance(prepared, Joinable)
 
 
 def _replaceable(kind: type) -> bool:

@@ -1,8 +1,9 @@
 """Linears that read one input run as one product: query, key and value; gate and up.
 
-The first of a group to be called quantizes the input once, multiplies for all of them in one parallel region, and keeps
-what belongs to the others until they are called with the very same tensor.  Any other call runs alone.  Which layers
-form a group is read from the source of their parent's ``forward`` (:func:`readers`).
+The first of a group to be called quantizes the input once, multiplies for all of them in one parallel region, or on a
+GPU in one launch over weights that lie side by side (:mod:`qkernels.joint`), and keeps what belongs to the others until
+they are called with the very same tensor.  Any other call runs alone.  Which layers form a group is read from the
+source of their parent's ``forward`` (:func:`readers`).
 """
 
 from __future__ import annotations
@@ -22,12 +23,25 @@ from torch import Tensor, nn
 from . import _C
 from .checks import DTYPE_CODES
 from .cpu_w8a8 import PreparedW8A8
+from .deferred import Deferred, version
 from .eager import is_plain
+from .joint import Joinable, Joint, join, separate
+from .scheme import Scheme
 
 if TYPE_CHECKING:
     from .linear import QuantLinear
 
-__all__ = ["NOT_ONCE", "InputGroup", "called_child", "compatible", "mentions", "parsed", "parsed_forward", "readers"]
+__all__ = [
+    "NOT_ONCE",
+    "InputGroup",
+    "called_child",
+    "compatible",
+    "mentions",
+    "parsed",
+    "parsed_forward",
+    "quantize_alike",
+    "readers",
+]
 
 _new_empty = Tensor.new_empty
 _num_threads = torch.get_num_threads
@@ -53,6 +67,8 @@ class InputGroup:
         self._natives: list[Any] = []
         self._rows: list[int] = []
         self._run: Any = None
+        self._joint: Joint | None = None
+        self._settled = 0  # how often: what was computed before is not taken up after
         self._waiting = threading.local()
 
     def __getstate__(self) -> int:
@@ -67,8 +83,68 @@ class InputGroup:
         """Make ``layer`` member number ``slot``."""
         self._members[slot] = weakref.ref(layer)
 
+    @property
+    def joined(self) -> bool:
+        """Whether the weights of the members lie in one memory."""
+        return self._joint is not None
+
+    def leave(self, slot: int) -> None:
+        """Let a member go, with memory of its own."""
+        reference, self._members[slot], self._joint = self._members[slot], None, None
+        layer = None if reference is None else reference()
+        if layer is not None and isinstance(layer._prepared, Joinable):
+            separate(layer._prepared)
+
+    def settle(self) -> None:
+        """To be called when members joined, moved or got other tensors: brings the weights of all into one memory,
+        where all are on one GPU and its kernels serve that."""
+        joint, self._joint = self._joint, None
+        self._settled += 1
+        members = self._present()
+        if members is None or not isinstance(members[0]._prepared, Joinable) or members[0]._device().type == "meta":
+            return
+        prepared = [member._prepared for member in members]
+        if joint is None or not joint.holds(prepared):
+            joint = join(prepared) if all(compatible(members[0], member) for member in members[1:]) else None
+        self._joint = joint
+
+    def _present(self) -> list[QuantLinear] | None:
+        """The members; None where one is missing."""
+        found = [None if reference is None else reference() for reference in self._members]
+        members = [member for member in found if member is not None]
+        return members if len(members) == len(found) else None
+
+    def _run_joint(self, joint: Joint, layer: QuantLinear, slot: int, x: Tensor) -> Tensor:
+        """:meth:`run` over weights in one memory."""
+        waiting, prepared = self._waiting, layer._prepared
+        if slot:
+            ahead = getattr(waiting, "ahead", None)
+            if ahead is not None and ahead[0] is x and ahead[1] == (_state(x), self._settled, _place(x)):
+                outputs = ahead[2]
+                y, outputs[slot] = outputs[slot], None  # a second call is a product of its own
+                if slot + 1 == len(self._members):
+                    waiting.ahead = None
+                if y is not None:
+                    return prepared.finished(y)
+            return prepared.run(x)
+        waiting.ahead = None
+        members = self._present()
+        if members is None or not joint.holds([member._prepared for member in members]):
+            self._joint = None
+            return prepared.run(x)
+        outputs = joint.run(x)
+        if outputs is None:
+            return prepared.run(x)
+        waiting.ahead = (x, (_state(x), self._settled, _place(x)), [None, *outputs[1:]])
+        return prepared.finished(outputs[0])
+
     def run(self, layer: QuantLinear, slot: int, x: Tensor) -> Tensor:
         """What ``layer(x)`` is."""
+        joint = self._joint
+        if joint is not None:
+            return self._run_joint(joint, layer, slot, x)
+        if type(layer._prepared) is not PreparedW8A8:
+            return layer._prepared.run(x)
         # As in PreparedW8A8.run, every line here was timed: for one row it all costs as much as the product.
         waiting = self._waiting
         if slot:
@@ -77,7 +153,6 @@ class InputGroup:
                 held is not None
                 and held[0] is x
                 and held[1] == (-1 if x.is_inference() else x._version)
-                and type(prepared) is PreparedW8A8
                 and prepared.native() is held[2][slot]  # the weights are those that were multiplied with
             ):
                 y = held[3][slot]
@@ -131,9 +206,24 @@ class InputGroup:
         return natives
 
 
+def _state(x: Tensor) -> Any:
+    """What changes when ``x`` is written to."""
+    return x.untouched() if isinstance(x, Deferred) else version(x)
+
+
+def _place(x: Tensor) -> int:
+    """The stream that a product of ``x`` goes to: what another one computes may not be there yet."""
+    return torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
+
+
 def compatible(one: QuantLinear, other: QuantLinear) -> bool:
-    """Whether two layers quantize an input to the same codes: sizes, scheme, static grid and smoothing."""
-    if one.in_features != other.in_features or one.scheme != other.scheme:
+    """Whether two layers are of one scheme and quantize an input to the same codes."""
+    return one.scheme == other.scheme and quantize_alike(one, other)
+
+
+def quantize_alike(one: QuantLinear, other: QuantLinear) -> bool:
+    """Whether two layers quantize an input to the same codes: features, grid and smoothing.  Weights do not matter."""
+    if one.in_features != other.in_features or _inputs(one.scheme) != _inputs(other.scheme):
         return False
     for name in ("act_scale", "act_zero_point", "inv_smooth"):
         a, b = one._buffers.get(name), other._buffers.get(name)
@@ -143,6 +233,16 @@ def compatible(one: QuantLinear, other: QuantLinear) -> bool:
         elif not torch.equal(a, b):
             return False
     return True
+
+
+def _inputs(scheme: Scheme) -> tuple[Any, ...]:
+    """How inputs are quantized."""
+    return (
+        scheme.activation_bits,
+        scheme.activation_granularity,
+        scheme.activation_dynamic,
+        scheme.activation_symmetric,
+    )
 
 
 # -- reading the source -----------------------------------------------------------------------------------------------

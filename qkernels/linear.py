@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from . import reference
 from .checks import TensorSpec, canonical_specs, check_out_dtype
-from .deferred import Handoff
+from .deferred import Handoff, hand_term
 from .epilogues import check_epilogue
 from .groups import InputGroup
+from .joint import own_memory, separate
 from .module import QuantModule
 from .ops import Prepared, prepare
 from .scheme import Scheme
@@ -52,6 +53,7 @@ class QuantLinear(QuantModule):
     _group: tuple[InputGroup, int] | None = None  # and the number of this member
     _reads: Handoff | None = None  # by which its input may come as integers
     _feeds: tuple[Handoff, bool] | None = None  # where its output goes as integers; through a product?
+    _adds: Handoff | None = None  # to the readers of a norm that reads the sum of its output and something else
 
     def __init__(
         self,
@@ -167,7 +169,8 @@ class QuantLinear(QuantModule):
         if residual is not None:
             return self._prepared.run_plus(input, residual)
         group = self._group
-        return self._prepared.run(input) if group is None else group[0].run(self, group[1], input)
+        y = self._prepared.run(input) if group is None else group[0].run(self, group[1], input)
+        return y if self._adds is None or self._forward_hooks else hand_term(y, self._adds)
 
     @property
     def kernel(self) -> str:
@@ -205,7 +208,8 @@ class QuantLinear(QuantModule):
 
     def canonical(self) -> dict[str, Tensor]:
         """The canonical tensors, as in the state dict."""
-        return self._prepared.canonical()
+        canonical = self._prepared.canonical()
+        return own_memory(canonical) if self._joined() else canonical
 
     def specs(self) -> dict[str, TensorSpec]:
         """What each canonical tensor of this layer has to be."""
@@ -241,12 +245,32 @@ class QuantLinear(QuantModule):
 
     def _install(self, canonical: Mapping[str, Tensor]) -> None:
         self._adopt(prepare(canonical, self.scheme, self.in_features))
+        self._settle()
 
     def _overwrite(self, canonical: Mapping[str, Tensor]) -> None:
         self._prepared.load(canonical)
+        self._settle()
 
     def _moved(self) -> None:
         self._prepared.moved()
+        self._settle()
+
+    def beside(self, group: tuple[InputGroup, int] | None) -> None:
+        """Become a member of a group of layers over one input, with that number, or of none."""
+        if self._group is not None and self._group != group:
+            self._group[0].leave(self._group[1])
+        self._group = group
+        if group is not None:
+            group[0].join(group[1], self)
+
+    def _joined(self) -> bool:
+        """Whether resident tensors are views of what belongs to others too."""
+        return self._group is not None and self._group[0].joined
+
+    def _settle(self) -> None:
+        """What layers beside this one have to know of its tensors changed."""
+        if self._group is not None:
+            self._group[0].settle()
 
     def _weight_shape(self) -> tuple[int, int]:
         return self.out_features, self.in_features
@@ -264,7 +288,7 @@ class QuantLinear(QuantModule):
                 value = value.detach().to(device=self._device(), dtype=torch.float32).contiguous()
             self._buffers["bias"] = value
             self._non_persistent_buffers_set.add("bias")
-            self._prepared.moved()
+            self._moved()
             return
         super().__setattr__(name, value)
 
@@ -274,7 +298,7 @@ class QuantLinear(QuantModule):
         prepared: Prepared = state.pop("_prepared")
         resident = prepared.resident()
         state["_buffers"] = {name: t for name, t in self._buffers.items() if name not in prepared.names}
-        if all(tensor.is_shared() for tensor in resident.values()):
+        if not self._joined() and all(tensor.is_shared() for tensor in resident.values()):
             state["_shared"] = (prepared, resident)
         else:
             state["_canonical"] = self.canonical()
@@ -298,6 +322,8 @@ class QuantLinear(QuantModule):
         """See :class:`QuantModule`."""
         clone = super().__deepcopy__(memo)
         if isinstance(clone, QuantLinear):
+            if self._joined():
+                separate(clone._prepared)
             clone._join()
         return clone
 
@@ -305,5 +331,6 @@ class QuantLinear(QuantModule):
         """Take the place that the layer this is a copy of had beside others."""
         if self._group is not None:
             self._group[0].join(self._group[1], self)
+            self._group[0].settle()
         if self._reads is not None:
             self._reads.join(self)

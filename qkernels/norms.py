@@ -15,7 +15,7 @@ from torch.nn.modules import module as torch_module
 from . import reference
 from .checks import DTYPE_CODES
 from .cuda_rows import quantize_norm
-from .deferred import Handoff, QuantizedInput, unchanged
+from .deferred import Deferred, Handoff, PendingSum, QuantizedInput, unchanged
 from .eager import is_plain
 
 __all__ = ["Norm", "NormHandoff", "norm_of"]
@@ -87,6 +87,8 @@ class NormHandoff:
         return type(module).forward(module, *args, **kwargs)
 
     def _handed(self, x: Any) -> Tensor | None:
+        terms = x.terms() if isinstance(x, PendingSum) else None
+        waiting, (x, residual) = x, terms or (x.value() if isinstance(x, Deferred) else x, None)
         if not isinstance(x, Tensor) or not is_plain(x) or x.dtype not in DTYPE_CODES or not x.dim():
             return None
         module = self._module
@@ -103,6 +105,11 @@ class NormHandoff:
         grid = self._handoff.grid(x)
         if grid is None:
             return None
-        codes, _ = quantize_norm(x, weight, bias, self._norm.eps, grid, layer=self._norm.layer, for_gemm=True)
+        codes, total = quantize_norm(
+            x, weight, bias, self._norm.eps, grid, layer=self._norm.layer, residual=residual, for_gemm=True
+        )
+        if total is not None and isinstance(waiting, PendingSum):
+            waiting.formed(total)
+            x = total
         build = unchanged(x, lambda: type(module).forward(module, x))
         return QuantizedInput.of(x, build, codes, grid, self._handoff)

@@ -326,7 +326,7 @@ register(cpu_packed.PreparedPacked)
 #
 # Each is asked before the one registered earlier: the CUDA module, then Triton, then what serves the CPU.
 
-from . import cuda_w4, cuda_w8a8, cuda_w8a16  # noqa: E402  need the operators above
+from . import cuda_w4_layer, cuda_w8a8, cuda_w8a16  # noqa: E402  need the operators above
 from .triton import layer_weight_only  # noqa: E402
 from .triton.layer import PreparedTritonW4A8, PreparedTritonW8A8  # noqa: E402
 
@@ -336,7 +336,7 @@ register(PreparedTritonW8A8)
 register(PreparedTritonW4A8)
 register(layer_weight_only.PreparedTritonWeightOnly)
 register(cuda_w8a8.PreparedCudaW8A8)
-register(cuda_w4.PreparedCudaW4)
+register(cuda_w4_layer.PreparedCudaW4)
 register(cuda_w8a16.PreparedCudaW8A16)
 
 

@@ -47,6 +47,7 @@ __all__ = [
     "layer_norm",
     "linear",
     "linear_w4a8",
+    "linear_w4a8_prequantized",
     "linear_w4a16",
     "linear_w8a8",
     "linear_w8a8_prequantized",
@@ -170,12 +171,49 @@ def linear_w4a8(
             ``2 ** (bits - 1)``.
     """
     _check_weight(x, weight, in_features, bits)
+    codes = quantize_activations(
+        x, symmetric=act_symmetric, scale=act_scale, zero_point=act_zero_point, inv_smooth=inv_smooth
+    )
+    return linear_w4a8_prequantized(
+        *codes,
+        weight,
+        weight_scale,
+        bias,
+        x.dtype if out_dtype is None else out_dtype,
+        in_features=in_features,
+        bits=bits,
+        group_size=group_size,
+        weight_zero_point=weight_zero_point,
+        weight_min=weight_min,
+    )
+
+
+@torch.no_grad()
+def linear_w4a8_prequantized(
+    q: Tensor,
+    x_scale: Tensor,
+    x_zero_point: Tensor | None,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype = torch.float32,
+    *,
+    in_features: int,
+    bits: int = 4,
+    group_size: int | None = None,
+    weight_zero_point: Tensor | None = None,
+    weight_min: Tensor | None = None,
+) -> Tensor:
+    """:func:`linear_w4a8` for activations that are integers already.
+
+    Args:
+        q: int8 or uint8 ``[..., in_features]``; x_scale: float32 ``[...]``; x_zero_point: int32 ``[...]`` or None.
+        the others: as there.
+    """
+    _check_weight(q, weight, in_features, bits)
     _check_integer_k(in_features)
     if weight_zero_point is not None and weight_min is not None:
         raise ValueError("weight_min: expected None beside weight_zero_point, got both")
-    q, x_scale, x_zero_point = quantize_activations(
-        x, symmetric=act_symmetric, scale=act_scale, zero_point=act_zero_point, inv_smooth=inv_smooth
-    )
     return _grouped_product(
         q,
         x_scale,
@@ -187,7 +225,7 @@ def linear_w4a8(
         zero=2 ** (bits - 1) if weight_min is None else 0,
         weight_zero_point=weight_zero_point,
         weight_min=weight_min,
-        out_dtype=x.dtype if out_dtype is None else out_dtype,
+        out_dtype=out_dtype,
     )
 
 

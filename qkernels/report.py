@@ -143,23 +143,31 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
             yield name, buffer
 
 
-def _extent(tensor: torch.Tensor) -> tuple[object, int, int] | None:
-    """`(storage, first byte, one past the last byte)`, or None when there is no memory to speak of."""
+_MOST_RUNS = 1 << 16
+
+
+def _extents(tensor: torch.Tensor) -> tuple[object, list[tuple[int, int]]] | None:
+    """`(storage, [(first byte, one past the last byte), ...])`, or None when there is no memory to speak of.
+
+    A tensor with gaps (a weight among those of other layers) is as many runs of bytes as there are between them.
+    """
     if nn.parameter.is_lazy(tensor) or tensor.numel() == 0:
         return None
     item = tensor.element_size()
     if tensor.layout != torch.strided:  # sparse: no single storage; its own object is the key
         values = tensor._values() if tensor.layout == torch.sparse_coo else tensor.values()
-        return ("sparse", id(tensor)), 0, values.numel() * values.element_size()
+        return ("sparse", id(tensor)), [(0, values.numel() * values.element_size())]
     try:
         storage: object = (str(tensor.device), tensor.untyped_storage()._cdata)
     except RuntimeError:  # tensor subclasses without a storage of their own
-        return ("opaque", id(tensor)), 0, tensor.numel() * item
-    first = int(tensor.storage_offset()) * item
-    last = first + item * (
-        1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    )
-    return storage, first, last
+        return ("opaque", id(tensor)), [(0, tensor.numel() * item)]
+    first, run, starts = int(tensor.storage_offset()), 1, [0]
+    for size, stride in sorted(zip(tensor.shape, tensor.stride(), strict=True), key=lambda dimension: dimension[1]):
+        if stride <= run or len(starts) * size > _MOST_RUNS:
+            run += (size - 1) * stride
+        elif size > 1:
+            starts = [start + index * stride for start in starts for index in range(size)]
+    return storage, [((first + start) * item, (first + start + run) * item) for start in starts]
 
 
 class _Coverage:
@@ -170,10 +178,10 @@ class _Coverage:
 
     def add(self, tensor: torch.Tensor) -> int:
         """Mark the bytes of `tensor`; return how many of them are new."""
-        extent = _extent(tensor)
-        if extent is None:
-            return 0
-        storage, first, last = extent
+        extents = _extents(tensor)
+        return 0 if extents is None else sum(self._add(extents[0], *run) for run in extents[1])
+
+    def _add(self, storage: object, first: int, last: int) -> int:
         ranges = self._ranges.setdefault(storage, [])
         known = sum(max(0, min(last, b) - max(first, a)) for a, b in ranges)
         overlapping = [(a, b) for a, b in ranges if a <= last and first <= b]

@@ -82,15 +82,20 @@ def run_kernels() -> None:
     for config in configs:
         got = cuda.gemm_w8a8(codes, scales, None, layer, out_dtype=torch.float32, config=config)
         check(f"gemm_w8a8 {config}", got, wanted)
-    for preset in ("w8a8", "w4a8", "w4a16"):
-        scheme = Scheme.from_preset(preset)
+    presets = [Scheme.from_preset(preset) for preset in ("w8a8", "w4a8", "w4a16")]
+    for scheme in (*presets, presets[1].replace(activation_symmetric=False)):
         tensors = reference.quantize_weight(w, scheme)
         prepared = ops.prepare(tensors, scheme, k, device="cuda")
         for rows in (1, 20, 70):
             wide = x[:rows].to(torch.bfloat16)
             got = prepared.run(wide.to("cuda"))
             bound = 2.0**-7 if scheme.weight_only else 0.0
-            check(f"{prepared.kernel} of {preset}, {rows} rows", got, reference.linear(wide, tensors, scheme, k), bound)
+            check(
+                f"{prepared.kernel} of {scheme.name}, {rows} rows",
+                got,
+                reference.linear(wide, tensors, scheme, k),
+                bound,
+            )
     torch.cuda.synchronize()
 
 

@@ -12,12 +12,15 @@ from toys import Block, K, PlainMlp, close
 
 import qkernels as qk
 from qkernels import cuda, reference, row_ops
+from qkernels.cuda_w4_layer import PreparedCudaW4
 from qkernels.cuda_w8a8 import PreparedCudaW8A8
-from qkernels.deferred import QuantizedInput
+from qkernels.deferred import PendingSum, QuantizedInput
+
+SHIFTED = qk.Scheme.from_preset("w4a8").replace(activation_symmetric=False)
 
 
-@pytest.fixture
-def gpu_model() -> tuple[nn.Module, nn.Module]:
+@pytest.fixture(params=["w8a8", "w4a8", SHIFTED], ids=["w8a8", "w4a8", "w4a8 asymmetric"])
+def gpu_model(request: pytest.FixtureRequest) -> tuple[nn.Module, nn.Module]:
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device, or a torch built without CUDA")
     if cuda._cuda is None:
@@ -25,11 +28,13 @@ def gpu_model() -> tuple[nn.Module, nn.Module]:
     torch.manual_seed(0)
     model = nn.Sequential(Block(), Block(nn.LayerNorm, PlainMlp(nn.GELU()))).eval()
     plain = copy.deepcopy(model)
-    report = qk.quantize_(model.cuda().to(torch.bfloat16), "w8a8", exclude=())
-    qk.quantize_(plain.cuda().to(torch.bfloat16), "w8a8", exclude=(), fuse=False)
+    report = qk.quantize_(model.cuda().to(torch.bfloat16), request.param, exclude=())
+    qk.quantize_(plain.cuda().to(torch.bfloat16), request.param, exclude=(), fuse=False)
     notes = {layer.name: layer.reason or "" for layer in report.layers}
     assert "reads first as integers" in notes["0.attention.q"]
     assert "reads act as integers" in notes["0.mlp.down"]
+    assert "added by 0.second" in notes["0.attention.o"]
+    assert "added by 1.first" in notes["0.mlp.down"]
     return model, plain
 
 
@@ -37,34 +42,47 @@ def gpu_model() -> tuple[nn.Module, nn.Module]:
 def test_gpu_integers_arrive(gpu_model: tuple[nn.Module, nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
     fused, plain = gpu_model
     taken = []
-    original = PreparedCudaW8A8._product_of
 
-    def counted(self, codes, out_dtype):
-        taken.append(self)
-        return original(self, codes, out_dtype)
+    def count(kind: type) -> None:
+        original = kind.product_of
 
-    monkeypatch.setattr(PreparedCudaW8A8, "_product_of", counted)
+        def counted(self, codes, out_dtype):
+            taken.append(self)
+            return original(self, codes, out_dtype)
+
+        monkeypatch.setattr(kind, "product_of", counted)
+
+    count(PreparedCudaW8A8)
+    count(PreparedCudaW4)
+    scheme = fused[0].attention.q.scheme
+    symmetric = scheme.activation_symmetric
     for rows in (1, 3, 200):
         x = seeded(rows, 4, K).to("cuda", torch.bfloat16)
         with torch.no_grad():
             taken.clear()
             y = fused(x)
-            assert len(taken) == 5 + 4
+            assert len(taken) == 3 + 3  # query and key together, gate and up, down; up by itself, down
             assert close(y.float(), plain(x).float())
             normed = fused[0].first(x)
             assert isinstance(normed, QuantizedInput)
             layer = fused[0].attention.q
-            codes = row_ops.rms_norm_quantize(x, fused[0].first.weight, eps=1e-5)
+            given = fused[0].attention(normed)[0]
+            waiting = x + given
+            assert isinstance(waiting, PendingSum)
+            fused[0].second(waiting)
+            total, wanted_total = waiting._value, x + given.clone()
+            assert total is not None
+            assert_bits_equal(total, wanted_total)
+            assert_bits_equal(waiting + 0.0, wanted_total + 0.0)
+            codes = row_ops.rms_norm_quantize(x, fused[0].first.weight, eps=1e-5, symmetric=symmetric)
+            on_cpu = [None if t is None else t.cpu() for t in codes[:3]]
             tensors = {name: t.cpu() for name, t in layer.canonical().items()}
-            wanted = reference.linear_w8a8_prequantized(
-                codes[0].cpu(),
-                codes[1].cpu(),
-                None,
-                tensors["weight"],
-                tensors["weight_scale"],
-                tensors["bias"],
-                torch.bfloat16,
-            )
+            weight = (tensors["weight"], tensors["weight_scale"], tensors["bias"], torch.bfloat16)
+            if scheme.weight_bits == 8:
+                wanted = reference.linear_w8a8_prequantized(*on_cpu, *weight)
+            else:
+                group = scheme.resolve_group_size(K)
+                wanted = reference.linear_w4a8_prequantized(*on_cpu, *weight, in_features=K, group_size=group)
             assert_bits_equal(layer(normed), wanted)
             assert_bits_equal(normed.clone(), plain[0].first(x))
 
@@ -105,7 +123,8 @@ def test_gpu_compiled_asymmetric_and_moved(gpu_model: tuple[nn.Module, nn.Module
         assert_bits_equal(there_and_back(x), fused(x))
         model = Block().eval()
         other = copy.deepcopy(model)
-        qk.quantize_(model, qk.Scheme(activation_symmetric=False), exclude=())
-        qk.quantize_(other, qk.Scheme(activation_symmetric=False), exclude=(), fuse=False)
+        scheme = fused[0].attention.q.scheme.replace(activation_symmetric=False)
+        qk.quantize_(model, scheme, exclude=())
+        qk.quantize_(other, scheme, exclude=(), fuse=False)
         model.cuda(), other.cuda()  # converted on the CPU, run here
         assert close(model(x.float()), other(x.float()))

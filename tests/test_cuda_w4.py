@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -28,8 +29,8 @@ from helpers import (
 )
 from torch import Tensor
 
-from qkernels import cuda, cuda_w4, ops, reference
-from qkernels.cuda_w4 import PreparedCudaW4
+from qkernels import cuda, cuda_w4, cuda_w4_layer, ops, reference
+from qkernels.cuda_w4_layer import PreparedCudaW4
 from qkernels.scheme import Scheme
 
 gpu = [
@@ -40,8 +41,13 @@ gpu = [
 STEP = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 
 
-def scheme_of(kind: str, group: int | None, *, activation_bits: int | None = None, fp32: bool = False) -> Scheme:
+def scheme_of(
+    kind: str, group: int | None, *, activation_bits: int | None = None, fp32: bool = False, symmetric: bool = True
+) -> Scheme:
+    """``symmetric``: the activations."""
     options = dict(W4_KINDS[kind])
+    if not symmetric:
+        options["activation_symmetric"] = False
     if group is not None:
         options |= {"weight_granularity": "per_group", "group_size": group}
         if fp32:
@@ -104,6 +110,8 @@ def test_w4_kernels_say_what_they_leave_alone() -> None:
     assert "8-bit" not in PreparedCudaW4.objection(scheme_of("symmetric", 128), 256, 64, there)
     assert "groups of 40" in PreparedCudaW4.objection(scheme_of("symmetric", 40), 256, 64, there)
     assert "empty" in PreparedCudaW4.objection(scheme_of("symmetric", 128), 0, 64, there)
+    shifted = scheme_of("symmetric", 128, activation_bits=8, symmetric=False)
+    assert "asymmetric" not in PreparedCudaW4.objection(shifted, 256, 64, there)
     prepared = ops.prepare(canonical(scheme_of("symmetric", 128), 8, 256), scheme_of("symmetric", 128), 256)
     assert prepared.kernel.startswith("w4a16.")
     assert not prepared.reason
@@ -131,6 +139,35 @@ def test_w4_plans_have_room_for_what_is_shared(eight_bits: bool, capability: int
         assert (floats == 0) == (counters == 0)
         assert floats % (ctas * 2 * 128 * tokens) == 0
         assert counters == 0 or not eight_bits
+
+
+class Plans:
+    """Stands for the CUDA module: what a plan was asked for."""
+
+    def plan_w4(self, *asked: int) -> tuple[int, ...]:
+        return asked
+
+    def has_sm90a(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(("capability", "asked"), [(80, 80), (89, 89), (90, 89), (100, 89)])
+def test_w4a8_with_zero_points_is_planned_for_mma_and_says_so(
+    capability: int, asked: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda_w4, "_cuda", Plans())
+    for module in (cuda_w4, cuda_w4_layer):
+        monkeypatch.setattr(module, "capability", lambda index: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(multi_processor_count=132))
+    plan = cuda_w4._plan.__wrapped__
+    assert plan(8, 5, (264, 1100, 128), 1, 0, True) == (True, 5, 264, 1100, 128, 1, asked, 132)
+    assert plan(8, 5, (264, 1100, 128), 1, 0) == (True, 5, 264, 1100, 128, 1, capability, 132)
+    symmetric, shifted = (scheme_of("symmetric", 128, activation_bits=8, symmetric=s) for s in (True, False))
+    assert ("mma.sync" in cuda_w4.wgmma_objection(shifted, capability)) == (capability == 90)
+    assert not cuda_w4.wgmma_objection(symmetric, capability)
+    assert not cuda_w4.wgmma_objection(scheme_of("symmetric", 128), capability)
+    layer = PreparedCudaW4({"packed": torch.empty(0), "weight_scale": torch.empty(0)}, shifted, 256, 64)
+    assert layer.kernel == ("w4a8.cuda.mma.sm90" if capability == 90 else f"w4a8.cuda.sm{capability}")
 
 
 # -- packing ----------------------------------------------------------------------------------------------------------
@@ -189,7 +226,7 @@ class TestW4A16:
         tensors = canonical(scheme, n, k)
         prepared = on_gpu(tensors, scheme, k)
         x = seeded(40, k).to(dtype)
-        weight = cuda_w4._describe(prepared.tensors, scheme, n, k)
+        weight = cuda_w4.describe(prepared.tensors, scheme, n, k)
         y = cuda_w4._by_slices(x.to("cuda"), weight, prepared.tensors["bias"], dtype)
         assert_close(y, x, tensors, scheme, k, fused=False)
 
@@ -334,44 +371,56 @@ class TestW4A8:
 
     @pytest.mark.parametrize("kind", ["symmetric", "zero point", "minimum"])
     @pytest.mark.parametrize("group", [None, 32, 64, 128, 96, 256])
-    def test_products_equal_the_reference(self, kind: str, group: int | None) -> None:
+    @pytest.mark.parametrize("symmetric", [True, False])
+    def test_products_equal_the_reference(self, kind: str, group: int | None, symmetric: bool) -> None:
         for (n, k), dtype in zip([(8, 64), (203, 1000), (136, 333), (576, 3000)], (*DTYPES, DTYPES[1]), strict=True):
-            scheme = scheme_of(kind, group, activation_bits=8, fp32=(n == 203))
+            scheme = scheme_of(kind, group, activation_bits=8, fp32=(n == 203), symmetric=symmetric)
             tensors = canonical(scheme, n, k, bias=n != 136)
             prepared = on_gpu(tensors, scheme, k)
             moved = {name: tensor.to("cuda") for name, tensor in tensors.items()}
             for rows in (1, 2, 7, 8, 9, 16, 17, 33, 64, 65, 330):
-                x = seeded(rows, k, seed=rows).to("cuda", dtype)
+                x = (seeded(rows, k, seed=rows) + torch.linspace(-4.0, 4.0, rows)[:, None]).to("cuda", dtype)
                 assert_bits_equal(prepared.run(x), reference.linear(x, moved, scheme, k), f"{n}x{k}, {rows} rows")
 
     @pytest.mark.parametrize("tokens", [8, 16, 32, 64, 128])
     @pytest.mark.parametrize("phases", [0, 1, 4])
     @pytest.mark.parametrize("kind", ["symmetric", "zero point", "minimum"])
-    def test_every_tile_of_every_size(self, tokens: int, phases: int, kind: str) -> None:
-        """No phases: the kernel of mma.sync."""
+    @pytest.mark.parametrize("symmetric", [True, False])
+    def test_every_tile_of_every_size(self, tokens: int, phases: int, kind: str, symmetric: bool) -> None:
+        """No phases: the kernel of mma.sync, which alone takes activations with zero points."""
         if phases and cuda.capability(torch.cuda.current_device()) != 90:
             pytest.skip("wgmma is an instruction of compute capability 9.0")
         missing = tokens == 32 if phases == 0 else tokens == 128 and kind == "minimum"
-        if missing or (phases > 1 and (tokens > 16 or kind == "minimum")):
+        if missing or (phases and not symmetric) or (phases > 1 and (tokens > 16 or kind == "minimum")):
             pytest.skip("no such instance")
         n, k = 264, 1100
         for group in (32, 64, 128) if phases > 1 else (32, 64, 96, 128, 256, 512):
-            scheme = scheme_of(kind, group, activation_bits=8)
+            scheme = scheme_of(kind, group, activation_bits=8, symmetric=symmetric)
             tensors = canonical(scheme, n, k)
             prepared = on_gpu(tensors, scheme, k)
             moved = {name: tensor.to("cuda") for name, tensor in tensors.items()}
-            weight = cuda_w4._describe(prepared.tensors, scheme, n, k)
+            weight = cuda_w4.describe(prepared.tensors, scheme, n, k)
             for rows in (1, 5, 33, 150):
-                x = seeded(rows, k, seed=rows).to("cuda", torch.bfloat16)
-                q, scale, _ = cuda.quantize_rows(x)
+                x = (seeded(rows, k, seed=rows) + 0.25 * (rows - 30)).to("cuda", torch.bfloat16)
+                q, scale, zero = cuda.quantize_rows(x, symmetric=symmetric, for_gemm=True)
                 plan = (min(phases, 1), tokens, phases, 1 + rows % 3, 0, 0)
-                y = cuda_w4.gemm_w4a8(q, scale, weight, moved["bias"], torch.float32, plan=plan)
+                y = cuda_w4.gemm_w4a8(q, scale, weight, moved["bias"], torch.float32, x_zero_point=zero, plan=plan)
                 wanted = reference.linear(x, moved, scheme, k, torch.float32)
                 assert_bits_equal(y, wanted, f"group {group}, {rows} rows")
 
-    def test_codes_and_activations_at_their_ends(self) -> None:
+    def test_the_wgmma_kernel_refuses_zero_points(self) -> None:
+        scheme, n, k = scheme_of("symmetric", 128, activation_bits=8, symmetric=False), 128, 256
+        prepared = on_gpu(canonical(scheme, n, k), scheme, k)
+        assert prepared.reason == cuda_w4.wgmma_objection(scheme, cuda.capability(torch.cuda.current_device()))
+        q, scale, zero = cuda.quantize_rows(seeded(3, k).to("cuda"), symmetric=False, for_gemm=True)
+        weight = cuda_w4.describe(prepared.tensors, scheme, n, k)
+        with pytest.raises(ValueError, match=r"expected the mma\.sync kernel"):
+            cuda_w4.gemm_w4a8(q, scale, weight, None, torch.float32, x_zero_point=zero, plan=(1, 8, 1, 1, 0, 0))
+
+    @pytest.mark.parametrize("symmetric", [True, False])
+    def test_codes_and_activations_at_their_ends(self, symmetric: bool) -> None:
         for n, k, group in [(32, 256, 256), (24, 65536, None), (8, 640, 128)]:
-            scheme = scheme_of("symmetric", group, activation_bits=8)
+            scheme = scheme_of("symmetric", group, activation_bits=8, symmetric=symmetric)
             groups = 1 if group is None else -(-k // group)
             shape = (n,) if group is None else (n, groups)
             scale = torch.rand(shape) + 0.5
@@ -385,14 +434,17 @@ class TestW4A8:
                 x[0].neg_()
                 assert_bits_equal(prepared.run(x.to("cuda")), reference.linear(x, tensors, scheme, k), f"{n}x{k}")
 
-    def test_hazardous_rows_static_scales_and_smoothing(self) -> None:
+    @pytest.mark.parametrize("symmetric", [True, False])
+    def test_hazardous_rows_static_scales_and_smoothing(self, symmetric: bool) -> None:
         k = 200
         for static, smooth in itertools.product((False, True), repeat=2):
-            scheme = scheme_of("symmetric", 64, activation_bits=8)
+            scheme = scheme_of("symmetric", 64, activation_bits=8, symmetric=symmetric)
             tensors = canonical(scheme, 72, k, smooth=smooth)
             if static:
                 scheme = scheme.replace(activation_dynamic=False, activation_granularity="per_tensor")
                 tensors["act_scale"] = torch.tensor(0.021)
+                if not symmetric:
+                    tensors["act_zero_point"] = torch.tensor(201, dtype=torch.int32)
             prepared = on_gpu(tensors, scheme, k)
             x = hazard_rows(k)
             assert_bits_equal(prepared.run(x.to("cuda")), reference.linear(x, tensors, scheme, k))
@@ -407,8 +459,9 @@ class TestW4A8:
             x = seeded(rows, k, seed=rows).to("cuda", torch.float16)
             assert_bits_equal(prepared.run(x), reference.linear(x, moved, scheme, k), f"{rows} rows")
 
-    def test_cuda_graph_compiled_and_canonical(self) -> None:
-        scheme, n, k = Scheme.from_preset("w4a8"), 96, 256
+    @pytest.mark.parametrize("symmetric", [True, False])
+    def test_cuda_graph_compiled_and_canonical(self, symmetric: bool) -> None:
+        scheme, n, k = Scheme.from_preset("w4a8").replace(activation_symmetric=symmetric), 96, 256
         tensors = canonical(scheme, n, k)
         prepared = on_gpu(tensors, scheme, k)
         x = seeded(7, k).to("cuda")

@@ -20,7 +20,7 @@ import qkernels as qk
 from qkernels import deferred, norms, reference, row_ops
 from qkernels.backends import PreparedReference
 from qkernels.cuda_rows import Codes, RowGrid
-from qkernels.deferred import Deferred, QuantizedInput, hand_activation
+from qkernels.deferred import Deferred, QuantizedInput, TakesIntegers
 from qkernels.eager import is_plain
 from qkernels.fuse import fuse_, unfuse_
 from qkernels.nn import QuantLinear
@@ -95,7 +95,7 @@ class Captures(Block):
         return self.attention(normed)[0] + later()
 
 
-class Integers(PreparedReference):
+class Integers(TakesIntegers, PreparedReference):
     """Takes integers as the CUDA layers do, over the reference, and counts them."""
 
     taken = 0
@@ -106,34 +106,49 @@ class Integers(PreparedReference):
 
     def run(self, x: Tensor) -> Tensor:
         if isinstance(x, Deferred):
-            codes = x.codes_for(self) if isinstance(x, QuantizedInput) else None
-            if codes is not None:
-                Integers.taken += 1
-                t = self.tensors
-                y = reference.linear_w8a8_prequantized(
-                    *codes, t["q_weight"], t["weight_scale"], t.get("bias"), out_dtype=x.dtype
-                )
-                return self.finished(y.view(*x.shape[:-1], -1))
+            taken = self.over_codes(x)
+            if taken is not None:
+                return taken
             x = x.value()
         return self.finished(self.product(x, self.tensors, None)) if is_plain(x) else self.around(x)
 
-    def finished(self, y: Tensor) -> Tensor:
-        if self.epilogue is not None and self.feeds is not None:
-            handed = hand_activation(y, self.epilogue, *self.feeds)
-            if handed is not None:
-                return handed
-        return super().finished(y)
+    def product_of(self, codes: Codes, out_dtype: torch.dtype) -> Tensor:
+        Integers.taken += 1
+        return prequantized(codes, self.canonical(), self.scheme, self.in_features, out_dtype)
+
+
+def prequantized(
+    codes: tuple[Tensor, Tensor, Tensor | None],
+    tensors: dict[str, Tensor],
+    scheme: qk.Scheme,
+    features: int,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """The definition of a layer over integers."""
+    weight = (tensors["weight"], tensors["weight_scale"], tensors.get("bias"), out_dtype)
+    if scheme.weight_bits == 8:
+        return reference.linear_w8a8_prequantized(*codes, *weight)
+    return reference.linear_w4a8_prequantized(
+        *codes,
+        *weight,
+        in_features=features,
+        group_size=scheme.resolve_group_size(features),
+        weight_zero_point=tensors.get("weight_zero_point"),
+        weight_min=tensors.get("weight_min"),
+    )
 
 
 @torch.no_grad()
 def quantize_norm(x, weight, bias, eps, grid, *, layer, residual=None, for_gemm=False):
     options = {"symmetric": grid.symmetric, "scale": grid.scale, "zero_point": grid.zero_point}
+    total = None if residual is None else reference.add_residual(x, residual)
+    x = x if total is None else total
     rows = x.reshape(-1, x.shape[-1])
     if layer:
         got = row_ops.layer_norm_quantize(rows, weight, bias, eps=eps, inv_smooth=grid.inv_smooth, **options)
     else:
         got = row_ops.rms_norm_quantize(rows, weight, eps=eps, inv_smooth=grid.inv_smooth, **options)
-    return Codes(*got[:3]), None
+    return Codes(*got[:3]), total
 
 
 @torch.no_grad()
@@ -174,6 +189,14 @@ def handing(model: nn.Module) -> list[str]:
 
 X = seeded(2, 5, K)
 ASYMMETRIC = qk.Scheme(activation_symmetric=False)
+W4A8 = qk.Scheme.from_preset("w4a8")
+SCHEMES = {
+    "w8a8": qk.Scheme(),
+    "asymmetric": ASYMMETRIC,
+    "w4a8": W4A8,
+    "w4a8 asymmetric": W4A8.replace(activation_symmetric=False, weight_symmetric=False),
+    "w4a8 per channel": qk.Scheme(4),
+}
 
 
 # -- who may ----------------------------------------------------------------------------------------------------------
@@ -220,6 +243,24 @@ def test_readers_have_to_quantize_alike() -> None:
     assert handing(model) == []
 
 
+def test_readers_with_weights_of_several_kinds_quantize_alike(stand_in: None) -> None:
+    fused, plain = (Block().eval() for _ in range(2))
+    plain.load_state_dict(fused.state_dict())
+    for model, fuse in ((fused, True), (plain, False)):
+        qk.quantize_(model, "w8a8", exclude=(), overrides={"attention.k": "w4a8", "mlp.gate": "w4a8"}, fuse=fuse)
+    assert handing(fused) == ["first", "second"]
+    with torch.no_grad():
+        assert close(adopt(fused)(X), plain(X))
+    assert Integers.taken == 5
+
+
+def test_layers_that_multiply_floats_read_none() -> None:
+    for scheme in ("w4a16", "w8a16", qk.Scheme(weight_granularity="per_group", group_size=16), qk.Scheme(3)):
+        model = Block().eval()
+        qk.quantize_(model, scheme, exclude=())
+        assert handing(model) == []
+
+
 def test_norms_with_hooks_are_left_alone() -> None:
     model = Block().eval()
     model.first.register_forward_hook(lambda *_: None)
@@ -230,7 +271,7 @@ def test_norms_with_hooks_are_left_alone() -> None:
 # -- what comes out ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scheme", ["w8a8", ASYMMETRIC], ids=["symmetric", "asymmetric"])
+@pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
 @pytest.mark.parametrize("mlp", [Mlp(), Mlp(nn.GELU()), PlainMlp(nn.GELU("tanh")), PlainMlp(nn.ReLU())], ids=repr)
 @pytest.mark.parametrize("norm", [RMSNorm, nn.LayerNorm])
 def test_integers_arrive(stand_in: None, scheme: str | qk.Scheme, mlp: nn.Module, norm: type) -> None:
@@ -242,17 +283,18 @@ def test_integers_arrive(stand_in: None, scheme: str | qk.Scheme, mlp: nn.Module
     assert not isinstance(fused(X), Deferred)
 
 
-def test_integers_are_those_of_the_definition(stand_in: None) -> None:
-    fused, _ = converted(Block())
+@pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
+def test_integers_are_those_of_the_definition(stand_in: None, scheme: qk.Scheme) -> None:
+    fused, _ = converted(Block(), scheme)
     layer = fused.attention.q
     with torch.no_grad():
         normed = fused.first(X)
         assert isinstance(normed, QuantizedInput)
         y = layer(normed)
-    codes = reference.quantize_activations(reference.rms_norm(X, fused.first.weight, 1e-5))
-    tensors = layer.canonical()
-    wanted = reference.linear_w8a8_prequantized(*codes, tensors["weight"], tensors["weight_scale"], tensors["bias"])
-    assert_bits_equal(y, wanted)
+    normed = reference.rms_norm(X, fused.first.weight, 1e-5)
+    codes = reference.quantize_activations(normed, symmetric=scheme.activation_symmetric)
+    assert_bits_equal(y, prequantized(codes, layer.canonical(), scheme, K, torch.float32))
+    assert_bits_equal(y, reference.linear(normed, layer.canonical(), scheme, K))
 
 
 @pytest.mark.parametrize("inference", [False, True])

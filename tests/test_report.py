@@ -38,6 +38,16 @@ def test_measure_counts_tied_and_viewed_bytes_once():
     assert measure(views)[""] == 10 * 8 * 4
 
 
+def test_measure_counts_a_weight_among_others_by_its_own_bytes():
+    together = torch.zeros(3, 10, 8)
+    model = nn.ModuleDict({"q": nn.Module(), "k": nn.Module(), "all": nn.Module(), "t": nn.Module()})
+    model["q"].register_buffer("packed", together.narrow(1, 0, 4))
+    model["k"].register_buffer("packed", together.narrow(1, 4, 5))
+    model["all"].register_buffer("packed", together)
+    model["t"].register_buffer("packed", together.transpose(0, 2))
+    assert measure(model) == {"q": 3 * 4 * 8 * 4, "k": 3 * 5 * 8 * 4, "all": 3 * 1 * 8 * 4, "t": 0}
+
+
 def test_measure_counts_buffers_meta_lazy_sparse_and_empty_tensors():
     model = nn.Module()
     model.register_buffer("loose", torch.zeros(3), persistent=False)

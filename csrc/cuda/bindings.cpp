@@ -37,9 +37,9 @@ void quantize_rows_at(Address x, int x_dtype, int64_t m, int64_t k, int64_t x_st
   quantize_rows(a, stream_of(stream));
 }
 
-void gemm_at(Address xq, int64_t x_stride, Address x_scale, Address x_zero_point, Address packed, Address colsum,
-             Address weight_scale, Address bias, int64_t m, int64_t n, int64_t k, Address y, int y_dtype,
-             int64_t y_stride, const py::tuple& config, bool dependent, Address stream) {
+void gemm_at(Address xq, int64_t x_stride, Address x_scale, Address x_zero_point, Address packed, int64_t slab_rows,
+             Address colsum, Address weight_scale, Address bias, int64_t m, int64_t n, int64_t k, Address y,
+             int y_dtype, int64_t y_stride, const py::tuple& config, bool dependent, Address stream) {
   QK_CHECK_GE(m, 0);
   QK_CHECK_LE(m, int64_t{0x7fffff00});
   QK_CHECK_GE(n, 1);
@@ -49,9 +49,12 @@ void gemm_at(Address xq, int64_t x_stride, Address x_scale, Address x_zero_point
   QK_CHECK_EQ(x_stride % 16, 0);
   QK_CHECK_EQ(xq % 16, Address{0});
   QK_CHECK_EQ(packed % 128, Address{0});
+  QK_CHECK_GE(slab_rows, packed_rows(n));
+  QK_CHECK_EQ(slab_rows % kAtomRows, int64_t{0});
   GemmW8A8Args a = {};
   a.xq = pointer<const int8_t>(xq), a.x_stride = x_stride, a.x_scale = pointer<const float>(x_scale);
   a.x_zero_point = pointer<const int32_t>(x_zero_point), a.packed = pointer<const int8_t>(packed);
+  a.slab_rows = slab_rows;
   a.colsum = pointer<const int32_t>(colsum), a.weight_scale = pointer<const float>(weight_scale);
   a.bias = pointer<const float>(bias);
   a.m = static_cast<int32_t>(m), a.n = static_cast<int32_t>(n), a.k = static_cast<int32_t>(k);
@@ -64,8 +67,8 @@ void gemm_at(Address xq, int64_t x_stride, Address x_scale, Address x_zero_point
 int64_t workspace_bytes(int64_t m, int64_t k) { return m * (activation_stride(k) + 8); }
 
 void linear_at(Address x, int x_dtype, int64_t m, int64_t k, int64_t x_stride, Address workspace, bool symmetric,
-               Address inv_smooth, Address static_scale, Address static_zero_point, Address packed, Address colsum,
-               Address weight_scale, Address bias, int64_t n, Address y, int y_dtype, Address stream) {
+               Address inv_smooth, Address static_scale, Address static_zero_point, Address packed, int64_t slab_rows,
+               Address colsum, Address weight_scale, Address bias, int64_t n, Address y, int y_dtype, Address stream) {
   const int64_t q_stride = activation_stride(k);
   const Address scale = workspace + static_cast<Address>(m * q_stride);
   const Address zero_point = symmetric ? 0 : scale + static_cast<Address>(m * 4);
@@ -73,7 +76,7 @@ void linear_at(Address x, int x_dtype, int64_t m, int64_t k, int64_t x_stride, A
   const bool dependent = capability >= 90;
   quantize_rows_at(x, x_dtype, m, k, x_stride, workspace, q_stride, scale, zero_point, inv_smooth, static_scale,
                    static_zero_point, true, dependent, stream);
-  gemm_at(workspace, q_stride, scale, zero_point, packed, colsum, weight_scale, bias, m, n, k, y, y_dtype, n,
+  gemm_at(workspace, q_stride, scale, zero_point, packed, slab_rows, colsum, weight_scale, bias, m, n, k, y, y_dtype, n,
           select(m, n, k, capability, multiprocessors()), dependent, stream);
 }
 
@@ -133,9 +136,9 @@ PYBIND11_MODULE(_cuda, m) {
         py::arg("inv_smooth"), py::arg("static_scale"), py::arg("static_zero_point"), py::arg("shifted"),
         py::arg("dependent"), py::arg("stream"));
   m.def("gemm_w8a8", &gemm_at, py::arg("xq"), py::arg("x_stride"), py::arg("x_scale"), py::arg("x_zero_point"),
-        py::arg("packed"), py::arg("colsum"), py::arg("weight_scale"), py::arg("bias"), py::arg("m"), py::arg("n"),
-        py::arg("k"), py::arg("y"), py::arg("y_dtype"), py::arg("y_stride"), py::arg("config"), py::arg("dependent"),
-        py::arg("stream"));
+        py::arg("packed"), py::arg("slab_rows"), py::arg("colsum"), py::arg("weight_scale"), py::arg("bias"),
+        py::arg("m"), py::arg("n"), py::arg("k"), py::arg("y"), py::arg("y_dtype"), py::arg("y_stride"),
+        py::arg("config"), py::arg("dependent"), py::arg("stream"));
 #ifdef QK_CUDA_SM90A
   m.def(
       "peak_s8",
@@ -147,8 +150,8 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("workspace_bytes", &workspace_bytes, py::arg("m"), py::arg("k"));
   m.def("linear_w8a8", &linear_at, py::arg("x"), py::arg("x_dtype"), py::arg("m"), py::arg("k"), py::arg("x_stride"),
         py::arg("workspace"), py::arg("symmetric"), py::arg("inv_smooth"), py::arg("static_scale"),
-        py::arg("static_zero_point"), py::arg("packed"), py::arg("colsum"), py::arg("weight_scale"), py::arg("bias"),
-        py::arg("n"), py::arg("y"), py::arg("y_dtype"), py::arg("stream"));
+        py::arg("static_zero_point"), py::arg("packed"), py::arg("slab_rows"), py::arg("colsum"),
+        py::arg("weight_scale"), py::arg("bias"), py::arg("n"), py::arg("y"), py::arg("y_dtype"), py::arg("stream"));
   m.def("quantize", &quantize_at, py::arg("x"), py::arg("x_dtype"), py::arg("outer"), py::arg("channels"),
         py::arg("inner"), py::arg("group"), py::arg("q"), py::arg("kind"), py::arg("scale"), py::arg("zero_point"),
         py::arg("symmetric"), py::arg("is_static"), py::arg("stats"), py::arg("stream"));

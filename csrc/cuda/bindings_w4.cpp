@@ -16,9 +16,9 @@ W4Order order_of(int code) {
   return static_cast<W4Order>(code);
 }
 
-// (packed, scale, zero point, minimum, codebook) as addresses, 0: absent; scale dtype code; order; N, K, group.
+// (packed, scale, zero point, minimum, codebook) as addresses, 0: absent; scale dtype code; order; N, K, group; blocks.
 W4Weight weight_of(const py::tuple& v) {
-  QK_CHECK_EQ(v.size(), size_t{10});
+  QK_CHECK_EQ(v.size(), size_t{11});
   const auto address = [&](size_t i) { return v[i].cast<Address>(); };
   W4Weight w = {};
   w.packed = pointer<const uint8_t>(address(0)), w.scale = pointer<const void>(address(1));
@@ -38,6 +38,10 @@ W4Weight weight_of(const py::tuple& v) {
   QK_CHECK_EQ((address(0) | address(1) | address(2) | address(3)) % 16, Address{0});
   w.n = static_cast<int32_t>(n), w.k = static_cast<int32_t>(k);
   w.group = static_cast<int32_t>(group < k ? group : k);
+  const auto stored = v[10].cast<int64_t>();
+  QK_CHECK_GE(stored, w4_blocks(n));
+  QK_CHECK_LE(stored, w4_blocks(0x7fffff00));
+  w.blocks = static_cast<int32_t>(stored);
   w.kind = w.codebook ? W4Kind::kCodebook : w.minimum ? W4Kind::kMinimum : W4Kind::kZeroPoint;
   return w;
 }
@@ -80,8 +84,9 @@ void gemm_w4a16_at(const py::tuple& weight, Address x, int x_dtype, int64_t m, i
   gemm_w4a16(a, plan_of(plan), dependent, stream_of(stream));
 }
 
-void gemm_w4a8_at(const py::tuple& weight, Address xq, int64_t m, int64_t x_stride, Address x_scale, Address bias,
-                  Address y, int y_dtype, int64_t y_stride, const py::tuple& plan, bool dependent, Address stream) {
+void gemm_w4a8_at(const py::tuple& weight, Address xq, int64_t m, int64_t x_stride, Address x_scale,
+                  Address x_zero_point, Address bias, Address y, int y_dtype, int64_t y_stride, const py::tuple& plan,
+                  bool dependent, Address stream) {
   GemmW4A8Args a = {};
   a.weight = weight_of(weight);
   QK_CHECK_EQ(static_cast<int>(a.weight.order), 1);
@@ -90,9 +95,14 @@ void gemm_w4a8_at(const py::tuple& weight, Address xq, int64_t m, int64_t x_stri
   QK_CHECK_EQ(xq % 16, Address{0});
   QK_CHECK_EQ(x_stride % 16, 0);
   a.xq = pointer<const int8_t>(xq), a.x_stride = x_stride, a.x_scale = pointer<const float>(x_scale);
+  a.x_zero_point = pointer<const int32_t>(x_zero_point);
   a.bias = pointer<const float>(bias), a.m = static_cast<int32_t>(m);
   a.y = pointer<void>(y), a.y_dtype = dtype(y_dtype), a.y_stride = y_stride;
-  gemm_w4a8(a, plan_of(plan), dependent, stream_of(stream));
+  const W4Plan p = plan_of(plan);
+  if (a.x_zero_point && p.kernel != W4Kernel::kMma) {
+    throw std::invalid_argument("plan: expected the mma.sync kernel beside x_zero_point, got the wgmma kernel");
+  }
+  gemm_w4a8(a, p, dependent, stream_of(stream));
 }
 
 // 0 where the stream is not being captured, else a number of this capture alone.
@@ -140,8 +150,8 @@ void bind_w4(py::module_& m) {
         py::arg("x_stride"), py::arg("bias"), py::arg("y"), py::arg("y_dtype"), py::arg("y_stride"), py::arg("plan"),
         py::arg("counters"), py::arg("partials"), py::arg("dependent"), py::arg("stream"));
   m.def("gemm_w4a8", &gemm_w4a8_at, py::arg("weight"), py::arg("xq"), py::arg("m"), py::arg("x_stride"),
-        py::arg("x_scale"), py::arg("bias"), py::arg("y"), py::arg("y_dtype"), py::arg("y_stride"), py::arg("plan"),
-        py::arg("dependent"), py::arg("stream"));
+        py::arg("x_scale"), py::arg("x_zero_point"), py::arg("bias"), py::arg("y"), py::arg("y_dtype"),
+        py::arg("y_stride"), py::arg("plan"), py::arg("dependent"), py::arg("stream"));
   m.def("capture_id", &capture_id, py::arg("stream"));
 }
 

@@ -55,7 +55,7 @@ struct PackedSource {
   __device__ __forceinline__ PackedSource(const Job& job, int channel0, int slab) {
     const W4Weight& w = job.weight;
     const GroupRows& r = job.groups;
-    channels = static_cast<uint32_t>(max(0, min(S::kChannels, r.pitch - channel0)));
+    channels = static_cast<uint32_t>(max(0, min(S::kChannels, r.width - channel0)));
     step = int64_t(job.blocks_n) * kW4BlockBytes * S::kProducers;
     codes = w.packed + int64_t(slab) * job.blocks_n * kW4BlockBytes + int64_t(channel0 / kW4Rows) * kW4BlockBytes;
     scale = static_cast<const uint8_t*>(w.scale) + int64_t(channel0) * r.value_bytes;
@@ -354,7 +354,7 @@ void run_shape(Job job, const void* x, int64_t x_stride, const W4Plan& plan, boo
   const W4Weight& w = job.weight;
   job.groups = make_group_rows(w, S::kChannels);
   job.slabs = static_cast<int32_t>(w4_slabs(w.k));
-  job.blocks_n = static_cast<int32_t>(w4_blocks(w.n));
+  job.blocks_n = w.blocks;
   job.tiles_m = static_cast<int32_t>(blocks(job.e.m, S::kTokens));
   job.tiles_n = static_cast<int32_t>(blocks(w.n, S::kChannels * S::kCluster));
   const int64_t tiles = int64_t(job.tiles_m) * job.tiles_n;

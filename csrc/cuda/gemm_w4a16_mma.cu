@@ -85,7 +85,7 @@ __device__ __forceinline__ void load_weights(const Job& job, uint32_t stage, con
 #pragma unroll
   for (int i = 0; i < S::kBlocksN; ++i) {
     const int block = min(at.tile_n * (kChannels / kW4Rows) + warp * S::kBlocksN + i, job.blocks_n - 1);
-    const uint8_t* source = a.weight.packed + int64_t(at.slab * job.blocks_n + block) * kW4BlockBytes + lane * 16;
+    const uint8_t* source = a.weight.packed + (int64_t(at.slab) * a.weight.blocks + block) * kW4BlockBytes + lane * 16;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       ptx::cp_async_16(target + i * kW4BlockBytes + half * 512, source + half * 512, 16);

@@ -4,6 +4,8 @@
 //
 // Weights are the 16-row operand; how codes become its fragments stands in operands_w4a8.cuh.
 //
+// Activations with zero points ("shifted") have instances of their own, whose sums shift_w4a8.cuh sets right.
+//
 // Few tokens ("narrow"): a CTA owns 32 channels x 8 or 16 tokens and its eight warps take the slabs of 128 k in turns,
 // so that one CTA per 32 channels is enough to keep the memory busy. Every warp leaves the integers of its blocks (the
 // parts of a slab that lie in one group) in shared memory, and after each round of eight slabs every thread adds up its
@@ -21,6 +23,7 @@
 #include "host.h"
 #include "launch_w4.h"
 #include "operands_w4a8.cuh"
+#include "shift_w4a8.cuh"
 
 namespace qk::cuda {
 namespace {
@@ -41,11 +44,12 @@ __device__ __forceinline__ float stored_value(const void* values, ScaleType type
 
 // ---- Few tokens ----------------------------------------------------------------------------------------------------
 
-template <int kTokens_, W4Kind kKind_>
+template <int kTokens_, W4Kind kKind_, bool kShifted_>
 struct Narrow {
   static constexpr int kTokens = kTokens_, kBlocksM = kTokens / 8, kChannels = 32, kBlocksN = 2;
   static constexpr int kStages = kTokens == 8 ? 3 : 2;  // two CTAs fit an SM of 227 KB
   static constexpr W4Kind kKind = kKind_;
+  static constexpr bool kShifted = kShifted_;
   static constexpr int kWeightBytes = kChannels * kW4SlabK / 2;  // of a slab
   static constexpr int kStageBytes = kWeightBytes + kTokens * kTokenBytes;  // of a warp
   static constexpr int kOutputs = kChannels * kTokens, kPerThread = kOutputs / kThreads;
@@ -74,7 +78,7 @@ __global__ void __launch_bounds__(kThreads, 2) narrow_kernel(const Job job) {
 #pragma unroll
     for (int i = 0; i < S::kBlocksN; ++i) {
       const int block = min(n0 / kW4Rows + i, job.blocks_n - 1);
-      const uint8_t* source = w.packed + int64_t(slab * job.blocks_n + block) * kW4BlockBytes + lane * 16;
+      const uint8_t* source = w.packed + (int64_t(slab) * w.blocks + block) * kW4BlockBytes + lane * 16;
       ptx::cp_async_16(target + i * kW4BlockBytes, source, 16);
       ptx::cp_async_16(target + i * kW4BlockBytes + 512, source + 512, 16);
     }
@@ -93,6 +97,12 @@ __global__ void __launch_bounds__(kThreads, 2) narrow_kernel(const Job job) {
   for (int r = 0; r < S::kStages - 1; ++r) {
     if (r < rounds) load_x(r);
     ptx::cp_async_commit();
+  }
+
+  [[maybe_unused]] int32_t shifts[S::kShifted ? S::kBlocksM : 1][2];
+  if constexpr (S::kShifted) {
+#pragma unroll
+    for (int j = 0; j < S::kBlocksM; ++j) load_shift(a, m0 + 8 * j + 2 * (lane & 3), shifts[j]);
   }
 
   // This thread's outputs: word `tid + i * kThreads` of the fragments as blocks hold them.
@@ -115,7 +125,7 @@ __global__ void __launch_bounds__(kThreads, 2) narrow_kernel(const Job job) {
       const uint32_t group = group_of(job.groups, min(k + p * block_k, w.k - 1));
 #pragma unroll
       for (int i = 0; i < S::kPerThread; ++i) {
-        const uint32_t at = group * job.groups.pitch + min(n0 + channel[i], job.groups.pitch - 1);
+        const uint32_t at = group * job.groups.pitch + min(n0 + channel[i], job.groups.width - 1);
         scale[p][i] = stored_value(w.scale, w.scale_type, at);
         if constexpr (S::kKind == W4Kind::kMinimum) low[p][i] = stored_value(w.minimum, w.scale_type, at);
       }
@@ -131,6 +141,7 @@ __global__ void __launch_bounds__(kThreads, 2) narrow_kernel(const Job job) {
       const uint8_t* stage = own + round % S::kStages * S::kStageBytes;
       const uint32_t tokens = ptx::smem_u32(stage + S::kWeightBytes);
       int32_t acc[S::kBlocksN][S::kBlocksM][4] = {}, ones[S::kBlocksM][4] = {};
+      [[maybe_unused]] int32_t weights[S::kShifted ? S::kBlocksN : 1][4] = {};
       uint32_t zeros[S::kBlocksN][2];
 #pragma unroll
       for (int quarter = 0; quarter < 4; ++quarter) {
@@ -143,7 +154,7 @@ __global__ void __launch_bounds__(kThreads, 2) narrow_kernel(const Job job) {
               uint32_t zero = S::kKind == W4Kind::kMinimum ? 0u : 8u;
               if (S::kKind == W4Kind::kZeroPoint && w.zero_point) {
                 const int k = min(slab * kW4SlabK + quarter * 32, w.k - 1);
-                const int n = min(n0 + 16 * i + 8 * e + (lane >> 2), job.groups.pitch - 1);
+                const int n = min(n0 + 16 * i + 8 * e + (lane >> 2), job.groups.width - 1);
                 zero = __ldg(w.zero_point + int64_t(group_of(job.groups, k)) * job.groups.pitch + n);
               }
               zeros[i][e] = zero * kOnes;
@@ -160,6 +171,7 @@ __global__ void __launch_bounds__(kThreads, 2) narrow_kernel(const Job job) {
                                  high_bytes(v.y, zeros[i][1])};
 #pragma unroll
           for (int j = 0; j < S::kBlocksM; ++j) ptx::mma_s8(acc[i][j], f, b[j][0], b[j][1]);
+          if constexpr (S::kShifted) add_weights(weights[i], f, slab * kW4SlabK + quarter * 32, w.k, lane);
         }
         if constexpr (S::kKind == W4Kind::kMinimum) {
           const uint32_t f[4] = {kOnes, kOnes, kOnes, kOnes};
@@ -167,6 +179,10 @@ __global__ void __launch_bounds__(kThreads, 2) narrow_kernel(const Job job) {
           for (int j = 0; j < S::kBlocksM; ++j) ptx::mma_s8(ones[j], f, b[j][0], b[j][1]);
         }
         if (((quarter + 1) & mask) == 0) {
+          if constexpr (S::kShifted) {
+            const int first = slab * kW4SlabK + (quarter & ~mask) * 32, width = max(0, min(block_k, w.k - first));
+            take_shift_off<S::kKind == W4Kind::kMinimum>(acc, ones, shifts, weights, width);
+          }
           int32_t* out = ints + ((warp << shift) + (quarter >> (2 - shift))) * S::kBlockInts;
 #pragma unroll
           for (int i = 0; i < S::kBlocksN; ++i) {
@@ -246,12 +262,13 @@ __global__ void __launch_bounds__(kThreads, 2) narrow_kernel(const Job job) {
 
 // ---- More tokens ---------------------------------------------------------------------------------------------------
 
-template <int kTokens_, W4Kind kKind_>
+template <int kTokens_, W4Kind kKind_, bool kShifted_>
 struct Wide {
   static constexpr int kTokens = kTokens_, kChannels = 128, kBlocksN = 2, kBlocksM = kTokens / 16;
   static constexpr W4Kind kKind = kKind_;
+  static constexpr bool kShifted = kShifted_;
   static constexpr int kStages = kTokens == 64 ? 4 : 3;
-  static constexpr int kPerSm = kTokens == 64 && kKind != W4Kind::kMinimum ? 2 : 1;  // CTAs
+  static constexpr int kPerSm = kTokens == 64 && kKind != W4Kind::kMinimum && !kShifted ? 2 : 1;  // CTAs
   static constexpr int kWeightBytes = kChannels * kW4SlabK / 2;
   static constexpr int kMostBytes = kStages * (kWeightBytes + kTokens * kTokenBytes + 4 * kChannels * 8);
   static_assert(kMostBytes <= 99 * 1024, "sm_86 and sm_89 have 99 KB");
@@ -267,7 +284,7 @@ __device__ __forceinline__ void load_slab(const Job& job, const Groups& groups, 
   for (int i = 0; i < 2; ++i) {
     const int at = i * kThreads + tid, block = min(n0 / kW4Rows + at / 64, job.blocks_n - 1);
     ptx::cp_async_16(stage + at * 16,
-                     a.weight.packed + int64_t(slab * job.blocks_n + block) * kW4BlockBytes + at % 64 * 16, 16);
+                     a.weight.packed + (int64_t(slab) * a.weight.blocks + block) * kW4BlockBytes + at % 64 * 16, 16);
   }
   const uint32_t tokens = stage + S::kWeightBytes;
 #pragma unroll
@@ -289,6 +306,7 @@ __global__ void __launch_bounds__(kThreads, S::kPerSm) wide_kernel(const Job job
   const Groups groups(w, job.groups);
   int32_t acc[S::kBlocksN][S::kBlocksM][4] = {}, ones[S::kKind == W4Kind::kMinimum ? S::kBlocksM : 1][4] = {};
   float total[S::kBlocksN][S::kBlocksM][4] = {};
+  [[maybe_unused]] int32_t weights[S::kShifted ? S::kBlocksN : 1][4] = {}, shifts[S::kShifted ? S::kBlocksM : 1][2];
 
   // One slab. kShift: the row_shift of the groups, -1: only known at run time; most groups are 128 k or more.
   const auto multiply = [&](auto fixed, const uint8_t* stage, int slab) {
@@ -324,6 +342,7 @@ __global__ void __launch_bounds__(kThreads, S::kPerSm) wide_kernel(const Job job
                                high_bytes(v.y, zeros[i][1])};
 #pragma unroll
         for (int j = 0; j < S::kBlocksM; ++j) ptx::mma_s8(acc[i][j], f, b[j][0], b[j][1]);
+        if constexpr (S::kShifted) add_weights(weights[i], f, slab * kW4SlabK + quarter * 32, w.k, lane);
       }
       if constexpr (S::kKind == W4Kind::kMinimum) {
         const uint32_t f[4] = {kOnes, kOnes, kOnes, kOnes};
@@ -334,6 +353,11 @@ __global__ void __launch_bounds__(kThreads, S::kPerSm) wide_kernel(const Job job
       const int k = slab * kW4SlabK + quarter * 32, next = k + 32;
       if (slab * kW4SlabK + (quarter & ~mask) * 32 >= w.k) continue;  // nothing but padding
       if (next < w.k && group_of(job.groups, k) == group_of(job.groups, next)) continue;
+      if constexpr (S::kShifted) {
+        // Steps of no group but a single one are 0, and it begins at 0.
+        const int first = group_of(job.groups, k) * job.groups.steps * kW4GroupStep, width = min(next, w.k) - first;
+        take_shift_off<S::kKind == W4Kind::kMinimum>(acc, ones, shifts, weights, width);
+      }
 #pragma unroll
       for (int i = 0; i < S::kBlocksN; ++i) {
 #pragma unroll
@@ -365,6 +389,12 @@ __global__ void __launch_bounds__(kThreads, S::kPerSm) wide_kernel(const Job job
   };
 
   ptx::grid_dependency_wait();
+  if constexpr (S::kShifted) {
+#pragma unroll
+    for (int j = 0; j < S::kBlocksM; ++j) {
+      load_shift(a, m0 + (warp_m * S::kBlocksM + j) * 8 + 2 * (lane & 3), shifts[j]);
+    }
+  }
 #pragma unroll 1
   for (int s = 0; s < S::kStages - 1; ++s) {
     if (s < job.slabs) load_slab<S>(job, groups, base + s * job.stage_bytes, s, m0, n0);
@@ -425,7 +455,7 @@ void run_narrow(const GemmW4A8Args& args, bool dependent, cudaStream_t stream) {
   const Job job = make_job(args, S::kChannels);
   static const int limit = shared_memory_limit();
   // Blocks of 32 k are too many for the shared memory of sm_86 and sm_89.
-  if (S::shared_bytes(job.groups.row_shift) > limit) return run_wide<Wide<64, S::kKind>>(args, stream);
+  if (S::shared_bytes(job.groups.row_shift) > limit) return run_wide<Wide<64, S::kKind, S::kShifted>>(args, stream);
   LaunchShape shape;
   shape.grid = dim3(blocks(args.weight.n, S::kChannels), blocks(args.m, S::kTokens));
   shape.block = dim3(kThreads);
@@ -451,28 +481,34 @@ void run_wide(const GemmW4A8Args& args, cudaStream_t stream) {
   launch(wide_kernel<S>, shape, stream, "gemm_w4a8 wide", job);
 }
 
-template <W4Kind kKind>
+template <W4Kind kKind, bool kShifted>
 void run_tokens(const GemmW4A8Args& args, int32_t tokens, bool dependent, cudaStream_t stream) {
   switch (tokens) {
     case 8:
-      return run_narrow<Narrow<8, kKind>>(args, dependent, stream);
+      return run_narrow<Narrow<8, kKind, kShifted>>(args, dependent, stream);
     case 16:
-      return run_narrow<Narrow<16, kKind>>(args, dependent, stream);
+      return run_narrow<Narrow<16, kKind, kShifted>>(args, dependent, stream);
     case 64:
-      return run_wide<Wide<64, kKind>>(args, stream);
+      return run_wide<Wide<64, kKind, kShifted>>(args, stream);
     case 128:
-      return run_wide<Wide<128, kKind>>(args, stream);
+      return run_wide<Wide<128, kKind, kShifted>>(args, stream);
     default:
       throw std::invalid_argument("gemm_w4a8: expected a tile of 8, 16, 64 or 128 tokens, got " +
                                   std::to_string(tokens));
   }
 }
 
+template <W4Kind kKind>
+void run_kind(const GemmW4A8Args& args, int32_t tokens, bool dependent, cudaStream_t stream) {
+  if (args.x_zero_point) return run_tokens<kKind, true>(args, tokens, dependent, stream);
+  return run_tokens<kKind, false>(args, tokens, dependent, stream);
+}
+
 }  // namespace
 
 void gemm_w4a8_mma(const GemmW4A8Args& args, int32_t tokens, bool dependent, cudaStream_t stream) {
-  if (args.weight.kind == W4Kind::kMinimum) return run_tokens<W4Kind::kMinimum>(args, tokens, dependent, stream);
-  return run_tokens<W4Kind::kZeroPoint>(args, tokens, dependent, stream);
+  if (args.weight.kind == W4Kind::kMinimum) return run_kind<W4Kind::kMinimum>(args, tokens, dependent, stream);
+  return run_kind<W4Kind::kZeroPoint>(args, tokens, dependent, stream);
 }
 
 }  // namespace qk::cuda

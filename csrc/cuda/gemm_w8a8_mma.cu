@@ -48,7 +48,7 @@ template <typename S>
 __device__ __forceinline__ void load_slab(const GemmW8A8Args& a, uint32_t stage, int kb, int m0, int n0, int rows_n) {
   const int tid = threadIdx.x;
   // Weights: the tile is contiguous and already swizzled.
-  const int8_t* w = a.packed + (int64_t(kb) * packed_rows(a.n) + n0) * kSlabK;
+  const int8_t* w = a.packed + (kb * a.slab_rows + n0) * kSlabK;
 #pragma unroll
   for (int i = 0; i < S::kChannels * 8 / kThreads; ++i) {
     const int at = i * kThreads + tid;

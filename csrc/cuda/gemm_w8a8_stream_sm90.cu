@@ -89,15 +89,14 @@ __global__ void __launch_bounds__(kThreads, S::kPerSm)
 
   if (warp == kConsumerWarps) {
     const bool leader = lane == 0;
-    const int64_t rows = packed_rows(a.n);
     const uint32_t weight_bytes =
-        max(0, min(kChannels, static_cast<int>(rows) - n0)) * kSlabK;  // 0: beyond the last channel
+        max(0, min(kChannels, static_cast<int>(packed_rows(a.n)) - n0)) * kSlabK;  // 0: beyond the last channel
     const int ahead = min(count, S::kStages);
     const auto load_weights = [&](int i) {
       const int s = i % S::kStages;
       ptx::mbarrier_arrive_expect_tx(full + 8 * s, weight_bytes + S::kTokenBytes);
       if (weight_bytes > 0) {
-        ptx::bulk_load(base + s * S::kStageBytes, a.packed + ((first + i) * rows + n0) * kSlabK, weight_bytes,
+        ptx::bulk_load(base + s * S::kStageBytes, a.packed + ((first + i) * a.slab_rows + n0) * kSlabK, weight_bytes,
                        full + 8 * s, ptx::kEvictFirst);
       }
     };

@@ -217,7 +217,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (warp == kConsumerWarps && ptx::elect_one()) {
       ptx::prefetch_tensor_map(&x_map);
       const int rows = static_cast<int>(packed_rows(a.n));
-      const int64_t slab_bytes = int64_t(rows) * kSlabK;
+      const int64_t slab_bytes = a.slab_rows * kSlabK;
       int stage = 0;
       uint32_t parity = 1;  // of an empty barrier nobody has used: its "previous" phase counts as complete
       const auto load_weights = [&](int n0, int kb, int s) {

@@ -14,7 +14,8 @@ namespace qk::cuda {
 struct GroupRows {
   int32_t row_shift;  // a slab has 1 << row_shift rows
   uint32_t steps, magic;  // kW4GroupStep steps of a group; magic divides by it, 0: a single group
-  int32_t pitch;  // channels of a stored row
+  int32_t pitch;  // values from one stored row to the next
+  int32_t width;  // values of a stored row that are this weight's
   int32_t value_bytes, row_bytes;  // of a scale, of all values of a row in shared memory
 };
 
@@ -25,7 +26,8 @@ inline GroupRows make_group_rows(const W4Weight& w, int channels) {
   r.steps = static_cast<uint32_t>(single ? 0 : w.group / kW4GroupStep);
   // Exact below 2^32 / steps, and K / 32 times the steps of a group is less than that for K up to 2^18.
   r.magic = single || r.steps == 1 ? 0 : static_cast<uint32_t>(((uint64_t(1) << 32) + r.steps - 1) / r.steps);
-  r.pitch = static_cast<int32_t>(w4_blocks(w.n) * kW4Rows);
+  r.pitch = w.blocks * kW4Rows;
+  r.width = static_cast<int32_t>(w4_blocks(w.n) * kW4Rows);
   r.value_bytes = w.scale_type == ScaleType::kF32 ? 4 : 2;
   r.row_bytes = channels * (r.value_bytes * (w.minimum ? 2 : 1) + (w.zero_point ? 1 : 0));
   return r;
@@ -75,7 +77,7 @@ struct GroupCopies {
       const Piece& p = pieces[i];
       if (p.source == nullptr) break;
       const uint32_t group = group_of(r, static_cast<uint32_t>(min(slab * kW4SlabK + p.k, w.k - 1)));
-      const uint32_t index = group * static_cast<uint32_t>(r.pitch) + min(n0 + p.channel, r.pitch - (16 >> p.shift));
+      const uint32_t index = group * static_cast<uint32_t>(r.pitch) + min(n0 + p.channel, r.width - (16 >> p.shift));
       ptx::cp_async_16(target + (i * kThreads + threadIdx.x) * 16, p.source + (int64_t(index) << p.shift), 16);
     }
   }

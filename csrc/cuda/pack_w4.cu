@@ -146,7 +146,7 @@ __device__ __forceinline__ bool asked_block(const W4Weight& w, int64_t first_row
   if (index >= wide * w4_slabs(w.k)) return false;
   const int64_t slab = index / wide;
   b.row0 = first_row + index % wide * kW4Rows, b.k0 = slab * kW4SlabK;
-  b.at = slab * w4_blocks(w.n) + b.row0 / kW4Rows;
+  b.at = slab * w.blocks + b.row0 / kW4Rows;
   return true;
 }
 
@@ -159,7 +159,7 @@ __global__ void __launch_bounds__(kThreads)
   if (!asked_block(w, first_row, rows, b)) return;
   uint8_t* codes = shared[threadIdx.x / 32];
   unpack_block(w.packed, w.order, b, codes);
-  const int64_t pitch = w4_blocks(w.n) * kW4Rows, last = first_row + rows < w.n ? first_row + rows : w.n;
+  const int64_t pitch = int64_t(w.blocks) * kW4Rows, last = first_row + rows < w.n ? first_row + rows : w.n;
   for (int i = threadIdx.x & 31; i < kW4SlabK; i += 32) {
     const int k = static_cast<int>(b.k0) + i;
     if (k >= w.k) break;
@@ -187,7 +187,7 @@ __global__ void __launch_bounds__(kThreads)
   if (!asked_block(w, first_row, rows, b)) return;
   uint32_t* tile = shared[threadIdx.x / 32];
   const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
-  const int64_t pitch = w4_blocks(w.n) * kW4Rows;
+  const int64_t pitch = int64_t(w.blocks) * kW4Rows;
   const uint4* source = reinterpret_cast<const uint4*>(w.packed + b.at * kW4BlockBytes);
 #pragma unroll
   for (int half = 0; half < 2; ++half) {

@@ -16,6 +16,10 @@
 //     so that word & 0x0f0f0f0f is a[2 * (s % 2)] and (word >> 4) & 0x0f0f0f0f is a[2 * (s % 2) + 1].
 //
 // What belongs to groups, scales and zero points and minima [N, G], is transposed: [G][round_up(N, 16)].
+//
+// Weights that read one input may lie side by side, block after block in slabs of all their blocks, and so may what
+// belongs to their groups. From multiples of 16 channels on, each is still a weight of this layout, but for the
+// distance of its slabs and groups.
 #pragma once
 
 #include <cstdint>
@@ -42,7 +46,8 @@ enum class W4Kind : int32_t { kZeroPoint = 0, kMinimum = 1, kCodebook = 2 };
 
 struct W4Weight {
   const uint8_t* packed;  // fragment slabs, 16-byte aligned
-  const void* scale;  // [G][round_up(N, 16)], 16-byte aligned, as the other two
+  int32_t blocks;  // from one slab to the next: w4_blocks(n), or more; 16 times as many values from group to group
+  const void* scale;  // [G][16 * blocks], 16-byte aligned, as the other two
   const uint8_t* zero_point;  // or nullptr: 8 for kZeroPoint, 0 else
   const void* minimum;  // of scale_type, or nullptr
   const float* codebook;  // [16] on the device, or nullptr
@@ -103,12 +108,14 @@ constexpr int64_t w4_whole_tiles(int64_t tiles, int64_t ctas) {
 }
 
 // y [M, N] from int8 activations: total = sum over groups in order of float(d_g) * scale_g (+ min_g * float(sum_g)),
-// y = round(total * x_scale + bias), each step rounded once; d_g = sum (q - zero) * xq in int32.
+// y = round(total * x_scale + bias), each step rounded once; d_g = sum (q - zero) * a and sum_g = sum a in int32, with
+// a = xq, or xq - (x_zero_point - 128).
 struct GemmW4A8Args {
   W4Weight weight;
-  const int8_t* xq;  // [M, K], 16-byte aligned
+  const int8_t* xq;  // [M, K], 16-byte aligned; q, or q - 128 where x_zero_point is given
   int64_t x_stride;  // bytes between rows, a multiple of 16
   const float* x_scale;  // [M]
+  const int32_t* x_zero_point;  // [M], 0..255, or nullptr; kMma only
   const float* bias;  // [N] or nullptr
   int32_t m;
   void* y;

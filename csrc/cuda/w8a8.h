@@ -12,6 +12,9 @@
 //
 // That is the 128-byte swizzle wgmma wants of a K-major operand, so a tile of any multiple of 8 rows is one contiguous
 // piece of memory: one bulk copy without a tensor map, and free of bank conflicts under ldmatrix.
+//
+// Weights that read one input may lie side by side, row after row in slabs of all their rows. From multiples of 8 rows
+// on, each is still a weight of this layout, but for the distance of its slabs.
 #pragma once
 
 #include <cstdint>
@@ -38,6 +41,7 @@ struct GemmW8A8Args {
   const float* x_scale;  // [M]
   const int32_t* x_zero_point;  // [M], 0..255, or nullptr
   const int8_t* packed;  // K slabs, 128-byte aligned
+  int64_t slab_rows;  // from one slab to the next: packed_rows(n), or more
   const int32_t* colsum;  // [N] sum over k of weight[n, k]; read with x_zero_point only
   const float* weight_scale;  // [N]
   const float* bias;  // [N] or nullptr

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from qkernels import cuda, cuda_w4, reference, triton
+from qkernels.cuda_w4_layer import PreparedCudaW4
 from qkernels.scheme import Scheme
 
 __all__ = ["ProblemW4"]
@@ -41,7 +42,7 @@ class ProblemW4:
             codes = torch.randint(0, 256, (n, -(-k // 2)), dtype=torch.uint8, device="cuda")
             scale = (torch.rand(n, groups, device="cuda") * 0.01 + 0.001).to(torch.float16)
             self.canonical.append({"weight": codes, "weight_scale": scale})
-        self.layers = [cuda_w4.PreparedCudaW4.from_canonical(t, self.scheme, k) for t in self.canonical]
+        self.layers = [PreparedCudaW4.from_canonical(t, self.scheme, k) for t in self.canonical]
         self.x = torch.randn(m, k, device="cuda").to(dtype)
 
     @property
@@ -55,7 +56,7 @@ class ProblemW4:
         yield f"{self.name} layer", True, lambda index: self.layers[index % count].run(x)
         if self.name == "w4a8":
             q, scale, _ = cuda.quantize_rows(x)
-            weights = [cuda_w4._describe(layer.tensors, self.scheme, self.n, self.k) for layer in self.layers]
+            weights = [cuda_w4.describe(layer.tensors, self.scheme, self.n, self.k) for layer in self.layers]
             yield (
                 "w4a8 gemm",
                 True,

@@ -1,0 +1,269 @@
+"""4-bit weights on a GPU: layers on the CUDA module, and their operators under torch's dispatcher.
+
+Layers hold the packed weight of ``csrc/cuda/w4.h`` and run under ``torch.ops.qkernels.linear_packed`` like those of the
+CPU (:mod:`qkernels.cpu_packed`), whose schema, shape function and gradient serve both.  The products are in
+:mod:`qkernels.cuda_w4`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from .checks import DTYPE_CODES, check_input, check_out_dtype
+from .cpu_packed import PreparedPacked
+from .cuda import _cuda, capability, unavailable
+from .cuda_rows import Codes, RowGrid
+from .cuda_w4 import (
+    BLOCK_BYTES,
+    BLOCK_ROWS,
+    GROUP_STEP,
+    MAX_FEATURES,
+    ORDERS,
+    SLAB_K,
+    dequantize_w4,
+    describe,
+    linear_w4a8,
+    linear_w4a16,
+    pack_groups,
+    pack_w4,
+    product_w4a8,
+    unpack_groups,
+    unpack_w4,
+    wgmma_objection,
+)
+from .deferred import Deferred, TakesIntegers
+from .eager import is_plain
+from .joint import Joinable, Rows
+from .packed import GROUPED, PackedLayer, codebook_tensor, group_count
+from .prepared import effective_weight, scheme_from_key
+from .scheme import Scheme
+
+__all__ = ["PreparedCudaW4", "dequantize_packed", "linear_packed"]
+
+
+def _settle(device: torch.device) -> None:
+    """Waits for what was packed: launches of layers fetch weights before the kernel in front of them has ended."""
+    if not torch.cuda.is_current_stream_capturing():
+        torch.cuda.current_stream(device).synchronize()
+
+
+def _canonical(tensors: Mapping[str, Tensor | None], scheme: Scheme, rows: int, features: int) -> dict[str, Tensor]:
+    """The canonical tensors that :meth:`PreparedCudaW4.pack` packed."""
+    codes = cast(Tensor, tensors["packed"])
+    canonical = {"weight": unpack_w4(codes, rows, features, ORDERS[scheme.activation_bits])}
+    shape = (rows,) if scheme.weight_granularity == "per_channel" else (rows, group_count(scheme, features))
+    for name, own in GROUPED.items():
+        if (tensor := tensors.get(own)) is not None:
+            canonical[name] = unpack_groups(tensor, shape)
+    return canonical
+
+
+def _run(
+    x: Tensor,
+    tensors: Mapping[str, Tensor | None],
+    scheme: Scheme,
+    rows: int,
+    features: int,
+    dtype: torch.dtype,
+    dependent: bool,
+) -> Tensor:
+    """A layer over tensors that were checked; ``dependent``: none of which the kernel before this may be writing."""
+    weight = describe(tensors, scheme, rows, features)
+    bias = tensors.get("bias")
+    if scheme.weight_only:
+        return linear_w4a16(x, weight, bias, tensors.get("inv_smooth"), dtype, dependent=dependent)
+    return linear_w4a8(x, weight, bias, _grid(tensors, scheme), dtype)
+
+
+def _grid(tensors: Mapping[str, Tensor | None], scheme: Scheme) -> RowGrid:
+    """How the inputs of a layer with 8-bit activations are quantized."""
+    zero_point = None if scheme.activation_symmetric else tensors.get("act_zero_point")
+    return RowGrid(scheme.activation_symmetric, tensors.get("act_scale"), zero_point, tensors.get("inv_smooth"))
+
+
+class PreparedCudaW4(TakesIntegers, Joinable, PackedLayer):
+    """4-bit weights on a GPU, by the CUDA kernels.
+
+    Resident: the packed codes, what belongs to their groups transposed, and the small canonical tensors.
+    """
+
+    granule = BLOCK_ROWS
+
+    @classmethod
+    def objection(cls, scheme: Scheme, in_features: int, out_features: int, device: torch.device) -> str:
+        """What keeps the CUDA kernels from a layer."""
+        if device.type != "cuda" or scheme.weight_bits != 4:  # nothing to add to what the other kernels say
+            return PreparedPacked.objection(scheme, in_features, out_features, device) or unavailable(device)
+        if in_features == 0 or out_features == 0:
+            return f"no CUDA kernel for an empty weight [{out_features}, {in_features}]"
+        if in_features > MAX_FEATURES:
+            return f"no CUDA kernel for 4-bit weights of more than {MAX_FEATURES} features ({in_features})"
+        group = scheme.resolve_group_size(in_features)
+        if group % GROUP_STEP and group < in_features:
+            return f"no CUDA kernel for groups of {group} (multiples of {GROUP_STEP})"
+        return unavailable(device)
+
+    @classmethod
+    def pack(cls, canonical: Mapping[str, Tensor], scheme: Scheme, in_features: int) -> dict[str, Tensor]:
+        """See the base class."""
+        packed = {"packed": pack_w4(canonical["weight"].contiguous(), in_features, ORDERS[scheme.activation_bits])}
+        for name, own in GROUPED.items():
+            if name in canonical:
+                packed[own] = pack_groups(canonical[name])
+        if scheme.codebook is not None:  # here: a copy to the device has no place in a CUDA graph
+            codebook_tensor(scheme.codebook, packed["packed"].device)
+        _settle(packed["packed"].device)
+        return packed
+
+    def unpack(self) -> dict[str, Tensor]:
+        """See the base class."""
+        return _canonical(self.tensors, self.scheme, self.out_features, self.in_features)
+
+    @classmethod
+    def from_canonical(
+        cls, canonical: Mapping[str, Tensor], scheme: Scheme, in_features: int, reason: str = ""
+    ) -> PackedLayer:
+        """See the base class; the reason says where another kernel would be faster."""
+        reason = reason or wgmma_objection(scheme, capability(canonical["weight"].device.index or 0))
+        return super().from_canonical(canonical, scheme, in_features, reason)
+
+    @property
+    def kernel(self) -> str:
+        """``"w4a16.cuda.sm"`` and the compute capability; ``"w4a8.cuda.mma.sm90"`` where mma.sync serves in place of
+        wgmma."""
+        found = capability(self.device.index or 0)
+        mma = "mma." if wgmma_objection(self.scheme, found) else ""
+        return f"w4a{self.scheme.activation_bits or 16}.cuda.{mma}sm{found}"
+
+    def run(self, x: Tensor) -> Tensor:
+        """See :meth:`Prepared.run`.  Plain eager calls go straight to the binding."""
+        if isinstance(x, Deferred):
+            taken = self.over_codes(x)
+            if taken is not None:
+                return taken
+            x = x.value()
+        if is_plain(x) and x.is_cuda:
+            tensors = self.tensors
+            packed = tensors["packed"]
+            if (
+                type(packed) is Tensor
+                and packed.device == x.device
+                and x.dtype in DTYPE_CODES
+                and x.dim()
+                and x.shape[-1] == self.in_features
+                and x.layout is torch.strided
+                and packed.data_ptr() % 16 == 0
+            ):
+                return self.finished(_run(x, tensors, self.scheme, self.out_features, self.in_features, x.dtype, True))
+        return self.around(x)
+
+    def rows_of(self, name: str, tensor: Tensor) -> Rows | None:
+        """See :class:`qkernels.joint.Joinable`."""
+        if name == "packed":
+            return Rows(tensor.reshape(-(-self.in_features // SLAB_K), -1, BLOCK_BYTES), 1)
+        if name in GROUPED.values():
+            return Rows(tensor.reshape(group_count(self.scheme, self.in_features), -1), 1)
+        return Rows(tensor, 0) if name == "bias" else None
+
+    def input_grid(self) -> RowGrid | None:
+        """See :meth:`Prepared.input_grid`."""
+        if self.scheme.weight_only or self.tensors["packed"].data_ptr() % 16:
+            return None
+        return _grid(self.tensors, self.scheme)
+
+    def product_of(self, codes: Codes, out_dtype: torch.dtype) -> Tensor:
+        """See the base class."""
+        weight = describe(self.tensors, self.scheme, self.out_features, self.in_features)
+        return product_w4a8(codes, weight, self.tensors.get("bias"), out_dtype)
+
+    def load(self, canonical: Mapping[str, Tensor]) -> None:
+        """Packs into the resident memory."""
+        with torch.no_grad():
+            for name, tensor in canonical.items():
+                if name == "weight":
+                    codes, own = tensor.detach().to(self.device).contiguous(), self.tensors["packed"]
+                    order = ORDERS[self.scheme.activation_bits]
+                    packed = pack_w4(codes, self.in_features, order, own if own.is_contiguous() else None)
+                    if packed is not own:
+                        own.copy_(packed.view(own.shape))
+                elif name in GROUPED:
+                    own = self.tensors[GROUPED[name]]
+                    own.copy_(pack_groups(tensor.detach().to(self.device)).view(own.shape))
+                else:
+                    self.tensors[name].copy_(tensor)
+        _settle(self.device)
+
+
+# -- operators --------------------------------------------------------------------------------------------------------
+
+
+def _checked(given: Mapping[str, Tensor | None], scheme: Scheme, rows: int, features: int) -> dict[str, Tensor | None]:
+    """Aligned tensors of the sizes that a kernel reads: contiguous, or among those of other layers.
+
+    Raises:
+        ValueError: naming the tensor.
+    """
+    packed = cast(Tensor, given["packed"])
+    joined = not packed.is_contiguous() and _joined(packed, given, rows)
+    device = packed.device
+    objection = PreparedCudaW4.objection(scheme, features, rows, device)
+    if objection:
+        raise ValueError(f"packed: {objection}")
+    groups = group_count(scheme, features) * _cuda.w4_group_pitch(rows)
+    sizes = {"packed": _cuda.packed_w4_bytes(rows, features), "bias": rows, "inv_smooth": features}
+    sizes |= {"act_scale": 1, "act_zero_point": 1}
+    tensors: dict[str, Tensor | None] = {}
+    for name, tensor in given.items():
+        if tensor is not None:
+            wanted = sizes.get(name, groups)
+            if tensor.numel() != wanted or tensor.device != device:
+                raise ValueError(
+                    f"{name}: expected {wanted} elements on {device} for a [{rows}, {features}] layer of scheme "
+                    f"{scheme.name}, got {tensor.numel()} on {tensor.device}"
+                )
+            if not (joined and name.startswith("packed")):
+                tensor = tensor.contiguous()
+                if name.startswith("packed"):
+                    tensor = tensor.flatten()
+                    if tensor.data_ptr() % 16:
+                        tensor = tensor.clone()
+        tensors[name] = tensor
+    return tensors
+
+
+def _joined(packed: Tensor, given: Mapping[str, Tensor | None], rows: int) -> bool:
+    """Whether the packed tensors lie among those of other layers as kernels can read them: the same distance in all."""
+    if packed.dim() != 3 or packed.stride()[1:] != (BLOCK_BYTES, 1) or packed.data_ptr() % 16:
+        return False
+    pitch = packed.stride(0) // BLOCK_BYTES * BLOCK_ROWS
+    for name in GROUPED.values():
+        tensor = given.get(name)
+        if tensor is not None and (tensor.dim() != 2 or tensor.stride() != (pitch, 1) or tensor.data_ptr() % 16):
+            return False
+    return packed.stride(0) % BLOCK_BYTES == 0
+
+
+def linear_packed(x: Tensor, *rest: Any) -> Tensor:
+    """``torch.ops.qkernels.linear_packed`` on CUDA tensors."""
+    *given, key, rows, features, out_dtype = rest
+    check_input(x, features, given[0].device, "x")
+    check_out_dtype(out_dtype)
+    scheme = scheme_from_key(key)
+    tensors = _checked(dict(zip(PackedLayer.names, given, strict=True)), scheme, rows, features)
+    return _run(x, tensors, scheme, rows, features, out_dtype or x.dtype, False)
+
+
+def dequantize_packed(*rest: Any) -> Tensor:
+    """``torch.ops.qkernels.dequantize_packed`` on CUDA tensors."""
+    *given, smooth, key, rows, features, dtype = rest
+    scheme = scheme_from_key(key)
+    tensors = _checked(dict(zip(PackedLayer.names[:4], given, strict=True)), scheme, rows, features)
+    if smooth is None:
+        weight = describe(tensors, scheme, rows, features)
+        return dequantize_w4(weight, 0, rows, dtype, cast(Tensor, tensors["packed"]).device)
+    canonical = {**_canonical(tensors, scheme, rows, features), "inv_smooth": smooth}
+    return effective_weight(canonical, scheme, features, dtype).contiguous()

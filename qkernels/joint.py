@@ -1,0 +1,178 @@
+"""Weights that read one input, side by side in one memory: on a GPU one launch multiplies them all.
+
+A layer that was joined to others is what it was.  Its resident tensors are views of larger ones, a kernel that runs it
+alone is told the distance between its slabs, and its state dict, moves and copies are its own.  Which layers belong
+together, and when they run as one, is the business of :class:`qkernels.groups.InputGroup`.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .deferred import Deferred
+from .eager import is_plain
+from .prepared import Prepared
+
+__all__ = ["Joinable", "Joint", "Rows", "join", "own_memory", "separate"]
+
+
+class Rows(NamedTuple):
+    """A resident tensor in a shape that has a dimension for the rows of the weight, and which one that is."""
+
+    tensor: Tensor
+    dimension: int
+
+
+class Joinable(Prepared):
+    """A layer whose resident tensors may be views of larger ones, which hold the rows of several layers."""
+
+    granule: ClassVar[int] = 1
+    """A layer with another one behind it has a multiple of so many rows."""
+
+    @abstractmethod
+    def rows_of(self, name: str, tensor: Tensor) -> Rows | None:
+        """How a resident tensor holds rows; None: it belongs to the input, which layers of a group have in common."""
+
+
+class Joint:
+    """Layers whose weights lie side by side, and the one layer that they are together.
+
+    Args:
+        whole: ``[sum of N, K]``, without an epilogue.
+        parts: the resident tensors of each layer, in its mapping by now: views of those of ``whole``.
+        members: the layers.
+    """
+
+    def __init__(self, whole: Prepared, parts: Sequence[Mapping[str, Tensor]], members: Sequence[Joinable]) -> None:
+        self.whole = whole
+        self._sizes = [member.out_features for member in members]
+        self._expected = [
+            (member.tensors, name, part.get(name))
+            for member, part in zip(members, parts, strict=True)
+            for name in member.names
+        ]
+        self._classes = [type(member) for member in members]
+
+    def holds(self, members: Sequence[Prepared]) -> bool:
+        """Whether layers, in the order of the members, still have the tensors that were joined."""
+        for member, kind in zip(members, self._classes, strict=True):
+            if type(member) is not kind:
+                return False
+        mappings = {id(member.tensors) for member in members}
+        for tensors, name, expected in self._expected:
+            if tensors.get(name) is not expected or id(tensors) not in mappings:
+                return False
+        return True
+
+    def run(self, x: Tensor) -> list[Tensor] | None:
+        """The output of each layer before its epilogue, slices of one ``[..., sum of N]``; None where each has to run
+        alone."""
+        if not isinstance(x, Deferred) and not is_plain(x):
+            return None
+        y = self.whole.run(x)
+        if not is_plain(y):
+            return None
+        outputs, first = [], 0
+        for size in self._sizes:
+            # As data: views would share one counter of changes, and autograd forbids to change some kinds of them.
+            outputs.append(y.narrow(-1, first, size).data)
+            first += size
+        return outputs
+
+
+def join(members: Sequence[Prepared]) -> Joint | None:
+    """Bring the weights of layers into one memory.
+
+    Args:
+        members: of one scheme and number of features, quantizing inputs alike.
+
+    Returns:
+        None, and nothing is changed, where their kernel does not serve joined weights.
+    """
+    layers = [member for member in members if isinstance(member, Joinable)]
+    first = layers[0] if layers else None
+    if first is None or len(layers) != len(members) or len({id(layer.tensors) for layer in layers}) != len(layers):
+        return None
+    if any(type(layer) is not type(first) or layer.device != first.device for layer in layers):
+        return None
+    if any(layer.out_features % first.granule for layer in layers[:-1]):
+        return None
+    whole: dict[str, Any] = {}
+    parts: list[dict[str, Tensor]] = [{} for _ in layers]
+    with torch.no_grad():
+        for name in first.names:
+            given = [layer.tensors.get(name) for layer in layers]
+            if not _join_one(name, given, layers, whole, parts):
+                return None
+    for layer, part in zip(layers, parts, strict=True):
+        layer.tensors.update(part)  # type: ignore[attr-defined]  # a dictionary, which a module may own
+        layer.moved()
+    if first.device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
+        # Launches fetch weights before the one in front of them has ended.
+        torch.cuda.current_stream(first.device).synchronize()
+    rows = sum(layer.out_features for layer in layers)
+    return Joint(type(first)(whole, first.scheme, first.in_features, rows), parts, layers)
+
+
+def _join_one(
+    name: str,
+    given: list[Tensor | None],
+    layers: Sequence[Joinable],
+    whole: dict[str, Any],
+    parts: list[dict[str, Tensor]],
+) -> bool:
+    """The resident tensors of one name, of all layers; False where they do not fit together."""
+    present = [tensor for tensor in given if tensor is not None]
+    if not present:
+        return True
+    if len({tensor.dtype for tensor in present}) > 1:
+        return False
+    if layers[0].rows_of(name, present[0]) is None:
+        whole[name] = given[0]
+        for part, tensor in zip(parts, given, strict=True):
+            if tensor is not None:
+                part[name] = tensor
+        return len(present) == len(layers)
+    if len(present) < len(layers):
+        if name != "bias":
+            return False
+        # -0 changes nothing that it is added to.
+        filled = [present[0].new_full((layer.out_features,), -0.0) for layer in layers]
+    else:
+        filled = []
+    pieces, dimension = [], 0
+    for index, (layer, tensor) in enumerate(zip(layers, given, strict=True)):
+        rows = layer.rows_of(name, filled[index] if tensor is None else tensor)
+        if rows is None:
+            return False
+        pieces.append(rows.tensor)
+        dimension = rows.dimension
+    together, first = torch.cat(pieces, dimension), 0
+    for piece, part, tensor in zip(pieces, parts, given, strict=True):
+        count = piece.shape[dimension]
+        if tensor is not None:
+            part[name] = together.narrow(dimension, first, count)
+        first += count
+    whole[name] = together
+    return True
+
+
+def separate(layer: Prepared) -> None:
+    """Give a layer memory of its own again."""
+    layer.tensors.update(own_memory(layer.resident()))  # type: ignore[attr-defined]  # see join
+    layer.moved()
+
+
+def own_memory(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors none of which is a view of a larger one: copies of those that are."""
+    return {
+        name: tensor.detach().clone(memory_format=torch.contiguous_format)
+        if tensor.untyped_storage().nbytes() > tensor.nbytes
+        else tensor
+        for name, tensor in tensors.items()
+    }
