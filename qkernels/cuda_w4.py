@@ -10,6 +10,7 @@ Weights are packed as ``csrc/cuda/w4.h`` says; layers over them are in :mod:`qke
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping
 from typing import cast
 
@@ -35,6 +36,7 @@ __all__ = [
     "describe",
     "fused_rows",
     "gemm_w4a8",
+    "gemm_w4a16",
     "linear_w4a8",
     "linear_w4a16",
     "pack_groups",
@@ -45,8 +47,8 @@ __all__ = [
     "wgmma_objection",
 ]
 
-FUSED_ROWS, FUSED_ROWS_SM90 = 320, 2048
-"""Where :func:`fused_rows` ends, for the kernels of mma.sync and of wgmma (measured on an H100)."""
+FUSED_ROWS, FUSED_ROWS_MINIMA = 320, 512
+"""Where :func:`fused_rows` ends, for the kernels of mma.sync, and for minima by wgmma (measured on an H100)."""
 
 MMA_CAPABILITY = 89
 """The highest compute capability whose plans are all of mma.sync; those run on every later one too."""
@@ -134,6 +136,11 @@ def describe(tensors: Mapping[str, Tensor | None], scheme: Scheme, rows: int, fe
     )
 
 
+def _kind(weight: Weight) -> int:
+    """``W4Kind`` of ``csrc/cuda/w4.h``."""
+    return 2 if weight[4] else 1 if weight[3] else 0
+
+
 def blocks_of(packed: Tensor, scale: Tensor, rows: int) -> int:
     """Blocks of 16 channels from one slab of a packed weight ``[rows, K]`` to the next, and from group to group: more
     than its own where it lies among others, as ``[slabs, blocks, 1024]`` and ``[groups, channels]`` (see
@@ -208,12 +215,21 @@ def wgmma_objection(scheme: Scheme, found: int) -> str:
     return ""
 
 
-def _fused(x: Tensor, weight: Weight, bias: Tensor | None, out_dtype: torch.dtype, dependent: bool) -> Tensor:
-    """The fused kernel over 16-bit ``x [M, K]``, M >= 1."""
+def gemm_w4a16(
+    x: Tensor,
+    weight: Weight,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+    *,
+    plan: Plan | None = None,
+    dependent: bool = False,
+) -> Tensor:
+    """The fused kernel over 16-bit ``x [M, K]``, M >= 1; arguments as in :func:`gemm_w4a8`."""
     rows, channels, device = x.shape[0], weight[7], x.device
     x = aligned_rows(x)
     out = torch.empty((rows, channels), dtype=out_dtype, device=device)
-    plan = _plan(None, rows, weight[7:10], 2 if weight[4] else 1 if weight[3] else 0, device.index or 0)
+    if plan is None:
+        plan = _plan(None, rows, weight[7:10], _kind(weight), device.index or 0)
     with _on(device):
         stream = _stream(device)
         _cuda.gemm_w4a16(
@@ -234,9 +250,15 @@ def _fused(x: Tensor, weight: Weight, bias: Tensor | None, out_dtype: torch.dtyp
     return out
 
 
-def fused_rows(index: int) -> int:
-    """Up to so many rows the fused W4A16 kernel runs on a device: it is faster than dequantizing first."""
-    return FUSED_ROWS_SM90 if capability(index) == 90 and _cuda.has_sm90a() else FUSED_ROWS
+def fused_rows(index: int, *, minima: bool = False) -> float:
+    """Up to so many rows the fused W4A16 kernel runs on a device: it is faster than dequantizing first.
+
+    Args:
+        minima: groups have minima, whose tiles have no room for more than 64 tokens.
+    """
+    if capability(index) == 90 and _cuda.has_sm90a():
+        return FUSED_ROWS_MINIMA if minima else math.inf
+    return FUSED_ROWS
 
 
 def _by_slices(x: Tensor, weight: Weight, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
@@ -275,11 +297,13 @@ def linear_w4a16(
         return torch.empty(shape, dtype=out_dtype, device=x.device)
     if inv_smooth is not None:
         flat = flat.to(torch.float32) * inv_smooth
-    if rows * (3 if flat.dtype == torch.float32 else 1) > fused_rows(x.device.index or 0):
+    terms_of_x = 3 if flat.dtype == torch.float32 else 1
+    if rows * terms_of_x > fused_rows(x.device.index or 0, minima=weight[3] != 0):
         return _by_slices(flat.contiguous(), weight, bias, out_dtype).view(shape)
     if flat.dtype != torch.float32:
-        return _fused(flat, weight, bias, out_dtype, dependent).view(shape)
-    terms = _fused(split_float32(flat.contiguous()), weight, None, torch.float32, dependent).view(3, rows, channels)
+        return gemm_w4a16(flat, weight, bias, out_dtype, dependent=dependent).view(shape)
+    terms = gemm_w4a16(split_float32(flat.contiguous()), weight, None, torch.float32, dependent=dependent)
+    terms = terms.view(3, rows, channels)
     y = (terms[2] + terms[1]) + terms[0]
     return (y if bias is None else y + bias).to(out_dtype).view(shape)
 
@@ -310,8 +334,7 @@ def gemm_w4a8(
     out = torch.empty((rows, channels), dtype=out_dtype, device=device)
     if rows:
         if plan is None:
-            kind = 2 if weight[4] else 1 if weight[3] else 0
-            plan = _plan(8, rows, weight[7:10], kind, device.index or 0, x_zero_point is not None)
+            plan = _plan(8, rows, weight[7:10], _kind(weight), device.index or 0, x_zero_point is not None)
         with _on(device):
             _cuda.gemm_w4a8(
                 weight,

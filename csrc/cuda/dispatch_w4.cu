@@ -15,8 +15,8 @@ struct Tile {
   double slab, launch, sharing;
 };
 constexpr Tile kHalfTiles[] = {
-    {16, 4, 0.256, 1, 0}, {32, 1, 0.385, 3, 5}, {64, 1, 0.52, 3, 6.5}, {128, 1, 0.76, 3, 8}, {256, 1, 1.33, 3, 17}};
-constexpr Tile kByteTiles[] = {{16, 4, 0.24, 1, 0}, {32, 1, 0.335, 3, 0}, {64, 1, 0.43, 3, 0}, {128, 1, 0.66, 3, 0}};
+    {16, 4, 0.256, 1, 0}, {32, 1, 0.385, 3, 5}, {64, 1, 0.52, 3, 6.5}, {128, 1, 0.76, 3, 8}, {256, 1, 1.33, 3, 22}};
+constexpr Tile kByteTiles[] = {{16, 4, 0.215, 1, 0}, {32, 1, 0.3, 2.5, 0}, {64, 1, 0.41, 2, 0}, {128, 1, 0.63, 2, 0}};
 constexpr int kFew = 16;  // tokens, whose tiles wait for weights alone
 
 // Tiles of a product, and how many of them run at a time.

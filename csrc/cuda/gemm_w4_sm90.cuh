@@ -241,11 +241,11 @@ __global__ void __launch_bounds__(S::kThreads, S::kPerSm)
         const bool ends = kEach || at == job.rows - 1 || (--group_left == 0 && at < job.rows);
         if constexpr (kShift == 0) {
           multiply<S, 0, S::kSteps / 2, kPerRow>(even, tokens, fresh, sums);
-          if (!S::kApart) unpack_half<S>(job, t, packed, odd_codes, book, 1, odd);
+          if (!S::kApart) unpack_half<S, kShift>(job, t, packed, odd_codes, book, 1, odd);
           multiply<S, S::kSteps / 2, S::kSteps / 2, kPerRow>(odd, tokens, fresh, sums);
         } else {
           multiply_row<S, kPerRow>(row, even, odd, tokens, fresh, sums);
-          if (row == 0 && !S::kApart) unpack_half<S>(job, t, packed, odd_codes, book, 1, odd);
+          if (row == 0 && !S::kApart) unpack_half<S, kShift>(job, t, packed, odd_codes, book, 1, odd);
         }
         if constexpr (S::kTurns) ptx::named_barrier_arrive(kTurnBarrier + 1 - group, S::kConsumers);
         Factors f;
@@ -256,11 +256,11 @@ __global__ void __launch_bounds__(S::kThreads, S::kPerSm)
           odd_codes = load_codes(t, next_packed, 1);
           if (S::kApart) {
             ptx::wgmma_wait<0>();
-            unpack_half<S>(job, t, next_packed, odd_codes, book, 1, odd);
+            unpack_half<S, kShift>(job, t, next_packed, odd_codes, book, 1, odd);
           } else if (kShift == 0) {
             ptx::wgmma_wait<1>();  // the even half may be overwritten
           }
-          unpack_half<S>(job, t, next_packed, even_codes, book, 0, even);
+          unpack_half<S, kShift>(job, t, next_packed, even_codes, book, 0, even);
         }
         if constexpr (S::kWide) {
           f = load_factors<S>(
@@ -293,9 +293,19 @@ __global__ void __launch_bounds__(S::kThreads, S::kPerSm)
     if (left > 0) {
       ptx::mbarrier_wait(full_here + 8 * ring.stage, 0);
       const uint8_t* packed = packed_at(ring.stage);
-      unpack_half<S>(job, t, packed, load_codes(t, packed, 0), book, 0, even);
       odd_codes = load_codes(t, packed, 1);
-      if (S::kApart) unpack_half<S>(job, t, packed, odd_codes, book, 1, odd);
+      const auto unpack_first = [&](auto fixed) {
+        constexpr int kShift = decltype(fixed)::value;
+        unpack_half<S, kShift>(job, t, packed, load_codes(t, packed, 0), book, 0, even);
+        if (S::kApart) unpack_half<S, kShift>(job, t, packed, odd_codes, book, 1, odd);
+      };
+      if (job.groups.row_shift == 0) {
+        unpack_first(std::integral_constant<int, 0>());
+      } else if (job.groups.row_shift == 1) {
+        unpack_first(std::integral_constant<int, 1>());
+      } else {
+        unpack_first(std::integral_constant<int, 2>());
+      }
       if constexpr (S::kWide) {
         const Factors f = load_factors<S>(job, t, packed + S::kChannels * (kW4SlabK / 2));
 #pragma unroll

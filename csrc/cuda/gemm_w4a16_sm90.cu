@@ -18,7 +18,7 @@ void run(const GemmW4A16Args& args, const W4Plan& plan, bool dependent, cudaStre
                                                                                    true, "gemm_w4a16_sm90", stream);
   };
   if constexpr (kKind == W4Kind::kZeroPoint) {
-    if (args.weight.zero_point) return launch_as(std::true_type());
+    if (args.weight.zero_point || args.weight.scale_type != ScaleType::kF16) return launch_as(std::true_type());
   }
   launch_as(std::false_type());
 }

@@ -33,6 +33,21 @@ __device__ __forceinline__ uint32_t subtract(__half, uint32_t a, uint32_t b) {
   return *reinterpret_cast<const uint32_t*>(&r);
 }
 
+// a * factor - b for factors of one and, where b is zero too, of zero: exact.
+__device__ __forceinline__ uint32_t times_less(__nv_bfloat16, uint32_t a, uint32_t factor, uint32_t b) {
+  const uint32_t c = b ^ 0x80008000u;
+  const __nv_bfloat162 r =
+      __hfma2(*reinterpret_cast<const __nv_bfloat162*>(&a), *reinterpret_cast<const __nv_bfloat162*>(&factor),
+              *reinterpret_cast<const __nv_bfloat162*>(&c));
+  return *reinterpret_cast<const uint32_t*>(&r);
+}
+__device__ __forceinline__ uint32_t times_less(__half, uint32_t a, uint32_t factor, uint32_t b) {
+  const uint32_t c = b ^ 0x80008000u;
+  const __half2 r = __hfma2(*reinterpret_cast<const __half2*>(&a), *reinterpret_cast<const __half2*>(&factor),
+                            *reinterpret_cast<const __half2*>(&c));
+  return *reinterpret_cast<const uint32_t*>(&r);
+}
+
 // What is subtracted from a pair of codes with the base or-ed in.
 template <typename T>
 __device__ __forceinline__ uint32_t pair_offset(uint32_t zero_point) {
@@ -43,6 +58,11 @@ __device__ __forceinline__ uint32_t pair_offset(uint32_t zero_point) {
 template <typename T>
 __device__ __forceinline__ uint32_t pair_of(uint32_t word, int r, uint32_t offset) {
   return subtract(T(), ptx::and_or(word >> (4 * r), 0x000f000fu, Pairs<T>::kBase), offset);
+}
+// The same, or zeros where factor and offset are.
+template <typename T>
+__device__ __forceinline__ uint32_t pair_of(uint32_t word, int r, uint32_t factor, uint32_t offset) {
+  return times_less(T(), ptx::and_or(word >> (4 * r), 0x000f000fu, Pairs<T>::kBase), factor, offset);
 }
 __device__ __forceinline__ uint32_t pair_of(uint32_t word, int r, const uint32_t* book) {
   const uint32_t two = (word >> (4 * r)) & 0x000f000fu;

@@ -22,7 +22,8 @@ constexpr int kMostStages = 24;
 constexpr int kTurnBarrier = 3, kPhaseBarrier = 1;
 constexpr int kTileGroup = 16;  // token tiles walked before the next channels
 
-// kZeros_: zero points are read, and scales may be of fp32; else the former are 8. Integers: the latter of fp16, too.
+// kZeros_: zero points are read, where there are any, and scales may be of fp32. Else zero points are 8, and scales
+// fp16 unless there are minima or a codebook.
 // kPhases_: warpgroups that take the slabs of a tile in turns (gemm_w4_sm90.cuh).
 template <typename T_, int kTokens_, W4Kind kKind_, bool kZeros_, int kCluster_, int kPhases_>
 struct Shape {
@@ -36,8 +37,9 @@ struct Shape {
   // Room for one set of sums alone: they are of all of K, in units of the scale that they are multiplied by next.
   static constexpr bool kWide = kTokens == 256;
   static_assert(!kWide || (!kBytes && !kMinimum && kPhases_ == 1), "a single sum of floats");
+  static constexpr bool kPlain = kKind == W4Kind::kZeroPoint && !kZeros;
   // Integer products are 16 times the true ones (operands_w4a8.cuh).
-  static constexpr bool kSixteenfold = kBytes && kKind == W4Kind::kZeroPoint && !kZeros;
+  static constexpr bool kSixteenfold = kBytes && kPlain;
   static constexpr int kPhases = kPhases_, kGroups = w4_channels(kPhases) / kGroupChannels;
   static constexpr int kChannels = kGroups * kGroupChannels;
   static constexpr int kConsumers = kGroups * kPhases * 128, kConsumerWarps = kConsumers / 32;
@@ -149,19 +151,24 @@ __device__ __forceinline__ uint4 load_codes(const Thread& t, const uint8_t* pack
   return *reinterpret_cast<const uint4*>(packed + t.codes + half * 512);
 }
 
+template <typename S>
+__device__ __forceinline__ ScaleType scale_type(const Job& job) {
+  return S::kPlain ? ScaleType::kF16 : job.weight.scale_type;
+}
+
 // Wide sums cannot be in units of a scale that is zero or nearly so: its weights are taken as zeros. NaN is not.
 __device__ __forceinline__ bool is_live(float scale) { return !(fabsf(scale) < 0x1p-100f); }
 
 // Those codes as wgmma fragments. packed: the stage's codes, with the rows of its groups behind them.
-template <typename S>
+template <typename S, int kShift>
 __device__ __forceinline__ void unpack_half(const Job& job, const Thread& t, const uint8_t* packed, const uint4& v,
                                             const uint32_t* book, int half, uint32_t (&f)[S::kFragments]) {
   const uint32_t words[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
   for (int part = 0; part < 2; ++part) {  // 32 k
     uint32_t zero[2] = {S::kMinimum ? 0u : 8u, S::kMinimum ? 0u : 8u};  // of channels g and g + 8
-    const uint8_t* row = packed + S::kChannels * (kW4SlabK / 2) +
-                         ((2 * half + part) >> (2 - job.groups.row_shift)) * job.groups.row_bytes;
+    const uint8_t* row =
+        packed + S::kChannels * (kW4SlabK / 2) + ((2 * half + part) >> (2 - kShift)) * job.groups.row_bytes;
     if (S::kZeros && job.weight.zero_point) {
       const uint8_t* zeros = row + S::kChannels * job.groups.value_bytes;
       zero[0] = zeros[t.channel], zero[1] = zeros[t.channel + 8];
@@ -188,23 +195,30 @@ __device__ __forceinline__ void unpack_half(const Job& job, const Thread& t, con
       }
     } else {
       using T = typename S::T;
-      const uint32_t offset[2] = {pair_offset<T>(zero[0]), pair_offset<T>(zero[1])};
+      [[maybe_unused]] uint32_t offset[2] = {pair_offset<T>(zero[0]), pair_offset<T>(zero[1])};
+      [[maybe_unused]] uint32_t kept[2];
+      if constexpr (S::kWide) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const bool live = is_live(row_value(row, scale_type<S>(job), t.channel + 8 * e));
+          kept[e] = !live ? 0u : S::kCodebook ? ~0u : Pairs<T>::kOnes;
+          if (!live) offset[e] = 0u;
+        }
+      }
 #pragma unroll
       for (int s = 2 * part; s < 2 * part + 2; ++s) {
 #pragma unroll
         for (int r = 0; r < 4; ++r) {
+          uint32_t& to = f[4 * s + r];
           if constexpr (S::kCodebook) {
-            f[4 * s + r] = pair_of(words[s], r, book);
+            to = pair_of(words[s], r, book);
+            if constexpr (S::kWide) to &= kept[r & 1];
+          } else if constexpr (S::kWide) {
+            to = pair_of<T>(words[s], r, kept[r & 1], offset[r & 1]);
           } else {
-            f[4 * s + r] = pair_of<T>(words[s], r, offset[r & 1]);
+            to = pair_of<T>(words[s], r, offset[r & 1]);
           }
         }
-      }
-      if constexpr (S::kWide) {
-        const uint32_t kept[2] = {is_live(row_value(row, job.weight.scale_type, t.channel)) ? ~0u : 0u,
-                                  is_live(row_value(row, job.weight.scale_type, t.channel + 8)) ? ~0u : 0u};
-#pragma unroll
-        for (int i = 8 * part; i < 8 * part + 8; ++i) f[i] &= kept[i & 1];
       }
     }
   }
@@ -270,7 +284,7 @@ struct Factors {
 };
 template <typename S>
 __device__ __forceinline__ Factors load_factors(const Job& job, const Thread& t, const uint8_t* row) {
-  const ScaleType type = S::kSixteenfold ? ScaleType::kF16 : job.weight.scale_type;
+  const ScaleType type = scale_type<S>(job);
   Factors f;
 #pragma unroll
   for (int e = 0; e < 2; ++e) {
