@@ -7,8 +7,8 @@ times x in float64.  With u = 2**-24, per output:
 
 (each of K products and additions rounds once, in any order; sums that go from the units of a group's scale to those of
 the next, every 32 k at most, are off by less than 16 u each time; 64 covers scales, offsets, the bias and the split of
-fp32 inputs), plus half a step of what is rounded to 16 bits: a codebook's entries, in products of many rows the weight and
-the bias, and at the end the output.
+fp32 inputs), plus half a step of what is rounded to 16 bits: a codebook's entries, in products of many rows the weight
+and the bias, and at the end the output.
 """
 
 from __future__ import annotations

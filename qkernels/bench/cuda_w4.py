@@ -6,6 +6,7 @@
     w4a8 gemm          int8 activations to scaled output
     w4a8 triton        the portable kernel, likewise
     cublas bf16        torch.mm in bfloat16, its weights cold too
+    humming            Humming's layer of the same bits and groups, where humming-kernels is installed (bf16 and fp16)
 
 W4A16 is timed once its distance from the float32 reference is below half a step of the output; W4A8 once it has the
 reference's bits.
@@ -13,6 +14,7 @@ reference's bits.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Iterator
 
 import torch
@@ -74,8 +76,27 @@ class ProblemW4:
 
             yield "w4a16 triton", True, portable
         wide = [torch.randn(self.n, self.k, device="cuda").to(torch.bfloat16) for _ in range(max(2, count // 4))]
+        if self.dtype != torch.float32 and importlib.util.find_spec("humming") is not None:
+            yield "humming", False, self._humming(max(2, count))
         x16, out16 = x.to(torch.bfloat16), torch.empty(self.m, self.n, dtype=torch.bfloat16, device="cuda")
         yield "cublas bf16", False, lambda index: torch.mm(x16, wide[index % len(wide)].t(), out=out16)
+
+    def _humming(self, count: int) -> Callable[[int], object]:
+        from humming.layer import HummingLayer
+
+        layers = []
+        for _ in range(count):
+            layer = HummingLayer(
+                shape_n=self.n,
+                shape_k=self.k,
+                weight_config={"dtype": "int4", "group_size": self.scheme.resolve_group_size(self.k)},
+                input_config={"dtype": "int8"} if self.name == "w4a8" else None,
+                torch_dtype=self.dtype,
+            ).cuda()
+            layer.load_from_unquantized(torch.randn(self.n, self.k, device="cuda", dtype=self.dtype))
+            layer.transform()
+            layers.append(layer)
+        return lambda index: layers[index % count](self.x)
 
     def _portable_w4a8(self, q: Tensor, scale: Tensor) -> Iterator[tuple[str, bool, Callable[[int], object]]]:
         if not triton.available():
