@@ -28,7 +28,7 @@ def run_kernels() -> None:
     import torch
     from torch import Tensor
 
-    from qkernels import cuda, ops, reference, row_ops
+    from qkernels import cuda, cuda_w4, ops, reference, row_ops
     from qkernels.scheme import Scheme
 
     generator = torch.Generator().manual_seed(0)
@@ -66,7 +66,7 @@ def run_kernels() -> None:
             y = reference.quantize_activations(reference.activated(x, "silu", up))[0]
             check(f"activation_quantize K={k}", row_ops.activation_quantize(a, "silu", b)[0], y, 0.01)
 
-    m, n, k = 70, 130, 257
+    m, n, k = 70, 130, 1101
     x, w = random(m, k), random(n, k)
     tensors = reference.quantize_weight(w, Scheme())
     q, scale, _ = reference.quantize_activations(x)
@@ -96,6 +96,20 @@ def run_kernels() -> None:
                 reference.linear(wide, tensors, scheme, k),
                 bound,
             )
+            weight = cuda_w4.describe(prepared.tensors, scheme, n, k) if scheme.weight_bits == 4 else None
+            if weight and configs[-1][0] == 2 and rows == 70:  # every tile of wgmma, shared ones where there are any
+                for tokens, phases in [(8, 4), (16, 4), *((t, 1) for t in (8, 16, 32, 64, 128, 256))]:
+                    name = f"{scheme.name}, tiles of {tokens}, {phases} phases"
+                    wanted = reference.linear(wide, tensors, scheme, k)
+                    if scheme.weight_only:
+                        room = (1024, 2 * 3 * 2 * 128 * tokens) if phases == 1 else (0, 0)
+                        plan = (1, tokens, phases, 3, *room)
+                        y = cuda_w4.gemm_w4a16(wide.to("cuda"), weight, None, torch.bfloat16, plan=plan)
+                        check(name, y, wanted, bound)
+                    elif scheme.activation_symmetric and tokens < 256:
+                        a, s, _ = cuda.quantize_rows(wide.to("cuda"))
+                        plan = (1, tokens, phases, 3, 0, 0)
+                        check(name, cuda_w4.gemm_w4a8(a, s, weight, None, torch.bfloat16, plan=plan), wanted)
     torch.cuda.synchronize()
 
 
