@@ -20,7 +20,9 @@ __all__ = ["Grid", "Line", "Table", "codes_and_tensors", "joined", "round_units"
 
 SMALLEST = 0.2  # of the full range
 NORM = 2.4  # exponent of the error that range searches add up: outliers count a little more than squared
-CPU_ELEMENTS = 1 << 15  # 128 KiB of fp32: stays in the cache, and one core does it (waits for others cost more)
+CPU_ELEMENTS = (
+    15 << 11
+)  # fp32 that stays in the cache, and too few for torch to share out: cores would wait more than work
 DEVICE_ELEMENTS = 1 << 24  # elsewhere few large steps cost less than many small ones
 EDGES = 8  # columns of a weight that consists of bounds: the smallest group there is
 LINE = 64  # rows of the weight, at least, that are tried out together: they lie side by side
@@ -182,14 +184,18 @@ def search_range(
     for part in w.detach().split(rows):
         groups = split_groups(part.to(torch.float32), size, replicate=scheme.weight_zero == "float")
         pieces = [
-            _search_groups(groups[:, first : first + at_once], small, counts[first : first + at_once], norm, shares)
+            _search_groups(
+                groups[:, first : first + at_once], small, counts[first : first + at_once], norm, shares, elements
+            )
             for first in range(0, len(counts), at_once)
         ]
         found.append(joined(pieces, 1) if per_group else pieces[0])
     return joined(found, 0)
 
 
-def _search_groups(groups: Tensor, small: Scheme, counts: Tensor, norm: float, shares: Tensor) -> dict[str, Tensor]:
+def _search_groups(
+    groups: Tensor, small: Scheme, counts: Tensor, norm: float, shares: Tensor, elements: int
+) -> dict[str, Tensor]:
     """The grid of least error of ``groups [N, G, size]``, whose values count ``counts [G, size]``.
 
     A grid depends on the bounds of a group alone, so the grids for all shares are those of weights that consist of
@@ -197,7 +203,9 @@ def _search_groups(groups: Tensor, small: Scheme, counts: Tensor, norm: float, s
     """
     values = groups.permute(1, 2, 0).contiguous()  # [G, size, N]: what has one scale lies across the lines
     bounds = torch.stack((values.amin(1), values.amax(1)), -1).repeat(1, 1, EDGES // 2)
-    tensors = reference.weight_grid((shares.reshape(-1, 1, 1, 1) * bounds).reshape(-1, EDGES), small)
+    some = max(1, elements // bounds.numel())
+    edges = [(part.reshape(-1, 1, 1, 1) * bounds).reshape(-1, EDGES) for part in shares.split(some)]
+    tensors = joined([reference.weight_grid(part, small) for part in edges], 0)
     grid = Grid.of(tensors, small, EDGES)
 
     def each(lines: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ __all__ = ["refine_weight", "round_block", "round_columns"]
 
 BLOCK = 128  # columns for which the errors of all columns before are added up at once
 WIDTHS = (8, 32, 128)  # columns that errors reach one by one, and those that they then reach in products of matrices
+SPAN = 256  # columns of whole groups for which the errors of all columns are added up at once
 NARROWEST, WIDEST = 0.5, 2.0  # of the scale there was: beyond, the data did not determine it
 
 
@@ -101,29 +102,32 @@ def refine_weight(
     Returns:
         The canonical tensors of the grid that the units are on now.
     """
-    stored = tensors["weight_scale"]
-    grid = Grid.of(tensors, scheme, len(wanted))
-    diagonal = h.diagonal().unsqueeze(1)
+    stored, columns = tensors["weight_scale"], len(wanted)
+    grid = Grid.of(tensors, scheme, columns)
+    size, diagonal = grid.group_size, h.diagonal().unsqueeze(1)
     factor = h / diagonal.t()
     factor.diagonal().zero_()
     scales = grid.scale.clone()
-    errors = wanted - units * grid.widen(scales, len(wanted))
-    for _ in range(rounds):
-        for g, scale in enumerate(scales):
-            group = slice(g * grid.group_size, min((g + 1) * grid.group_size, len(wanted)))
-            near, inside = units[group], factor[group, group]
-            targets = torch.addmm(wanted[group], factor[:, group].t(), errors)
-            before = wanted[group] - errors[group]
-            pull = (targets - before).mul_(diagonal[group]).mul_(near).sum(0)
-            curvature = (h[group, group] @ near).mul_(near).sum(0)
-            step = _step(pull / curvature, scale, grid.scale[g], stored.dtype)
-            scale += step
+    errors = wanted - units * grid.widen(scales, columns)
+    span = max(1, SPAN // size) * size
+    for start in [start for _ in range(rounds) for start in range(0, columns, span)]:
+        stop = min(start + span, columns)
+        targets = torch.addmm(wanted[start:stop], factor[:, start:stop].t(), errors)
+        for first in range(start, stop, size):
+            g, last = first // size, min(first + size, stop)
+            near, inside = units[first:last], factor[first:last, first:last]
+            before = wanted[first:last] - errors[first:last]
+            best = targets[first - start : last - start]
+            pull = (best - before).mul_(diagonal[first:last]).mul_(near).sum(0)
+            curvature = (h[first:last, first:last] @ near).mul_(near).sum(0)
+            step = _step(pull / curvature, scales[g], grid.scale[g], stored.dtype)
+            scales[g] += step
             moved = near * step
-            targets.addmm_(inside.t(), moved, alpha=-1.0)
-            before += moved
-            line = grid.line(g, scale)
-            changes = round_block(targets, before, near, inside, [line] * len(near))
-            torch.sub(wanted[group], before, out=errors[group]).add_(changes)
+            best.addmm_(inside.t(), moved, alpha=-1.0)
+            line = grid.line(g, scales[g])
+            changes = round_block(best, before + moved, near, inside, [line] * len(near)).sub_(moved)
+            errors[first:last] += changes
+            targets[last - start :].addmm_(factor[first:last, last:stop].t(), changes)
     return {**tensors, "weight_scale": scales.t().reshape(stored.shape).to(stored.dtype).contiguous()}
 
 
