@@ -18,7 +18,7 @@ from qkernels.blocks import Inputs, run_by_blocks
 from qkernels.gptq import gptq_weight, matched_weight
 from qkernels.grids import Grid, codes_and_tensors, round_units
 from qkernels.hooks import Target
-from qkernels.refine import refine_weight, round_columns
+from qkernels.refine import _step, refine_weight, round_columns
 
 
 def rounded_to_nearest(w: torch.Tensor, scheme: qk.Scheme) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -156,6 +156,15 @@ def test_refinement_leaves_scales_that_nothing_determines():
     assert torch.isfinite(found).all()
     assert (found > 0).all()
     assert not torch.equal(found, tensors["weight_scale"])
+
+
+def test_a_scale_moves_as_far_as_it_can_be_stored_and_stays_near_where_it_was():
+    first = torch.tensor([1.0, 1.0, 1.0, 1.0, 1.0, 7e-5])
+    step = torch.tensor([0.25001, 1.5, -0.75, torch.nan, torch.inf, -2e-5])
+    expected = torch.tensor([0.25, 0.0, 0.0, 0.0, 0.0, 0.0])
+    assert torch.equal(_step(step, first, first, torch.float16), expected)
+    moved = _step(step, first, first, torch.float32)
+    assert moved[5] == torch.tensor(7e-5) + torch.tensor(-2e-5) - torch.tensor(7e-5), "float32 goes on below 2^-14"
 
 
 def test_gptq_refines_its_result():
