@@ -279,6 +279,22 @@ def test_layers_are_compared_with_the_float_model_and_see_quantized_ones_before_
         torch.testing.assert_close(seen[name].cross, before.t() @ after, rtol=1e-4, atol=1e-4)
 
 
+def test_runs_end_where_nothing_more_is_waited_for():
+    model, data = build("llama", layers=1), batches("llama", count=1)
+    targets = [
+        Target(name, module, G16, False)
+        for name, module in model.named_modules()
+        if name.endswith(("v_proj", "o_proj", "down_proj"))
+    ]
+    finished: list[str] = []
+    for target in targets:
+        target.module.register_forward_hook(lambda module, args, y, name=target.name: finished.append(name))
+    run_by_blocks(model, targets, data, lambda target, inputs: target.weight(), compare=True)
+    times = {target.name.rsplit(".", 1)[1]: finished.count(target.name) for target in targets}
+    # Recorded and put in order: twice.  Then for every layer behind, once quantized and once in float.
+    assert times == {"v_proj": 2 + 4, "o_proj": 2 + 2, "down_proj": 2}
+
+
 class Routed(nn.Module):
     """A block whose layers see the tokens that a threshold lets through."""
 
