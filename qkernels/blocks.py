@@ -162,14 +162,14 @@ def run_by_blocks(
                 run = _Run(block, [_resolve(call, old) for call, old in zip(block.calls, hidden, strict=True)])
                 truth = _Run(block, [_resolve(call, old) for call, old in zip(block.calls, wanted, strict=True)])
                 block.calls.clear()
-                stages, once = _stages(run) if compare else ([block.targets], False)
+                stages, once, outputs = _stages(truth) if compare else ([block.targets], False, [])
                 few = len(stages) <= STAGES
                 for stage in stages if few else [block.targets]:
                     found = _watch(stage, run, weigh, truth if compare and few else None, once=once)
                     run.weights.update(each(found, stage))
                 if index + 1 < len(blocks) and blocks[index + 1].linked:
                     hidden = [tree_flatten(run(i))[0] for i in range(len(batches))]
-                    wanted = [tree_flatten(truth(i))[0] for i in range(len(batches))] if compare else hidden
+                    wanted = outputs if compare else hidden
         for part in _parts(rest):
             each(_watch(part, lambda i: call_model(model, batches[i]), weigh, None), part)
 
@@ -192,12 +192,14 @@ class _EnoughError(Exception):
     """Ends a run in which all that was waited for has been seen."""
 
 
-def _stages(run: _Run) -> tuple[list[list[Target]], bool]:
+def _stages(run: _Run) -> tuple[list[list[Target]], bool, list[list[Any]]]:
     """The block's targets in the order of their calls, those that one tensor enters together.
 
     And whether every batch calls each of them once: a run that waits for some of them may then end with the last.
+    And what the block gave for every batch.
     """
     stages: list[list[Target]] = []
+    outputs: list[list[Any]] = []
     left = {target.name: target for target in run.block.targets}
     once = True
     for number in range(len(run.calls)):
@@ -222,9 +224,9 @@ def _stages(run: _Run) -> tuple[list[list[Target]], bool]:
             stage.append(target)
 
         with _observed(run.block.targets, see):
-            run(number)
+            outputs.append(tree_flatten(run(number))[0])
         once &= sorted(calls) == sorted(target.name for target in run.block.targets)
-    return [*stages, *([list(left.values())] if left else [])], once
+    return [*stages, *([list(left.values())] if left else [])], once, outputs
 
 
 def _mask(batch: Any) -> Tensor | None:
@@ -272,6 +274,7 @@ def _record(model: nn.Module, blocks: list[_Block], batches: Sequence[Any]) -> N
     for number, batch in enumerate(batches):
         last: list[Any] = []
         handles = []
+        left = {block.name for block in blocks}
 
         def before(block: _Block, number: int = number, last: list[Any] = last) -> Any:
             def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -287,14 +290,22 @@ def _record(model: nn.Module, blocks: list[_Block], batches: Sequence[Any]) -> N
 
             return hook
 
-        def after(module: nn.Module, args: Any, output: Any, last: list[Any] = last) -> None:
-            last[:] = tree_flatten(output)[0]
+        def after(block: _Block, last: list[Any] = last, left: set[str] = left) -> Any:
+            def hook(module: nn.Module, args: Any, output: Any) -> None:
+                last[:] = tree_flatten(output)[0]
+                left.discard(block.name)
+                if not left:
+                    raise _EnoughError  # what comes after the blocks, such as an output head, is of no use here
+
+            return hook
 
         try:
             for block in blocks:
                 handles.append(block.module.register_forward_pre_hook(before(block), with_kwargs=True))
-                handles.append(block.module.register_forward_hook(after))
+                handles.append(block.module.register_forward_hook(after(block)))
             call_model(model, batch)
+        except _EnoughError:
+            pass
         finally:
             for handle in handles:
                 handle.remove()
