@@ -48,6 +48,11 @@ def check_dtype(dtype: torch.dtype, name: str) -> torch.dtype:
     return dtype
 
 
+def all_finite(x: Tensor) -> bool:
+    """No NaN and no Inf in ``x``: one pass for its bounds, which NaN enters."""
+    return not x.numel() or bool(torch.isfinite(torch.stack(torch.aminmax(x))).all())
+
+
 def quotient(numerator: float, divisor: Tensor) -> Tensor:
     """``numerator / divisor``, one correctly rounded division per element."""
     return torch.full_like(divisor, numerator) / divisor

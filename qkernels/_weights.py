@@ -215,11 +215,11 @@ def _check_float_weight(w: Tensor) -> Tensor:
     wide = rounding.widen(w, "weight")
     if wide.dim() != 2:
         raise ValueError(f"weight: expected two dimensions [N, K], got shape {list(wide.shape)}")
-    if not bool(torch.isfinite(wide).all()):
+    if not rounding.all_finite(wide):
         raise ValueError("weight: expected finite values, got NaN or Inf")
     return wide
 
 
 def _check_overflow(scale: Tensor) -> None:
-    if not bool(torch.isfinite(scale).all()):
+    if not rounding.all_finite(scale):
         raise ValueError("weight: expected a range (max - min) below the float32 maximum, got one that overflows")

@@ -162,14 +162,14 @@ def run_by_blocks(
                 run = _Run(block, [_resolve(call, old) for call, old in zip(block.calls, hidden, strict=True)])
                 truth = _Run(block, [_resolve(call, old) for call, old in zip(block.calls, wanted, strict=True)])
                 block.calls.clear()
-                stages = _stages(run) if compare else [block.targets]
+                stages, once, outputs = _stages(truth) if compare else ([block.targets], False, [])
                 few = len(stages) <= STAGES
                 for stage in stages if few else [block.targets]:
-                    found = _watch(stage, run, weigh, truth if compare and few else None)
+                    found = _watch(stage, run, weigh, truth if compare and few else None, once=once)
                     run.weights.update(each(found, stage))
                 if index + 1 < len(blocks) and blocks[index + 1].linked:
                     hidden = [tree_flatten(run(i))[0] for i in range(len(batches))]
-                    wanted = [tree_flatten(truth(i))[0] for i in range(len(batches))] if compare else hidden
+                    wanted = outputs if compare else hidden
         for part in _parts(rest):
             each(_watch(part, lambda i: call_model(model, batches[i]), weigh, None), part)
 
@@ -188,14 +188,45 @@ class _Run:
         return torch.func.functional_call(self.block.module, _parameters(self.block, self.weights), args, kwargs)
 
 
-def _stages(run: _Run) -> list[list[Target]]:
-    """The block's targets in the order of their calls, those that one tensor enters together."""
-    found = _watch(run.block.targets, run, _Weigher([None], False), None)
-    stages: dict[int, list[Target]] = {}
-    targets = {target.name: target for target in run.block.targets}
-    for name, inputs in found.items():
-        stages.setdefault(id(inputs), []).append(targets.pop(name))
-    return [*stages.values(), *([list(targets.values())] if targets else [])]
+class _EnoughError(Exception):
+    """Ends a run in which all that was waited for has been seen."""
+
+
+def _stages(run: _Run) -> tuple[list[list[Target]], bool, list[list[Any]]]:
+    """The block's targets in the order of their calls, those that one tensor enters together.
+
+    And whether every batch calls each of them once: a run that waits for some of them may then end with the last.
+    And what the block gave for every batch.
+    """
+    stages: list[list[Target]] = []
+    outputs: list[list[Any]] = []
+    left = {target.name: target for target in run.block.targets}
+    once = True
+    for number in range(len(run.calls)):
+        entered: list[tuple[Tensor, list[Target]]] = []
+        calls: list[str] = []
+
+        def see(
+            name: str,
+            x: Tensor,
+            entered: list[tuple[Tensor, list[Target]]] = entered,
+            calls: list[str] = calls,
+        ) -> None:
+            calls.append(name)
+            stage = next((stage for tensor, stage in entered if tensor is x), None)
+            target = left.pop(name, None)
+            if target is None:
+                return
+            if stage is None:
+                stage = []
+                stages.append(stage)
+                entered.append((x, stage))
+            stage.append(target)
+
+        with _observed(run.block.targets, see):
+            outputs.append(tree_flatten(run(number))[0])
+        once &= sorted(calls) == sorted(target.name for target in run.block.targets)
+    return [*stages, *([list(left.values())] if left else [])], once, outputs
 
 
 def _mask(batch: Any) -> Tensor | None:
@@ -243,6 +274,7 @@ def _record(model: nn.Module, blocks: list[_Block], batches: Sequence[Any]) -> N
     for number, batch in enumerate(batches):
         last: list[Any] = []
         handles = []
+        left = {block.name for block in blocks}
 
         def before(block: _Block, number: int = number, last: list[Any] = last) -> Any:
             def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -258,14 +290,22 @@ def _record(model: nn.Module, blocks: list[_Block], batches: Sequence[Any]) -> N
 
             return hook
 
-        def after(module: nn.Module, args: Any, output: Any, last: list[Any] = last) -> None:
-            last[:] = tree_flatten(output)[0]
+        def after(block: _Block, last: list[Any] = last, left: set[str] = left) -> Any:
+            def hook(module: nn.Module, args: Any, output: Any) -> None:
+                last[:] = tree_flatten(output)[0]
+                left.discard(block.name)
+                if not left:
+                    raise _EnoughError  # what comes after the blocks, such as an output head, is of no use here
+
+            return hook
 
         try:
             for block in blocks:
                 handles.append(block.module.register_forward_pre_hook(before(block), with_kwargs=True))
-                handles.append(block.module.register_forward_hook(after))
+                handles.append(block.module.register_forward_hook(after(block)))
             call_model(model, batch)
+        except _EnoughError:
+            pass
         finally:
             for handle in handles:
                 handle.remove()
@@ -286,17 +326,23 @@ def _resolve(call: tuple[tuple[Any, ...], dict[str, Any]], hidden: list[Any]) ->
 
 
 def _watch(
-    targets: Sequence[Target], run: Callable[[int], Any], weigh: _Weigher, truth: Callable[[int], Any] | None
+    targets: Sequence[Target],
+    run: Callable[[int], Any],
+    weigh: _Weigher,
+    truth: Callable[[int], Any] | None,
+    *,
+    once: bool = False,
 ) -> dict[str, Inputs]:
     """What enters the targets while ``run(batch number)`` runs; layers called with one tensor share one object.
 
-    ``truth(batch number)`` is what it is compared with: the same calls in the float model.
+    ``truth(batch number)`` is what it is compared with: the same calls in the float model.  ``once``: each target is
+    called once in a run, and what the rest of the run computes is of no use.
     """
     found: dict[str, Inputs] = {}
     for number in range(len(weigh.masks)):
         expected: dict[str, list[Tensor]] = {}
         if truth is not None:
-            with _observed(targets, lambda name, x, e=expected: e.setdefault(name, []).append(x)):  # type: ignore[misc]
+            with _observed(targets, lambda name, x, e=expected: e.setdefault(name, []).append(x), once=once):  # type: ignore[misc]
                 truth(number)
         held: list[tuple[Tensor, Inputs]] = []
 
@@ -320,26 +366,32 @@ def _watch(
             held.append((x, known))
             del held[:-4]
 
-        with _observed(targets, watch):
+        with _observed(targets, watch, once=once):
             run(number)
     return found
 
 
 @contextmanager
-def _observed(targets: Sequence[Target], see: Callable[[str, Tensor], Any]) -> Iterator[None]:
-    """Inside, ``see(name, input)`` is called for every call of a target."""
+def _observed(targets: Sequence[Target], see: Callable[[str, Tensor], Any], *, once: bool = False) -> Iterator[None]:
+    """Inside, ``see(name, input)`` is called for every call of a target; ``once``: all called once, the block ends."""
+    left = {target.name for target in targets}
 
     def hook(name: str) -> Any:
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = first_input(args, kwargs)
             if x is not None:
                 see(name, x)
+            left.discard(name)
+            if once and not left:
+                raise _EnoughError
 
         return before
 
     handles = [target.module.register_forward_pre_hook(hook(target.name), with_kwargs=True) for target in targets]
     try:
         yield
+    except _EnoughError:
+        pass
     finally:
         for handle in handles:
             handle.remove()

@@ -1,9 +1,10 @@
 """GPTQ: columns rounded one after the other, each error made good by the columns that are still to come.
 
-    H = 2 X^T X / rows + damping        U = upper Cholesky factor of H^-1
-    err = (w_i - q_i) / U_ii            w_j -= err * U_ij  for j > i
+    H = 2 X^T X / rows + damping = R R^T, R upper triangular
+    w_hat_i = nearest to  w_i + sum over k < i of (w_k - w_hat_k) R_ki / R_ii
 
-(Frantar et al., GPTQ, 2210.17323.)  With ``act_order`` the columns of largest ``H_ii`` come first; the grids of the
+(Frantar et al., GPTQ, 2210.17323, who take the Cholesky factor of the inverse; the results are the same without one:
+Chee et al., QuIP, 2307.13304.)  With ``act_order`` the columns of largest ``H_ii`` come first; the grids of the
 groups are fixed before, so that the order leaves no trace in the stored layer.  Afterwards scales and codes descend
 further on ``sum (w - w_hat) H (w - w_hat)^T``: :mod:`qkernels.refine`.
 """
@@ -18,13 +19,14 @@ import torch
 from torch import Tensor, nn
 
 from . import reference
+from ._rounding import all_finite
 from .bias import corrected_bias
 from .blocks import Inputs, run_by_blocks
 from .calibrate import Statistics
 from .grids import Grid, codes_and_tensors, joined, search_range
 from .hooks import Quantizer, Target, register_algorithm
 from .progress import Progress
-from .refine import INNER, distribute_errors, refine_weight
+from .refine import refine_weight, round_block, round_columns
 from .scheme import Scheme
 
 __all__ = ["GPTQ", "gptq_weight"]
@@ -48,7 +50,7 @@ class GPTQ:
             what a model gives; False: tokens count alike. What an ``attention_mask`` hides never counts.
         match: fit weights to the outputs of the float model for what quantized layers before them give, instead of
             to their own outputs; twice the runs per layer. (Li et al., GPTAQ, 2504.02692.)
-        refine: how often scales and codes are made better afterwards, by turns, on the same objective.
+        refine: how often scales and codes are made better afterwards, on the same objective.
         progress: as in ``quantize_``.
     """
 
@@ -59,7 +61,7 @@ class GPTQ:
     bias_correction: bool = False
     by_sequence: bool = True
     match: bool = True
-    refine: int = 2
+    refine: int = 3
     progress: Progress = None
 
     def __post_init__(self) -> None:
@@ -147,52 +149,67 @@ def gptq_weight(
     columns = weight.shape[1]
     if hessian.shape != (columns, columns):
         raise ValueError(f"hessian: expected shape [{columns}, {columns}], got {list(hessian.shape)}")
-    w = weight.detach().to(torch.float32, copy=True)
-    if not bool(torch.isfinite(w).all()):
+    if not all_finite(weight):
         raise ValueError("weight: expected finite values, got NaN or Inf")
-    h = hessian.detach().to(w.device, torch.float32, copy=True)
-    if not bool(torch.isfinite(h).all()):
+    if not all_finite(hessian):
         raise ValueError("hessian: expected finite values, got NaN or Inf")
-    diagonal = h.diagonal()
-    dead = diagonal <= 0
-    diagonal[dead] = 1.0
-    w[:, dead] = 0.0
-    importance = diagonal.clone()
-    group_size = scheme.resolve_group_size(columns)
+    # [K, N]: one column of the weight is one line of memory.
+    wanted = weight.detach().to(torch.float32).t().clone(memory_format=torch.contiguous_format)
+    h = hessian.detach().to(wanted.device, torch.float32, copy=True)
+    dead = h.diagonal() <= 0
+    h.diagonal().masked_fill_(dead, 1.0)
+    wanted.masked_fill_(dead.unsqueeze(1), 0.0)
+    importance = h.diagonal().clone()
+    order = torch.argsort(importance, descending=True) if act_order else torch.arange(columns, device=wanted.device)
 
-    static = act_order or scheme.weight_granularity == "per_channel"
-    tensors = _measure(w, scheme, importance, search) if static else {}
-    grid = Grid.of(tensors, scheme, columns) if static else None
-    order = torch.argsort(diagonal, descending=True) if act_order else torch.arange(columns, device=w.device)
-    damped, upper = _inverse_factor(h, order, damping)
-    rows = w.t()[order].contiguous()  # [K, N]: one column of the weight is one line of memory
-    codes = torch.empty_like(rows)
-    columns_of, pivots = order.tolist(), upper.diagonal().tolist()
-    if not static:
-        block_size = max(1, block_size // group_size) * group_size
-    collected: list[dict[str, Tensor]] = []
-
-    def visit(i: int, row: Tensor) -> Tensor:
-        nonlocal grid
-        column = columns_of[i]
-        if not static and column % group_size == 0:
-            last = min(column + group_size, columns)
-            piece = scheme.replace(group_size=group_size) if scheme.group_size == "auto" else scheme
-            collected.append(_measure(rows[column:last].t(), piece, importance[column:last], search))
-            grid = Grid.of(collected[-1], piece, group_size)
-        if grid is None:
-            raise ValueError("scheme: expected a grid")
-        codes[column], rounded = grid.round_column(row, column if static else column % group_size)
-        return (row - rounded) / pivots[i]
-
-    for start in range(0, columns, block_size):
-        stop = min(start + block_size, columns)
-        distribute_errors(rows, upper, start, stop, visit, inner=INNER if static else columns)
-    if not static:
-        tensors = joined(collected, 1)
+    if act_order or scheme.weight_granularity == "per_channel":
+        tensors = _measure(wanted.t(), scheme, importance, search)
+        grid = Grid.of(tensors, scheme, columns)
+        wanted = wanted if grid.low is None else wanted.sub_(grid.widen(grid.low, columns))
+        factor = _feedback(h, order, damping)
+        units = _on_fixed_grids(wanted, factor, grid, order, block_size)
+    else:
+        factor = _feedback(h, order, damping)
+        units, tensors = _on_measured_grids(wanted, factor, importance, scheme, search)
+        grid = Grid.of(tensors, scheme, columns)
+        wanted = wanted if grid.low is None else wanted.sub_(grid.widen(grid.low, columns))
+    del factor
     if refine:
-        codes, tensors = refine_weight(w, codes, damped, tensors, scheme, rounds=refine)
-    return codes_and_tensors(codes.t(), tensors, scheme)
+        tensors = refine_weight(wanted, units, h, tensors, scheme, rounds=refine)
+    return codes_and_tensors(grid.codes(units).t(), tensors, scheme)
+
+
+def _on_fixed_grids(wanted: Tensor, factor: Tensor, grid: Grid, order: Tensor, block_size: int) -> Tensor:
+    """The units ``[K, N]`` of ``wanted``, its lines rounded in order."""
+    each = [grid.line(group) for group in range(len(grid.scale))]
+    lines = [each[group] for group in (order // grid.group_size).tolist()]
+    rounded, units = round_columns(wanted[order], factor, lines, block_size=block_size)
+    units[order] = rounded
+    return units
+
+
+def _on_measured_grids(
+    wanted: Tensor, factor: Tensor, importance: Tensor, scheme: Scheme, search: bool
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The units ``[K, N]`` of ``wanted`` and their grids, of which each is measured when its group's turn comes.
+
+    It is measured on the weights that would be best after what has been rounded, were the rest not rounded at all.
+    """
+    columns = len(wanted)
+    size = scheme.resolve_group_size(columns)
+    scheme = scheme.replace(group_size=size)
+    errors, units = torch.empty_like(wanted), torch.empty_like(wanted)
+    collected = []
+    for start in range(0, columns, size):
+        group = slice(start, min(start + size, columns))
+        inside = factor[group, group]
+        made_good = factor[:start, group].t() @ errors[:start]
+        best = wanted[group] + torch.linalg.solve_triangular(inside.t(), made_good, upper=False, unitriangular=True)
+        collected.append(_measure(best.t(), scheme, importance[group], search))
+        grid = Grid.of(collected[-1], scheme, size)
+        before = wanted[group] if grid.low is None else wanted[group] - grid.low
+        errors[group] = round_block(before + made_good, before, units[group], inside, [grid.line(0)] * len(before))
+    return units, joined(collected, 1)
 
 
 @torch.no_grad()
@@ -219,19 +236,21 @@ def _measure(w: Tensor, scheme: Scheme, importance: Tensor, search: bool) -> dic
     return reference.weight_grid(w, scheme)
 
 
-def _inverse_factor(h: Tensor, order: Tensor, damping: float) -> tuple[Tensor, Tensor]:
-    """``h`` damped until it has an inverse, and the upper Cholesky factor of that inverse, its columns in order."""
-    mean = float(h.diagonal().mean())
-    added = damping * mean
+def _feedback(h: Tensor, order: Tensor, damping: float) -> Tensor:
+    """How much of each column's error the columns after it make good; ``h`` is damped, in place, until it tells.
+
+    With ``R`` upper triangular and ``R R^T = H``, the columns in order, it is ``R_ki / R_ii`` above the diagonal.
+    """
+    undamped, backwards = h.diagonal().clone(), order.flip(0)
+    added = damping * float(undamped.mean())
     for _ in range(RETRIES):
-        damped = h.clone()
-        damped.diagonal().add_(added)
-        lower, failed = torch.linalg.cholesky_ex(damped[order][:, order])
-        if not int(failed):
-            inverse = torch.cholesky_inverse(lower)
-            upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
-            if not int(failed) and bool(torch.isfinite(upper).all()):
-                return damped, upper
+        torch.add(undamped, added, out=h.diagonal())
+        lower, failed = torch.linalg.cholesky_ex(h.index_select(0, backwards).index_select(1, backwards))
+        if not int(failed) and all_finite(lower):
+            upper = lower.flip(0, 1)
+            upper /= upper.diagonal().clone()
+            upper.diagonal().zero_()
+            return upper
         added *= 10.0
     raise ValueError(f"hessian: not positive definite even with {added / 10.0:.3g} added to its diagonal")
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,78 +16,124 @@ from . import reference
 from ._rounding import quotient, split_groups
 from .scheme import Scheme
 
-__all__ = ["Grid", "codes_and_tensors", "joined", "search_range"]
+__all__ = ["Grid", "Line", "Table", "codes_and_tensors", "joined", "round_units", "search_range"]
 
 SMALLEST = 0.2  # of the full range
 NORM = 2.4  # exponent of the error that range searches add up: outliers count a little more than squared
-CHUNK_ELEMENTS = 1 << 16  # 256 KiB of fp32: what is tried out again and again stays in the cache
+CPU_ELEMENTS = (
+    15 << 11
+)  # fp32 that stays in the cache, and too few for torch to share out: cores would wait more than work
+DEVICE_ELEMENTS = 1 << 24  # elsewhere few large steps cost less than many small ones
+EDGES = 8  # columns of a weight that consists of bounds: the smallest group there is
+LINE = 64  # rows of the weight, at least, that are tried out together: they lie side by side
+
+
+@dataclass(frozen=True)
+class Table:
+    """A code book in ascending order.
+
+    Args:
+        entries: float32 ``[16]``. middles: between neighbours, float32 ``[15]``.
+        codes: int64 ``[16]``, where in the code book each entry is; places: where each code is here.
+    """
+
+    entries: Tensor
+    middles: Tensor
+    codes: Tensor
+    places: Tensor
+
+    @classmethod
+    def of(cls, codebook: Sequence[float], device: torch.device) -> Table:
+        """The table of 16 values in any order."""
+        entries, codes = torch.tensor(codebook, dtype=torch.float32, device=device).sort(stable=True)
+        return cls(entries, (entries[1:] + entries[:-1]) / 2, codes, codes.argsort())
+
+
+class Line(NamedTuple):
+    """What one group of columns is rounded with: tensors of a shape that fits theirs."""
+
+    scale: Tensor
+    inv: Tensor
+    bottom: Tensor
+    top: Tensor
+    table: Table | None
 
 
 @dataclass(frozen=True)
 class Grid:
-    """The grid of a weight ``[N, K]``, ready to round single columns.
+    """The grid of a weight ``[N, K]``, ready to round single columns: ``w ~ scale * unit + low``.
+
+    A unit is a code less the code of zero, or an entry of the code book.  Everything here is float32 with one line per
+    column of the weight, ``[K, N]``, or per group of columns, ``[G, N]``.
 
     Args:
-        scale: float32 ``[N, G]``; zero: the code of zero, float32 ``[N, G]``; low: minimum, or None.
+        scale: ``[G, N]``; inv: its reciprocals; low: minimum, or None.
+        zero, bottom, top: the code of zero, the smallest and the largest unit, ``[G, N]``.
         group_size: columns per group.
-        bounds: smallest and largest code.
-        table: the code book, float32 ``[16]``, or None.
+        table: the code book, or None.
     """
 
     scale: Tensor
-    zero: Tensor
+    inv: Tensor
     low: Tensor | None
+    zero: Tensor
+    bottom: Tensor
+    top: Tensor
     group_size: int
-    bounds: tuple[int, int]
-    table: Tensor | None
+    table: Table | None
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor], scheme: Scheme, in_features: int) -> Grid:
         """The grid that canonical tensors describe."""
-        scale = tensors["weight_scale"].to(torch.float32)
-        scale = scale.unsqueeze(1) if scale.dim() == 1 else scale
-        low = zero = None
-        if "weight_min" in tensors:
-            low = tensors["weight_min"].to(torch.float32).reshape(scale.shape)
+
+        def lines(tensor: Tensor) -> Tensor:
+            wide = tensor.to(torch.float32)
+            return (wide.unsqueeze(0) if wide.dim() == 1 else wide.t()).contiguous()
+
+        scale, low = lines(tensors["weight_scale"]), tensors.get("weight_min")
         if "weight_zero_point" in tensors:
-            zero = tensors["weight_zero_point"].to(torch.float32).reshape(scale.shape)
-        if zero is None:
-            around_zero = low is None and scheme.codebook is None
-            zero = torch.full_like(scale, float(scheme.zero_code) if around_zero else 0.0)
-        table = None
-        if scheme.codebook is not None:
-            table = torch.tensor(scheme.codebook, dtype=torch.float32, device=scale.device)
-        return cls(scale, zero, low, scheme.resolve_group_size(in_features), scheme.code_range, table)
+            zero = lines(tensors["weight_zero_point"])
+        else:
+            zero = torch.full_like(scale, float(scheme.zero_code) if low is None else 0.0)
+        first, last = scheme.code_range
+        size = scheme.resolve_group_size(in_features)
+        table = None if scheme.codebook is None else Table.of(scheme.codebook, scale.device)
+        low = None if low is None else lines(low)
+        return cls(scale, quotient(1.0, scale), low, zero, first - zero, last - zero, size, table)
+
+    def line(self, group: int, scale: Tensor | None = None) -> Line:
+        """What the columns of one group are rounded with: the grid's own scales, or others ``[N]``."""
+        inv = self.inv[group] if scale is None else quotient(1.0, scale)
+        scale = self.scale[group] if scale is None else scale
+        return Line(scale, inv, self.bottom[group], self.top[group], self.table)
+
+    def codes(self, units: Tensor) -> Tensor:
+        """The codes of ``units [K, N]``."""
+        if self.table is not None:
+            return self.table.codes[torch.bucketize(units, self.table.middles)].to(torch.float32)
+        return units + self.widen(self.zero, len(units))
 
     def units(self, codes: Tensor) -> Tensor:
-        """What the scales of ``codes [N, K]`` are multiplied with, float32."""
+        """The units of ``codes [K, N]``."""
         if self.table is not None:
-            return self.table[codes.to(torch.int64)]
-        return codes.to(torch.float32) - self.widen(self.zero, codes.shape[1])
+            return self.table.entries[self.table.places[codes.to(torch.int64)]]
+        return codes.to(torch.float32) - self.widen(self.zero, len(codes))
 
-    def values(self, codes: Tensor) -> Tensor:
-        """What ``codes [N, K]`` stand for, float32."""
-        values = self.units(codes).mul_(self.widen(self.scale, codes.shape[1]))
-        return values if self.low is None else values.add_(self.widen(self.low, codes.shape[1]))
+    def values(self, units: Tensor) -> Tensor:
+        """What ``units [K, N]`` stand for."""
+        values = units * self.widen(self.scale, len(units))
+        return values if self.low is None else values.add_(self.widen(self.low, len(units)))
 
     def widen(self, per_group: Tensor, columns: int) -> Tensor:
-        """``per_group [N, G]`` once per column, ``[N, columns]``."""
-        return per_group.repeat_interleave(self.group_size, 1)[:, :columns]
+        """``per_group [G, N]`` once per column, ``[columns, N]``."""
+        return per_group.repeat_interleave(self.group_size, 0)[:columns]
 
-    def round_column(self, values: Tensor, column: int) -> tuple[Tensor, Tensor]:
-        """Codes (float32) and what they stand for, of ``values [N]`` in a column of the weight."""
-        group = column // self.group_size
-        scale, zero = self.scale[:, group], self.zero[:, group]
-        inv = quotient(1.0, scale)
-        if self.table is not None:
-            codes = (values * inv).unsqueeze(1).sub(self.table).abs().argmin(1)
-            return codes.to(torch.float32), self.table[codes] * scale
-        if self.low is not None:
-            low = self.low[:, group]
-            codes = ((values - low) * inv).round_().clamp_(*self.bounds)
-            return codes, codes * scale + low
-        codes = (values * inv).round_().add_(zero).clamp_(*self.bounds)
-        return codes, (codes - zero) * scale
+
+def round_units(steps: Tensor, line: Line, out: Tensor) -> Tensor:
+    """``steps`` (values, less the minimum, over the scale) rounded to units, into ``out``, which may be ``steps``."""
+    if line.table is not None:
+        return out.copy_(line.table.entries[torch.bucketize(steps, line.table.middles)])
+    return torch.round(steps, out=out).clamp_(line.bottom, line.top)
 
 
 def codes_and_tensors(codes: Tensor, tensors: Mapping[str, Tensor], scheme: Scheme) -> dict[str, Tensor]:
@@ -123,62 +170,62 @@ def search_range(
     """
     if not w.numel():
         return reference.weight_grid(w, scheme)
-    size = scheme.resolve_group_size(w.shape[1]) if scheme.weight_granularity == "per_group" else w.shape[1]
+    per_group = scheme.weight_granularity == "per_group"
+    size = scheme.resolve_group_size(w.shape[1]) if per_group else w.shape[1]
     weights = torch.ones(w.shape[1], device=w.device) if importance is None else importance.to(w.device, torch.float32)
     counts = split_groups(weights, size)  # what fills a short last group counts nothing
-    rows = max(1, CHUNK_ELEMENTS // w.shape[1])
-    shares = [1.0 - (1.0 - smallest) * step / max(steps, 1) for step in range(steps + 1)]
+    shares = torch.tensor([1.0 - (1.0 - smallest) * step / max(steps, 1) for step in range(steps + 1)], device=w.device)
     norm = NORM if importance is None else 2.0
-    return joined([_search_rows(part, scheme, size, counts, norm, shares) for part in w.detach().split(rows)], 0)
+    elements = CPU_ELEMENTS if w.device.type == "cpu" else DEVICE_ELEMENTS
+    rows = min(len(w), max(LINE, elements // size))
+    at_once = max(1, elements // (size * rows))
+    small = scheme.replace(group_size=EDGES) if per_group else scheme
+    found = []
+    for part in w.detach().split(rows):
+        groups = split_groups(part.to(torch.float32), size, replicate=scheme.weight_zero == "float")
+        pieces = [
+            _search_groups(
+                groups[:, first : first + at_once], small, counts[first : first + at_once], norm, shares, elements
+            )
+            for first in range(0, len(counts), at_once)
+        ]
+        found.append(joined(pieces, 1) if per_group else pieces[0])
+    return joined(found, 0)
 
 
-def _search_rows(
-    w: Tensor, scheme: Scheme, size: int, counts: Tensor, norm: float, shares: Sequence[float]
+def _search_groups(
+    groups: Tensor, small: Scheme, counts: Tensor, norm: float, shares: Tensor, elements: int
 ) -> dict[str, Tensor]:
-    values = split_groups(w.to(torch.float32), size)
-    edges = _bounds(w.to(torch.float32), scheme, size)
-    small = scheme.replace(group_size=8) if scheme.weight_granularity == "per_group" else scheme
-    best: dict[str, Tensor] = {}
-    least = values.new_zeros(0)
-    for share in shares:
-        tensors = reference.weight_grid(edges * share, small)
-        residual = _round(values, tensors, scheme).sub_(values)
-        error = residual.square_() if norm == 2.0 else residual.abs_().pow_(norm)
-        sums = error.mul_(counts).sum(-1)
-        if not best:
-            best, least = tensors, sums
-            continue
-        better = sums < least
-        least = torch.where(better, sums, least)
-        for name, tensor in tensors.items():
-            old = best[name]
-            dtype = old.dtype if old.dtype == tensor.dtype else torch.float32
-            best[name] = torch.where(better.reshape(old.shape), tensor.to(dtype), old.to(dtype))
-    return best
+    """The grid of least error of ``groups [N, G, size]``, whose values count ``counts [G, size]``.
+
+    A grid depends on the bounds of a group alone, so the grids for all shares are those of weights that consist of
+    bounds: ``small`` has groups of that many columns.
+    """
+    values = groups.permute(1, 2, 0).contiguous()  # [G, size, N]: what has one scale lies across the lines
+    bounds = torch.stack((values.amin(1), values.amax(1)), -1).repeat(1, 1, EDGES // 2)
+    some = max(1, elements // bounds.numel())
+    edges = [(part.reshape(-1, 1, 1, 1) * bounds).reshape(-1, EDGES) for part in shares.split(some)]
+    tensors = joined([reference.weight_grid(part, small) for part in edges], 0)
+    grid = Grid.of(tensors, small, EDGES)
+
+    def each(lines: Tensor) -> Tensor:
+        return lines.reshape(len(shares), len(values), 1, -1)
+
+    scale = each(grid.scale)
+    limits = (each(lines).unbind() for lines in (grid.scale, grid.inv, grid.bottom, grid.top))
+    lows = [None] * len(shares) if grid.low is None else each(grid.low).unbind()
+    losses = torch.empty_like(scale)
+    exact, units, weights = torch.empty_like(values), torch.empty_like(values), counts.unsqueeze(1)
+    for low, loss, (step, inv, bottom, top) in zip(lows, losses.unbind(), zip(*limits, strict=True), strict=True):
+        line = Line(step, inv, bottom, top, grid.table)
+        torch.mul(values if low is None else values - low, line.inv, out=exact)
+        error = round_units(exact, line, units).sub_(exact)
+        torch.bmm(weights, error.square_() if norm == 2.0 else error.abs_().pow_(norm), out=loss)
+    best = losses.mul_((scale / scale[0]).pow_(norm)).argmin(0, keepdim=True)
+    return {name: _chosen(tensor, best) for name, tensor in tensors.items()}
 
 
-def _bounds(w: Tensor, scheme: Scheme, size: int) -> Tensor:
-    """The smallest weights that have the grids of ``w``: eight columns per group, its bounds among them."""
-    replicate = scheme.weight_zero == "float"
-    groups = split_groups(w, size, replicate=replicate)
-    low, high = groups.amin(-1), groups.amax(-1)
-    return torch.stack((low, high, low, high, low, high, low, high), -1).flatten(1)
-
-
-def _round(values: Tensor, tensors: Mapping[str, Tensor], scheme: Scheme) -> Tensor:
-    """``values [N, G, group]`` on a grid, as numbers: a new tensor."""
-    shape = (*values.shape[:2], 1)
-    scale = tensors["weight_scale"].to(torch.float32).reshape(shape)
-    inv = quotient(1.0, scale)
-    if scheme.codebook is not None:
-        table = torch.tensor(sorted(scheme.codebook), dtype=torch.float32, device=values.device)
-        return table[torch.bucketize((values * inv).contiguous(), (table[1:] + table[:-1]) / 2)].mul_(scale)
-    bottom, top = scheme.code_range
-    if "weight_min" in tensors:
-        low = tensors["weight_min"].to(torch.float32).reshape(shape)
-        return (values - low).mul_(inv).round_().clamp_(bottom, top).mul_(scale).add_(low)
-    if "weight_zero_point" in tensors:
-        zero = tensors["weight_zero_point"].to(torch.float32).reshape(shape)
-        return (values * inv).round_().add_(zero).clamp_(bottom, top).sub_(zero).mul_(scale)
-    middle = scheme.zero_code
-    return (values * inv).round_().clamp_(bottom - middle, top - middle).mul_(scale)
+def _chosen(tensor: Tensor, best: Tensor) -> Tensor:
+    """What is stored for the best share of each group: ``[N, G]``, or ``[N]`` of a weight with one group."""
+    chosen = tensor.reshape(-1, *best.shape[1:]).gather(0, best)[0, :, 0]
+    return (chosen.t() if tensor.dim() == 2 else chosen[0]).contiguous()

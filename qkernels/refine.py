@@ -1,137 +1,139 @@
-"""Codes and scales of a rounded weight made better, by exact descent on what they do to the outputs.
+"""Rounding of one weight column by column, each column making good the errors of others, and scales for given codes.
 
-    minimise  sum over rows of (w - w_hat) H (w - w_hat)^T,     w_hat = scale_g * u + offset_g
+    minimise  sum over rows of e H e^T,     e = w - w_hat,  w_hat = scale_g * unit + low_g
 
-by turns over the scales (all of a row at once: a linear system with as many unknowns as groups) and over the codes
-(column after column, each the best one given all others).  Neither step can make the sum larger, apart from the
-rounding of scales to the type they are stored in.
+Given all other columns, the best value of column i is ``w_i + sum over k of e_k H_ki / H_ii``.  :func:`refine_weight`
+goes over the groups of columns, again and again: the best scale given everything else, then column after column the
+unit nearest to the best value.  No step can make the sum larger, and rounding a scale to the type that stores it cannot
+either: along one scale the sum is a parabola, and what is nearest to its lowest point is best.
+
+GPTQ's rounding is the same walk with another factor than ``H_ki / H_ii``, one that counts columns before alone:
+:func:`round_columns`, used by :mod:`qkernels.gptq`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from ._rounding import split_groups
-from .grids import Grid
+from .grids import Grid, Line, round_units
 from .scheme import Scheme
 
-__all__ = ["distribute_errors", "refine_codes", "refine_weight", "refit_scales"]
+__all__ = ["refine_weight", "round_block", "round_columns"]
 
-INNER = 32  # columns within a block that errors reach one by one
-BLOCK = 128  # columns whose changes reach the rest of the weight at once
-CHUNK_ELEMENTS = 1 << 26  # of the linear systems that are solved at once: 256 MiB
-NARROWEST, WIDEST = 0.5, 2.0  # of the scale there was: beyond, the system had no sound answer
+BLOCK = 128  # columns for which the errors of all columns before are added up at once
+WIDTHS = (8, 32, 128)  # columns that errors reach one by one, and those that they then reach in products of matrices
+SPAN = 256  # columns of whole groups for which the errors of all columns are added up at once
+NARROWEST, WIDEST = 0.5, 2.0  # of the scale there was: beyond, the data did not determine it
 
 
-def distribute_errors(
-    rows: Tensor,
-    factor: Tensor,
-    start: int,
-    stop: int,
-    visit: Callable[[int, Tensor], Tensor],
-    *,
-    inner: int = INNER,
-) -> None:
-    """Visit ``rows[start:stop]`` in order; what ``visit(i, row)`` returns is taken out of the rows after it.
-
-    ``rows[j] -= factor[i, j] * visit(i, rows[i])`` for ``j > i``, at once within a few columns and in products of
-    matrices beyond.
+def round_columns(
+    wanted: Tensor, factor: Tensor, lines: Sequence[Line], *, block_size: int = BLOCK
+) -> tuple[Tensor, Tensor]:
+    """Round column after column to the unit nearest to ``w_i + sum over k < i of e_k factor_ki``.
 
     Args:
-        rows: ``[K, N]``, changed in place. factor: ``[K, K]``, its upper triangle counts.
-        inner: the few columns that are reached at once.
-    """
-    part = rows[start:stop]
-    near_factor = factor[start:stop, start:stop]
-    taken = torch.empty_like(part)
-    for i in range(stop - start):
-        taken[i] = amount = visit(start + i, part[i])
-        near = min(i - i % inner + inner, stop - start)
-        if i + 1 < near:
-            part[i + 1 : near].addr_(near_factor[i, i + 1 : near], amount, alpha=-1.0)
-        elif near < stop - start:
-            first = i - i % inner
-            part[near:].addmm_(near_factor[first:near, near:].t(), taken[first:near], alpha=-1.0)
-    if stop < len(rows):
-        rows[stop:].addmm_(factor[start:stop, stop:].t(), taken, alpha=-1.0)
-
-
-def refine_codes(wanted: Tensor, codes: Tensor, rounded: Tensor, h: Tensor, grid: Grid) -> None:
-    """One pass of coordinate descent over the columns; everything ``[K, N]``: one line per column of the weight.
-
-    Args:
-        wanted: the float weight. codes, rounded: what it is rounded to, changed in place.
-        h: float32 ``[K, K]``, positive definite. grid: of the weight.
-    """
-    slope = h @ (wanted - rounded)  # of the sum over 2, against every column
-    curvature = h.diagonal().tolist()
-
-    def visit(i: int, row: Tensor) -> Tensor:
-        old = rounded[i].clone()
-        codes[i], rounded[i] = grid.round_column(old + row / curvature[i], i)
-        return rounded[i] - old
-
-    for start in range(0, len(wanted), BLOCK):
-        distribute_errors(slope, h, start, min(start + BLOCK, len(wanted)), visit)
-
-
-def refit_scales(
-    wanted: Tensor, codes: Tensor, h: Tensor, tensors: Mapping[str, Tensor], scheme: Scheme
-) -> dict[str, Tensor]:
-    """The scales of least error for ``codes [N, K]``; zero points and minima stay.
-
-    Args:
-        wanted: the float weight ``[N, K]``. h: float32 ``[K, K]``, positive definite.
-        tensors: the grid's canonical tensors.
+        wanted: the float weight, less the minimum of its grid, ``[K, N]``: one line per column.
+        factor: ``[K, K]``; what is above its diagonal counts.
+        lines: of the grid, one per column.
+        block_size: columns for which the errors of all columns before are added up at once.
 
     Returns:
-        Those tensors with other scales.
+        The units and the errors ``e``, both ``[K, N]``.
     """
-    columns = wanted.shape[1]
-    grid = Grid.of(tensors, scheme, columns)
-    size, groups = grid.group_size, grid.scale.shape[1]
-    units = grid.units(codes)
-    if grid.low is not None:
-        wanted = wanted - grid.widen(grid.low, columns)
-    pulls = split_groups((wanted @ h).mul_(units), size).sum(-1)
-    fitted = torch.empty_like(grid.scale)
-    for rows in torch.arange(len(wanted), device=wanted.device).split(max(1, CHUNK_ELEMENTS // groups**2)):
-        part = units[rows]
-        system = part.new_empty(len(part), groups, groups)
-        for g in range(groups):
-            start, stop = g * size, min((g + 1) * size, columns)
-            products = (part[:, start:stop] @ h[start:stop, start:]).mul_(part[:, start:])
-            system[:, g, g:] = split_groups(products, size).sum(-1)
-            system[:, g + 1 :, g] = system[:, g, g + 1 :]  # symmetric
-        diagonal = system.diagonal(dim1=1, dim2=2)
-        diagonal += 1e-6 * diagonal.mean(1, keepdim=True) + torch.finfo(torch.float32).tiny  # a group of zeros
-        fitted[rows], _ = torch.linalg.solve_ex(system, pulls[rows])
-    stored = tensors["weight_scale"]
-    fitted = fitted.to(stored.dtype)
-    sound = (fitted > NARROWEST * grid.scale) & (fitted < WIDEST * grid.scale)  # False for NaN
-    sound &= torch.isfinite(fitted) & (fitted >= torch.finfo(stored.dtype).tiny)
-    return {**tensors, "weight_scale": torch.where(sound.reshape(stored.shape), fitted.reshape(stored.shape), stored)}
+    units, errors = torch.empty_like(wanted), torch.empty_like(wanted)
+    for start in range(0, len(wanted), block_size):
+        block = slice(start, min(start + block_size, len(wanted)))
+        targets = torch.addmm(wanted[block], factor[:start, block].t(), errors[:start])
+        errors[block] = round_block(targets, wanted[block], units[block], factor[block, block], lines[block])
+    return units, errors
+
+
+def round_block(targets: Tensor, before: Tensor, units: Tensor, factor: Tensor, lines: Sequence[Line]) -> Tensor:
+    """Round the lines of ``targets [B, N]`` in order, each for what rounding the ones before it changed.
+
+    Per line five steps and its share of products: few, since on a GPU a step costs as much as thousands of rows do.
+
+    Args:
+        targets: the best value of every column, were all others as they were; changed in place.
+        before: the values they had. units: what they are rounded to, written.
+        factor: ``[B, B]``; what is above its diagonal counts. lines: of the grid, one per column.
+
+    Returns:
+        ``before`` less the new values, ``[B, N]``.
+    """
+    changes = torch.empty_like(targets)
+    _round_part(targets, before, units, changes, factor, lines)
+    return changes
+
+
+def _round_part(
+    targets: Tensor, before: Tensor, units: Tensor, changes: Tensor, factor: Tensor, lines: Sequence[Line]
+) -> None:
+    size = len(targets)
+    width = max((width for width in WIDTHS if width < size), default=0)
+    for start in range(0, size, width) if width else ():
+        part, rest = slice(start, start + width), slice(start + width, size)
+        _round_part(targets[part], before[part], units[part], changes[part], factor[part, part], lines[part])
+        if start + width < size:
+            targets[rest].addmm_(factor[part, rest].t(), changes[part])
+    if width:
+        return
+    each = zip(lines, targets.unbind(), before.unbind(), units.unbind(), changes.unbind(), strict=True)
+    for i, (line, target, old, unit, change) in enumerate(each):
+        round_units(torch.mul(target, line.inv, out=unit), line, unit)
+        torch.addcmul(old, unit, line.scale, value=-1.0, out=change)
+        if i + 1 < size:
+            targets[i + 1 :].addr_(factor[i, i + 1 :], change)
 
 
 @torch.no_grad()
 def refine_weight(
-    weight: Tensor, codes: Tensor, h: Tensor, tensors: Mapping[str, Tensor], scheme: Scheme, *, rounds: int
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Scales and codes made better by turns, ``rounds`` times.
+    wanted: Tensor, units: Tensor, h: Tensor, tensors: Mapping[str, Tensor], scheme: Scheme, *, rounds: int
+) -> dict[str, Tensor]:
+    """Scales and units made better, ``rounds`` times over all groups; zero points and minima stay.
 
     Args:
-        weight: float32 ``[N, K]``. codes: ``[K, N]``, float32, changed in place. h: float32 ``[K, K]``, positive
-            definite: the error's weights. tensors: the grid's canonical tensors.
+        wanted: float32 ``[K, N]``: the weight, less the minimum of its grid. units: ``[K, N]``, changed in place.
+        h: float32 ``[K, K]``, positive definite: the errors' weights. tensors: the grid's canonical tensors.
 
     Returns:
-        The codes, and the canonical tensors of the grid they are on now.
+        The canonical tensors of the grid that the units are on now.
     """
-    wanted, grid_tensors = weight.t().contiguous(), dict(tensors)
-    for _ in range(rounds):
-        grid_tensors = refit_scales(weight, codes.t(), h, grid_tensors, scheme)
-        grid = Grid.of(grid_tensors, scheme, weight.shape[1])
-        refine_codes(wanted, codes, grid.values(codes.t()).t().contiguous(), h, grid)
-    return codes, grid_tensors
+    stored, columns = tensors["weight_scale"], len(wanted)
+    grid = Grid.of(tensors, scheme, columns)
+    size, diagonal = grid.group_size, h.diagonal().unsqueeze(1)
+    factor = h / diagonal.t()
+    factor.diagonal().zero_()
+    scales = grid.scale.clone()
+    errors = wanted - units * grid.widen(scales, columns)
+    span = max(1, SPAN // size) * size
+    for start in [start for _ in range(rounds) for start in range(0, columns, span)]:
+        stop = min(start + span, columns)
+        targets = torch.addmm(wanted[start:stop], factor[:, start:stop].t(), errors)
+        for first in range(start, stop, size):
+            g, last = first // size, min(first + size, stop)
+            near, inside = units[first:last], factor[first:last, first:last]
+            before = wanted[first:last] - errors[first:last]
+            best = targets[first - start : last - start]
+            pull = (best - before).mul_(diagonal[first:last]).mul_(near).sum(0)
+            curvature = (h[first:last, first:last] @ near).mul_(near).sum(0)
+            step = _step(pull / curvature, scales[g], grid.scale[g], stored.dtype)
+            scales[g] += step
+            moved = near * step
+            best.addmm_(inside.t(), moved, alpha=-1.0)
+            line = grid.line(g, scales[g])
+            changes = round_block(best, before + moved, near, inside, [line] * len(near)).sub_(moved)
+            errors[first:last] += changes
+            targets[last - start :].addmm_(factor[first:last, last:stop].t(), changes)
+    return {**tensors, "weight_scale": scales.t().reshape(stored.shape).to(stored.dtype).contiguous()}
+
+
+def _step(step: Tensor, scale: Tensor, first: Tensor, dtype: torch.dtype) -> Tensor:
+    """``step`` as far as ``scale + step`` can be stored; none where it would leave the neighbourhood of ``first``."""
+    moved = (scale + step).to(dtype).to(torch.float32)
+    sound = (moved > NARROWEST * first) & (moved < WIDEST * first)  # False for NaN
+    sound &= moved >= torch.finfo(dtype).tiny
+    return torch.where(sound, moved - scale, torch.zeros_like(scale))

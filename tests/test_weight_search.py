@@ -25,6 +25,12 @@ SCHEMES = {
 }
 
 
+SEARCHED = SCHEMES | {
+    "code book": G32.replace(codebook=tuple(v * abs(v) / 64 for v in (*range(8), *range(-8, 0)))),
+    "w8": qk.Scheme(),
+}
+
+
 @pytest.fixture(autouse=True)
 def _one_thread():
     """These weights are too small for two."""
@@ -70,6 +76,34 @@ def test_range_search_lowers_its_norm(scheme):
     plain = reference.quantize_weight(w, scheme)
     assert {k: (v.shape, v.dtype) for k, v in tensors.items()} == {k: (v.shape, v.dtype) for k, v in plain.items()}
     assert norm_error(w, tensors, scheme, 2.4) < 0.97 * norm_error(w, plain, scheme, 2.4)
+
+
+@pytest.mark.parametrize("weighted", (False, True))
+@pytest.mark.parametrize("scheme", SEARCHED.values(), ids=list(SEARCHED))
+def test_range_search_finds_the_best_of_all_shares(scheme, weighted, monkeypatch):
+    """Group by group and share by share, as the definition has it; in one piece, and in many."""
+    w = heavy(70, 104)
+    importance = seeded(104, seed=3).square() if weighted else None
+    size = scheme.group_size or 104
+    losses, grids = [], []
+    for step in range(11):
+        share = 1.0 - 0.8 * step / 10
+        shrunk = w * share  # its bounds are the ones that count
+        grids.append(reference.weight_grid(shrunk, scheme))
+        tensors = codes_and_tensors(reference.round_to_grid(w, grids[-1], scheme), grids[-1], scheme)
+        error = (reference.dequantize_weight(tensors, scheme, 104) - w).double().abs()
+        error = error.pow(2.4) if importance is None else error.square() * importance
+        losses.append(torch.stack([part.sum(1) for part in error.split(size, 1)], 1))
+    least = torch.stack(losses).amin(0)
+    for elements in (64 * 8, 1 << 20):
+        monkeypatch.setattr("qkernels.grids.CPU_ELEMENTS", elements)
+        found = search_range(w, scheme, importance=importance, smallest=0.2, steps=10)
+        assert {k: (v.shape, v.dtype) for k, v in found.items()} == {k: (v.shape, v.dtype) for k, v in grids[0].items()}
+        index = torch.zeros_like(least)
+        for loss, grid in zip(losses, grids, strict=True):
+            same = torch.stack([(found[k] == grid[k]).reshape(index.shape) for k in found]).all(0)
+            index = torch.where(same & (index == 0), loss, index)
+        torch.testing.assert_close(index, least, rtol=1e-5, atol=0.0)
 
 
 def test_range_search_favours_what_is_important():
