@@ -166,6 +166,8 @@ ROWS: dict[str, Row] = {
     "torchao w4a16 symmetric": intx(4, "SYMMETRIC"),
     "gptqmodel w4a16 symmetric": gptqmodel_row(symmetric=True),
     "w4a16 asymmetric rtn": ours(ASYMMETRIC),
+    "w4a16 asymmetric rtn, fp32 scales": ours(ASYMMETRIC.replace(scale_dtype=torch.float32)),
+    "w4a16 asymmetric mse": ours(ASYMMETRIC, algorithm="mse"),
     "w4a16 asymmetric hqq": ours(ASYMMETRIC, algorithm="hqq"),
     "w4a16 asymmetric gptq": ours(ASYMMETRIC, algorithm="gptq"),
     "torchao w4a16 asymmetric": intx(4, "ASYMMETRIC"),
@@ -202,12 +204,12 @@ def main() -> None:
         try:
             ROWS[name](model, data)
         except ImportError as error:
-            print(f"{name:<28} not run: {error}", flush=True)
+            print(f"{name:<34} not run: {error}", flush=True)
             continue
         seconds = time.perf_counter() - start
         results[name] = perplexity(model, windows, progress=False).perplexity
         rise = f"{100 * (results[name] / results['fp32'] - 1):+7.2f} %" if "fp32" in results else ""
-        print(f"{name:<28} {results[name]:8.3f} {rise}   quantized in {seconds:.1f} s", flush=True)
+        print(f"{name:<34} {results[name]:8.3f} {rise}   quantized in {seconds:.1f} s", flush=True)
     if args.json:
         with open(args.json, "w", encoding="utf-8") as file:
             json.dump({"model": str(folder), "tokens": args.tokens, "perplexity": results}, file, indent=1)
