@@ -197,7 +197,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kPerSm)
     __syncwarp();
   } else {
     if constexpr (S::kMovesRegisters) ptx::registers_increase<S::kConsumerRegisters>();
-    const Thread t(S::kGroups * 4);
+    const Thread t(S::kGroups * 4, S::kPhases > 1);
     const uint32_t packed_offset = ptx::keep(packed_base - ptx::smem_u32(shared));
     const auto packed_at = [&](int stage) { return shared + packed_offset + stage * job.packed_bytes; };
     const uint32_t full_here = ptx::keep(full);
@@ -234,7 +234,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kPerSm)
 #pragma unroll
       for (int row = 0; row < kRows; ++row) {
         if constexpr (S::kTurns) ptx::named_barrier(kTurnBarrier + group, S::kConsumers);
-        const bool last = slab == s.last - 1 && row == kRows - 1;
+        [[maybe_unused]] const bool last = slab == s.last - 1 && row == kRows - 1;
         const bool fresh = S::kWide ? slab == s.first && row == 0 : kEach || group_left == job.group_rows;
         // The last group may be short, and nothing comes of rows of padding.
         const int at = slab * kRows + row;

@@ -66,7 +66,7 @@ struct Shape {
   // integers take as long to add up, nothing comes between the products of a row: one warpgroup is in its products
   // while the other unpacks and adds.
   static constexpr bool kApart = kBytes && kTurns;
-  static constexpr int kProducerRegisters = kWide ? 40 : 56, kConsumerRegisters = kWide ? 232 : 224;
+  static constexpr int kProducerRegisters = kWide ? 48 : 56, kConsumerRegisters = kWide ? 232 : 224;
 };
 
 struct Job {
@@ -138,10 +138,10 @@ struct Thread {
   int phase;
   int channel;  // of the tile: the first of its two, the other is 8 further
   uint32_t codes;  // bytes from the stage's codes on to this thread's
-  __device__ __forceinline__ explicit Thread(int warps)
+  __device__ __forceinline__ Thread(int warps, bool phases)
       : lane(static_cast<int>(ptx::keep(threadIdx.x & 31))),
         warp(__shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x >> 5), 0) % warps),
-        phase(__shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x >> 5), 0) / warps),
+        phase(phases ? __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x >> 5), 0) / warps : 0),
         channel(static_cast<int>(ptx::keep(warp * kW4Rows + (lane >> 2)))),
         codes(ptx::keep(warp * kW4BlockBytes + lane * 16)) {}
 };
