@@ -112,7 +112,6 @@ __global__ void __launch_bounds__(S::kThreads, S::kPerSm)
   const uint32_t packed_base = base + job.stages * S::kTokenBytes;
   const int warp = threadIdx.x >> 5, group = (warp >> 2) % S::kGroups;  // of 64 channels
   const int rank = S::kCluster > 1 ? static_cast<int>(ptx::cluster_rank()) : 0;
-  const int cluster = blockIdx.x / S::kCluster;
 
   if (threadIdx.x == 0) {
     for (int s = 0; s < job.stages; ++s) {
@@ -136,7 +135,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kPerSm)
       const uint64_t policy = job.tiles_m == 1 ? ptx::kEvictFirst : ptx::kEvictNormal;
       const uint32_t full_here = ptx::keep(full), empty_here = ptx::keep(empty);
       const uint32_t tokens_here = ptx::keep(base + rank * S::kPart * 128), packed_here = ptx::keep(packed_base);
-      Walk walk(job, cluster);
+      Walk<S> walk(job);
       Segment s;
       Ring ring;
       ring.stage = producer;
@@ -205,7 +204,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kPerSm)
     Sums<S> sums;
     uint32_t even[S::kFragments], odd[S::kFragments];  // halves of a slab
     uint4 odd_codes;
-    Walk walk(job, cluster);
+    Walk<S> walk(job);
     // Of a phase: every kPhases-th slab of the only tile.
     int left = S::kPhases == 1 ? walk.slabs(job) : max(0, (job.slabs - t.phase + S::kPhases - 1) / S::kPhases);
     Ring ring;
@@ -241,10 +240,12 @@ __global__ void __launch_bounds__(S::kThreads, S::kPerSm)
         const bool ends = kEach || at == job.rows - 1 || (--group_left == 0 && at < job.rows);
         if constexpr (kShift == 0) {
           multiply<S, 0, S::kSteps / 2, kPerRow>(even, tokens, fresh, sums);
+          if (S::kWide) odd_codes = load_codes(t, packed, 1);
           if (!S::kApart) unpack_half<S, kShift>(job, t, packed, odd_codes, book, 1, odd);
           multiply<S, S::kSteps / 2, S::kSteps / 2, kPerRow>(odd, tokens, fresh, sums);
         } else {
           multiply_row<S, kPerRow>(row, even, odd, tokens, fresh, sums);
+          if (S::kWide && row == 0) odd_codes = load_codes(t, packed, 1);
           if (row == 0 && !S::kApart) unpack_half<S, kShift>(job, t, packed, odd_codes, book, 1, odd);
         }
         if constexpr (S::kTurns) ptx::named_barrier_arrive(kTurnBarrier + 1 - group, S::kConsumers);
@@ -253,7 +254,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kPerSm)
         if (row == (S::kApart ? kRows - 1 : kRows / 2)) {
           ptx::mbarrier_wait(full_here + 8 * next, next_parity);
           const uint4 even_codes = load_codes(t, next_packed, 0);
-          odd_codes = load_codes(t, next_packed, 1);
+          if (!S::kWide) odd_codes = load_codes(t, next_packed, 1);  // wide: no register to wait in
           if (S::kApart) {
             ptx::wgmma_wait<0>();
             unpack_half<S, kShift>(job, t, next_packed, odd_codes, book, 1, odd);
@@ -293,7 +294,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kPerSm)
     if (left > 0) {
       ptx::mbarrier_wait(full_here + 8 * ring.stage, 0);
       const uint8_t* packed = packed_at(ring.stage);
-      odd_codes = load_codes(t, packed, 1);
+      if (!S::kWide) odd_codes = load_codes(t, packed, 1);
       const auto unpack_first = [&](auto fixed) {
         constexpr int kShift = decltype(fixed)::value;
         unpack_half<S, kShift>(job, t, packed, load_codes(t, packed, 0), book, 0, even);
@@ -341,7 +342,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kPerSm)
       bool mine = true;
       if constexpr (S::kPhases == 1) {
         const bool all = s.first == 0 && s.last == job.slabs;
-        mine = all || meet<S>(job, s.tile - job.whole, s.first == 0, cluster, rank, is_last, sums);
+        mine = all || meet<S>(job, s.tile - job.whole, s.first == 0, Walk<S>::cluster(), rank, is_last, sums);
       } else if constexpr (S::kBytes) {
         mine = t.phase == job.slabs % S::kPhases;  // the one that would have been next
         if (mine) relay.receive(t.phase, sums);

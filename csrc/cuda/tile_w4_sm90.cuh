@@ -66,7 +66,11 @@ struct Shape {
   // integers take as long to add up, nothing comes between the products of a row: one warpgroup is in its products
   // while the other unpacks and adds.
   static constexpr bool kApart = kBytes && kTurns;
-  static constexpr int kProducerRegisters = kWide ? 48 : 56, kConsumerRegisters = kWide ? 232 : 224;
+  static constexpr int kProducerRegisters = 56, kConsumerRegisters = 224;
+  // Registers only move within what the CTA was launched with; one more, and its consumers would wait for ever.
+  static_assert(!kMovesRegisters ||
+                    kConsumerRegisters * kConsumers + kProducerRegisters * 128 <= 65536 / kThreads / 8 * 8 * kThreads,
+                "more registers than the CTA has");
 };
 
 struct Job {
@@ -96,14 +100,16 @@ struct Segment {
   int tile, first, last;
 };
 
-// The segments of a cluster, one after the other.
+// The segments of this CTA's cluster, one after the other. What is left to work out again is held by nobody.
+template <typename S>
 struct Walk {
-  int tile, unit, end;
-  __device__ __forceinline__ Walk(const Job& job, int cluster)
-      : tile(cluster), unit(begin_of(job, cluster)), end(begin_of(job, cluster + 1)) {}
+  int tile, unit;
+  static __device__ __forceinline__ int cluster() { return static_cast<int>(blockIdx.x) / S::kCluster; }
+  static __device__ __forceinline__ int end(const Job& job) { return begin_of(job, cluster() + 1); }
+  __device__ __forceinline__ explicit Walk(const Job& job) : tile(cluster()), unit(begin_of(job, cluster())) {}
   __device__ __forceinline__ int slabs(const Job& job) const {
     const int tiles = tile < job.whole ? (job.whole - tile - 1) / job.clusters + 1 : 0;
-    return tiles * job.slabs + end - unit;
+    return tiles * job.slabs + end(job) - unit;
   }
   __device__ __forceinline__ bool next(const Job& job, Segment& s) {
     if (tile < job.whole) {
@@ -111,10 +117,11 @@ struct Walk {
       tile += job.clusters;
       return true;
     }
-    if (unit == end) return false;
+    const int stop = end(job);
+    if (unit == stop) return false;
     const int shared = unit / job.slabs;
     s.tile = job.whole + shared, s.first = unit - shared * job.slabs;
-    s.last = min(job.slabs, s.first + end - unit);
+    s.last = min(job.slabs, s.first + stop - unit);
     unit += s.last - s.first;
     return true;
   }
