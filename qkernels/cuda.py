@@ -39,6 +39,7 @@ __all__ = [
     "peak_s8",
     "quantize",
     "quantize_rows",
+    "settle",
     "slab_rows",
     "unavailable",
     "unpack_w8",
@@ -109,6 +110,12 @@ def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     if device.index is None or device.index == torch.cuda.current_device():
         return contextlib.nullcontext()
     return torch.cuda.device(device)
+
+
+def settle(device: torch.device) -> None:
+    """Waits for what was packed: launches of layers fetch weights before the kernel in front of them has ended."""
+    if not torch.cuda.is_current_stream_capturing():
+        torch.cuda.current_stream(device).synchronize()
 
 
 def _address(tensor: Tensor | None) -> int:

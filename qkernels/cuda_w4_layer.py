@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .checks import DTYPE_CODES, check_input, check_out_dtype
 from .cpu_packed import PreparedPacked
-from .cuda import _cuda, capability, unavailable
+from .cuda import _cuda, capability, settle, unavailable
 from .cuda_rows import Codes, RowGrid
 from .cuda_w4 import (
     BLOCK_BYTES,
@@ -38,17 +38,11 @@ from .cuda_w4 import (
 from .deferred import Deferred, TakesIntegers
 from .eager import is_plain
 from .joint import Joinable, Rows
-from .packed import GROUPED, PackedLayer, codebook_tensor, group_count
+from .packed import GROUPED, PackedLayer, check_resident, codebook_tensor, group_count
 from .prepared import effective_weight, scheme_from_key
 from .scheme import Scheme
 
 __all__ = ["PreparedCudaW4", "dequantize_packed", "linear_packed"]
-
-
-def _settle(device: torch.device) -> None:
-    """Waits for what was packed: launches of layers fetch weights before the kernel in front of them has ended."""
-    if not torch.cuda.is_current_stream_capturing():
-        torch.cuda.current_stream(device).synchronize()
 
 
 def _canonical(tensors: Mapping[str, Tensor | None], scheme: Scheme, rows: int, features: int) -> dict[str, Tensor]:
@@ -116,7 +110,7 @@ class PreparedCudaW4(TakesIntegers, Joinable, PackedLayer):
                 packed[own] = pack_groups(canonical[name])
         if scheme.codebook is not None:  # here: a copy to the device has no place in a CUDA graph
             codebook_tensor(scheme.codebook, packed["packed"].device)
-        _settle(packed["packed"].device)
+        settle(packed["packed"].device)
         return packed
 
     def unpack(self) -> dict[str, Tensor]:
@@ -195,7 +189,7 @@ class PreparedCudaW4(TakesIntegers, Joinable, PackedLayer):
                     own.copy_(pack_groups(tensor.detach().to(self.device)).view(own.shape))
                 else:
                     self.tensors[name].copy_(tensor)
-        _settle(self.device)
+        settle(self.device)
 
 
 # -- operators --------------------------------------------------------------------------------------------------------
@@ -216,21 +210,15 @@ def _checked(given: Mapping[str, Tensor | None], scheme: Scheme, rows: int, feat
     groups = group_count(scheme, features) * _cuda.w4_group_pitch(rows)
     sizes = {"packed": _cuda.packed_w4_bytes(rows, features), "bias": rows, "inv_smooth": features}
     sizes |= {"act_scale": 1, "act_zero_point": 1}
+    check_resident(given, sizes, groups, scheme, rows, features)
     tensors: dict[str, Tensor | None] = {}
     for name, tensor in given.items():
-        if tensor is not None:
-            wanted = sizes.get(name, groups)
-            if tensor.numel() != wanted or tensor.device != device:
-                raise ValueError(
-                    f"{name}: expected {wanted} elements on {device} for a [{rows}, {features}] layer of scheme "
-                    f"{scheme.name}, got {tensor.numel()} on {tensor.device}"
-                )
-            if not (joined and name.startswith("packed")):
-                tensor = tensor.contiguous()
-                if name.startswith("packed"):
-                    tensor = tensor.flatten()
-                    if tensor.data_ptr() % 16:
-                        tensor = tensor.clone()
+        if tensor is not None and not (joined and name.startswith("packed")):
+            tensor = tensor.contiguous()
+            if name.startswith("packed"):
+                tensor = tensor.flatten()
+                if tensor.data_ptr() % 16:
+                    tensor = tensor.clone()
         tensors[name] = tensor
     return tensors
 

@@ -22,7 +22,7 @@ from .cpu_packed import PreparedPacked
 from .cuda import _address, _cuda, _on, _stream
 from .cuda_slices import aligned_rows, by_slices, split_float32
 from .eager import is_plain
-from .packed import PackedLayer
+from .packed import PackedLayer, check_resident
 from .prepared import effective_weight, scheme_from_key
 from .scheme import Scheme
 
@@ -252,15 +252,10 @@ def _checked(given: Mapping[str, Tensor | None], scheme: Scheme, rows: int, feat
     if objection:
         raise ValueError(f"packed: {objection}")
     sizes = {"packed": cuda.packed_w8_bytes(rows, features), "inv_smooth": features}
+    check_resident(given, sizes, rows, scheme, rows, features)
     tensors: dict[str, Tensor | None] = {}
     for name, tensor in given.items():
         if tensor is not None:
-            wanted = sizes.get(name, rows)
-            if tensor.numel() != wanted or tensor.device != device:
-                raise ValueError(
-                    f"{name}: expected {wanted} elements on {device} for a [{rows}, {features}] layer of scheme "
-                    f"{scheme.name}, got {tensor.numel()} on {tensor.device}"
-                )
             tensor = tensor.contiguous()
             if name == "packed" and tensor.data_ptr() % 16:
                 tensor = tensor.clone()

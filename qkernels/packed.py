@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from abc import abstractmethod
 from collections.abc import Mapping
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from torch import Tensor
 from .prepared import Prepared
 from .scheme import Scheme
 
-__all__ = ["GROUPED", "PackedLayer", "codebook_tensor", "group_count"]
+__all__ = ["GROUPED", "PackedLayer", "check_resident", "codebook_tensor", "group_count"]
 
 GROUPED = {"weight_scale": "packed_scale", "weight_zero_point": "packed_zero_point", "weight_min": "packed_min"}
 """What belongs to groups: its canonical name, and that of its resident form."""
@@ -21,6 +22,27 @@ GROUPED = {"weight_scale": "packed_scale", "weight_zero_point": "packed_zero_poi
 def group_count(scheme: Scheme, features: int) -> int:
     """Groups of a row, at least one."""
     return max(1, -(-features // scheme.resolve_group_size(features)))
+
+
+def check_resident(
+    given: Mapping[str, Tensor | None], sizes: Mapping[str, int], rest: int, scheme: Scheme, rows: int, features: int
+) -> None:
+    """Whether resident tensors have the sizes that a kernel reads, on the device of ``packed``.
+
+    Args:
+        sizes: elements by name; rest: of every other tensor.
+
+    Raises:
+        ValueError: naming the tensor.
+    """
+    device = cast(Tensor, given["packed"]).device
+    for name, tensor in given.items():
+        wanted = sizes.get(name, rest)
+        if tensor is not None and (tensor.numel() != wanted or tensor.device != device):
+            raise ValueError(
+                f"{name}: expected {wanted} elements on {device} for a [{rows}, {features}] layer of scheme "
+                f"{scheme.name}, got {tensor.numel()} on {tensor.device}"
+            )
 
 
 @functools.cache

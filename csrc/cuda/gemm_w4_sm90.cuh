@@ -272,7 +272,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kPerSm)
         if constexpr (S::kWide) {
           float next_scale[2];
 #pragma unroll
-          for (int e = 0; e < 2; ++e) next_scale[e] = is_live(f.scale[e]) ? f.scale[e] : last ? 1.0f : scale[e];
+          for (int e = 0; e < 2; ++e) next_scale[e] = live_or(f.scale[e], last ? 1.0f : scale[e]);
           if (ends || last) rescale<S>(scale, next_scale, last, sums);
           scale[0] = next_scale[0], scale[1] = next_scale[1];
         } else {
@@ -310,7 +310,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kPerSm)
       if constexpr (S::kWide) {
         const Factors f = load_factors<S>(job, t, packed + S::kChannels * (kW4SlabK / 2));
 #pragma unroll
-        for (int e = 0; e < 2; ++e) scale[e] = is_live(f.scale[e]) ? f.scale[e] : 1.0f;
+        for (int e = 0; e < 2; ++e) scale[e] = live_or(f.scale[e], 1.0f);
       }
       if (S::kTurns && group == 1) ptx::named_barrier_arrive(kTurnBarrier, S::kConsumers);
     }

@@ -165,6 +165,7 @@ __device__ __forceinline__ ScaleType scale_type(const Job& job) {
 
 // Wide sums cannot be in units of a scale that is zero or nearly so: its weights are taken as zeros. NaN is not.
 __device__ __forceinline__ bool is_live(float scale) { return !(fabsf(scale) < 0x1p-100f); }
+__device__ __forceinline__ float live_or(float scale, float other) { return is_live(scale) ? scale : other; }
 
 // Those codes as wgmma fragments. packed: the stage's codes, with the rows of its groups behind them.
 template <typename S, int kShift>
