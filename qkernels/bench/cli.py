@@ -61,6 +61,12 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--rounds", type=_positive, metavar="N", help="interleaved rounds per row (default: 15)")
     parser.add_argument("--seconds", type=float, default=0.5, help="at most this long per contender, row and state")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: the current GPU")
+    parser.add_argument(
+        "--cutlass",
+        type=Path,
+        metavar="LIBRARY",
+        help="with --device cuda: what `make cutlass-rival` built, as a rival",
+    )
     parser.add_argument("--quick", action="store_true", help="one small shape, few rounds, no cold rows: a check")
     parser.add_argument("--json", metavar="FILE", help="write everything that was measured")
     parser.add_argument("--plot", type=Path, metavar="PNG", help="write a roofline, and one plot of time against M")

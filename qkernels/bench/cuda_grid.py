@@ -12,6 +12,7 @@ equals the reference bit for bit.  Data are random throughout: zeros run faster.
     layer              quantize and gemm from floating-point activations
     triton gemm        the portable kernels
     int_mm             torch._int_mm, int32 output: no scales
+    cutlass            CUTLASS, where ``--cutlass`` names it (:mod:`qkernels.bench.cuda_cutlass`)
     cublas bf16        torch.mm in bfloat16
 """
 
@@ -32,6 +33,7 @@ import torch
 from torch import Tensor
 
 from qkernels import cuda, reference, triton
+from qkernels.bench.cuda_cutlass import Cutlass
 from qkernels.bench.cuda_rows import ProblemRows
 from qkernels.bench.cuda_w4 import ProblemW4
 from qkernels.bench.cuda_w8a16 import ProblemW8A16
@@ -87,6 +89,7 @@ class Graph:
 
     def __init__(self, call: Call, count: int) -> None:
         self.count = count
+        self._call = call  # a graph holds addresses: the tensors behind them must live as long as it does
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -144,8 +147,10 @@ class Problem:
     name = "w8a8"
     scheme = Scheme()
 
-    def __init__(self, k: int, n: int, m: int, cold_bytes: int, dtype: torch.dtype) -> None:
-        self.k, self.n, self.m, self.dtype = k, n, m, dtype
+    def __init__(
+        self, k: int, n: int, m: int, cold_bytes: int, dtype: torch.dtype, cutlass: Cutlass | None = None
+    ) -> None:
+        self.k, self.n, self.m, self.dtype, self.cutlass = k, n, m, dtype, cutlass
         copies = max(2, min(64, -(-cold_bytes // (n * k))))
         self.weights = [torch.randint(-127, 128, (n, k), dtype=torch.int8, device="cuda") for _ in range(copies)]
         self.weight_scale = torch.rand(n, device="cuda") * 0.01 + 0.001
@@ -204,9 +209,26 @@ class Problem:
             )
         if self.m >= ENOUGH_ROWS_FOR_INT_MM and self.k % 8 == 0 and self.n % 8 == 0:
             yield "int_mm", False, lambda index: torch._int_mm(self.q, self.weights[index % count].t())
+        if self.cutlass is not None and self.dtype == torch.bfloat16:
+            yield from self._cutlass(self.cutlass)
         wide = [weight.to(torch.bfloat16) for weight in self.weights[: max(2, count // 2)]]
         x16, out16 = self.x.to(torch.bfloat16), torch.empty(self.m, self.n, dtype=torch.bfloat16, device="cuda")
         yield "cublas bf16", False, lambda index: torch.mm(x16, wide[index % len(wide)].t(), out=out16)
+
+    def _cutlass(self, library: Cutlass) -> Iterator[tuple[str, bool, Call]]:
+        out, first = torch.empty_like(self.out), library.default(self.m, self.n)
+        times: dict[int, float] = {}
+        calls: dict[int, Call] = {}
+        for number in range(library.configurations):
+            calls[number] = library.gemm(self.q, self.scale, self.weights, self.weight_scale, out, number)
+            try:
+                times[number] = min(_replays(Graph(calls[number], 4), 3))
+            except RuntimeError:
+                if number == first:
+                    return
+        yield "cutlass", False, calls[first]
+        best = min(times, key=lambda number: times[number])
+        yield "cutlass best", False, calls[best]
 
     def exact(self, call: Call) -> bool:
         """Whether the result over the first weight has the reference's bits."""
@@ -235,6 +257,7 @@ def run_cuda_grid(args: argparse.Namespace) -> int:
         f"bf16 {ceilings.bf16 / 1e12:.0f} TFLOP/s, int8 {ceilings.int8 / 1e12:.0f} TOP/s"
     )
     dtype = getattr(torch, args.dtype)
+    cutlass = Cutlass(args.cutlass) if args.cutlass else None
     rows: list[CudaRow] = []
     notes: list[str] = []
     known = ("w8a8", "w8a16", "w4a16", "w4a8", "quantize")
@@ -248,7 +271,7 @@ def run_cuda_grid(args: argparse.Namespace) -> int:
         for number, (name, (k, n), m) in enumerate(cases):
             step(number, len(cases), f"{name} K={k} N={n} M={m}")
             cold = args.cold_mb << 20
-            new = _run_problem(_problem(name, k, n, m, cold, dtype), ceilings, args.rounds, notes)
+            new = _run_problem(_problem(name, k, n, m, cold, dtype, cutlass), ceilings, args.rounds, notes)
             print("\n" + table(new), flush=True)
             rows += new
     for note in notes:
@@ -278,12 +301,16 @@ def run_cuda_grid(args: argparse.Namespace) -> int:
 _Problem = Problem | ProblemW4 | ProblemW8A16 | ProblemRows
 
 
-def _problem(name: str, k: int, n: int, m: int, cold: int, dtype: torch.dtype) -> _Problem:
+def _problem(
+    name: str, k: int, n: int, m: int, cold: int, dtype: torch.dtype, cutlass: Cutlass | None = None
+) -> _Problem:
     if name == "quantize":
         return ProblemRows(k, m, cold, dtype)
     if name.startswith("w4"):
         return ProblemW4(name, k, n, m, cold, dtype)
-    return (ProblemW8A16 if name == "w8a16" else Problem)(k, n, m, cold, dtype)
+    if name == "w8a16":
+        return ProblemW8A16(k, n, m, cold, dtype)
+    return Problem(k, n, m, cold, dtype, cutlass)
 
 
 def _run_problem(problem: _Problem, ceilings: CudaCeilings, rounds: int, notes: list[str]) -> list[CudaRow]:
