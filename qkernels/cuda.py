@@ -48,8 +48,8 @@ __all__ = [
 MINIMUM_CAPABILITY = 80
 """10 * major + minor: int8 tensor cores with ``mma.sync.m16n8k32`` and asynchronous copies."""
 
-Config = tuple[int, int, int, int, int]
-"""(kernel, tile, split, share, deep) of ``csrc/cuda/w8a8.h``."""
+Config = tuple[int, int, int, int, int, int]
+"""(kernel, tile, split, share, deep, channels) of ``csrc/cuda/w8a8.h``."""
 
 _KERNELS = ("mma", "wgmma.stream", "wgmma.tiled")
 _ACTIVATION_ALIGNMENT = 16
@@ -94,8 +94,9 @@ def kernel_name(rows: int, out_features: int, in_features: int, device: torch.de
     """The kernel that multiplies ``rows`` tokens, such as ``w8a8.cuda.wgmma.tiled.256``."""
     index = device.index or 0
     sms = torch.cuda.get_device_properties(index).multi_processor_count
-    kernel, tile, split, share, _ = _cuda.select_w8a8(rows, out_features, in_features, capability(index), sms)
+    kernel, tile, split, share, _, width = _cuda.select_w8a8(rows, out_features, in_features, capability(index), sms)
     parts = [f"w8a8.cuda.{_KERNELS[kernel]}.{tile}"]
+    parts += [f"channels{width}"] if width == 64 else []
     parts += [f"split{split}"] if split > 1 else []
     parts += [f"share{share}"] if share > 1 else []
     return ".".join(parts)

@@ -66,13 +66,14 @@ def test_selection_covers_every_shape() -> None:
     for capability in (80, 86, 89, 90, 100, 120):
         for m in (1, 7, 16, 17, 64, 65, 128, 200, 256, 257, 1000, 4096, 8192):
             for n, k in ((1, 1), (576, 1536), (4096, 4096), (14336, 4096), (4096, 14336), (28672, 8192), (49152, 576)):
-                kernel, tile, split, share, deep = cuda._cuda.select_w8a8(m, n, k, capability, 132)
+                kernel, tile, split, share, deep, channels = cuda._cuda.select_w8a8(m, n, k, capability, 132)
                 if capability != 90 or not cuda._cuda.has_sm90a():
-                    assert (kernel, split, share, deep) == (0, 1, 1, 0)
+                    assert (kernel, split, share, deep, channels) == (0, 1, 1, 0, 0)
                     assert tile in (16, 64, 128)
                 elif kernel == 1:
                     assert tile in (8, 16, 32, 64, 128)
                     assert split * share <= 8
+                    assert channels in (64, 128)
                     assert tile >= 8 * share
                 else:
                     assert kernel == 2

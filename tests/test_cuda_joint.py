@@ -179,10 +179,10 @@ class TestJoint:
         if scheme.weight_bits != 8:
             pytest.skip("test_every_tile_of_w4a8 and the numbers of rows above")
         model, alone = pair((272, 144, 203), 1000, scheme)
-        configs = [(0, 16, 1, 1, 0), (0, 64, 1, 1, 0), (0, 128, 1, 1, 0)]
+        configs = [(0, 16, 1, 1, 0, 0), (0, 64, 1, 1, 0, 0), (0, 128, 1, 1, 0, 0)]
         if cuda.capability(torch.cuda.current_device()) == 90 and cuda._cuda.has_sm90a():
-            configs += [(1, 8, 1, 1, 0), (1, 16, 2, 1, 0), (1, 64, 1, 4, 1), (1, 128, 1, 1, 0)]
-            configs += [(2, 128, 1, 1, 0), (2, 224, 1, 2, 0), (2, 256, 1, 1, 0)]
+            configs += [(1, 8, 1, 1, 0, 128), (1, 16, 2, 1, 0, 64), (1, 64, 1, 4, 1, 128), (1, 128, 1, 1, 1, 64)]
+            configs += [(2, 128, 1, 1, 0, 0), (2, 224, 1, 2, 0, 0), (2, 256, 1, 1, 0, 0)]
         x = (seeded(70, 1000) + 0.3).to("cuda")
         codes = cuda.quantize_rows(x, symmetric=scheme.activation_symmetric)
         for config in configs:

@@ -19,18 +19,20 @@ pytestmark = [
 GPU = torch.device("cuda")
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0) and _cuda.has_sm90a()
 
-MMA: list[cuda.Config] = [(0, tokens, 1, 1, 0) for tokens in (16, 64, 128)]
+MMA: list[cuda.Config] = [(0, tokens, 1, 1, 0, 0) for tokens in (16, 64, 128)]
 STREAM: list[cuda.Config] = [
-    (1, tokens, split, share, deep)
-    for tokens, split, share, deep in itertools.product((8, 16, 32, 64, 128), (1, 2, 4, 8), (1, 2, 4), (0, 1))
+    (1, tokens, split, share, deep, channels)
+    for tokens, split, share, deep, channels in itertools.product(
+        (8, 16, 32, 64, 128), (1, 2, 4, 8), (1, 2, 4), (0, 1), (64, 128)
+    )
     if split * share <= 8 and tokens >= 8 * share
-] + [(1, 16, 3, 1, 0), (1, 64, 5, 1, 1), (1, 64, 1, 8, 1)]
+] + [(1, 16, 3, 1, 0, 128), (1, 64, 5, 1, 1, 64), (1, 64, 1, 8, 1, 128)]
 TILED: list[cuda.Config] = [
-    (2, 128, 1, 1, 0),
-    (2, 128, 1, 2, 0),
-    (2, 224, 1, 2, 0),
-    (2, 256, 1, 1, 0),
-    (2, 256, 1, 2, 0),
+    (2, 128, 1, 1, 0, 0),
+    (2, 128, 1, 2, 0, 0),
+    (2, 224, 1, 2, 0, 0),
+    (2, 256, 1, 1, 0, 0),
+    (2, 256, 1, 2, 0, 0),
 ]
 FAMILIES = {"mma": MMA, "stream": STREAM, "tiled": TILED}
 # Tails in every dimension, one element, K and N that are multiples of nothing, more tokens than a tile.
@@ -165,5 +167,5 @@ def test_gemm_rejects_an_instance_that_does_not_exist() -> None:
             None,
             tensors,
             out_dtype=torch.float32,
-            config=(0, 7, 1, 1, 0),
+            config=(0, 7, 1, 1, 0, 0),
         )

@@ -12,14 +12,14 @@ namespace qk::cuda {
 namespace {
 
 W8A8Config config_of(const py::tuple& values) {
-  QK_CHECK_EQ(values.size(), size_t{5});
+  QK_CHECK_EQ(values.size(), size_t{6});
   return W8A8Config{static_cast<W8A8Kernel>(values[0].cast<int>()), values[1].cast<int>(), values[2].cast<int>(),
-                    values[3].cast<int>(), values[4].cast<int>()};
+                    values[3].cast<int>(), values[4].cast<int>(), values[5].cast<int>()};
 }
 
 py::tuple select(int64_t m, int64_t n, int64_t k, int capability, int sms) {
   const W8A8Config c = select_w8a8(m, n, k, capability, sms);
-  return py::make_tuple(static_cast<int>(c.kernel), c.tile, c.split, c.share, c.deep);
+  return py::make_tuple(static_cast<int>(c.kernel), c.tile, c.split, c.share, c.deep, c.channels);
 }
 
 void quantize_rows_at(Address x, int x_dtype, int64_t m, int64_t k, int64_t x_stride, Address q, int64_t q_stride,

@@ -27,7 +27,7 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // measurably later. With more CTAs than fit one to a multiprocessor, the activations' share of the L2 traffic counts,
 // and neighbours share it.
 W8A8Config select_stream(int64_t m, int64_t n, int64_t k, int sms) {
-  W8A8Config c = {W8A8Kernel::kStream, 8, 1, 1, 1};
+  W8A8Config c = {W8A8Kernel::kStream, 8, 1, 1, 1, 128};
   while (c.tile < m && c.tile < 128) c.tile *= 2;
   // Two tiles of tokens and two halves of K.
   if (c.tile == 128 && m <= 128 && ceil_div(n, 128) * 4 <= sms) c.tile = 64;
@@ -52,7 +52,7 @@ W8A8Config select_tiled(int64_t m, int64_t n, int64_t k, int sms) {
   };
   const int wide_share = m >= 4096 ? 2 : 1;
   const Instance instances[] = {{256, wide_share, 645, 2200}, {224, 2, 575, 2000}, {128, 1, 335, 1500}};
-  W8A8Config best = {W8A8Kernel::kTiled, 0, 1, 0, 0};
+  W8A8Config best = {W8A8Kernel::kTiled, 0, 1, 0, 0, 0};
   int64_t least = 0;
   for (const Instance& i : instances) {
     const int64_t tiles = ceil_div(m, 128 * i.share) * ceil_div(n, i.tile);
@@ -95,7 +95,7 @@ W8A8Config select_w8a8(int64_t m, int64_t n, int64_t k, int capability, int sms)
   if (capability == 90 && has_sm90a()) {
     return streams(m, n, k, sms) ? select_stream(m, n, k, sms) : select_tiled(m, n, k, sms);
   }
-  return W8A8Config{W8A8Kernel::kMma, m <= 16 ? 16 : m <= 64 ? 64 : 128, 1, 1, 0};
+  return W8A8Config{W8A8Kernel::kMma, m <= 16 ? 16 : m <= 64 ? 64 : 128, 1, 1, 0, 0};
 }
 
 void gemm_w8a8(const GemmW8A8Args& args, const W8A8Config& config, bool dependent, cudaStream_t stream) {

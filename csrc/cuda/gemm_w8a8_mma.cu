@@ -152,7 +152,9 @@ __global__ void __launch_bounds__(kThreads) gemm_mma_kernel(const GemmW8A8Args a
     const ChannelTerms low = load_channel(e, n + (lane >> 2)), high = load_channel(e, n + (lane >> 2) + 8);
 #pragma unroll
     for (int j = 0; j < S::kBlocksM; ++j) {
-      store_channels_by_tokens(e, acc[i][j], n, m0 + (warp_m * S::kBlocksM + j) * 8, low, high, even[j], odd[j], lane);
+      float v[4];
+      finish_channels_by_tokens(acc[i][j], low, high, even[j], odd[j], v);
+      store_values(e, v, n, m0 + (warp_m * S::kBlocksM + j) * 8, lane);
     }
   }
 }

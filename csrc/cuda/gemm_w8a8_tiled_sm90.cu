@@ -18,10 +18,10 @@
 // kGroup token tiles before it moves to the next channels, so a wave's operands fit in the L2.
 //
 // Epilogue: fragment -> fp32 steps -> 16-bit pairs, which stay in registers (64 of them) while the next tile's products
-// run. Each of its first slabs then takes one stripe of 64 channels through 2 KB of shared memory per warp (stmatrix)
-// to 16-byte stores of whole sectors. Written at once, the tiles of all CTAs, 64 KB each, would come as one burst that
-// the L2 takes microseconds to absorb while no tensor core works. (fp32 outputs do not fit beside the sums and are
-// written at once.) The scales are requested before the tile's first slab. The warpgroups share nothing in all this and
+// run. Stripes of 64 channels then go through 2 KB of shared memory per warp (stmatrix) to 16-byte stores of whole
+// sectors, at even distances behind the products of three quarters of K. Written sooner, the tiles of all CTAs, 64 KB
+// each, come as a burst that the L2 takes microseconds to absorb (1500 bytes a cycle) while the tensor cores wait. (fp32 outputs do not fit beside the sums and are
+// written at once.) The warpgroups share nothing in all this and
 // need not arrive together.
 #include "epilogue.cuh"
 #include "host.h"
@@ -73,27 +73,6 @@ __device__ __forceinline__ Place place_of(int at, const Tiles& tiles) {
   const int rows = min(kRows, tiles.rows - first), inside = at - group * per_group;
   return Place{first + inside % rows, inside / rows};
 }
-
-// The terms of a tile's channels, by kind: those of two neighbours are read at once.
-template <int kChannels>
-struct TileTerms {
-  float scale[kChannels], bias[kChannels];
-  int32_t colsum[kChannels];
-
-  __device__ __forceinline__ void put(int n, const ChannelTerms& c) {
-    scale[n] = c.scale, bias[n] = c.bias, colsum[n] = c.colsum;
-  }
-  // Channels n and n + 1, n even.
-  template <bool kZero>
-  __device__ __forceinline__ void get(int n, ChannelTerms& even, ChannelTerms& odd) const {
-    const float2 s = *reinterpret_cast<const float2*>(scale + n), b = *reinterpret_cast<const float2*>(bias + n);
-    even.scale = s.x, even.bias = b.x, odd.scale = s.y, odd.bias = b.y;
-    if (kZero) {
-      const int2 c = *reinterpret_cast<const int2*>(colsum + n);
-      even.colsum = c.x, odd.colsum = c.y;
-    }
-  }
-};
 
 // Where a warp's 16 tokens x kChannels channels go: tokens m0 + g and m0 + g + 8 with their terms, channels from n0.
 struct Corner {
@@ -279,16 +258,14 @@ __global__ void __launch_bounds__(kThreads, 1)
     uint32_t parity = 0;
     Held<S::kChannels> held;
     held.any = false;
+    constexpr int kStripes = (S::kChannels + kStripe - 1) / kStripe;
+    const int apart = max(1, slab_count * 3 / (4 * kStripes));  // slabs between stores
+    Place next = place_of<S::kCluster>(first, tiles);
     ptx::grid_dependency_wait();
     for (int at = first; at < tile_count; at += step) {
-      const Place place = place_of<S::kCluster>(at, tiles);
+      const Place place = next;
       Corner corner;
       corner.m0 = (place.row * S::kCluster + rank) * kTokens + warp * 16, corner.n0 = place.column * S::kChannels;
-      corner.upper = load_token(e, corner.m0 + (lane >> 2)), corner.lower = load_token(e, corner.m0 + (lane >> 2) + 8);
-      ChannelTerms own[S::kChannels > 128 ? 2 : 1];
-#pragma unroll
-      for (int i = 0; i * 128 < S::kChannels; ++i) own[i] = load_channel(e, corner.n0 + i * 128 + member);
-
       int32_t acc[S::kChannels / 2];
       int previous = 0;
       const auto multiply = [&](int kb) {
@@ -309,13 +286,20 @@ __global__ void __launch_bounds__(kThreads, 1)
       };
       int kb = 0;
       if constexpr (kOut != DType::kF32) {
-        // What the last tile left goes out behind the first slabs' products.
+        // What the last tile left goes out behind this one's products.
 #pragma unroll
         for (int c = 0; c < S::kChannels; c += kStripe) {
-          if (kb < slab_count) multiply(kb++);
+#pragma unroll 1
+          for (int i = 0; i < apart && kb < slab_count; ++i) multiply(kb++);
           if (held.any) store_stripe<S::kChannels>(e, held, c, stripe, lane);
         }
       }
+      // Here, behind products, where divisions and loads delay nobody: at a tile's begin they would for 900 cycles.
+      next = place_of<S::kCluster>(at + step, tiles);
+      corner.upper = load_token(e, corner.m0 + (lane >> 2)), corner.lower = load_token(e, corner.m0 + (lane >> 2) + 8);
+      ChannelTerms own[S::kChannels > 128 ? 2 : 1];
+#pragma unroll
+      for (int i = 0; i * 128 < S::kChannels; ++i) own[i] = load_channel(e, corner.n0 + i * 128 + member);
       while (kb < slab_count) multiply(kb++);
       ptx::wgmma_wait<0>();
       release(previous);

@@ -270,6 +270,9 @@ __device__ __forceinline__ int4 load_shared(uint32_t address) {
                : "memory");
   return v;
 }
+__device__ __forceinline__ void store_shared(uint32_t address, int32_t v) {
+  asm volatile("st.shared.s32 [%0], %1;" ::"r"(address), "r"(v) : "memory");
+}
 // "griddepcontrol.wait": returns once the grids this one depends on are complete and their writes visible; at once
 // where the launch carries no such attribute.
 __device__ __forceinline__ void grid_dependency_wait() {

@@ -63,6 +63,7 @@ struct W8A8Config {
   int32_t split;  // kStream: CTAs that share the sum over K
   int32_t share;  // CTAs that share a tile by multicast: of tokens for kStream, of weights for kTiled
   int32_t deep;  // kStream: 1 fills an SM's shared memory with stages, 0 leaves room for a second CTA
+  int32_t channels;  // kStream: of a CTA's tile, 64 or 128
 };
 
 QK_HOST_DEVICE constexpr int64_t packed_rows(int64_t n) { return (n + kAtomRows - 1) / kAtomRows * kAtomRows; }
