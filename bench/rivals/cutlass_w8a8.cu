@@ -1,8 +1,8 @@
 // W8A8 by CUTLASS 3 for `qkernels bench --device cuda --cutlass LIBRARY`: int8 activations to scaled bfloat16.
 //
-// A rival, built only where its headers are (`make cutlass-rival CUTLASS=DIRECTORY`), and no part of the package. Tiles,
-// clusters and schedules 0 to 4 are what vLLM's scaled_mm_sm90_int8_dispatch.cuh chooses from; 5 to 7 multiply the
-// transposed problem, whose few activation rows then fill narrow instructions, as SGLang does; 8 is CUTLASS's own
+// A rival, built only where its headers are (`make cutlass-rival CUTLASS=DIRECTORY`), and no part of the package.
+// Tiles, clusters and schedules 0 to 4 are what vLLM's scaled_mm_sm90_int8_dispatch.cuh chooses from; 5 to 7 multiply
+// the transposed problem, whose few activation rows then fill narrow instructions, as SGLang does; 8 is CUTLASS's own
 // cooperative tile for large products.
 #include <cuda_runtime.h>
 
@@ -54,8 +54,7 @@ struct Config {
 
   static int run(const Operands& p, cudaStream_t stream) {
     const int rows = kSwap ? p.n : p.m, columns = kSwap ? p.m : p.n;
-    const auto a_stride =
-        cutlass::make_cute_packed_stride(typename Kernel::StrideA{}, cute::make_shape(rows, p.k, 1));
+    const auto a_stride = cutlass::make_cute_packed_stride(typename Kernel::StrideA{}, cute::make_shape(rows, p.k, 1));
     const auto b_stride =
         cutlass::make_cute_packed_stride(typename Kernel::StrideB{}, cute::make_shape(columns, p.k, 1));
     const auto d_stride =

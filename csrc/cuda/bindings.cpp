@@ -13,8 +13,12 @@ namespace {
 
 W8A8Config config_of(const py::tuple& values) {
   QK_CHECK_EQ(values.size(), size_t{6});
-  return W8A8Config{static_cast<W8A8Kernel>(values[0].cast<int>()), values[1].cast<int>(), values[2].cast<int>(),
-                    values[3].cast<int>(), values[4].cast<int>(), values[5].cast<int>()};
+  return W8A8Config{static_cast<W8A8Kernel>(values[0].cast<int>()),
+                    values[1].cast<int>(),
+                    values[2].cast<int>(),
+                    values[3].cast<int>(),
+                    values[4].cast<int>(),
+                    values[5].cast<int>()};
 }
 
 py::tuple select(int64_t m, int64_t n, int64_t k, int capability, int sms) {

@@ -22,23 +22,29 @@ int attribute(cudaDeviceAttr which, std::atomic<int> (&known)[64]) {
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// wgmma, few tokens: the smallest n that holds them (128 at most, 64 if twice as many CTAs still fit). K is split where
-// there are fewer CTAs than half the multiprocessors, by 2 if that will do: clusters of 4 and 8 start and meet
-// measurably later. With more CTAs than fit one to a multiprocessor, the activations' share of the L2 traffic counts,
-// and neighbours share it.
+// wgmma, few tokens (all measured on an H200): tiles of 64 channels where one wave holds them all, else of 128; the
+// smallest n that holds the tokens, 64 of them twice rather than 128 once where that too is one wave and K is not long.
+// K is split until two fifths of the multiprocessors have a CTA, and further if each then still walks 48 slabs: a
+// cluster starts and meets later than a CTA alone. With more CTAs than fit one to a multiprocessor, the activations'
+// share of the L2 traffic counts, and neighbours share it.
 W8A8Config select_stream(int64_t m, int64_t n, int64_t k, int sms) {
-  W8A8Config c = {W8A8Kernel::kStream, 8, 1, 1, 1, 128};
-  while (c.tile < m && c.tile < 128) c.tile *= 2;
-  // Two tiles of tokens and two halves of K.
-  if (c.tile == 128 && m <= 128 && ceil_div(n, 128) * 4 <= sms) c.tile = 64;
-  const int64_t tiles = ceil_div(n, 128) * ceil_div(m, c.tile);
-  while (c.split < 8 && tiles * c.split * 2 <= sms && slabs(k) >= c.split * 4) {
-    if (c.split >= 2 && tiles * c.split * 2 > sms * 2 / 3) break;
-    c.split *= 2;
-  }
+  W8A8Config c = {W8A8Kernel::kStream, 8, 1, 1, 1, 64};
+  while (c.tile < m && c.tile < 64) c.tile *= 2;
+  const int64_t columns = ceil_div(n, 64);
+  const bool long_k = slabs(k) >= 64;
+  if (m > 64 && (columns * ceil_div(m, 64) > sms || (long_k && m <= 256))) c.tile = 128;
+  // Two tiles of 128 tokens over a long K: halves of K rather than halves of the channels fetch them once.
+  if (columns * ceil_div(m, c.tile) > sms || (c.tile == 128 && m > 128 && long_k)) c.channels = 128;
+  const int64_t tiles = ceil_div(n, c.channels) * ceil_div(m, c.tile);
   if (tiles > sms) {
-    c.deep = c.tile > 8 ? 1 : 0;
+    c.deep = c.tile > 16 ? 1 : 0;
     c.share = c.tile >= 64 ? 4 : 1;
+    return c;
+  }
+  while (c.split < 8 && tiles * c.split * 2 <= sms) {
+    const int64_t least = tiles * c.split * 5 >= sms * 2 && c.channels == 64 ? 48 : 4;
+    if (slabs(k) < least * c.split * 2) break;
+    c.split *= 2;
   }
   return c;
 }
@@ -51,7 +57,7 @@ W8A8Config select_tiled(int64_t m, int64_t n, int64_t k, int sms) {
     int64_t slab, tile_overhead;
   };
   const int wide_share = m >= 4096 ? 2 : 1;
-  const Instance instances[] = {{256, wide_share, 645, 2200}, {224, 2, 575, 2000}, {128, 1, 335, 1500}};
+  const Instance instances[] = {{256, wide_share, 645, 2200}, {224, 2, 575, 2000}, {128, 2, 335, 1500}};
   W8A8Config best = {W8A8Kernel::kTiled, 0, 1, 0, 0, 0};
   int64_t least = 0;
   for (const Instance& i : instances) {
@@ -62,14 +68,8 @@ W8A8Config select_tiled(int64_t m, int64_t n, int64_t k, int sms) {
   return best;
 }
 
-// Up to 64 tokens stream. Up to 128 do unless tiles of 128 x 128 fill the chip just once, and up to 256 where they
-// would leave half of it idle for a long K.
-bool streams(int64_t m, int64_t n, int64_t k, int sms) {
-  const int64_t columns = ceil_div(n, 128);
-  if (m <= 64) return true;
-  if (m <= 128) return columns * 2 <= sms || columns > sms;
-  return m <= 256 && columns * 4 <= sms && slabs(k) > 32;
-}
+// Up to 128 tokens stream, and more while one wave holds their tiles of 64 channels.
+bool streams(int64_t m, int64_t n, int sms) { return m <= 128 || ceil_div(n, 64) * ceil_div(m, 128) <= sms; }
 
 }  // namespace
 
@@ -93,7 +93,7 @@ bool has_sm90a() {
 
 W8A8Config select_w8a8(int64_t m, int64_t n, int64_t k, int capability, int sms) {
   if (capability == 90 && has_sm90a()) {
-    return streams(m, n, k, sms) ? select_stream(m, n, k, sms) : select_tiled(m, n, k, sms);
+    return streams(m, n, sms) ? select_stream(m, n, k, sms) : select_tiled(m, n, k, sms);
   }
   return W8A8Config{W8A8Kernel::kMma, m <= 16 ? 16 : m <= 64 ? 64 : 128, 1, 1, 0, 0};
 }

@@ -12,8 +12,8 @@
 //
 // A stage is 8 or 16 KB of weights (one bulk copy of a contiguous tile, evict-first) and kTokens x 128 bytes of
 // activations (tensor map, kept in L2). The first stages' weights are requested before griddepcontrol.wait, so they
-// travel while the quantizer that makes the activations still runs: weights are the caller's constants. Two warps fetch,
-// since filling all stages takes 3000 cycles, and with one the first tokens would come after the last weights.
+// travel while the quantizer that makes the activations still runs: weights are the caller's constants. Two warps
+// fetch, since filling all stages takes 3000 cycles, and with one the first tokens would come after the last weights.
 //
 // Clusters of `split` x `share` CTAs:
 //
@@ -23,8 +23,8 @@
 //
 // Whoever adds to the same outputs, the parts of a split and the phases of a CTA, are the "units" of a sum, and int32
 // sums are exact in any order. Phases alone leave their sums in shared memory side by side. With a split, token block j
-// (8 tokens) is owned by part j % split, which receives the sums of all units in its free stages by st.async, counted by
-// an mbarrier.
+// (8 tokens) is owned by part j % split, which receives the sums of all units in its free stages by st.async, counted
+// by an mbarrier.
 #include "epilogue.cuh"
 #include "host.h"
 #include "launch.h"
@@ -36,6 +36,7 @@ namespace {
 
 constexpr int kAlignment = 1024;  // of a swizzle atom
 constexpr int kMaxCluster = 8;
+constexpr int kBoxRows = 32;  // of tokens, where the last tile is not full
 constexpr int kConsumers = 256;  // threads: two warpgroups
 constexpr int kConsumerWarps = kConsumers / 32;
 constexpr int kWeightWarp = kConsumerWarps;  // and the next one fetches tokens
@@ -50,9 +51,8 @@ QK_HOST_DEVICE constexpr int received_bytes(int channels, int tokens, int split)
 template <int kChannels>
 constexpr int sums_bytes(int tokens, int split) {
   const int of_tokens = kTilePitch<kChannels> * 4;
-  return split == 1
-             ? 128 / kChannels * tokens * of_tokens
-             : received_bytes(kChannels, tokens, split) + most_blocks(tokens, split) * 8 * of_tokens;
+  return split == 1 ? 128 / kChannels * tokens * of_tokens
+                    : received_bytes(kChannels, tokens, split) + most_blocks(tokens, split) * 8 * of_tokens;
 }
 constexpr int larger(int a, int b) { return a > b ? a : b; }
 
@@ -73,11 +73,12 @@ struct Shape {
   // An SM has 228 KB; each CTA costs 1 KB and the barriers besides.
   static constexpr int kTermBytes = kTokens * static_cast<int>(sizeof(TokenTerms)) + sizeof(TileTerms<kChannels>);
   static_assert(kPerSm * (kSharedBytes + 1024 + 2 * kStages * 8 + 8 + kTermBytes) <= 228 * 1024, "shared memory");
-
 };
 
+// Tokens are copied in boxes of `box_rows`, and a box without any is left out: copies that only fill with zeros take
+// longer than others.
 struct Clusters {
-  int split, share;
+  int split, share, box_rows;
 };
 
 template <typename S>
@@ -113,16 +114,15 @@ __global__ void __launch_bounds__(kThreads, S::kPerSm)
   if (clustered) ptx::cluster_arrive_relaxed();
 
   if (warp >= kConsumerWarps) {
-    const int ahead = min(count, S::kStages);
-    const auto wait_empty = [&](int i) {
-      ptx::mbarrier_wait(empty + 8 * (i % S::kStages), (i / S::kStages - 1) & 1);
-    };
+    const int ahead = min(count, S::kStages), tokens_used = min(S::kTokens, a.m - m0);
+    const int token_bytes = ((tokens_used + c.box_rows - 1) & -c.box_rows) * kSlabK;  // box_rows is a power of two
+    const auto wait_empty = [&](int i) { ptx::mbarrier_wait(empty + 8 * (i % S::kStages), (i / S::kStages - 1) & 1); };
     if (warp == kWeightWarp) {
-      const uint32_t weight_bytes = max(0, min(S::kChannels, static_cast<int>(packed_rows(a.n)) - n0)) *
-                                    kSlabK;  // 0: beyond the last channel
+      const uint32_t weight_bytes =
+          max(0, min(S::kChannels, static_cast<int>(packed_rows(a.n)) - n0)) * kSlabK;  // 0: beyond the last channel
       const auto load = [&](int i) {
         const int s = i % S::kStages;
-        ptx::mbarrier_arrive_expect_tx(full + 8 * s, weight_bytes + S::kTokenBytes);
+        ptx::mbarrier_arrive_expect_tx(full + 8 * s, weight_bytes + token_bytes);
         if (weight_bytes > 0) {
           ptx::bulk_load(base + s * S::kStageBytes, a.packed + ((first + i) * a.slab_rows + n0) * kSlabK, weight_bytes,
                          full + 8 * s, ptx::kEvictFirst);
@@ -141,30 +141,32 @@ __global__ void __launch_bounds__(kThreads, S::kPerSm)
         ptx::grid_launch_dependents();
       }
     } else {
-      const int slice = S::kTokens / c.share;  // tokens this CTA fetches
+      const int slice = S::kTokens / c.share;  // tokens this CTA fetches, a lane for each box
+      const int own = member * slice + lane * c.box_rows;
+      const bool fetches = lane * c.box_rows < slice && own < tokens_used;
       uint32_t mask = 0;
       for (int j = 0; j < c.share; ++j) mask |= 1u << (part + c.split * j);
       const auto load = [&](int i) {
         const int s = i % S::kStages;
-        const uint32_t target = base + s * S::kStageBytes + S::kWeightBytes + member * slice * kSlabK;
+        const uint32_t target = base + s * S::kStageBytes + S::kWeightBytes + own * kSlabK;
         if (c.share > 1) {
-          ptx::tensor_load_2d_multicast(target, &x_map, (first + i) * kSlabK, m0 + member * slice, full + 8 * s,
+          ptx::tensor_load_2d_multicast(target, &x_map, (first + i) * kSlabK, m0 + own, full + 8 * s,
                                         static_cast<uint16_t>(mask), ptx::kEvictLast);
         } else {
-          ptx::tensor_load_2d(target, &x_map, (first + i) * kSlabK, m0, full + 8 * s, ptx::kEvictLast);
+          ptx::tensor_load_2d(target, &x_map, (first + i) * kSlabK, m0 + own, full + 8 * s, ptx::kEvictLast);
         }
       };
       if (lane == 0) ptx::prefetch_tensor_map(&x_map);
       __syncwarp();
       if (clustered) ptx::cluster_wait();  // the barriers a multicast completes on exist everywhere
       ptx::grid_dependency_wait();
-      if (lane == 0) {
+      if (fetches) {
         for (int i = 0; i < ahead; ++i) load(i);
       }
       __syncwarp();
       for (int m = lane; m < S::kTokens; m += 32) token_terms[m] = load_token(e, m0 + m);
       ptx::named_barrier_arrive(1, kConsumers + 32);
-      if (lane == 0) {
+      if (fetches) {
         for (int i = ahead; i < count; ++i) {
           wait_empty(i);
           load(i);
@@ -280,18 +282,18 @@ void run(const GemmW8A8Args& args, const W8A8Config& c, bool dependent, cudaStre
   }
   static std::atomic<uint64_t> allowed{0};
   allow_shared_memory(reinterpret_cast<const void*>(gemm_stream_kernel<S>), S::kSharedBytes, allowed);
-  const CUtensorMap map =
-      byte_matrix_map(args.xq, args.m, args.k, args.x_stride, static_cast<uint32_t>(S::kTokens / c.share));
+  const int slice = S::kTokens / c.share, box_rows = args.m % S::kTokens == 0 || slice <= kBoxRows ? slice : kBoxRows;
+  const CUtensorMap map = byte_matrix_map(args.xq, args.m, args.k, args.x_stride, static_cast<uint32_t>(box_rows));
   LaunchShape shape;
-  shape.grid =
-      dim3(static_cast<unsigned>(c.split), blocks(args.n, S::kChannels * c.share) * c.share, blocks(args.m, S::kTokens));
+  shape.grid = dim3(static_cast<unsigned>(c.split), blocks(args.n, S::kChannels * c.share) * c.share,
+                    blocks(args.m, S::kTokens));
   shape.block = dim3(kThreads);
   shape.shared_bytes = S::kSharedBytes;
   shape.cluster_x = c.split;
   shape.cluster_y = c.share;
   shape.dependent = dependent;
   launch(gemm_stream_kernel<S>, shape, stream, "gemm_w8a8_stream", map, args, make_epilogue(args),
-         Clusters{c.split, c.share});
+         Clusters{c.split, c.share, box_rows});
 }
 
 template <int kChannels, int kTokens>

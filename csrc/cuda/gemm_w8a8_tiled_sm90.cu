@@ -7,8 +7,9 @@
 //      +-----------+                     channels; each fetches half of the weight tile and multicasts it to both, so
 //  64  | warps 0-3 |   x K               a weight byte crosses the L2 once for 256 tokens.
 //      +-----------+
-//  64  | warps 4-7 |                     warp 8: producer, one lane. It runs ahead into the next tile while the
-//      +-----------+                     consumers write the last one out. Warps 9-11 only hand their registers over.
+//  64  | warps 4-7 |                     warps 8 and 9 fetch weights and tokens. They run ahead into the next tile
+//      +-----------+                     while the consumers write the last one out. Warps 10 and 11 only hand their
+//                                        registers over.
 //
 // At the s8 peak a 128 x 256 tile takes 48 bytes a cycle into shared memory (32 from the L2 with multicast), a 128 x
 // 128 one 64. Narrower instances (224, 128) exist for the quantization of waves alone: with 1024 tokens and 14336
@@ -20,9 +21,9 @@
 // Epilogue: fragment -> fp32 steps -> 16-bit pairs, which stay in registers (64 of them) while the next tile's products
 // run. Stripes of 64 channels then go through 2 KB of shared memory per warp (stmatrix) to 16-byte stores of whole
 // sectors, at even distances behind the products of three quarters of K. Written sooner, the tiles of all CTAs, 64 KB
-// each, come as a burst that the L2 takes microseconds to absorb (1500 bytes a cycle) while the tensor cores wait. (fp32 outputs do not fit beside the sums and are
-// written at once.) The warpgroups share nothing in all this and
-// need not arrive together.
+// each, come as a burst that the L2 takes microseconds to absorb (1500 bytes a cycle) while the tensor cores wait.
+// (fp32 outputs do not fit beside the sums and are written at once.) The warpgroups share nothing in all this and need
+// not arrive together.
 #include "epilogue.cuh"
 #include "host.h"
 #include "launch.h"
@@ -38,6 +39,7 @@ constexpr int kThreads = kConsumers + 128;  // the producer's warpgroup: setmaxn
 constexpr int kConsumerWarps = kConsumers / 32;
 constexpr int kTokenBytes = kTokens * kSlabK;
 constexpr int kAlignment = 1024;
+constexpr int kBoxRows = 32;  // of tokens, where the last tile is not full
 constexpr int kGroup = 16;  // token tiles walked before the next channels
 constexpr int kStripe = 64;  // channels staged at once for the store
 constexpr int kStripeBytes = 16 * kStripe * 2;  // per warp: 16 tokens
@@ -56,9 +58,11 @@ struct Shape {
   static_assert(kSharedBytes + kTermBytes + 2 * kStages * 8 <= 227 * 1024, "shared memory");
 };
 
-// Tiles of the output, in clusters of kCluster token tiles.
+// Tiles of the output, in clusters of kCluster token tiles. Tokens are copied in boxes of `box_rows`, and a box without
+// any is left out: copies that only fill with zeros take longer than others.
 struct Tiles {
   int rows, columns;  // cluster tiles along tokens, tiles along channels
+  int box_rows;
 };
 
 struct Place {
@@ -174,7 +178,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   const uint32_t full = ptx::smem_u32(full_barriers), empty = ptx::smem_u32(empty_barriers);
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
   const int rank = S::kCluster > 1 ? static_cast<int>(ptx::cluster_rank()) : 0;
-  const int first = blockIdx.x / S::kCluster, step = gridDim.x / S::kCluster;
+  const int step = gridDim.x / S::kCluster;
   const int tile_count = tiles.rows * tiles.columns, slab_count = static_cast<int>(slabs(a.k));
 
   if (threadIdx.x == 0) {
@@ -193,56 +197,57 @@ __global__ void __launch_bounds__(kThreads, 1)
 
   if (warp >= kConsumerWarps) {
     ptx::registers_decrease<kProducerRegisters>();
+    int stage = 0;
+    uint32_t parity = 1;  // of an empty barrier nobody has used: its "previous" phase counts as complete
+    const auto advance = [&] {
+      if (++stage == S::kStages) stage = 0, parity ^= 1;
+    };
     if (warp == kConsumerWarps && ptx::elect_one()) {
-      ptx::prefetch_tensor_map(&x_map);
       const int rows = static_cast<int>(packed_rows(a.n));
       const int64_t slab_bytes = a.slab_rows * kSlabK;
-      int stage = 0;
-      uint32_t parity = 1;  // of an empty barrier nobody has used: its "previous" phase counts as complete
-      const auto load_weights = [&](int n0, int kb, int s) {
-        // Rows of this weight tile that exist, and those of them this CTA fetches for the cluster.
-        const int inside = min(S::kChannels, rows - n0), own = min(S::kPart, inside - rank * S::kPart);
-        ptx::mbarrier_arrive_expect_tx(full + 8 * s, kTokenBytes + inside * kSlabK);
-        if (own <= 0) return;
-        const uint32_t target = base + s * S::kStageBytes + kTokenBytes + rank * S::kPart * kSlabK;
-        const int8_t* source = a.packed + kb * slab_bytes + (n0 + rank * S::kPart) * kSlabK;
-        if constexpr (S::kCluster > 1) {
-          ptx::bulk_load_multicast(target, source, own * kSlabK, full + 8 * s, (1 << S::kCluster) - 1,
-                                   ptx::kEvictNormal);
-        } else {
-          ptx::bulk_load(target, source, own * kSlabK, full + 8 * s, ptx::kEvictNormal);
-        }
-      };
-      // The first stages' weights, the caller's constants, are on their way before the activations are there.
-      int ahead = min(slab_count, S::kStages);
-      {
-        const int n0 = place_of<S::kCluster>(first, tiles).column * S::kChannels;
 #pragma unroll 1
-        for (int kb = 0; kb < ahead; ++kb) load_weights(n0, kb, kb);
-      }
-      ptx::grid_dependency_wait();
-#pragma unroll 1
-      for (int at = first; at < tile_count; at += step) {
+      for (int at = ptx::block_x() / S::kCluster; at < tile_count; at += step) {
         const Place place = place_of<S::kCluster>(at, tiles);
-        const int m0 = (place.row * S::kCluster + rank) * kTokens, n0 = place.column * S::kChannels;
+        // Rows of this weight tile that exist, those of them this CTA fetches for the cluster, and tokens in whole
+        // boxes.
+        const int n0 = place.column * S::kChannels, inside = min(S::kChannels, rows - n0);
+        const int own = min(S::kPart, inside - rank * S::kPart);
+        const int tokens = max(0, min(kTokens, a.m - (place.row * S::kCluster + rank) * kTokens));
+        const uint32_t bytes = (((tokens + tiles.box_rows - 1) & -tiles.box_rows) + inside) * kSlabK;
+        const uint32_t target = base + kTokenBytes + rank * S::kPart * kSlabK;
+        const int8_t* source = a.packed + (n0 + rank * S::kPart) * kSlabK;
+        // The first stages' weights, the caller's constants, are on their way before the activations are there.
 #pragma unroll 1
-        for (int kb = 0; kb < slab_count; ++kb) {
-          if (ahead > 0) {
-            --ahead;
+        for (int kb = 0; kb < slab_count; ++kb, source += slab_bytes, advance()) {
+          const uint32_t bar = full + 8 * stage;
+          ptx::mbarrier_wait(empty + 8 * stage, parity);
+          ptx::mbarrier_arrive_expect_tx(bar, bytes);
+          if (own <= 0) continue;
+          if constexpr (S::kCluster > 1) {
+            ptx::bulk_load_multicast(target + stage * S::kStageBytes, source, own * kSlabK, bar, (1 << S::kCluster) - 1,
+                                     ptx::kEvictNormal);
           } else {
-            ptx::mbarrier_wait(empty + 8 * stage, parity);
-            load_weights(n0, kb, stage);
+            ptx::bulk_load(target + stage * S::kStageBytes, source, own * kSlabK, bar, ptx::kEvictNormal);
           }
-          ptx::tensor_load_2d(base + stage * S::kStageBytes, &x_map, kb * kSlabK, m0, full + 8 * stage,
-                              ptx::kEvictNormal);
-          if (++stage == S::kStages) stage = 0, parity ^= 1;
         }
       }
       ptx::grid_launch_dependents();
       // Stay until the last arrivals of the other CTA are here.
-      for (int s = 0; s < S::kStages; ++s) {
-        ptx::mbarrier_wait(empty + 8 * stage, parity);
-        if (++stage == S::kStages) stage = 0, parity ^= 1;
+      for (int s = 0; s < S::kStages; ++s, advance()) ptx::mbarrier_wait(empty + 8 * stage, parity);
+    } else if (warp == kConsumerWarps + 1 && lane * tiles.box_rows < kTokens) {  // a lane for each box of tokens
+      if (lane == 0) ptx::prefetch_tensor_map(&x_map);
+      ptx::grid_dependency_wait();
+      const int row = lane * tiles.box_rows;
+#pragma unroll 1
+      for (int at = ptx::block_x() / S::kCluster; at < tile_count; at += step) {
+        const int m = (place_of<S::kCluster>(at, tiles).row * S::kCluster + rank) * kTokens + row;
+#pragma unroll 1
+        for (int kb = 0; kb < slab_count; ++kb, advance()) {
+          if (m >= a.m) continue;
+          ptx::mbarrier_wait(empty + 8 * stage, parity);
+          ptx::tensor_load_2d(base + stage * S::kStageBytes + row * kSlabK, &x_map, kb * kSlabK, m, full + 8 * stage,
+                              ptx::kEvictNormal);
+        }
       }
     }
     __syncwarp();
@@ -260,12 +265,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     held.any = false;
     constexpr int kStripes = (S::kChannels + kStripe - 1) / kStripe;
     const int apart = max(1, slab_count * 3 / (4 * kStripes));  // slabs between stores
-    Place next = place_of<S::kCluster>(first, tiles);
     ptx::grid_dependency_wait();
-    for (int at = first; at < tile_count; at += step) {
-      const Place place = next;
-      Corner corner;
-      corner.m0 = (place.row * S::kCluster + rank) * kTokens + warp * 16, corner.n0 = place.column * S::kChannels;
+    for (int at = ptx::block_x() / S::kCluster; at < tile_count; at += step) {
       int32_t acc[S::kChannels / 2];
       int previous = 0;
       const auto multiply = [&](int kb) {
@@ -294,8 +295,11 @@ __global__ void __launch_bounds__(kThreads, 1)
           if (held.any) store_stripe<S::kChannels>(e, held, c, stripe, lane);
         }
       }
-      // Here, behind products, where divisions and loads delay nobody: at a tile's begin they would for 900 cycles.
-      next = place_of<S::kCluster>(at + step, tiles);
+      // Where the tile lies and its scales: here, behind products, whom divisions and loads delay at a tile's begin for
+      // 900 cycles.
+      const Place place = place_of<S::kCluster>(at, tiles);
+      Corner corner;
+      corner.m0 = (place.row * S::kCluster + rank) * kTokens + warp * 16, corner.n0 = place.column * S::kChannels;
       corner.upper = load_token(e, corner.m0 + (lane >> 2)), corner.lower = load_token(e, corner.m0 + (lane >> 2) + 8);
       ChannelTerms own[S::kChannels > 128 ? 2 : 1];
 #pragma unroll
@@ -329,8 +333,10 @@ template <typename S, DType kOut>
 void run_typed(const GemmW8A8Args& args, bool dependent, cudaStream_t stream) {
   static std::atomic<uint64_t> allowed{0};
   allow_shared_memory(reinterpret_cast<const void*>(gemm_tiled_kernel<S, kOut>), S::kSharedBytes, allowed);
-  const CUtensorMap map = byte_matrix_map(args.xq, args.m, args.k, args.x_stride, kTokens);
   Tiles tiles;
+  tiles.box_rows = args.m % kTokens == 0 ? kTokens : kBoxRows;
+  const CUtensorMap map =
+      byte_matrix_map(args.xq, args.m, args.k, args.x_stride, static_cast<uint32_t>(tiles.box_rows));
   tiles.rows = static_cast<int>(blocks(args.m, kTokens * S::kCluster));
   tiles.columns = static_cast<int>(blocks(args.n, S::kChannels));
   const int clusters = multiprocessors() / S::kCluster, count = tiles.rows * tiles.columns;

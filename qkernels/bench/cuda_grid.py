@@ -3,9 +3,9 @@
 By ``--schemes``, other weights and activations (:mod:`qkernels.bench.cuda_w4`, :mod:`qkernels.bench.cuda_w8a16`) and
 the quantizers of rows (:mod:`qkernels.bench.cuda_rows`).
 
-Each contender's calls, one per copy of the weight, are captured into a graph; graphs are replayed in an order drawn anew
-for each round, and a row is the median over the rounds.  The copies together are larger than the L2.  Nothing of ours is timed before its result
-equals the reference bit for bit.  Data are random throughout: zeros run faster.
+Each contender's calls, one per copy of the weight, are captured into a graph; graphs are replayed in an order drawn
+anew for each round, and a row is the median over the rounds.  The copies together are larger than the L2.  Nothing of
+ours is timed before its result equals the reference bit for bit.  Data are random throughout: zeros run faster.
 
     gemm               int8 activations to scaled output
     gemm overlapped    the same, each launch fetching its weight while the one before it ends
