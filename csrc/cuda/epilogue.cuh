@@ -106,24 +106,13 @@ __device__ __forceinline__ void store_f32(const Epilogue& e, int m, int n, float
 }
 
 // A warp's finished fragment of 16 channels x 8 tokens, rows are channels: v[0], v[1] are channel n0 + g at tokens
-// m0 + 2t and m0 + 2t + 1, v[2], v[3] channel n0 + g + 8. 16-bit outputs are transposed in registers: token g, channels
-// 2t, 2t + 1 and 8 + 2t, 8 + 2t + 1.
+// m0 + 2t and m0 + 2t + 1, v[2], v[3] channel n0 + g + 8. 16-bit outputs are transposed in registers (lane: token g,
+// channels 2t, 2t + 1 and 8 + 2t, 8 + 2t + 1).
 struct PairsOfToken {
   uint32_t first, second;
 };
 __device__ __forceinline__ PairsOfToken transpose_values(DType out, const float (&v)[4]) {
   return {ptx::transpose_8x8_b16(pack_pair(out, v[0], v[1])), ptx::transpose_8x8_b16(pack_pair(out, v[2], v[3]))};
-}
-
-// Neighbouring lanes swap halves, so that each has four channels in a row: one store covers whole 32-byte sectors. For
-// channels that all exist where quads may be stored, and tokens of which `wanted` do.
-__device__ __forceinline__ void store_quads(const Epilogue& e, PairsOfToken p, int n0, int m0, bool wanted, int lane) {
-  const int g = lane >> 2, t = lane & 3;
-  const bool upper = t & 1;  // takes the second eight channels
-  const uint32_t got = __shfl_xor_sync(0xffffffffu, upper ? p.first : p.second, 1);
-  const uint2 four = upper ? make_uint2(got, p.second) : make_uint2(p.first, got);
-  const int m = m0 + g, n = n0 + (upper ? 8 + 2 * (t - 1) : 2 * t);
-  if (wanted && m < e.m) *reinterpret_cast<uint2*>(static_cast<uint16_t*>(e.y) + int64_t(m) * e.y_stride + n) = four;
 }
 
 __device__ __forceinline__ void store_values(const Epilogue& e, const float (&v)[4], int n0, int m0, int lane) {
@@ -136,11 +125,44 @@ __device__ __forceinline__ void store_values(const Epilogue& e, const float (&v)
     return;
   }
   const PairsOfToken p = transpose_values(e.y_dtype, v);
-  if (e.quads && n0 + 16 <= e.n) {
-    store_quads(e, p, n0, m0, true, lane);
+  store_pair(e, m0 + g, n0 + 2 * t, p.first);
+  store_pair(e, m0 + g, n0 + 8 + 2 * t, p.second);
+}
+
+// kBlocks such fragments of 16-bit outputs, one below the other, of channels that all exist where quads may be stored:
+// neighbouring lanes swap halves, so that each has four channels in a row and one store covers whole 32-byte sectors.
+// No decision is left inside and one address walks down, since a tile's end is limited by fetching its instructions.
+template <int kBlocks, DType kOut, typename Values>
+__device__ __forceinline__ void store_quads(const Epilogue& e, int n0, int m0, int lane, const Values& values) {
+  const int g = lane >> 2, t = lane & 3;
+  const bool upper = t & 1;  // takes the second eight channels
+  uint16_t* to = static_cast<uint16_t*>(e.y) + int64_t(m0 + g) * e.y_stride + n0 + (upper ? 8 + 2 * (t - 1) : 2 * t);
+  const int left = e.m - m0 - g;
+#pragma unroll
+  for (int j = 0; j < kBlocks; ++j, to += 8 * e.y_stride) {
+    float v[4];
+    values(j, v);
+    const PairsOfToken p = transpose_values(kOut, v);
+    const uint32_t got = __shfl_xor_sync(0xffffffffu, upper ? p.first : p.second, 1);
+    const uint2 four = upper ? make_uint2(got, p.second) : make_uint2(p.first, got);
+    if (8 * j < left) *reinterpret_cast<uint2*>(to) = four;
+  }
+}
+
+// kBlocks fragments, one below the other: values(j, v) makes the j-th, tokens m0 + 8j and on.
+template <int kBlocks, typename Values>
+__device__ __forceinline__ void store_blocks(const Epilogue& e, int n0, int m0, int lane, const Values& values) {
+  if (e.quads && n0 + 16 <= e.n && e.y_dtype == DType::kBF16) {
+    store_quads<kBlocks, DType::kBF16>(e, n0, m0, lane, values);
+  } else if (e.quads && n0 + 16 <= e.n && e.y_dtype == DType::kF16) {
+    store_quads<kBlocks, DType::kF16>(e, n0, m0, lane, values);
   } else {
-    store_pair(e, m0 + g, n0 + 2 * t, p.first);
-    store_pair(e, m0 + g, n0 + 8 + 2 * t, p.second);
+#pragma unroll
+    for (int j = 0; j < kBlocks; ++j) {
+      float v[4];
+      values(j, v);
+      store_values(e, v, n0, m0 + 8 * j, lane);
+    }
   }
 }
 

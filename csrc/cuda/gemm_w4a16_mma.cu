@@ -253,12 +253,11 @@ __device__ __forceinline__ void store_tile(const Job& job, const Cursor& at, con
     const int n0 = at.tile_n * kChannels + (warp * S::kBlocksN + i) * 16, n = n0 + (lane >> 2);
     const float low = job.a.bias && n < job.e.n ? __ldg(job.a.bias + n) : -0.0f;
     const float high = job.a.bias && n + 8 < job.e.n ? __ldg(job.a.bias + n + 8) : -0.0f;
-#pragma unroll
-    for (int j = 0; j < S::kBlocksM; ++j) {
+    store_blocks<S::kBlocksM>(job.e, n0, m0, lane, [&](int j, float (&v)[4]) {
       const float (&d)[4] = sums.total[i][j];
-      const float v[4] = {__fadd_rn(d[0], low), __fadd_rn(d[1], low), __fadd_rn(d[2], high), __fadd_rn(d[3], high)};
-      store_values(job.e, v, n0, m0 + 8 * j, lane);
-    }
+      v[0] = __fadd_rn(d[0], low), v[1] = __fadd_rn(d[1], low);
+      v[2] = __fadd_rn(d[2], high), v[3] = __fadd_rn(d[3], high);
+    });
   }
 }
 

@@ -423,15 +423,13 @@ __global__ void __launch_bounds__(kThreads, S::kPerSm) wide_kernel(const Job job
     const int n = n0 + (warp_n * S::kBlocksN + i) * 16, low_n = n + (lane >> 2);
     const float low = a.bias && low_n < w.n ? __ldg(a.bias + low_n) : -0.0f;
     const float high = a.bias && low_n + 8 < w.n ? __ldg(a.bias + low_n + 8) : -0.0f;
-#pragma unroll
-    for (int j = 0; j < S::kBlocksM; ++j) {
-      const int m = m0 + (warp_m * S::kBlocksM + j) * 8, even = m + 2 * (lane & 3);
+    const int m = m0 + warp_m * S::kBlocksM * 8;
+    store_blocks<S::kBlocksM>(job.e, n, m, lane, [&](int j, float (&v)[4]) {
+      const int even = m + 8 * j + 2 * (lane & 3);
       const float scale[2] = {even < a.m ? a.x_scale[even] : 0.0f, even + 1 < a.m ? a.x_scale[even + 1] : 0.0f};
-      float v[4];
 #pragma unroll
       for (int c = 0; c < 4; ++c) v[c] = __fadd_rn(__fmul_rn(total[i][j][c], scale[c & 1]), c < 2 ? low : high);
-      store_values(job.e, v, n, m, lane);
-    }
+    });
   }
 }
 

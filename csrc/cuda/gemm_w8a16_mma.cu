@@ -150,9 +150,10 @@ __global__ void __launch_bounds__(kThreads, kBlocks == 1 ? 2 : 1) gemm_w8a16_ker
       v[0] += part.x, v[1] += part.y, v[2] += part.z, v[3] += part.w;
     }
     const ChannelTerms low = load_channel(e, n + g), high = load_channel(e, n + g + 8);
-    const float y[4] = {v[0] * low.scale + low.bias, v[1] * low.scale + low.bias, v[2] * high.scale + high.bias,
-                        v[3] * high.scale + high.bias};
-    store_values(e, y, n, m0 + 8 * j, lane);
+    store_blocks<1>(e, n, m0 + 8 * j, lane, [&](int, float (&y)[4]) {
+      y[0] = v[0] * low.scale + low.bias, y[1] = v[1] * low.scale + low.bias;
+      y[2] = v[2] * high.scale + high.bias, y[3] = v[3] * high.scale + high.bias;
+    });
   }
 }
 

@@ -150,12 +150,9 @@ __global__ void __launch_bounds__(kThreads) gemm_mma_kernel(const GemmW8A8Args a
   for (int i = 0; i < S::kBlocksN; ++i) {
     const int n = n0 + (warp_n * S::kBlocksN + i) * 16;
     const ChannelTerms low = load_channel(e, n + (lane >> 2)), high = load_channel(e, n + (lane >> 2) + 8);
-#pragma unroll
-    for (int j = 0; j < S::kBlocksM; ++j) {
-      float v[4];
+    store_blocks<S::kBlocksM>(e, n, m0 + warp_m * S::kBlocksM * 8, lane, [&](int j, float (&v)[4]) {
       finish_channels_by_tokens(acc[i][j], low, high, even[j], odd[j], v);
-      store_values(e, v, n, m0 + (warp_m * S::kBlocksM + j) * 8, lane);
-    }
+    });
   }
 }
 
