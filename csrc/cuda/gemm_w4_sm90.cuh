@@ -289,7 +289,11 @@ __global__ void __launch_bounds__(S::kThreads, S::kPerSm)
           if (ends || last || S::kPhases > 1) rescale<S>(scale, next_scale, last, sums);
           scale[0] = next_scale[0], scale[1] = next_scale[1];
         } else if constexpr (S::kRelays) {
-          relay.add(t.phase, row == 0, row == kRows - 1, slab == s.last - 1, !ends, f, sums);
+          float step[S::kValues];
+          scale_parts<S>(f, !ends, sums, step);
+          // Complete long since. ptxas moves nothing beyond it: the next phase shall wait for additions alone.
+          if (kRows == 1) ptx::mbarrier_wait(full_here + 8 * own, own_parity);
+          relay.add(t.phase, row == 0, row == kRows - 1, slab == s.last - 1, step, sums);
         } else {
           if (!S::kBytes || ends) promote<S>(f, sums);
         }

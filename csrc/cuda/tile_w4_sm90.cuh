@@ -336,11 +336,13 @@ __device__ __forceinline__ void promote(Factors f, Sums<S>& sums) {
   }
 }
 
-// Of integers: what promote() adds to the totals, in place of the sums.
+// Of integers: what promote() adds to the totals. A row of padding, whose tokens are zeros, gives zeros that change no
+// total, whatever its scale is.
 template <typename S>
-__device__ __forceinline__ void scale_parts(Factors f, const Sums<S>& sums, float (&step)[S::kValues]) {
+__device__ __forceinline__ void scale_parts(Factors f, bool padding, const Sums<S>& sums, float (&step)[S::kValues]) {
   static_assert(S::kBytes && !S::kMinimum, "a single term");
   if constexpr (S::kSixteenfold) f.scale[0] *= 0.0625f, f.scale[1] *= 0.0625f;
+  if (padding) f.scale[0] = f.scale[1] = -0.0f;
 #pragma unroll
   for (int i = 0; i < S::kValues; ++i) step[i] = __fmul_rn(__int2float_rn(sums.part[i]), f.scale[(i >> 1) & 1]);
 }
@@ -377,13 +379,10 @@ struct Relay {
     for (int piece = 0; piece < kPieces; ++piece) ptx::named_barrier_arrive(barrier(0, piece), 256);
   }
 
-  // One row of a slab's scales: receives with the first, sends with the last one, but not after the last slab.
-  // A row of padding, whose tokens are zeros, adds zeros that change no total, whatever its scale is.
-  __device__ __forceinline__ void add(int phase, bool first_row, bool last_row, bool last_slab, bool padding, Factors f,
-                                      Sums<S>& sums) const {
-    if (padding) f.scale[0] = f.scale[1] = -0.0f;
-    float step[S::kValues];
-    scale_parts<S>(f, sums, step);
+  // Adds what comes of one row of a slab's scales: receives with the first, sends with the last one, but not after the
+  // last slab.
+  __device__ __forceinline__ void add(int phase, bool first_row, bool last_row, bool last_slab,
+                                      const float (&step)[S::kValues], Sums<S>& sums) const {
 #pragma unroll
     for (int piece = 0; piece < kPieces; ++piece) {
       if (first_row) ptx::named_barrier(barrier(phase, piece), 256);
