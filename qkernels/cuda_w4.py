@@ -71,7 +71,7 @@ Weight = tuple[int, ...]
 to slab."""
 
 Plan = tuple[int, ...]
-"""``W4Plan`` of ``csrc/cuda/w4.h``: kernel, tokens of a tile, phases, CTAs, counters, partial sums."""
+"""``W4Plan`` of ``csrc/cuda/w4.h``: kernel, tokens of a tile, phases, sides, CTAs, counters, partial sums."""
 
 
 # -- packing ----------------------------------------------------------------------------------------------------------
@@ -243,7 +243,7 @@ def gemm_w4a16(
             DTYPE_CODES[out_dtype],
             channels,
             plan,
-            *_workspace(device, stream, plan[4], plan[5]),
+            *_workspace(device, stream, *plan[5:]),
             dependent,
             stream,
         )

@@ -26,8 +26,15 @@
 // tokens ("wide"), kept by the tensor cores for all of K in units of the scale of the group at hand, and multiplied by
 // the ratio of two scales between groups: one set of registers serves twice the tokens.
 //
-// Few tokens of few channels: four warpgroups take the slabs of 64 channels in turns ("phases"), and add their sums up
-// at the end, or hand the running total of an output on from slab to slab where the order counts.
+// Few channels: tiles of 64 of them, since each CTA walks all of K and most of the chip would have none. Two or four
+// warpgroups share such a tile, by what kPhases and kSides say:
+//
+//     phases   take the slabs in turns. Floats: each has sums of its own, and at the end they meet in shared memory,
+//              where each phase adds a part of the tokens up. Integers, whose order counts: the running totals lie in
+//              shared memory, and each phase adds its slab's to them when the one before it has (a relay, in pieces of
+//              the tile); what takes long, unpacking and products, is under way in all of them at a time.
+//     sides    take the tokens in parts, each all of K. Every one unpacks all codes, which bytes make cheap, and none
+//              hands anything on.
 //
 // Work: every cluster takes whole tiles (cluster, cluster + clusters, ...). What is left over, less than two tiles per
 // cluster, is dealt out in equal runs of slabs ("stream-K") where K may be split: CTAs that share a tile leave their
@@ -196,7 +203,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kPerSm)
     __syncwarp();
   } else {
     if constexpr (S::kMovesRegisters) ptx::registers_increase<S::kConsumerRegisters>();
-    const Thread t(S::kGroups * 4, S::kPhases > 1);
+    const Thread t(S::kGroups * 4, S::kPhases > 1, S::kSides > 1);
     const uint32_t packed_offset = ptx::keep(packed_base - ptx::smem_u32(shared));
     const auto packed_at = [&](int stage) { return shared + packed_offset + stage * job.packed_bytes; };
     const uint32_t full_here = ptx::keep(full);
@@ -209,7 +216,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kPerSm)
     int left = S::kPhases == 1 ? walk.slabs(job) : max(0, (job.slabs - t.phase + S::kPhases - 1) / S::kPhases);
     Ring ring;
     ring.stage = t.phase;
-    const Relay<S> relay(exchange, group);
+    const Relay<S> relay(exchange);
     Segment s;
     float scale[2];  // of wide sums
     int group_left;  // rows until the end of the group, counted for integers alone
@@ -222,7 +229,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kPerSm)
       constexpr bool kEach = decltype(each)::value;
       const uint8_t* packed = packed_at(ring.stage);
       const uint8_t* rows = packed + S::kChannels * (kW4SlabK / 2);
-      const uint32_t tokens = base + ring.stage * S::kTokenBytes;
+      const uint32_t tokens = base + ring.stage * S::kTokenBytes + t.side * S::kSideTokens * 128;
       const int own = ring.stage;
       const uint32_t own_parity = ring.parity;
       ring.advance(job.stages, S::kPhases);
@@ -233,11 +240,17 @@ __global__ void __launch_bounds__(S::kThreads, S::kPerSm)
 #pragma unroll
       for (int row = 0; row < kRows; ++row) {
         if constexpr (S::kTurns) ptx::named_barrier(kTurnBarrier + group, S::kConsumers);
-        [[maybe_unused]] const bool last = slab == s.last - 1 && row == kRows - 1;
-        const bool fresh = S::kWide ? slab == s.first && row == 0 : kEach || group_left == job.group_rows;
-        // The last group may be short, and nothing comes of rows of padding.
+        // Of this phase.
+        [[maybe_unused]] const bool last = slab + S::kPhases >= s.last && row == kRows - 1;
         const int at = slab * kRows + row;
-        const bool ends = kEach || at == job.rows - 1 || (--group_left == 0 && at < job.rows);
+        bool fresh = true, ends = true;
+        if constexpr (S::kRelays) {
+          ends = kEach || at < job.rows;  // groups lie within a slab
+        } else {
+          fresh = S::kWide ? slab == s.first + t.phase && row == 0 : kEach || group_left == job.group_rows;
+          // The last group may be short, and nothing comes of rows of padding.
+          ends = kEach || at == job.rows - 1 || (--group_left == 0 && at < job.rows);
+        }
         if constexpr (kShift == 0) {
           multiply<S, 0, S::kSteps / 2, kPerRow>(even, tokens, fresh, sums);
           if (S::kWide) odd_codes = load_codes(t, packed, 1);
@@ -273,15 +286,19 @@ __global__ void __launch_bounds__(S::kThreads, S::kPerSm)
           float next_scale[2];
 #pragma unroll
           for (int e = 0; e < 2; ++e) next_scale[e] = live_or(f.scale[e], last ? 1.0f : scale[e]);
-          if (ends || last) rescale<S>(scale, next_scale, last, sums);
+          if (ends || last || S::kPhases > 1) rescale<S>(scale, next_scale, last, sums);
           scale[0] = next_scale[0], scale[1] = next_scale[1];
+        } else if constexpr (S::kRelays) {
+          float step[S::kValues];
+          scale_parts<S>(f, !ends, sums, step);
+          // Complete long since. ptxas moves nothing beyond it: the next phase shall wait for additions alone.
+          if (kRows == 1) ptx::mbarrier_wait(full_here + 8 * own, own_parity);
+          relay.add(t.phase, row == 0, row == kRows - 1, slab == s.last - 1, step, sums);
         } else {
-          if (S::kBytes && S::kPhases > 1 && row == 0) relay.receive(t.phase, sums);
           if (!S::kBytes || ends) promote<S>(f, sums);
         }
-        if (!kEach && ends) group_left = job.group_rows;
+        if (!kEach && !S::kRelays && ends) group_left = job.group_rows;
       }
-      if (S::kBytes && S::kPhases > 1) relay.send(t.phase, sums);
       __syncwarp();  // everybody has read codes and scales
       if (S::kCluster > 1) {
         if (t.lane < S::kCluster) ptx::mbarrier_arrive_there(empty_there + 8 * own);
@@ -320,7 +337,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kPerSm)
         for (int i = 0; i < S::kValues; ++i) sums.total[i] = 0.0f;
       }
       group_left = job.group_rows - (s.first << job.groups.row_shift) % job.group_rows;
-      if (S::kBytes && S::kPhases > 1 && t.phase == S::kPhases - 1) relay.send(t.phase, sums);  // zeros, to phase 0
+      if (S::kRelays && t.phase == S::kPhases - 1) relay.start();
       const auto run_slabs = [&](auto shift, auto each) {
 #pragma unroll 1
         for (int slab = s.first + t.phase; slab < s.last; slab += S::kPhases) slab_of(shift, each, slab);
@@ -328,7 +345,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kPerSm)
       constexpr std::true_type kYes = {};
       constexpr std::false_type kNo = {};
       if (job.groups.row_shift == 0) {
-        if (!S::kBytes || job.group_rows == 1) {
+        if (!S::kBytes || S::kRelays || job.group_rows == 1) {
           run_slabs(std::integral_constant<int, 0>(), kYes);
         } else {
           run_slabs(std::integral_constant<int, 0>(), kNo);
@@ -339,23 +356,42 @@ __global__ void __launch_bounds__(S::kThreads, S::kPerSm)
         run_slabs(std::integral_constant<int, 2>(), kNo);
       }
       const Place place = place_of(job, s.tile);
-      bool mine = true;
-      if constexpr (S::kPhases == 1) {
-        const bool all = s.first == 0 && s.last == job.slabs;
-        mine = all || meet<S>(job, s.tile - job.whole, s.first == 0, Walk<S>::cluster(), rank, is_last, sums);
-      } else if constexpr (S::kBytes) {
-        mine = t.phase == job.slabs % S::kPhases;  // the one that would have been next
-        if (mine) relay.receive(t.phase, sums);
+      const int m0 = place.m * S::kTokens;
+      const int n0 = (place.n * S::kCluster + rank) * S::kChannels + t.warp * kW4Rows;
+      if constexpr (S::kPhases > 1) {
+        float4* meeting =
+            S::kGathersInRing ? reinterpret_cast<float4*>(shared + (base - ptx::smem_u32(shared))) : exchange;
+        float total[S::kPartTokens / 2];
+        if (gather<S>(meeting, t.phase, sums, total)) {
+          store_tile<S, S::kPartTokens>(job, m0 + t.phase * S::kPartTokens, n0, total);
+        }
       } else {
-        gather<S>(exchange, group, t.phase, sums);
-        mine = t.phase == 0;
-      }
-      if (mine) {
-        store_tile<S>(job, place.m * S::kTokens, (place.n * S::kCluster + rank) * S::kChannels + t.warp * kW4Rows,
-                      sums);
+        bool mine = true;
+        if constexpr (S::kSides == 1) {
+          const bool all = s.first == 0 && s.last == job.slabs;
+          mine = all || meet<S>(job, s.tile - job.whole, s.first == 0, Walk<S>::cluster(), rank, is_last, sums);
+        }
+        if (mine) store_tile<S, S::kSideTokens>(job, m0 + t.side * S::kSideTokens, n0, sums.total);
       }
     }
   }
+}
+
+// Throws where no instance has the plan's tile, or where it cannot serve the weight.
+inline void check_tile(const char* name, bool bytes, const W4Weight& w, const W4Plan& plan) {
+  const auto refuse = [&](const std::string& what) { throw std::invalid_argument(std::string(name) + ": " + what); };
+  if (!w4_has_tile(bytes, w.kind, plan.tokens, plan.phases, plan.sides)) {
+    refuse("no instance with " + std::to_string(plan.tokens) + " tokens, " + std::to_string(plan.phases) + " phases, " +
+           std::to_string(plan.sides) + " sides for this kind of codes");
+  }
+  if (bytes && plan.phases > 1 && !(w.group < w.k && kW4SlabK % w.group == 0)) {
+    refuse("expected groups of 32, 64 or 128 for phases, got groups of " + std::to_string(w.group));
+  }
+  if (w4_slabs(w.k) < plan.phases) {
+    refuse("expected K of " + std::to_string(plan.phases) + " slabs or more, got K = " + std::to_string(w.k));
+  }
+  if (plan.ctas < 1) refuse("expected at least 1 cluster, got " + std::to_string(plan.ctas));
+  if (plan.counters > 0 && (bytes || plan.phases > 1)) refuse("expected whole tiles, got shared ones");
 }
 
 // Launches the instance S; job: what is not worked out here.
@@ -382,7 +418,7 @@ void run_shape(Job job, const void* x, int64_t x_stride, const W4Plan& plan, boo
   const int row_k = kW4SlabK >> job.groups.row_shift;
   job.rows = static_cast<int32_t>(blocks(w.k, row_k));
   job.group_rows = w.group >= w.k ? job.rows + 1 : w.group / row_k;
-  constexpr int kSharedBytes = (S::kPerSm == 1 ? 224 : 110) * 1024 - (S::kPhases > 1 ? S::kExchange * 16 : 0);
+  constexpr int kSharedBytes = (S::kPerSm == 1 ? 224 : 110) * 1024 - (S::kExchange > 1 ? S::kExchange * 16 : 0);
   job.stages = (kSharedBytes - kAlignment) / (job.packed_bytes + S::kTokenBytes);
   if (job.stages > kMostStages) job.stages = kMostStages;
   job.stages -= job.stages % S::kProducers;  // each has stages of its own

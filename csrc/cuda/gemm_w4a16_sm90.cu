@@ -5,7 +5,7 @@
 namespace qk::cuda {
 namespace {
 
-template <typename T, W4Kind kKind, int kTokens, int kPhases = 1>
+template <typename T, W4Kind kKind, int kTokens, int kPhases>
 void run(const GemmW4A16Args& args, const W4Plan& plan, bool dependent, cudaStream_t stream) {
   Job job = {};
   job.weight = args.weight;
@@ -14,8 +14,8 @@ void run(const GemmW4A16Args& args, const W4Plan& plan, bool dependent, cudaStre
   job.counters = args.counters, job.partials = args.partials;
   const auto launch_as = [&](auto zeros) {
     constexpr int kCluster = w4_cluster(false, kTokens, kPhases);
-    run_shape<Shape<T, kTokens, kKind, decltype(zeros)::value, kCluster, kPhases>>(job, args.x, args.x_stride, plan,
-                                                                                   true, "gemm_w4a16_sm90", stream);
+    run_shape<Shape<T, kTokens, kKind, decltype(zeros)::value, kCluster, kPhases, 1>>(job, args.x, args.x_stride, plan,
+                                                                                      true, "gemm_w4a16_sm90", stream);
   };
   if constexpr (kKind == W4Kind::kZeroPoint) {
     if (args.weight.zero_point || args.weight.scale_type != ScaleType::kF16) return launch_as(std::true_type());
@@ -23,42 +23,33 @@ void run(const GemmW4A16Args& args, const W4Plan& plan, bool dependent, cudaStre
   launch_as(std::false_type());
 }
 
-template <typename T, W4Kind kKind, int kTokens>
-void run_phases(const GemmW4A16Args& args, const W4Plan& plan, bool dependent, cudaStream_t stream) {
-  if constexpr (kKind == W4Kind::kZeroPoint) {
-    if (plan.phases == 4) return run<T, kKind, kTokens, 4>(args, plan, dependent, stream);
+// The instance with that tile, if there is one (w4_has_tile).
+template <typename T, W4Kind kKind, int kTokens, int kPhases = 1>
+bool run_if(const GemmW4A16Args& args, const W4Plan& plan, bool dependent, cudaStream_t stream) {
+  if constexpr (w4_has_tile(false, kKind, kTokens, kPhases, 1)) {
+    if (plan.tokens != kTokens || plan.phases != kPhases) return false;
+    run<T, kKind, kTokens, kPhases>(args, plan, dependent, stream);
+    return true;
   }
-  run<T, kKind, kTokens>(args, plan, dependent, stream);
+  return false;
 }
 
 template <typename T, W4Kind kKind>
-void run_tokens(const GemmW4A16Args& args, const W4Plan& plan, bool dependent, cudaStream_t stream) {
-  switch (plan.tokens) {
-    case 8:
-      return run_phases<T, kKind, 8>(args, plan, dependent, stream);
-    case 16:
-      return run_phases<T, kKind, 16>(args, plan, dependent, stream);
-    case 32:
-      return run<T, kKind, 32>(args, plan, dependent, stream);
-    case 64:
-      return run<T, kKind, 64>(args, plan, dependent, stream);
-    case 128:  // the sums of tokens, which minima multiply, find no room
-      if constexpr (kKind != W4Kind::kMinimum) return run<T, kKind, 128>(args, plan, dependent, stream);
-      break;
-    case 256:
-      if constexpr (kKind != W4Kind::kMinimum) return run<T, kKind, 256>(args, plan, dependent, stream);
-      break;
-    default:
-      break;
-  }
-  throw std::invalid_argument("gemm_w4a16_sm90: no instance with " + std::to_string(plan.tokens) + " tokens");
+bool run_tile(const GemmW4A16Args& a, const W4Plan& p, bool dependent, cudaStream_t s) {
+  return run_if<T, kKind, 8>(a, p, dependent, s) || run_if<T, kKind, 16>(a, p, dependent, s) ||
+         run_if<T, kKind, 32>(a, p, dependent, s) || run_if<T, kKind, 64>(a, p, dependent, s) ||
+         run_if<T, kKind, 128>(a, p, dependent, s) || run_if<T, kKind, 256>(a, p, dependent, s) ||
+         run_if<T, kKind, 8, 4>(a, p, dependent, s) || run_if<T, kKind, 16, 4>(a, p, dependent, s) ||
+         run_if<T, kKind, 32, 4>(a, p, dependent, s) || run_if<T, kKind, 64, 4>(a, p, dependent, s) ||
+         run_if<T, kKind, 64, 2>(a, p, dependent, s) || run_if<T, kKind, 128, 2>(a, p, dependent, s);
 }
 
 }  // namespace
 
 void gemm_w4a16_sm90(const GemmW4A16Args& args, const W4Plan& plan, bool dependent, cudaStream_t stream) {
+  check_tile("gemm_w4a16_sm90", false, args.weight, plan);
   for_type_and_kind(args, [&](auto type, auto kind) {
-    run_tokens<decltype(type), decltype(kind)::value>(args, plan, dependent, stream);
+    run_tile<decltype(type), decltype(kind)::value>(args, plan, dependent, stream);
   });
 }
 

@@ -6,7 +6,7 @@ namespace {
 
 constexpr int kSixteenfoldGroup = 1 << 16;  // 16 * 8 * 127 * 2^16 < 2^31
 
-template <W4Kind kKind, int kTokens, int kPhases = 1>
+template <W4Kind kKind, int kTokens, int kPhases, int kSides>
 void run(const GemmW4A8Args& args, const W4Plan& plan, bool dependent, cudaStream_t stream) {
   Job job = {};
   job.weight = args.weight;
@@ -14,7 +14,7 @@ void run(const GemmW4A8Args& args, const W4Plan& plan, bool dependent, cudaStrea
   job.e.bias = args.bias, job.e.x_scale = args.x_scale;
   const auto launch_as = [&](auto zeros) {
     constexpr int kCluster = w4_cluster(true, kTokens, kPhases);
-    run_shape<Shape<int8_t, kTokens, kKind, decltype(zeros)::value, kCluster, kPhases>>(
+    run_shape<Shape<int8_t, kTokens, kKind, decltype(zeros)::value, kCluster, kPhases, kSides>>(
         job, args.xq, args.x_stride, plan, dependent, "gemm_w4a8_sm90", stream);
   };
   if constexpr (kKind == W4Kind::kZeroPoint) {
@@ -24,39 +24,37 @@ void run(const GemmW4A8Args& args, const W4Plan& plan, bool dependent, cudaStrea
   launch_as(std::false_type());
 }
 
-template <W4Kind kKind, int kTokens>
-void run_phases(const GemmW4A8Args& args, const W4Plan& plan, bool dependent, cudaStream_t stream) {
-  if constexpr (kKind == W4Kind::kZeroPoint) {
-    if (plan.phases == 4) return run<kKind, kTokens, 4>(args, plan, dependent, stream);
+// The instance with that tile, if there is one (w4_has_tile).
+template <W4Kind kKind, int kTokens, int kPhases = 1, int kSides = 1>
+bool run_if(const GemmW4A8Args& args, const W4Plan& plan, bool dependent, cudaStream_t stream) {
+  if constexpr (w4_has_tile(true, kKind, kTokens, kPhases, kSides)) {
+    if (plan.tokens != kTokens || plan.phases != kPhases || plan.sides != kSides) return false;
+    run<kKind, kTokens, kPhases, kSides>(args, plan, dependent, stream);
+    return true;
   }
-  run<kKind, kTokens>(args, plan, dependent, stream);
+  return false;
 }
 
 template <W4Kind kKind>
-void run_tokens(const GemmW4A8Args& args, const W4Plan& plan, bool dependent, cudaStream_t stream) {
-  switch (plan.tokens) {
-    case 8:
-      return run_phases<kKind, 8>(args, plan, dependent, stream);
-    case 16:
-      return run_phases<kKind, 16>(args, plan, dependent, stream);
-    case 32:
-      return run<kKind, 32>(args, plan, dependent, stream);
-    case 64:
-      return run<kKind, 64>(args, plan, dependent, stream);
-    case 128:
-      if constexpr (kKind != W4Kind::kMinimum) return run<kKind, 128>(args, plan, dependent, stream);
-      break;
-    default:
-      break;
-  }
-  throw std::invalid_argument("gemm_w4a8_sm90: no instance with " + std::to_string(plan.tokens) + " tokens");
+bool run_tile(const GemmW4A8Args& a, const W4Plan& p, bool dependent, cudaStream_t s) {
+  return run_if<kKind, 8>(a, p, dependent, s) || run_if<kKind, 16>(a, p, dependent, s) ||
+         run_if<kKind, 32>(a, p, dependent, s) || run_if<kKind, 64>(a, p, dependent, s) ||
+         run_if<kKind, 128>(a, p, dependent, s) || run_if<kKind, 8, 4>(a, p, dependent, s) ||
+         run_if<kKind, 16, 4>(a, p, dependent, s) || run_if<kKind, 32, 4>(a, p, dependent, s) ||
+         run_if<kKind, 64, 4>(a, p, dependent, s) || run_if<kKind, 64, 2>(a, p, dependent, s) ||
+         run_if<kKind, 128, 2>(a, p, dependent, s) || run_if<kKind, 64, 1, 4>(a, p, dependent, s) ||
+         run_if<kKind, 128, 1, 4>(a, p, dependent, s);
 }
 
 }  // namespace
 
 void gemm_w4a8_sm90(const GemmW4A8Args& args, const W4Plan& plan, bool dependent, cudaStream_t stream) {
-  if (args.weight.kind == W4Kind::kMinimum) return run_tokens<W4Kind::kMinimum>(args, plan, dependent, stream);
-  return run_tokens<W4Kind::kZeroPoint>(args, plan, dependent, stream);
+  check_tile("gemm_w4a8_sm90", true, args.weight, plan);
+  if (args.weight.kind == W4Kind::kMinimum) {
+    run_tile<W4Kind::kMinimum>(args, plan, dependent, stream);
+  } else {
+    run_tile<W4Kind::kZeroPoint>(args, plan, dependent, stream);
+  }
 }
 
 }  // namespace qk::cuda

@@ -18,14 +18,15 @@ constexpr int kGroupChannels = 64;  // of a warpgroup
 constexpr int kAlignment = 1024;
 constexpr int kMostStages = 24;
 
-// Named barriers: 1 and 2 are the warpgroups' own, 3 and 4 their turns; or from 1 on those between phases.
-constexpr int kTurnBarrier = 3, kPhaseBarrier = 1;
+// Named barriers: 1 and 2 are the warpgroups' own, 3 and 4 their turns; or from 1 on those between phases, and that of
+// all of them.
+constexpr int kTurnBarrier = 3, kPhaseBarrier = 1, kGatherBarrier = 15;
 constexpr int kTileGroup = 16;  // token tiles walked before the next channels
 
 // kZeros_: zero points are read, where there are any, and scales may be of fp32. Else zero points are 8, and scales
 // fp16 unless there are minima or a codebook.
-// kPhases_: warpgroups that take the slabs of a tile in turns (gemm_w4_sm90.cuh).
-template <typename T_, int kTokens_, W4Kind kKind_, bool kZeros_, int kCluster_, int kPhases_>
+// kPhases_, kSides_: warpgroups that take the slabs of a tile in turns, or parts of its tokens (gemm_w4_sm90.cuh).
+template <typename T_, int kTokens_, W4Kind kKind_, bool kZeros_, int kCluster_, int kPhases_, int kSides_>
 struct Shape {
   using T = T_;
   static constexpr bool kBytes = std::is_same<T, int8_t>::value;
@@ -35,15 +36,17 @@ struct Shape {
   static constexpr bool kMinimum = kKind == W4Kind::kMinimum, kCodebook = kKind == W4Kind::kCodebook;
   static constexpr bool kZeros = kZeros_;
   // Room for one set of sums alone: they are of all of K, in units of the scale that they are multiplied by next.
-  static constexpr bool kWide = kTokens == 256;
-  static_assert(!kWide || (!kBytes && !kMinimum && kPhases_ == 1), "a single sum of floats");
+  static constexpr bool kWide = kTokens == 256 || (!kBytes && kTokens == 64 && kPhases_ == 4);
+  static_assert(!kWide || (!kBytes && !kMinimum), "a single sum of floats");
   static constexpr bool kPlain = kKind == W4Kind::kZeroPoint && !kZeros;
   // Integer products are 16 times the true ones (operands_w4a8.cuh).
   static constexpr bool kSixteenfold = kBytes && kPlain;
-  static constexpr int kPhases = kPhases_, kGroups = w4_channels(kPhases) / kGroupChannels;
+  static constexpr int kPhases = kPhases_, kSides = kSides_;
+  static constexpr int kGroups = w4_channels(kPhases, kSides) / kGroupChannels;
   static constexpr int kChannels = kGroups * kGroupChannels;
-  static constexpr int kConsumers = kGroups * kPhases * 128, kConsumerWarps = kConsumers / 32;
-  static constexpr int kReleases = kGroups * 4;  // warps that read a stage
+  static constexpr int kConsumers = kGroups * kPhases * kSides * 128, kConsumerWarps = kConsumers / 32;
+  static constexpr int kReleases = kGroups * kSides * 4;  // warps that read a stage
+  static constexpr int kSideTokens = kTokens / kSides;  // of a warpgroup
   static constexpr int kRowBytes = kW4SlabK * static_cast<int>(sizeof(T));  // of a token in a slab
   static constexpr int kBoxes = kRowBytes / 128;
   static constexpr int kTokenBytes = kTokens * kRowBytes;
@@ -51,22 +54,31 @@ struct Shape {
   static_assert(kPart % 8 == 0, "whole swizzle atoms");
   static constexpr int kSteps = kRowBytes / 32;  // products of a slab
   static constexpr int kFragments = kSteps / 2 * 4;  // registers of half a slab
-  static constexpr int kValues = kTokens / 2;  // sums of a thread
+  static constexpr int kValues = kSideTokens / 2;  // sums of a thread
   // Warps: what one lane computes and waits for between its copies would limit small tiles.
-  static constexpr int kProducers = kPhases > 1 ? 4 : kWide ? 1 : 2;  // three stages are all that fit
+  static constexpr int kProducers = kPhases == 4 ? 4 : kWide ? 1 : 2;  // three stages are all that fit
   // Few tokens leave registers for two CTAs, which hide each other's latency. With more, the producer's registers go to
-  // the consumers, and it is a whole warpgroup since setmaxnreg works on those: 168 a thread at launch.
-  static constexpr int kPerSm = w4_per_sm(kBytes, kTokens, kMinimum, kPhases);
-  static constexpr bool kMovesRegisters = kPerSm == 1 && kPhases == 1;
+  // the consumers, and it is a whole warpgroup since setmaxnreg works on those: 168 a thread at launch, or 96 beside
+  // four warpgroups of consumers.
+  static constexpr int kPerSm = w4_per_sm(kBytes, kTokens, kMinimum, kPhases* kSides);
+  static constexpr bool kMovesRegisters = kPerSm == 1 && (kPhases * kSides == 1 || kTokens >= 32);
   static constexpr int kThreads = kConsumers + (kMovesRegisters ? 128 : 32 * kProducers);
-  static constexpr int kExchange = kPhases > 1 ? kGroups * kPhases * 128 * (kTokens / 8) : 1;  // float4, between phases
+  // What phases tell one another: a running total, or everybody's sums, in the ring of stages where they are many.
+  static constexpr bool kRelays = kBytes && kPhases > 1, kGathers = !kBytes && kPhases > 1;
+  static constexpr bool kGathersInRing = kGathers && kTokens >= 32;
+  static constexpr int kQuads = kTokens / 8;  // float4 of a thread, if it holds all tokens
+  static constexpr int kExchange = kRelays ? 128 * kQuads : kGathers && !kGathersInRing ? kPhases * 128 * kQuads : 1;
+  static constexpr bool kHoldsTotal = kTokens <= 32;  // while rows of a slab are added to it; else it stays where it is
+  // Of a tile whose sums are complete, the phases take parts to the output.
+  static constexpr int kParts = kPhases < kQuads ? kPhases : kQuads, kPartTokens = kTokens / kParts;
   // The warpgroups take turns to start a slab's products, lest they finish, and leave the tensor cores idle, together.
-  static constexpr bool kTurns = kTokens >= 64 && kPhases == 1;
+  static constexpr bool kTurns = kTokens >= 64 && kPhases * kSides == 1;
   // An instruction with a register operand waits for the one before it, so products hold a warp up. Where sums of
   // integers take as long to add up, nothing comes between the products of a row: one warpgroup is in its products
   // while the other unpacks and adds.
   static constexpr bool kApart = kBytes && kTurns;
-  static constexpr int kProducerRegisters = 56, kConsumerRegisters = 224;
+  static constexpr int kProducerRegisters = kConsumers > 256 ? 64 : 56;
+  static constexpr int kConsumerRegisters = kConsumers > 256 ? 104 : 224;
   // Registers only move within what the CTA was launched with; one more, and its consumers would wait for ever.
   static_assert(!kMovesRegisters ||
                     kConsumerRegisters * kConsumers + kProducerRegisters * 128 <= 65536 / kThreads / 8 * 8 * kThreads,
@@ -142,13 +154,14 @@ __device__ __forceinline__ Place place_of(const Job& job, int tile) {
 // What a consumer thread needs again and again.
 struct Thread {
   int lane, warp;  // warp of the channels
-  int phase;
+  int phase, side;
   int channel;  // of the tile: the first of its two, the other is 8 further
   uint32_t codes;  // bytes from the stage's codes on to this thread's
-  __device__ __forceinline__ Thread(int warps, bool phases)
+  __device__ __forceinline__ Thread(int warps, bool phases, bool sides)
       : lane(static_cast<int>(ptx::keep(threadIdx.x & 31))),
         warp(__shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x >> 5), 0) % warps),
         phase(phases ? __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x >> 5), 0) / warps : 0),
+        side(sides ? __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x >> 5), 0) / warps : 0),
         channel(static_cast<int>(ptx::keep(warp * kW4Rows + (lane >> 2)))),
         codes(ptx::keep(warp * kW4BlockBytes + lane * 16)) {}
 };
@@ -261,11 +274,11 @@ __device__ __forceinline__ void multiply(const uint32_t* f, uint32_t tokens, boo
     const int step = kFirst + s;
     const uint64_t b = ptx::wgmma_descriptor(tokens + step / 4 * S::kTokens * 128) + 2 * (step % 4);
     if constexpr (S::kWide) {
-      WgmmaRegisters<typename S::T, S::kTokens>::run(sums.total, f + 4 * s, b, step > 0 || !fresh);
+      WgmmaRegisters<typename S::T, S::kSideTokens>::run(sums.total, f + 4 * s, b, step > 0 || !fresh);
     } else {
       const int accumulate = step % kPerRow != 0 || (S::kBytes && !fresh);
-      WgmmaRegisters<typename S::T, S::kTokens>::run(sums.part, f + 4 * s, b, accumulate);
-      if constexpr (S::kMinimum) WgmmaRegisters<typename S::T, S::kTokens>::run(sums.tokens, ones, b, accumulate);
+      WgmmaRegisters<typename S::T, S::kSideTokens>::run(sums.part, f + 4 * s, b, accumulate);
+      if constexpr (S::kMinimum) WgmmaRegisters<typename S::T, S::kSideTokens>::run(sums.tokens, ones, b, accumulate);
     }
   }
   ptx::wgmma_commit();
@@ -323,6 +336,17 @@ __device__ __forceinline__ void promote(Factors f, Sums<S>& sums) {
   }
 }
 
+// Of integers: what promote() adds to the totals. A row of padding, whose tokens are zeros, gives zeros that change no
+// total, whatever its scale is.
+template <typename S>
+__device__ __forceinline__ void scale_parts(Factors f, bool padding, const Sums<S>& sums, float (&step)[S::kValues]) {
+  static_assert(S::kBytes && !S::kMinimum, "a single term");
+  if constexpr (S::kSixteenfold) f.scale[0] *= 0.0625f, f.scale[1] *= 0.0625f;
+  if (padding) f.scale[0] = f.scale[1] = -0.0f;
+#pragma unroll
+  for (int i = 0; i < S::kValues; ++i) step[i] = __fmul_rn(__int2float_rn(sums.part[i]), f.scale[(i >> 1) & 1]);
+}
+
 // Wide sums, from units of `scale` to those of what follows; or to what they are, at the end.
 template <typename S>
 __device__ __forceinline__ void rescale(const float (&scale)[2], const float (&next)[2], bool end, Sums<S>& sums) {
@@ -333,57 +357,90 @@ __device__ __forceinline__ void rescale(const float (&scale)[2], const float (&n
   for (int i = 0; i < S::kValues; ++i) sums.total[i] *= factor[(i >> 1) & 1];
 }
 
-// The running total of an output on its way from one phase to the next: integers are to be added in the order of K.
+// The running totals of a tile on their way from one phase to the next: integers are to be added in the order of K.
+// They lie in one place, [quad][thread] float4, and go in pieces, so that the next phase adds to the first ones while
+// this one is at the others.
 template <typename S>
 struct Relay {
+  static constexpr int kPieceQuads = S::kQuads <= 4 ? S::kQuads : S::kPhases == 2 ? S::kQuads / 4 : S::kQuads / 2;
+  static constexpr int kPieces = S::kQuads / kPieceQuads;
+  static_assert(!S::kRelays || kPhaseBarrier + S::kPhases * kPieces <= kGatherBarrier, "named barriers");
   float4* own;  // of this thread's outputs
-  int barrier;  // of this warpgroup's channels, phase 0
-  __device__ __forceinline__ Relay(float4* exchange, int group)
-      : own(exchange + group * 128 * (S::kTokens / 8) + (threadIdx.x & 127)),
-        barrier(kPhaseBarrier + group * S::kPhases) {}
-  __device__ __forceinline__ void receive(int phase, Sums<S>& sums) const {
-    ptx::named_barrier(barrier + phase, 256);
-#pragma unroll
-    for (int q = 0; q < S::kTokens / 8; ++q) {
-      const float4 v = own[q * 128];
-      sums.total[4 * q] = v.x, sums.total[4 * q + 1] = v.y, sums.total[4 * q + 2] = v.z, sums.total[4 * q + 3] = v.w;
-    }
+  __device__ __forceinline__ explicit Relay(float4* exchange) : own(exchange + (threadIdx.x & 127)) {}
+  static __device__ __forceinline__ int barrier(int phase, int piece) {
+    return kPhaseBarrier + phase * kPieces + piece;
   }
-  __device__ __forceinline__ void send(int phase, const Sums<S>& sums) const {
+
+  // Zeros, to phase 0.
+  __device__ __forceinline__ void start() const {
 #pragma unroll
-    for (int q = 0; q < S::kTokens / 8; ++q) {
-      const float* d = sums.total + 4 * q;
-      own[q * 128] = make_float4(d[0], d[1], d[2], d[3]);
+    for (int q = 0; q < S::kQuads; ++q) own[q * 128] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll
+    for (int piece = 0; piece < kPieces; ++piece) ptx::named_barrier_arrive(barrier(0, piece), 256);
+  }
+
+  // Adds what comes of one row of a slab's scales: receives with the first, sends with the last one, but not after the
+  // last slab.
+  __device__ __forceinline__ void add(int phase, bool first_row, bool last_row, bool last_slab,
+                                      const float (&step)[S::kValues], Sums<S>& sums) const {
+#pragma unroll
+    for (int piece = 0; piece < kPieces; ++piece) {
+      if (first_row) ptx::named_barrier(barrier(phase, piece), 256);
+      const int q0 = piece * kPieceQuads;
+      if (first_row || !S::kHoldsTotal) {
+#pragma unroll
+        for (int q = q0; q < q0 + kPieceQuads; ++q) {
+          const float4 v = own[q * 128];
+          float* d = sums.total + 4 * q;
+          d[0] = v.x, d[1] = v.y, d[2] = v.z, d[3] = v.w;
+        }
+      }
+#pragma unroll
+      for (int i = 4 * q0; i < 4 * (q0 + kPieceQuads); ++i) sums.total[i] = __fadd_rn(sums.total[i], step[i]);
+      if (last_row || !S::kHoldsTotal) {
+#pragma unroll
+        for (int q = q0; q < q0 + kPieceQuads; ++q) {
+          const float* d = sums.total + 4 * q;
+          own[q * 128] = make_float4(d[0], d[1], d[2], d[3]);
+        }
+      }
+      if (last_row && !last_slab) ptx::named_barrier_arrive(barrier((phase + 1) % S::kPhases, piece), 256);
     }
-    ptx::named_barrier_arrive(barrier + (phase + 1) % S::kPhases, 256);
   }
 };
 
-// Floats: phase 0 gets the sums of all, added in the order of the phases.
+// The totals of the tokens kPartTokens * phase ... of a tile whose phases are through; of floats, everybody's are added
+// up in the order of the phases. False: no part is left for this phase.
 template <typename S>
-__device__ __forceinline__ void gather(float4* exchange, int group, int phase, Sums<S>& sums) {
-  constexpr int kQuads = S::kTokens / 8;
-  float4* own = exchange + group * S::kPhases * kQuads * 128 + (threadIdx.x & 127);
-  if (phase > 0) {
+__device__ __forceinline__ bool gather(float4* exchange, int phase, const Sums<S>& sums,
+                                       float (&total)[S::kPartTokens / 2]) {
+  constexpr int kPartQuads = S::kPartTokens / 8;
+  float4* own = exchange + (threadIdx.x & 127);
+  if constexpr (S::kGathers) {
+    if (S::kGathersInRing) ptx::named_barrier(kGatherBarrier, S::kConsumers);  // nobody reads a stage any more
 #pragma unroll
-    for (int q = 0; q < kQuads; ++q) {
+    for (int q = 0; q < S::kQuads; ++q) {
       const float* d = sums.total + 4 * q;
-      own[(phase * kQuads + q) * 128] = make_float4(d[0], d[1], d[2], d[3]);
-    }
-    ptx::named_barrier_arrive(kPhaseBarrier + group, S::kPhases * 128);
-    return;
-  }
-  ptx::named_barrier(kPhaseBarrier + group, S::kPhases * 128);
-#pragma unroll
-  for (int p = 1; p < S::kPhases; ++p) {
-#pragma unroll
-    for (int q = 0; q < kQuads; ++q) {
-      const float4 v = own[(p * kQuads + q) * 128];
-      float* d = sums.total + 4 * q;
-      d[0] = __fadd_rn(d[0], v.x), d[1] = __fadd_rn(d[1], v.y);
-      d[2] = __fadd_rn(d[2], v.z), d[3] = __fadd_rn(d[3], v.w);
+      own[(phase * S::kQuads + q) * 128] = make_float4(d[0], d[1], d[2], d[3]);
     }
   }
+  ptx::named_barrier(kGatherBarrier, S::kConsumers);
+  if (phase >= S::kParts) return false;
+#pragma unroll
+  for (int p = 0; p < (S::kGathers ? S::kPhases : 1); ++p) {
+#pragma unroll
+    for (int q = 0; q < kPartQuads; ++q) {
+      const float4 v = own[(p * S::kQuads + phase * kPartQuads + q) * 128];
+      float* d = total + 4 * q;
+      if (p == 0) {
+        d[0] = v.x, d[1] = v.y, d[2] = v.z, d[3] = v.w;
+      } else {
+        d[0] = __fadd_rn(d[0], v.x), d[1] = __fadd_rn(d[1], v.y);
+        d[2] = __fadd_rn(d[2], v.z), d[3] = __fadd_rn(d[3], v.w);
+      }
+    }
+  }
+  return true;
 }
 
 // Leaves this warpgroup's totals of a tile that clusters share; the last to come replaces its own by the sum of all,
@@ -446,27 +503,28 @@ __device__ __forceinline__ bool meet(const Job& job, int shared, bool from_first
   return true;
 }
 
-template <typename S>
-__device__ __forceinline__ void store_tile(const Job& job, int m0, int n0, const Sums<S>& sums) {
+// Totals of kTokens tokens from m0 on.
+template <typename S, int kTokens>
+__device__ __forceinline__ void store_tile(const Job& job, int m0, int n0, const float (&total)[kTokens / 2]) {
   const int lane = threadIdx.x & 31, n = n0 + (lane >> 2), token = m0 + 2 * (lane & 3);
   const Epilogue& e = job.e;
   const float low = e.bias && n < e.n ? __ldg(e.bias + n) : -0.0f;
   const float high = e.bias && n + 8 < e.n ? __ldg(e.bias + n + 8) : -0.0f;
   // All at once: each alone would take as long.
-  [[maybe_unused]] float x_scale[S::kBytes ? S::kTokens / 8 : 1][2];
+  [[maybe_unused]] float x_scale[S::kBytes ? kTokens / 8 : 1][2];
   if constexpr (S::kBytes) {
 #pragma unroll
-    for (int j = 0; j < S::kTokens / 8; ++j) {
+    for (int j = 0; j < kTokens / 8; ++j) {
       x_scale[j][0] = *(e.x_scale + min(token + 8 * j, e.m - 1));
       x_scale[j][1] = *(e.x_scale + min(token + 8 * j + 1, e.m - 1));
     }
   }
 #pragma unroll
-  for (int j = 0; j < S::kTokens / 8; ++j) {
+  for (int j = 0; j < kTokens / 8; ++j) {
     float v[4];
 #pragma unroll
     for (int c = 0; c < 4; ++c) {
-      float y = sums.total[4 * j + c];
+      float y = total[4 * j + c];
       if constexpr (S::kBytes) y = __fmul_rn(y, x_scale[j][c & 1]);
       v[c] = __fadd_rn(y, c < 2 ? low : high);
     }
