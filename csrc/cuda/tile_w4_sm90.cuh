@@ -515,21 +515,18 @@ __device__ __forceinline__ void store_tile(const Job& job, int m0, int n0, const
   if constexpr (S::kBytes) {
 #pragma unroll
     for (int j = 0; j < kTokens / 8; ++j) {
-      x_scale[j][0] = *(e.x_scale + min(token + 8 * j, e.m - 1));
-      x_scale[j][1] = *(e.x_scale + min(token + 8 * j + 1, e.m - 1));
+      x_scale[j][0] = token + 8 * j < e.m ? e.x_scale[token + 8 * j] : 0.0f;
+      x_scale[j][1] = token + 8 * j + 1 < e.m ? e.x_scale[token + 8 * j + 1] : 0.0f;
     }
   }
-#pragma unroll
-  for (int j = 0; j < kTokens / 8; ++j) {
-    float v[4];
+  store_blocks<kTokens / 8>(e, n0, m0, lane, [&](int j, float(&v)[4]) {
 #pragma unroll
     for (int c = 0; c < 4; ++c) {
       float y = total[4 * j + c];
       if constexpr (S::kBytes) y = __fmul_rn(y, x_scale[j][c & 1]);
       v[c] = __fadd_rn(y, c < 2 ? low : high);
     }
-    store_values(e, v, n0, m0 + 8 * j, lane);
-  }
+  });
 }
 
 }  // namespace
