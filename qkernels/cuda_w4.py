@@ -71,7 +71,7 @@ Weight = tuple[int, ...]
 to slab."""
 
 Plan = tuple[int, ...]
-"""``W4Plan`` of ``csrc/cuda/w4.h``: kernel, tokens of a tile, phases, sides, CTAs, counters, partial sums."""
+"""``W4Plan`` of ``csrc/cuda/w4.h``: kernel, tokens of a tile, phases, CTAs, counters, partial sums."""
 
 
 # -- packing ----------------------------------------------------------------------------------------------------------

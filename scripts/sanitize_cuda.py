@@ -28,9 +28,9 @@ TOOLS = {"memcheck": 1101, "racecheck": 257}
 PHASED_FEATURES = 1024
 """Fewer than these no kernel shares out among phases."""
 
-TILES = [(tokens, 1, 1) for tokens in (8, 16, 32, 64, 128, 256)]
-TILES += [(8, 4, 1), (16, 4, 1), (32, 4, 1), (64, 4, 1), (64, 2, 1), (128, 2, 1), (64, 1, 4), (128, 1, 4)]
-"""Of 4-bit weights by wgmma: tokens, phases, sides (``csrc/cuda/w4.h``)."""
+TILES = [(tokens, 1) for tokens in (8, 16, 32, 64, 128, 256)]
+PHASED_TILES = {16: [(8, 4), (16, 4), (32, 4), (64, 2), (128, 2)], 8: [(8, 4), (16, 4), (32, 4), (64, 4)]}
+"""Of 4-bit weights by wgmma: tokens, phases (``csrc/cuda/w4.h``); the latter by the bits of activations."""
 
 CLUSTERS = 24
 """That take a tile each, or share them all."""
@@ -114,19 +114,18 @@ def run_kernels(k: int) -> None:
             )
             weight = cuda_w4.describe(prepared.tensors, scheme, n, k) if scheme.weight_bits == 4 else None
             if weight and configs[-1][0] == 2 and rows == 70:  # every tile of wgmma, shared ones where there are any
-                for tokens, phases, sides in TILES:
-                    if (phases > 1 and k < PHASED_FEATURES) or (sides > 1 and scheme.weight_only):
-                        continue
-                    name = f"{scheme.name}, tiles of {tokens}, {phases} phases, {sides} sides"
+                phased = PHASED_TILES[16 if scheme.weight_only else 8] if k >= PHASED_FEATURES else []
+                for tokens, phases in TILES + phased:
+                    name = f"{scheme.name}, tiles of {tokens}, {phases} phases"
                     wanted = reference.linear(wide, tensors, scheme, k)
                     if scheme.weight_only:
                         room = (1024, 2 * CLUSTERS * 2 * 128 * tokens) if phases == 1 else (0, 0)
-                        plan = (1, tokens, phases, sides, CLUSTERS, *room)
+                        plan = (1, tokens, phases, CLUSTERS, *room)
                         y = cuda_w4.gemm_w4a16(wide.to("cuda"), weight, None, torch.bfloat16, plan=plan)
                         check(name, y, wanted, bound)
                     elif scheme.activation_symmetric and tokens < 256:
                         a, s, _ = cuda.quantize_rows(wide.to("cuda"))
-                        plan = (1, tokens, phases, sides, CLUSTERS, 0, 0)
+                        plan = (1, tokens, phases, CLUSTERS, 0, 0)
                         check(name, cuda_w4.gemm_w4a8(a, s, weight, None, torch.bfloat16, plan=plan), wanted)
     torch.cuda.synchronize()
 

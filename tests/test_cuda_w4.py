@@ -39,10 +39,9 @@ gpu = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device, or a torch built without CUDA"),
     pytest.mark.skipif(cuda._cuda is None, reason="this installation was built without the CUDA module"),
 ]
-TILES = [(tokens, 1, 1) for tokens in (8, 16, 32, 64, 128, 256)]
-PHASED_TILES = [(8, 4, 1), (16, 4, 1), (32, 4, 1), (64, 4, 1), (64, 2, 1), (128, 2, 1)]
-SIDED_TILES = [(64, 1, 4), (128, 1, 4)]
-"""Of the wgmma kernels: tokens, phases, sides (``csrc/cuda/w4.h``)."""
+TILES = [(tokens, 1) for tokens in (8, 16, 32, 64, 128, 256)]
+PHASED_TILES = {16: [(8, 4), (16, 4), (32, 4), (64, 2), (128, 2)], 8: [(8, 4), (16, 4), (32, 4), (64, 4)]}
+"""Of the wgmma kernels: tokens, phases (``csrc/cuda/w4.h``); the latter by the bits of activations."""
 
 STEP = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 
@@ -134,7 +133,7 @@ def test_w4_plans_have_room_for_what_is_shared(eight_bits: bool, capability: int
         if eight_bits and kind == 2:
             continue
         plan = cuda._cuda.plan_w4(eight_bits, m, n, k, group, kind, capability, 132)
-        kernel, tokens, phases, sides, ctas, counters, floats = plan
+        kernel, tokens, phases, ctas, counters, floats = plan
         assert kernel == (1 if capability == 90 and cuda._cuda.has_sm90a() else 0)
         if kernel == 0:
             assert tokens in (8, 16, 32, 64, 128)
@@ -143,8 +142,8 @@ def test_w4_plans_have_room_for_what_is_shared(eight_bits: bool, capability: int
             continue
         tiles = TILES[: 4 if kind == 1 else 5 if eight_bits else 6]
         if kind == 0:
-            tiles = tiles + PHASED_TILES + (SIDED_TILES if eight_bits else [])
-        assert (tokens, phases, sides) in tiles
+            tiles = tiles + PHASED_TILES[8 if eight_bits else 16]
+        assert (tokens, phases) in tiles
         assert phases == 1 or (k > 128 and (not eight_bits or group == 128))
         assert phases == 1 or not counters
         assert 1 <= ctas <= 264
@@ -232,9 +231,9 @@ class TestW4A16:
                 x = seeded(rows, k, seed=rows).to(dtype)
                 assert_close(prepared.run(x.to("cuda")), x, tensors, scheme, k)
 
-    @pytest.mark.parametrize(("tokens", "phases", "sides"), TILES + PHASED_TILES)
+    @pytest.mark.parametrize(("tokens", "phases"), TILES + PHASED_TILES[16])
     @pytest.mark.parametrize("kind", W4_KINDS)
-    def test_every_wgmma_tile_of_every_size(self, tokens: int, phases: int, sides: int, kind: str) -> None:
+    def test_every_wgmma_tile_of_every_size(self, tokens: int, phases: int, kind: str) -> None:
         if cuda.capability(torch.cuda.current_device()) != 90:
             pytest.skip("wgmma is an instruction of compute capability 9.0")
         if phases > 1 and kind not in ("symmetric", "zero point"):
@@ -255,9 +254,8 @@ class TestW4A16:
                 x = seeded(rows, k, seed=rows).to("cuda", dtype)
                 shared = ctas > 1 and phases == 1
                 room = (4096, 2 * ctas * 2 * 128 * tokens) if shared else (0, 0)
-                y = cuda_w4.gemm_w4a16(
-                    x, weight, tensors["bias"].to("cuda"), dtype, plan=(1, tokens, phases, sides, ctas, *room)
-                )
+                bias = tensors["bias"].to("cuda")
+                y = cuda_w4.gemm_w4a16(x, weight, bias, dtype, plan=(1, tokens, phases, ctas, *room))
                 assert_close(y, x, tensors, scheme, k)
 
     @pytest.mark.parametrize("dtype", DTYPES)
@@ -423,16 +421,15 @@ class TestW4A8:
                 assert_bits_equal(prepared.run(x), reference.linear(x, moved, scheme, k), f"{n}x{k}, {rows} rows")
 
     @pytest.mark.parametrize(
-        ("tokens", "phases", "sides"),
-        [(tokens, 0, 1) for tokens in (8, 16, 64, 128)] + TILES[:5] + PHASED_TILES + SIDED_TILES,
+        ("tokens", "phases"), [(tokens, 0) for tokens in (8, 16, 64, 128)] + TILES[:5] + PHASED_TILES[8]
     )
     @pytest.mark.parametrize("kind", ["symmetric", "zero point", "minimum"])
     @pytest.mark.parametrize("symmetric", [True, False])
-    def test_every_tile_of_every_size(self, tokens: int, phases: int, sides: int, kind: str, symmetric: bool) -> None:
+    def test_every_tile_of_every_size(self, tokens: int, phases: int, kind: str, symmetric: bool) -> None:
         """No phases: the kernel of mma.sync, which alone takes activations with zero points."""
         if phases and cuda.capability(torch.cuda.current_device()) != 90:
             pytest.skip("wgmma is an instruction of compute capability 9.0")
-        missing = phases > 0 and kind == "minimum" and (tokens == 128 or phases * sides > 1)
+        missing = phases > 0 and kind == "minimum" and (tokens == 128 or phases > 1)
         if missing or (phases and not symmetric):
             pytest.skip("no such instance")
         n, k = 264, 1100
@@ -445,13 +442,13 @@ class TestW4A8:
             for rows in (1, 5, 33, 150):
                 x = (seeded(rows, k, seed=rows) + 0.25 * (rows - 30)).to("cuda", torch.bfloat16)
                 q, scale, zero = cuda.quantize_rows(x, symmetric=symmetric, for_gemm=True)
-                plan = (min(phases, 1), tokens, phases, sides, 1 + rows % 3, 0, 0)
+                plan = (min(phases, 1), tokens, phases, 1 + rows % 3, 0, 0)
                 y = cuda_w4.gemm_w4a8(q, scale, weight, moved["bias"], torch.float32, x_zero_point=zero, plan=plan)
                 wanted = reference.linear(x, moved, scheme, k, torch.float32)
                 assert_bits_equal(y, wanted, f"group {group}, {rows} rows")
 
-    @pytest.mark.parametrize(("tokens", "phases", "sides"), PHASED_TILES + SIDED_TILES)
-    def test_tiles_of_wgmma_repeat_to_the_bit(self, tokens: int, phases: int, sides: int) -> None:
+    @pytest.mark.parametrize(("tokens", "phases"), PHASED_TILES[8])
+    def test_tiles_of_wgmma_repeat_to_the_bit(self, tokens: int, phases: int) -> None:
         """K of many slabs, a full chip of tiles: what phases hand on to one another never comes too early or late."""
         if cuda.capability(torch.cuda.current_device()) != 90:
             pytest.skip("wgmma is an instruction of compute capability 9.0")
@@ -464,21 +461,18 @@ class TestW4A8:
         q, scale, _ = cuda.quantize_rows(x, for_gemm=True)
         wanted = reference.linear(x, moved, scheme, k, torch.float32)
         for _ in range(20):
-            y = cuda_w4.gemm_w4a8(
-                q, scale, weight, moved["bias"], torch.float32, plan=(1, tokens, phases, sides, 66, 0, 0)
-            )
+            y = cuda_w4.gemm_w4a8(q, scale, weight, moved["bias"], torch.float32, plan=(1, tokens, phases, 66, 0, 0))
             assert_bits_equal(y, wanted)
 
     @pytest.mark.parametrize(
         ("group", "k", "plan", "message"),
         [
-            (128, 1024, (1, 24, 1, 1, 1, 0, 0), "no instance with 24 tokens"),
-            (128, 1024, (1, 32, 2, 1, 1, 0, 0), "no instance with 32 tokens, 2 phases"),
-            (128, 1024, (1, 128, 2, 4, 1, 0, 0), "no instance with 128 tokens, 2 phases, 4 sides"),
-            (256, 1024, (1, 32, 4, 1, 1, 0, 0), "expected groups of 32, 64 or 128 for phases, got groups of 256"),
-            (128, 384, (1, 32, 4, 1, 1, 0, 0), "expected K of 4 slabs or more, got K = 384"),
-            (128, 1024, (1, 32, 1, 1, 0, 0, 0), "expected at least 1 cluster, got 0"),
-            (128, 1024, (1, 32, 4, 1, 1, 8, 65536), "expected whole tiles, got shared ones"),
+            (128, 1024, (1, 24, 1, 1, 0, 0), "no instance with 24 tokens"),
+            (128, 1024, (1, 32, 2, 1, 0, 0), "no instance with 32 tokens and 2 phases"),
+            (256, 1024, (1, 32, 4, 1, 0, 0), "expected groups of 32, 64 or 128 for phases, got groups of 256"),
+            (128, 384, (1, 32, 4, 1, 0, 0), "expected K of 4 slabs or more, got K = 384"),
+            (128, 1024, (1, 32, 1, 0, 0, 0), "expected at least 1 cluster, got 0"),
+            (128, 1024, (1, 32, 4, 1, 8, 65536), "expected whole tiles, got shared ones"),
         ],
     )
     def test_a_plan_that_no_instance_serves_is_refused(

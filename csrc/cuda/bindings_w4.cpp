@@ -46,14 +46,14 @@ W4Weight weight_of(const py::tuple& v) {
   return w;
 }
 
-// (kernel, tokens, phases, sides, ctas, counters, partial sums), as `plan` makes it.
+// (kernel, tokens, phases, ctas, counters, partial sums), as `plan` makes it.
 W4Plan plan_of(const py::tuple& v) {
-  QK_CHECK_EQ(v.size(), size_t{7});
+  QK_CHECK_EQ(v.size(), size_t{6});
   const int kernel = v[0].cast<int>();
   QK_CHECK_GE(kernel, 0);
   QK_CHECK_LE(kernel, 1);
-  W4Plan p = {static_cast<W4Kernel>(kernel), v[1].cast<int32_t>(), v[2].cast<int32_t>(), v[3].cast<int32_t>(),
-              v[4].cast<int32_t>(),          v[5].cast<int64_t>(), v[6].cast<int64_t>()};
+  W4Plan p = {static_cast<W4Kernel>(kernel), v[1].cast<int32_t>(), v[2].cast<int32_t>(),
+              v[3].cast<int32_t>(),          v[4].cast<int64_t>(), v[5].cast<int64_t>()};
   QK_CHECK_GE(p.ctas, 0);
   return p;
 }
@@ -63,7 +63,7 @@ py::tuple plan(bool bytes, int64_t m, int64_t n, int64_t k, int64_t group, int k
   QK_CHECK_LE(kind, 2);
   const auto as = static_cast<W4Kind>(kind);
   const W4Plan p = bytes ? plan_w4a8(m, n, k, group, as, capability, sms) : plan_w4a16(m, n, k, as, capability, sms);
-  return py::make_tuple(static_cast<int>(p.kernel), p.tokens, p.phases, p.sides, p.ctas, p.counters, p.partial_floats);
+  return py::make_tuple(static_cast<int>(p.kernel), p.tokens, p.phases, p.ctas, p.counters, p.partial_floats);
 }
 
 void gemm_w4a16_at(const py::tuple& weight, Address x, int x_dtype, int64_t m, int64_t x_stride, Address bias,

@@ -8,19 +8,17 @@ namespace {
 
 constexpr int kChannels = 128;  // of a tile
 
-// wgmma: what a tile costs, in microseconds on an H100: a slab in each wave of tiles, a launch, and sums that CTAs
+// wgmma: what a tile costs, in microseconds on an H200: a slab in each wave of tiles, a launch, and sums that CTAs
 // share through memory, where they may.
 struct Tile {
-  int tokens, phases, sides;
+  int tokens, phases;
   double slab, launch, sharing;
 };
-constexpr Tile kHalfTiles[] = {{16, 4, 1, 0.256, 1, 0}, {32, 1, 1, 0.385, 3, 5},  {64, 1, 1, 0.52, 3, 6.5},
-                               {128, 1, 1, 0.76, 3, 8}, {256, 1, 1, 1.33, 3, 22}, {32, 4, 1, 0.2, 2, 0},
-                               {64, 4, 1, 0.3, 2, 0},   {64, 2, 1, 0.33, 2, 0},   {128, 2, 1, 0.45, 3, 0}};
-constexpr Tile kByteTiles[] = {{16, 4, 1, 0.215, 1, 0}, {32, 1, 1, 0.3, 2.5, 0}, {64, 1, 1, 0.41, 2, 0},
-                               {128, 1, 1, 0.63, 2, 0}, {32, 4, 1, 0.19, 2, 0},  {64, 4, 1, 0.27, 2, 0},
-                               {64, 2, 1, 0.3, 2, 0},   {128, 2, 1, 0.48, 2, 0}, {64, 1, 4, 0.27, 2, 0},
-                               {128, 1, 4, 0.36, 2, 0}};
+constexpr Tile kHalfTiles[] = {{16, 4, 0.233, 0.2, 0},  {32, 4, 0.257, 0.7, 0},   {64, 2, 0.35, 0.5, 0},
+                               {128, 2, 0.528, 0, 0},   {32, 1, 0.443, 1.6, 5.5}, {64, 1, 0.556, 1.8, 6.7},
+                               {128, 1, 0.578, 2.5, 9}, {256, 1, 0.912, 7, 17.3}};
+constexpr Tile kByteTiles[] = {{16, 4, 0.186, 4.5, 0}, {32, 4, 0.233, 5.2, 0}, {64, 4, 0.335, 5.1, 0},
+                               {32, 1, 0.332, 6.3, 0}, {64, 1, 0.337, 6.1, 0}, {128, 1, 0.613, 6.8, 0}};
 constexpr int kFew = 16;  // tokens, whose tiles wait for weights alone
 
 // Tiles of a product, and how many of them run at a time.
@@ -33,8 +31,8 @@ struct Waves {
 Waves waves_of(const W4Plan& plan, bool bytes, int64_t m, int64_t n, bool minimum, int sms) {
   Waves w;
   w.cluster = w4_cluster(bytes, plan.tokens, plan.phases);
-  w.tiles = int64_t(blocks(m, plan.tokens)) * blocks(n, w4_channels(plan.phases, plan.sides) * w.cluster);
-  w.slots = int64_t(sms) * w4_per_sm(bytes, plan.tokens, minimum, plan.phases * plan.sides) / w.cluster;
+  w.tiles = int64_t(blocks(m, plan.tokens)) * blocks(n, w4_channels(plan.phases) * w.cluster);
+  w.slots = int64_t(sms) * w4_per_sm(bytes, plan.tokens, minimum, plan.phases) / w.cluster;
   return w;
 }
 
@@ -53,8 +51,7 @@ W4Plan finished(W4Plan plan, const Waves& w, bool shared) {
 W4Plan plan_few(bool bytes, int64_t m, int64_t n, W4Kind kind, bool phases, int sms) {
   W4Plan plan = {};
   plan.tokens = m <= 8 ? 8 : kFew;
-  plan.phases = phases && blocks(n, w4_channels(4, 1)) <= sms ? 4 : 1;
-  plan.sides = 1;
+  plan.phases = phases && blocks(n, w4_channels(4)) <= sms ? 4 : 1;
   const Waves w = waves_of(plan, bytes, m, n, kind == W4Kind::kMinimum, sms);
   // Half of the multiprocessors in a single wave, half of the places in the last of several.
   const bool enough = w.count() == 1 ? w.tiles * w.cluster * 2 >= sms : w.tiles * 2 > w.count() * w.slots;
@@ -70,7 +67,7 @@ W4Plan plan_wgmma(bool bytes, int64_t m, int64_t n, int64_t k, W4Kind kind, bool
   double least = 0.0;
   const auto consider = [&](const Tile& tile, bool shared) {
     W4Plan plan = {};
-    plan.tokens = tile.tokens, plan.phases = tile.phases, plan.sides = tile.sides;
+    plan.tokens = tile.tokens, plan.phases = tile.phases;
     const Waves w = waves_of(plan, bytes, m, n, minimum, sms);
     if (shared && w.tiles % w.slots == 0) return;
     const double waves = shared ? double(w.tiles) / double(w.slots) : double(w.count());
@@ -79,7 +76,7 @@ W4Plan plan_wgmma(bool bytes, int64_t m, int64_t n, int64_t k, W4Kind kind, bool
   };
   const auto consider_all = [&](const auto& tiles) {
     for (const Tile& tile : tiles) {
-      if ((tile.phases > 1 && !phases) || !w4_has_tile(bytes, kind, tile.tokens, tile.phases, tile.sides)) continue;
+      if ((tile.phases > 1 && !phases) || !w4_has_tile(bytes, kind, tile.tokens, tile.phases)) continue;
       consider(tile, false);
       if (tile.sharing > 0.0) consider(tile, true);
     }

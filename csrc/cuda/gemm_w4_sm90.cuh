@@ -27,14 +27,10 @@
 // the ratio of two scales between groups: one set of registers serves twice the tokens.
 //
 // Few channels: tiles of 64 of them, since each CTA walks all of K and most of the chip would have none. Two or four
-// warpgroups share such a tile, by what kPhases and kSides say:
-//
-//     phases   take the slabs in turns. Floats: each has sums of its own, and at the end they meet in shared memory,
-//              where each phase adds a part of the tokens up. Integers, whose order counts: the running totals lie in
-//              shared memory, and each phase adds its slab's to them when the one before it has (a relay, in pieces of
-//              the tile); what takes long, unpacking and products, is under way in all of them at a time.
-//     sides    take the tokens in parts, each all of K. Every one unpacks all codes, which bytes make cheap, and none
-//              hands anything on.
+// warpgroups ("phases") take the slabs of such a tile in turns. Floats: each has sums of its own, and at the end they
+// meet in shared memory, where each phase adds a part of the tokens up. Integers, whose order counts: the running
+// totals lie in shared memory, and each phase adds its slab's to them when the one before it has (a relay, in pieces of
+// the tile); what takes long, unpacking and products, is under way in all of them at a time.
 //
 // Work: every cluster takes whole tiles (cluster, cluster + clusters, ...). What is left over, less than two tiles per
 // cluster, is dealt out in equal runs of slabs ("stream-K") where K may be split: CTAs that share a tile leave their
@@ -203,7 +199,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kPerSm)
     __syncwarp();
   } else {
     if constexpr (S::kMovesRegisters) ptx::registers_increase<S::kConsumerRegisters>();
-    const Thread t(S::kGroups * 4, S::kPhases > 1, S::kSides > 1);
+    const Thread t(S::kGroups * 4, S::kPhases > 1);
     const uint32_t packed_offset = ptx::keep(packed_base - ptx::smem_u32(shared));
     const auto packed_at = [&](int stage) { return shared + packed_offset + stage * job.packed_bytes; };
     const uint32_t full_here = ptx::keep(full);
@@ -229,7 +225,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kPerSm)
       constexpr bool kEach = decltype(each)::value;
       const uint8_t* packed = packed_at(ring.stage);
       const uint8_t* rows = packed + S::kChannels * (kW4SlabK / 2);
-      const uint32_t tokens = base + ring.stage * S::kTokenBytes + t.side * S::kSideTokens * 128;
+      const uint32_t tokens = base + ring.stage * S::kTokenBytes;
       const int own = ring.stage;
       const uint32_t own_parity = ring.parity;
       ring.advance(job.stages, S::kPhases);
@@ -366,12 +362,10 @@ __global__ void __launch_bounds__(S::kThreads, S::kPerSm)
           store_tile<S, S::kPartTokens>(job, m0 + t.phase * S::kPartTokens, n0, total);
         }
       } else {
-        bool mine = true;
-        if constexpr (S::kSides == 1) {
-          const bool all = s.first == 0 && s.last == job.slabs;
-          mine = all || meet<S>(job, s.tile - job.whole, s.first == 0, Walk<S>::cluster(), rank, is_last, sums);
+        const bool all = s.first == 0 && s.last == job.slabs;
+        if (all || meet<S>(job, s.tile - job.whole, s.first == 0, Walk<S>::cluster(), rank, is_last, sums)) {
+          store_tile<S, S::kTokens>(job, m0, n0, sums.total);
         }
-        if (mine) store_tile<S, S::kSideTokens>(job, m0 + t.side * S::kSideTokens, n0, sums.total);
       }
     }
   }
@@ -380,9 +374,9 @@ __global__ void __launch_bounds__(S::kThreads, S::kPerSm)
 // Throws where no instance has the plan's tile, or where it cannot serve the weight.
 inline void check_tile(const char* name, bool bytes, const W4Weight& w, const W4Plan& plan) {
   const auto refuse = [&](const std::string& what) { throw std::invalid_argument(std::string(name) + ": " + what); };
-  if (!w4_has_tile(bytes, w.kind, plan.tokens, plan.phases, plan.sides)) {
-    refuse("no instance with " + std::to_string(plan.tokens) + " tokens, " + std::to_string(plan.phases) + " phases, " +
-           std::to_string(plan.sides) + " sides for this kind of codes");
+  if (!w4_has_tile(bytes, w.kind, plan.tokens, plan.phases)) {
+    refuse("no instance with " + std::to_string(plan.tokens) + " tokens and " + std::to_string(plan.phases) +
+           " phases for this kind of codes");
   }
   if (bytes && plan.phases > 1 && !(w.group < w.k && kW4SlabK % w.group == 0)) {
     refuse("expected groups of 32, 64 or 128 for phases, got groups of " + std::to_string(w.group));

@@ -14,8 +14,8 @@ void run(const GemmW4A16Args& args, const W4Plan& plan, bool dependent, cudaStre
   job.counters = args.counters, job.partials = args.partials;
   const auto launch_as = [&](auto zeros) {
     constexpr int kCluster = w4_cluster(false, kTokens, kPhases);
-    run_shape<Shape<T, kTokens, kKind, decltype(zeros)::value, kCluster, kPhases, 1>>(job, args.x, args.x_stride, plan,
-                                                                                      true, "gemm_w4a16_sm90", stream);
+    run_shape<Shape<T, kTokens, kKind, decltype(zeros)::value, kCluster, kPhases>>(job, args.x, args.x_stride, plan,
+                                                                                   true, "gemm_w4a16_sm90", stream);
   };
   if constexpr (kKind == W4Kind::kZeroPoint) {
     if (args.weight.zero_point || args.weight.scale_type != ScaleType::kF16) return launch_as(std::true_type());
@@ -26,7 +26,7 @@ void run(const GemmW4A16Args& args, const W4Plan& plan, bool dependent, cudaStre
 // The instance with that tile, if there is one (w4_has_tile).
 template <typename T, W4Kind kKind, int kTokens, int kPhases = 1>
 bool run_if(const GemmW4A16Args& args, const W4Plan& plan, bool dependent, cudaStream_t stream) {
-  if constexpr (w4_has_tile(false, kKind, kTokens, kPhases, 1)) {
+  if constexpr (w4_has_tile(false, kKind, kTokens, kPhases)) {
     if (plan.tokens != kTokens || plan.phases != kPhases) return false;
     run<T, kKind, kTokens, kPhases>(args, plan, dependent, stream);
     return true;
@@ -40,8 +40,8 @@ bool run_tile(const GemmW4A16Args& a, const W4Plan& p, bool dependent, cudaStrea
          run_if<T, kKind, 32>(a, p, dependent, s) || run_if<T, kKind, 64>(a, p, dependent, s) ||
          run_if<T, kKind, 128>(a, p, dependent, s) || run_if<T, kKind, 256>(a, p, dependent, s) ||
          run_if<T, kKind, 8, 4>(a, p, dependent, s) || run_if<T, kKind, 16, 4>(a, p, dependent, s) ||
-         run_if<T, kKind, 32, 4>(a, p, dependent, s) || run_if<T, kKind, 64, 4>(a, p, dependent, s) ||
-         run_if<T, kKind, 64, 2>(a, p, dependent, s) || run_if<T, kKind, 128, 2>(a, p, dependent, s);
+         run_if<T, kKind, 32, 4>(a, p, dependent, s) || run_if<T, kKind, 64, 2>(a, p, dependent, s) ||
+         run_if<T, kKind, 128, 2>(a, p, dependent, s);
 }
 
 }  // namespace

@@ -6,7 +6,7 @@ namespace {
 
 constexpr int kSixteenfoldGroup = 1 << 16;  // 16 * 8 * 127 * 2^16 < 2^31
 
-template <W4Kind kKind, int kTokens, int kPhases, int kSides>
+template <W4Kind kKind, int kTokens, int kPhases>
 void run(const GemmW4A8Args& args, const W4Plan& plan, bool dependent, cudaStream_t stream) {
   Job job = {};
   job.weight = args.weight;
@@ -14,7 +14,7 @@ void run(const GemmW4A8Args& args, const W4Plan& plan, bool dependent, cudaStrea
   job.e.bias = args.bias, job.e.x_scale = args.x_scale;
   const auto launch_as = [&](auto zeros) {
     constexpr int kCluster = w4_cluster(true, kTokens, kPhases);
-    run_shape<Shape<int8_t, kTokens, kKind, decltype(zeros)::value, kCluster, kPhases, kSides>>(
+    run_shape<Shape<int8_t, kTokens, kKind, decltype(zeros)::value, kCluster, kPhases>>(
         job, args.xq, args.x_stride, plan, dependent, "gemm_w4a8_sm90", stream);
   };
   if constexpr (kKind == W4Kind::kZeroPoint) {
@@ -25,11 +25,11 @@ void run(const GemmW4A8Args& args, const W4Plan& plan, bool dependent, cudaStrea
 }
 
 // The instance with that tile, if there is one (w4_has_tile).
-template <W4Kind kKind, int kTokens, int kPhases = 1, int kSides = 1>
+template <W4Kind kKind, int kTokens, int kPhases = 1>
 bool run_if(const GemmW4A8Args& args, const W4Plan& plan, bool dependent, cudaStream_t stream) {
-  if constexpr (w4_has_tile(true, kKind, kTokens, kPhases, kSides)) {
-    if (plan.tokens != kTokens || plan.phases != kPhases || plan.sides != kSides) return false;
-    run<kKind, kTokens, kPhases, kSides>(args, plan, dependent, stream);
+  if constexpr (w4_has_tile(true, kKind, kTokens, kPhases)) {
+    if (plan.tokens != kTokens || plan.phases != kPhases) return false;
+    run<kKind, kTokens, kPhases>(args, plan, dependent, stream);
     return true;
   }
   return false;
@@ -41,9 +41,7 @@ bool run_tile(const GemmW4A8Args& a, const W4Plan& p, bool dependent, cudaStream
          run_if<kKind, 32>(a, p, dependent, s) || run_if<kKind, 64>(a, p, dependent, s) ||
          run_if<kKind, 128>(a, p, dependent, s) || run_if<kKind, 8, 4>(a, p, dependent, s) ||
          run_if<kKind, 16, 4>(a, p, dependent, s) || run_if<kKind, 32, 4>(a, p, dependent, s) ||
-         run_if<kKind, 64, 4>(a, p, dependent, s) || run_if<kKind, 64, 2>(a, p, dependent, s) ||
-         run_if<kKind, 128, 2>(a, p, dependent, s) || run_if<kKind, 64, 1, 4>(a, p, dependent, s) ||
-         run_if<kKind, 128, 1, 4>(a, p, dependent, s);
+         run_if<kKind, 64, 4>(a, p, dependent, s);
 }
 
 }  // namespace

@@ -25,8 +25,8 @@ constexpr int kTileGroup = 16;  // token tiles walked before the next channels
 
 // kZeros_: zero points are read, where there are any, and scales may be of fp32. Else zero points are 8, and scales
 // fp16 unless there are minima or a codebook.
-// kPhases_, kSides_: warpgroups that take the slabs of a tile in turns, or parts of its tokens (gemm_w4_sm90.cuh).
-template <typename T_, int kTokens_, W4Kind kKind_, bool kZeros_, int kCluster_, int kPhases_, int kSides_>
+// kPhases_: warpgroups that take the slabs of a tile in turns (gemm_w4_sm90.cuh).
+template <typename T_, int kTokens_, W4Kind kKind_, bool kZeros_, int kCluster_, int kPhases_>
 struct Shape {
   using T = T_;
   static constexpr bool kBytes = std::is_same<T, int8_t>::value;
@@ -36,17 +36,16 @@ struct Shape {
   static constexpr bool kMinimum = kKind == W4Kind::kMinimum, kCodebook = kKind == W4Kind::kCodebook;
   static constexpr bool kZeros = kZeros_;
   // Room for one set of sums alone: they are of all of K, in units of the scale that they are multiplied by next.
-  static constexpr bool kWide = kTokens == 256 || (!kBytes && kTokens == 64 && kPhases_ == 4);
+  static constexpr bool kWide = kTokens == 256;
   static_assert(!kWide || (!kBytes && !kMinimum), "a single sum of floats");
   static constexpr bool kPlain = kKind == W4Kind::kZeroPoint && !kZeros;
   // Integer products are 16 times the true ones (operands_w4a8.cuh).
   static constexpr bool kSixteenfold = kBytes && kPlain;
-  static constexpr int kPhases = kPhases_, kSides = kSides_;
-  static constexpr int kGroups = w4_channels(kPhases, kSides) / kGroupChannels;
+  static constexpr int kPhases = kPhases_;
+  static constexpr int kGroups = w4_channels(kPhases) / kGroupChannels;
   static constexpr int kChannels = kGroups * kGroupChannels;
-  static constexpr int kConsumers = kGroups * kPhases * kSides * 128, kConsumerWarps = kConsumers / 32;
-  static constexpr int kReleases = kGroups * kSides * 4;  // warps that read a stage
-  static constexpr int kSideTokens = kTokens / kSides;  // of a warpgroup
+  static constexpr int kConsumers = kGroups * kPhases * 128, kConsumerWarps = kConsumers / 32;
+  static constexpr int kReleases = kGroups * 4;  // warps that read a stage
   static constexpr int kRowBytes = kW4SlabK * static_cast<int>(sizeof(T));  // of a token in a slab
   static constexpr int kBoxes = kRowBytes / 128;
   static constexpr int kTokenBytes = kTokens * kRowBytes;
@@ -54,14 +53,14 @@ struct Shape {
   static_assert(kPart % 8 == 0, "whole swizzle atoms");
   static constexpr int kSteps = kRowBytes / 32;  // products of a slab
   static constexpr int kFragments = kSteps / 2 * 4;  // registers of half a slab
-  static constexpr int kValues = kSideTokens / 2;  // sums of a thread
+  static constexpr int kValues = kTokens / 2;  // sums of a thread
   // Warps: what one lane computes and waits for between its copies would limit small tiles.
   static constexpr int kProducers = kPhases == 4 ? 4 : kWide ? 1 : 2;  // three stages are all that fit
   // Few tokens leave registers for two CTAs, which hide each other's latency. With more, the producer's registers go to
   // the consumers, and it is a whole warpgroup since setmaxnreg works on those: 168 a thread at launch, or 96 beside
   // four warpgroups of consumers.
-  static constexpr int kPerSm = w4_per_sm(kBytes, kTokens, kMinimum, kPhases* kSides);
-  static constexpr bool kMovesRegisters = kPerSm == 1 && (kPhases * kSides == 1 || kTokens >= 32);
+  static constexpr int kPerSm = w4_per_sm(kBytes, kTokens, kMinimum, kPhases);
+  static constexpr bool kMovesRegisters = kPerSm == 1 && (kPhases == 1 || kTokens >= 32);
   static constexpr int kThreads = kConsumers + (kMovesRegisters ? 128 : 32 * kProducers);
   // What phases tell one another: a running total, or everybody's sums, in the ring of stages where they are many.
   static constexpr bool kRelays = kBytes && kPhases > 1, kGathers = !kBytes && kPhases > 1;
@@ -72,7 +71,7 @@ struct Shape {
   // Of a tile whose sums are complete, the phases take parts to the output.
   static constexpr int kParts = kPhases < kQuads ? kPhases : kQuads, kPartTokens = kTokens / kParts;
   // The warpgroups take turns to start a slab's products, lest they finish, and leave the tensor cores idle, together.
-  static constexpr bool kTurns = kTokens >= 64 && kPhases * kSides == 1;
+  static constexpr bool kTurns = kTokens >= 64 && kPhases == 1;
   // An instruction with a register operand waits for the one before it, so products hold a warp up. Where sums of
   // integers take as long to add up, nothing comes between the products of a row: one warpgroup is in its products
   // while the other unpacks and adds.
@@ -154,14 +153,13 @@ __device__ __forceinline__ Place place_of(const Job& job, int tile) {
 // What a consumer thread needs again and again.
 struct Thread {
   int lane, warp;  // warp of the channels
-  int phase, side;
+  int phase;
   int channel;  // of the tile: the first of its two, the other is 8 further
   uint32_t codes;  // bytes from the stage's codes on to this thread's
-  __device__ __forceinline__ Thread(int warps, bool phases, bool sides)
+  __device__ __forceinline__ Thread(int warps, bool phases)
       : lane(static_cast<int>(ptx::keep(threadIdx.x & 31))),
         warp(__shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x >> 5), 0) % warps),
         phase(phases ? __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x >> 5), 0) / warps : 0),
-        side(sides ? __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x >> 5), 0) / warps : 0),
         channel(static_cast<int>(ptx::keep(warp * kW4Rows + (lane >> 2)))),
         codes(ptx::keep(warp * kW4BlockBytes + lane * 16)) {}
 };
@@ -274,11 +272,11 @@ __device__ __forceinline__ void multiply(const uint32_t* f, uint32_t tokens, boo
     const int step = kFirst + s;
     const uint64_t b = ptx::wgmma_descriptor(tokens + step / 4 * S::kTokens * 128) + 2 * (step % 4);
     if constexpr (S::kWide) {
-      WgmmaRegisters<typename S::T, S::kSideTokens>::run(sums.total, f + 4 * s, b, step > 0 || !fresh);
+      WgmmaRegisters<typename S::T, S::kTokens>::run(sums.total, f + 4 * s, b, step > 0 || !fresh);
     } else {
       const int accumulate = step % kPerRow != 0 || (S::kBytes && !fresh);
-      WgmmaRegisters<typename S::T, S::kSideTokens>::run(sums.part, f + 4 * s, b, accumulate);
-      if constexpr (S::kMinimum) WgmmaRegisters<typename S::T, S::kSideTokens>::run(sums.tokens, ones, b, accumulate);
+      WgmmaRegisters<typename S::T, S::kTokens>::run(sums.part, f + 4 * s, b, accumulate);
+      if constexpr (S::kMinimum) WgmmaRegisters<typename S::T, S::kTokens>::run(sums.tokens, ones, b, accumulate);
     }
   }
   ptx::wgmma_commit();
@@ -519,7 +517,7 @@ __device__ __forceinline__ void store_tile(const Job& job, int m0, int n0, const
       x_scale[j][1] = token + 8 * j + 1 < e.m ? e.x_scale[token + 8 * j + 1] : 0.0f;
     }
   }
-  store_blocks<kTokens / 8>(e, n0, m0, lane, [&](int j, float(&v)[4]) {
+  store_blocks<kTokens / 8>(e, n0, m0, lane, [&](int j, float (&v)[4]) {
 #pragma unroll
     for (int c = 0; c < 4; ++c) {
       float y = total[4 * j + c];
