@@ -243,7 +243,7 @@ def gemm_w4a16(
             DTYPE_CODES[out_dtype],
             channels,
             plan,
-            *_workspace(device, stream, *plan[5:]),
+            *_workspace(device, stream, *plan[4:]),
             dependent,
             stream,
         )
