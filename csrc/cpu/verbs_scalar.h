@@ -34,6 +34,7 @@ struct ScalarVerbs {
   static F min(F a, F b) { return a < b ? a : b; }
   static F max(F a, F b) { return a > b ? a : b; }
   static F div(F a, F b) { return a / b; }
+  static F select_less(F a, F b, F yes, F no) { return a < b ? yes : no; }
   static I add_i(I a, I b) { return static_cast<I>(static_cast<uint32_t>(a) + static_cast<uint32_t>(b)); }
   static I sub_i(I a, I b) { return static_cast<I>(static_cast<uint32_t>(a) - static_cast<uint32_t>(b)); }
   static I mul_i(I a, I b) { return static_cast<I>(static_cast<uint32_t>(a) * static_cast<uint32_t>(b)); }
@@ -110,11 +111,18 @@ struct ScalarVerbs {
 
   static void store_low8(uint8_t* p, I v) { *p = static_cast<uint8_t>(v); }
   static void store_low8_part(uint8_t* p, I v, int) { *p = static_cast<uint8_t>(v); }
-  static void store_packed(uint8_t* p, I a, I b, I c, I d, uint8_t flip) {
-    const I lanes[4] = {a, b, c, d};
+  static void store_packed(uint8_t* p, I a, I b, I c, I d, int32_t shift, uint8_t flip) {
+    const I lanes[4] = {a + shift, b + shift, c + shift, d + shift};
     for (int i = 0; i < 4; ++i) {
       const I v = lanes[i] < -128 ? -128 : lanes[i] > 127 ? 127 : lanes[i];
       p[i] = static_cast<uint8_t>(static_cast<uint8_t>(v) ^ flip);
+    }
+  }
+  static void store_nibbles(uint8_t* p, I a, I b, I c, I d, int32_t shift) {
+    const I lanes[4] = {a + shift, b + shift, c + shift, d + shift};
+    for (int i = 0; i < 2; ++i) {
+      const I low = lanes[2 * i] > 15 ? 15 : lanes[2 * i], high = lanes[2 * i + 1] > 15 ? 15 : lanes[2 * i + 1];
+      p[i] = static_cast<uint8_t>(low | high << 4);
     }
   }
   static I load_i8(const int8_t* p) { return *p; }
