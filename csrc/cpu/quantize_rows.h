@@ -130,6 +130,19 @@ struct Granule {
     return smooth ? V::mul(v, V::load_f_part(smooth + i, n)) : v;
   }
 
+  // Takes a register of elements into two of maxima, by their bits, without widening: of magnitudes, or with a range of
+  // what lies above zero and of what lies below. Zero is the least of all; elements may be seen twice. See verbs_ymm.h.
+  template <bool kRange>
+  QK_INLINE static void see(const char* at, I& most, I& least) {
+    const I v = V::template load_raw<D>(at);
+    if constexpr (kRange) {
+      most = V::template max_signed<D>(most, v);
+      least = V::template max_unsigned<D>(least, v);
+    } else {
+      most = V::template max_signed<D>(most, V::template magnitudes<D>(v));
+    }
+  }
+
   // Statistics of x[begin, end). The range is left at zero unless asked for.
   template <bool kRange>
   static Stats stats(const void* x, const float* smooth, int64_t begin, int64_t end) {
@@ -192,38 +205,26 @@ struct Granule {
  private:
   static constexpr int kBytes = D == DType::kF32 ? 4 : 2;
 
-  // By the bits, a whole register of elements at a time, without widening; see magnitudes in verbs_ymm.h. Zero is the
-  // least of them, and elements may be seen twice.
   template <bool kRange>
   QK_INLINE static Stats stats_of_bits(const char* x, int64_t n) {
-    constexpr int kRegister = V::kLanes * 4;  // bytes
+    constexpr int kRegister = V::template kRawBytes<D>;
     const int64_t bytes = n * kBytes;
-    I most0 = V::set_i(0), most1 = V::set_i(0);  // magnitudes, or with a range what lies above zero
-    I least0 = V::set_i(0), least1 = V::set_i(0);  // what lies below zero
-    const auto see = [](const char* at, I& most, I& least) {
-      const I v = V::load_i(reinterpret_cast<const int32_t*>(at));
-      if constexpr (kRange) {
-        most = V::template max_signed<D>(most, v);
-        least = V::template max_unsigned<D>(least, v);
-      } else {
-        most = V::template max_signed<D>(most, V::template magnitudes<D>(v));
-      }
-    };
+    I most0 = V::set_i(0), most1 = V::set_i(0), least0 = V::set_i(0), least1 = V::set_i(0);
     int64_t i = 0;
     for (; i + 2 * kRegister <= bytes; i += 2 * kRegister) {
-      see(x + i, most0, least0);
-      see(x + i + kRegister, most1, least1);
+      see<kRange>(x + i, most0, least0);
+      see<kRange>(x + i + kRegister, most1, least1);
     }
     if (i + kRegister <= bytes) {
-      see(x + i, most0, least0);
+      see<kRange>(x + i, most0, least0);
       i += kRegister;
     }
     if (i < bytes && bytes >= kRegister) {
-      see(x + bytes - kRegister, most1, least1);
+      see<kRange>(x + bytes - kRegister, most1, least1);
     } else if (i < bytes) {
       alignas(kAlign) char part[kRegister] = {};
       std::memcpy(part, x, static_cast<size_t>(bytes) % kRegister);
-      see(part, most1, least1);
+      see<kRange>(part, most1, least1);
     }
     Stats result;
     const float most = V::template reduce_unsigned<D>(V::template max_signed<D>(most0, most1));

@@ -60,6 +60,16 @@ struct YmmVerbs {
   // Bits of a register of elements, eight floats or sixteen halves. The order of magnitudes is theirs as integers, NaN
   // above infinity; unsigned, anything with a sign lies above everything without, and signed, below.
   template <DType D>
+  static constexpr int kRawBytes = 32;
+  template <DType D>
+  static I load_raw(const void* p) {
+    return load_i(static_cast<const int32_t*>(p));
+  }
+  template <DType D>
+  static void store_raw(void* p, I v) {
+    store_i(static_cast<int32_t*>(p), v);
+  }
+  template <DType D>
   static I magnitudes(I v) {
     return _mm256_and_si256(v, D == DType::kF32 ? set_i(0x7FFFFFFF) : _mm256_set1_epi16(0x7FFF));
   }
@@ -115,13 +125,14 @@ struct YmmVerbs {
   }
 
   // Rounded by integer arithmetic: the conversion instruction of AVX512-BF16 would flush subnormal numbers.
+  static I rounded_bf16(F v) {
+    const I u = _mm256_castps_si256(v), odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), set_i(1));
+    return _mm256_srli_epi32(_mm256_add_epi32(u, _mm256_add_epi32(odd, set_i(0x7FFF))), 16);
+  }
   static __m128i narrow_bf16(F v) {
-    const I u = _mm256_castps_si256(v);
-    const I odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), set_i(1));
-    const I rounded = _mm256_add_epi32(u, _mm256_add_epi32(odd, set_i(0x7FFF)));
-    const I quiet = _mm256_or_si256(u, set_i(0x400000));
+    const I quiet = _mm256_srli_epi32(_mm256_or_si256(_mm256_castps_si256(v), set_i(0x400000)), 16);
     const I is_nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
-    const I high = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, is_nan), 16);
+    const I high = _mm256_blendv_epi8(rounded_bf16(v), quiet, is_nan);
     const I packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(high, high), 0x08);
     return _mm256_castsi256_si128(packed);
   }
@@ -136,6 +147,17 @@ struct YmmVerbs {
       _mm256_storeu_ps(static_cast<float*>(p) + i, v);
     else
       _mm_storeu_si128(reinterpret_cast<__m128i*>(static_cast<uint16_t*>(p) + i), narrow<D>(v));
+  }
+  // Two vectors, neither with a NaN.
+  template <DType D>
+  static void store_numbers(void* p, int64_t i, F a, F b) {
+    if constexpr (D == DType::kBF16) {
+      const I pairs = _mm256_packus_epi32(rounded_bf16(a), rounded_bf16(b));  // interleaved by 128 bits
+      store_i(reinterpret_cast<int32_t*>(static_cast<uint16_t*>(p) + i), _mm256_permute4x64_epi64(pairs, 0xD8));
+    } else {
+      store<D>(p, i, a);
+      store<D>(p, i + 8, b);
+    }
   }
   template <DType D>
   static void store_part(void* p, int64_t i, F v, int n) {
@@ -182,6 +204,28 @@ struct YmmVerbs {
     const __m128i packed = _mm_packus_epi16(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256(pairs, 1));
     const __m128i order = _mm_setr_epi8(0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15);
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_shuffle_epi8(packed, order));
+  }
+  // The values that 32 codes of 4 bits, the even one in the low nibble, stand for: 16 halves.
+  static void lookup_nibbles(const uint16_t* table, const uint8_t* q, uint16_t* out) {
+    const __m128i split = _mm_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15);
+    const __m128i* halves = reinterpret_cast<const __m128i*>(table);
+    const __m128i a = _mm_shuffle_epi8(_mm_loadu_si128(halves), split);
+    const __m128i b = _mm_shuffle_epi8(_mm_loadu_si128(halves + 1), split);
+    const I low = _mm256_broadcastsi128_si256(_mm_unpacklo_epi64(a, b)),
+            high = _mm256_broadcastsi128_si256(_mm_unpackhi_epi64(a, b)), codes = split_nibbles(q);
+    const I l = _mm256_shuffle_epi8(low, codes), h = _mm256_shuffle_epi8(high, codes);
+    const I first = _mm256_unpacklo_epi8(l, h), second = _mm256_unpackhi_epi8(l, h);  // of each 128 bits of codes
+    store_i(reinterpret_cast<int32_t*>(out), _mm256_permute2x128_si256(first, second, 0x20));
+    store_i(reinterpret_cast<int32_t*>(out + 16), _mm256_permute2x128_si256(first, second, 0x31));
+  }
+  // 16 bytes to 32 codes.
+  static I split_nibbles(const uint8_t* q) {
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(q)), mask = _mm_set1_epi8(15);
+    const __m128i low = _mm_and_si128(bytes, mask), high = _mm_and_si128(_mm_srli_epi16(bytes, 4), mask);
+    return _mm256_set_m128i(_mm_unpackhi_epi8(low, high), _mm_unpacklo_epi8(low, high));
+  }
+  static void unpack_nibbles(const uint8_t* q, uint8_t* codes) {
+    store_i(reinterpret_cast<int32_t*>(codes), split_nibbles(q));
   }
   static __m128i load_bytes(const void* p, int n) {
     int64_t bytes = 0;

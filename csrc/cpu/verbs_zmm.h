@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "../args.h"
+#include "verbs_ymm.h"
 
 namespace qk {
 namespace {
@@ -42,6 +43,16 @@ struct ZmmVerbs {
   static float reduce_max(F v) { return _mm512_reduce_max_ps(v); }
 
   // Bits of a register of elements, see verbs_ymm.h.
+  template <DType D>
+  static constexpr int kRawBytes = 64;
+  template <DType D>
+  static I load_raw(const void* p) {
+    return load_i(static_cast<const int32_t*>(p));
+  }
+  template <DType D>
+  static void store_raw(void* p, I v) {
+    store_i(static_cast<int32_t*>(p), v);
+  }
   template <DType D>
   static I magnitudes(I v) {
     return _mm512_and_si512(v, D == DType::kF32 ? set_i(0x7FFFFFFF) : _mm512_set1_epi16(0x7FFF));
@@ -113,6 +124,11 @@ struct ZmmVerbs {
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(static_cast<uint16_t*>(p) + i), narrow<D>(v));
   }
   template <DType D>
+  static void store_numbers(void* p, int64_t i, F a, F b) {
+    store<D>(p, i, a);
+    store<D>(p, i + 16, b);
+  }
+  template <DType D>
   static void store_part(void* p, int64_t i, F v, int n) {
     if constexpr (D == DType::kF32)
       _mm512_mask_storeu_ps(static_cast<float*>(p) + i, mask(n), v);
@@ -139,6 +155,10 @@ struct ZmmVerbs {
     const I pairs = _mm512_maddubs_epi16(_mm512_permutexvar_epi32(bytes_order(), bytes), _mm512_set1_epi16(0x1001));
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi16_epi8(pairs));
   }
+  static void lookup_nibbles(const uint16_t* table, const uint8_t* q, uint16_t* out) {
+    YmmVerbs::lookup_nibbles(table, q, out);
+  }
+  static void unpack_nibbles(const uint8_t* q, uint8_t* codes) { YmmVerbs::unpack_nibbles(q, codes); }
   static I load_i8(const int8_t* p) {
     return _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   }
