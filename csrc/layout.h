@@ -27,7 +27,7 @@
 // room for what the loops keep in registers (a factor of 2 at six rows, g++ 12).
 #define QK_NOINLINE __attribute__((noinline))
 // Loops over a few elements whose number the caller knows must become part of it.
-#define QK_INLINE inline __attribute__((always_inline))
+#define QK_INLINE __attribute__((always_inline))
 
 namespace qk {
 

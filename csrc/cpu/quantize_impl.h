@@ -31,7 +31,8 @@ constexpr int64_t kMinSplit = 64 << 10;  // elements of a contiguous granule wor
 
 inline Levels levels_of(QKind kind, bool symmetric) {
   if (kind == QKind::kInt4) return symmetric ? Levels{-8, 7, 8} : Levels{0, 15, 0};
-  return symmetric ? Levels{-127, 127, 0} : Levels{0, 255, 0};
+  if (kind == QKind::kInt8) return symmetric ? Levels{-127, 127, 0} : Levels{0, 255, -128};
+  return symmetric ? Levels{-127, 127, 128} : Levels{0, 255, 0};
 }
 
 template <class V, DType D>
@@ -79,13 +80,18 @@ class Quantize {
   }
 
   Params params_of(const Stats& s, int64_t granule) const {
-    if (p_.is_static) return static_params(s, p_.scale[granule], p_.zero_point ? p_.zero_point[granule] : 0);
+    if (p_.is_static)
+      return static_params(s, p_.scale[granule], p_.zero_point ? p_.zero_point[granule] - levels_.offset : 0);
     return p_.symmetric ? symmetric_params(s, bits_) : asymmetric_params(s, bits_);
   }
   void publish(const Params& params, int64_t granule) const {
     if (p_.is_static && params.scale == params.scale) return;  // only a granule marked NaN changes what was given
     p_.scale[granule] = params.scale;
-    if (p_.zero_point) p_.zero_point[granule] = params.zero_point;
+    if (p_.zero_point) p_.zero_point[granule] = params.zero_point + levels_.offset;
+  }
+  void publish(const float* scale, const int32_t* zero_point, int64_t granule, int64_t count) const {
+    std::memcpy(p_.scale + granule, scale, static_cast<size_t>(count) * 4);
+    for (int64_t i = 0; p_.zero_point && i < count; ++i) p_.zero_point[granule + i] = zero_point[i] + levels_.offset;
   }
   Params params(const Stats& s, int64_t granule) const {
     const Params result = params_of(s, granule);
@@ -131,8 +137,7 @@ class Quantize {
       V::store_f(b.inv + i, p.inv);
       V::store_i(b.zero_point + i, p.zero_point);
     }
-    std::memcpy(p_.scale + granule, b.scale, static_cast<size_t>(count) * 4);
-    if (p_.zero_point) std::memcpy(p_.zero_point + granule, b.zero_point, static_cast<size_t>(count) * 4);
+    publish(b.scale, b.zero_point, granule, count);
   }
 
   // `count` granules of neighbouring elements each, x and q at the first; kSize of them, or `given` where that is 0.
@@ -322,10 +327,7 @@ class Quantize {
       V::store_i(b.zero_point + c, p.zero_point);
       V::store_f(b.lo + c, p.scale);
     }
-    if (!p_.is_static) {
-      std::memcpy(p_.scale + c0, b.lo, static_cast<size_t>(count) * 4);
-      if (p_.zero_point) std::memcpy(p_.zero_point + c0, b.zero_point, static_cast<size_t>(count) * 4);
-    }
+    if (!p_.is_static) publish(b.lo, b.zero_point, c0, count);
     for (int64_t c = count; c-- > 0;) {
       const float inv = b.inv[c], absmax = b.absmax[c];
       const int32_t zero_point = b.zero_point[c];

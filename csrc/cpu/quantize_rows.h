@@ -194,7 +194,8 @@ struct Granule {
     const int64_t done = i, rest = end - i;
     uint8_t* to = kNibbles ? stage : out + (done - begin);
     const auto stored = [&](F v) { return V::add_i(V::round_i(clamp(V::mul(v, inv))), V::set_i(shift)); };
-    for (; i + kW <= end; i += kW) V::store_low8(to + (i - done), stored(value(x, smooth, i)));
+    for (int vectors = 0; vectors < 3 && i + kW <= end; ++vectors, i += kW)
+      V::store_low8(to + (i - done), stored(value(x, smooth, i)));
     if (i < end) {
       const int n = static_cast<int>(end - i);
       V::store_low8_part(to + (i - done), stored(value_part(x, smooth, i, n)), n);
