@@ -161,7 +161,9 @@ class Dequantize {
   QK_INLINE void halves(const uint8_t* q, int64_t n, int64_t at, float scale, int32_t zp) const {
     static constexpr int32_t kCodes[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     alignas(kAlign) uint16_t table[16];
-    const auto value = [&](int i) { return V::mul(V::to_f(V::sub_i(V::load_i(kCodes + i), V::set_i(zp))), V::set(scale)); };
+    const auto value = [&](int i) {
+      return V::mul(V::to_f(V::sub_i(V::load_i(kCodes + i), V::set_i(zp))), V::set(scale));
+    };
     int code = 0;
     for (; code + 2 * kW <= 16 && finite(scale); code += 2 * kW)
       V::template store_numbers<D>(table, code, value(code), value(code + kW));
@@ -197,10 +199,10 @@ class Dequantize {
     for (int64_t c0 = 0; c0 < p_.channels; c0 += per_block) {
       const int64_t count = p_.channels - c0 < per_block ? p_.channels - c0 : per_block;
       for (int64_t c = 0, j = 0; c < count; ++c)
-        for (int64_t i = 0; i < p_.inner; ++i, ++j)
-          scale[j] = p_.scale[c0 + c], zp[j] = zero_point<kKind>(c0 + c);
+        for (int64_t i = 0; i < p_.inner; ++i, ++j) scale[j] = p_.scale[c0 + c], zp[j] = zero_point<kKind>(c0 + c);
       for (int64_t o = rows.begin; o < rows.end; ++o)
-        columns_of_row<kKind>(o * pitch + c0 * p_.inner, count * p_.inner, scale, p_.zero_point ? zp : nullptr, numbers);
+        columns_of_row<kKind>(o * pitch + c0 * p_.inner, count * p_.inner, scale, p_.zero_point ? zp : nullptr,
+                              numbers);
     }
   }
 
@@ -216,7 +218,8 @@ class Dequantize {
       V::template store_numbers<D>(p_.out, at + j, value(j), value(j + kW));
     for (; j + kW <= width; j += kW) V::template store<D>(p_.out, at + j, value(j));
     for (; j < width; ++j) {
-      const int32_t zp = zero_point ? zero_point[j] : 0, code = kKind == QKind::kInt8 ? static_cast<int8_t>(q[j]) : q[j];
+      const int32_t zp = zero_point ? zero_point[j] : 0,
+                    code = kKind == QKind::kInt8 ? static_cast<int8_t>(q[j]) : q[j];
       ScalarVerbs::store<D>(p_.out, at + j, static_cast<float>(code - zp) * scale[j]);
     }
   }

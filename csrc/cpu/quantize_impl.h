@@ -21,11 +21,13 @@ constexpr int64_t kColumns = 2048;  // most of a block
 constexpr int kRowsAtOnce = 8, kRowsAhead = 4;
 // Contiguous granules are taken in batches, whose second pass finds them in L1 or L2. Arithmetic takes about as long as
 // memory where halves or short groups come in: then batches are short, and the second pass asks for the next one.
-// Elsewhere long batches without that are faster (Zen 3: 91 % of the bandwidth after 77 %, and 57 % where it was needed).
+// Elsewhere long batches without that are faster (Zen 3: 91 % of the bandwidth after 77 %, and 57 % where it was
+// needed).
 constexpr int kBatch = 256;
 constexpr int64_t kShortBatch = 4096, kLongBatch = 16384, kMaxAhead = 32 << 10;  // elements
 constexpr int64_t kLongGranule = 64;  // elements
-constexpr int64_t kBackward = 64 << 10;  // elements; a long granule's second pass runs from its end, which is still near
+constexpr int64_t kBackward =
+    64 << 10;  // elements; a long granule's second pass runs from its end, which is still near
 constexpr int kMaxSplit = 64;  // threads that share one contiguous granule
 constexpr int64_t kMinSplit = 64 << 10;  // elements of a contiguous granule worth sharing
 
@@ -102,7 +104,7 @@ class Quantize {
   // Elements [begin, end) of a contiguous run at x, to q (bytes, or nibbles: begin is even then).
   template <bool kNibbles, bool kClamps>
   QK_INLINE void emit_as(const void* x, int64_t begin, int64_t end, const Params& params, bool finite, int64_t ahead,
-               uint8_t* q) const {
+                         uint8_t* q) const {
     uint8_t* out = q + (kNibbles ? begin / 2 : begin);
     if (finite) return G::template quantize<kNibbles, kClamps>(x, nullptr, begin, end, params, levels_, ahead, out);
     const int64_t n = end - begin;
@@ -130,9 +132,8 @@ class Quantize {
     for (int i = count; i % V::kLanes != 0; ++i) b.absmax[i] = b.lo[i] = b.hi[i] = 0.0f;  // whole vectors are read
     for (int i = 0; i < count; i += V::kLanes) {
       const auto absmax = V::load_f(b.absmax + i);
-      const auto p = p_.symmetric
-                         ? LaneParams<V>::symmetric(absmax, bits_)
-                         : LaneParams<V>::asymmetric(absmax, V::load_f(b.lo + i), V::load_f(b.hi + i), bits_);
+      const auto p = p_.symmetric ? LaneParams<V>::symmetric(absmax, bits_)
+                                  : LaneParams<V>::asymmetric(absmax, V::load_f(b.lo + i), V::load_f(b.hi + i), bits_);
       V::store_f(b.scale + i, p.scale);
       V::store_f(b.inv + i, p.inv);
       V::store_i(b.zero_point + i, p.zero_point);
@@ -320,9 +321,8 @@ class Quantize {
         continue;
       }
       const auto absmax = V::load_f(b.absmax + c);
-      const auto p = p_.symmetric
-                         ? LaneParams<V>::symmetric(absmax, bits_)
-                         : LaneParams<V>::asymmetric(absmax, V::load_f(b.lo + c), V::load_f(b.hi + c), bits_);
+      const auto p = p_.symmetric ? LaneParams<V>::symmetric(absmax, bits_)
+                                  : LaneParams<V>::asymmetric(absmax, V::load_f(b.lo + c), V::load_f(b.hi + c), bits_);
       V::store_f(b.inv + c, p.inv);
       V::store_i(b.zero_point + c, p.zero_point);
       V::store_f(b.lo + c, p.scale);
@@ -355,7 +355,9 @@ class Quantize {
       b.zero_point[j] += levels_.offset;
     }
     const int32_t shift = flips ? -128 : 0;
-    const auto scaled = [&](const void* x, int64_t j) { return V::mul(V::template load<D>(x, j), V::load_f(b.inv + j)); };
+    const auto scaled = [&](const void* x, int64_t j) {
+      return V::mul(V::template load<D>(x, j), V::load_f(b.inv + j));
+    };
     const auto clamp = [&](auto v, int64_t j) {
       return V::add_i(V::round_i(V::min(V::max(v, V::load_f(lo + j)), V::load_f(hi + j))), V::load_i(b.zero_point + j));
     };
@@ -368,7 +370,8 @@ class Quantize {
           if (j % kAlign == 0) __builtin_prefetch(q + kRowsAhead * pitch + j, 1);
           for (int line = 0; line < 4 * kW * kBytes; line += kAlign)
             __builtin_prefetch(x + (kRowsAhead * pitch + j) * kBytes + line);
-          V::store_packed(q + j, level(j), level(j + kW), level(j + 2 * kW), level(j + 3 * kW), shift, flips ? 0x80 : 0);
+          V::store_packed(q + j, level(j), level(j + kW), level(j + 2 * kW), level(j + 3 * kW), shift,
+                          flips ? 0x80 : 0);
         }
       };
       if (clamps)

@@ -161,7 +161,7 @@ struct Granule {
   // the range of an asymmetric one. What lies `ahead` elements behind x is asked for in advance.
   template <bool kNibbles, bool kClamps>
   QK_INLINE static void quantize(const void* x, const float* smooth, int64_t begin, int64_t end, const Params& p,
-                       const Levels& levels, int64_t ahead, uint8_t* out) {
+                                 const Levels& levels, int64_t ahead, uint8_t* out) {
     constexpr int kW = V::kLanes, kStep = 4 * kW;
     const F inv = V::set(p.inv);
     const int32_t shift = p.zero_point + levels.offset;
