@@ -354,7 +354,7 @@ class Quantize {
       hi[j] = finite ? static_cast<float>(levels_.hi - b.zero_point[j]) : 0.0f;
       b.zero_point[j] += levels_.offset;
     }
-    const int32_t shift = flips ? -128 : 0;
+    const int32_t packed_shift = flips ? -128 : 0;  // of levels that are moved by their offset
     const auto scaled = [&](const void* x, int64_t j) {
       return V::mul(V::template load<D>(x, j), V::load_f(b.inv + j));
     };
@@ -365,7 +365,7 @@ class Quantize {
       const char* x = static_cast<const char*>(x_at(o * pitch + at));
       uint8_t* q = q_at(o * pitch + at);
       int64_t j = 0;
-      const auto whole_steps = [&](const auto& level) {
+      const auto whole_steps = [&](const auto& level, int32_t shift) {
         for (; j + 4 * kW <= width; j += 4 * kW) {
           if (j % kAlign == 0) __builtin_prefetch(q + kRowsAhead * pitch + j, 1);
           for (int line = 0; line < 4 * kW * kBytes; line += kAlign)
@@ -375,11 +375,12 @@ class Quantize {
         }
       };
       if (clamps)
-        whole_steps([&](int64_t i) { return clamp(scaled(x, i), i); });
+        whole_steps([&](int64_t i) { return clamp(scaled(x, i), i); }, packed_shift);
       else if (p_.symmetric)
-        whole_steps([&](int64_t i) { return V::round_i(scaled(x, i)); });
+        whole_steps([&](int64_t i) { return V::round_i(scaled(x, i)); }, levels_.offset + packed_shift);
       else
-        whole_steps([&](int64_t i) { return V::add_i(V::round_i(scaled(x, i)), V::load_i(b.zero_point + i)); });
+        whole_steps([&](int64_t i) { return V::add_i(V::round_i(scaled(x, i)), V::load_i(b.zero_point + i)); },
+                    packed_shift);
       for (; j + kW <= width; j += kW) V::store_low8(q + j, clamp(scaled(x, j), j));
       if (j < width) {
         const int n = static_cast<int>(width - j);
