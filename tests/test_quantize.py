@@ -242,7 +242,7 @@ def test_quantize_groups_beyond_one_batch(
 
 @pytest.mark.parametrize("kind", KINDS[:4], ids=_name)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(9, 77), (4500, 260), (17, 5, 3)])
+@pytest.mark.parametrize("shape", [(9, 77), (9, 4133), (4500, 260), (17, 5, 3)])
 def test_quantize_columns_over_rows_and_blocks(
     isa: str, threads: int, kind: dict[str, Any], dtype: torch.dtype, shape: tuple[int, ...]
 ) -> None:

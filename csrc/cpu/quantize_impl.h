@@ -53,7 +53,7 @@ class Quantize {
     } else {
       const int64_t fair = round_up(ceil_div(p_.channels * p_.inner, threads), kAlign), near = kBlock / p_.outer;
       const int64_t piece = (near < kMinPiece || near > kMaxPiece ? kMaxPiece : near) / kBytes / kAlign * kAlign;
-      const int64_t width = fair < piece ? fair : piece;
+      const int64_t most = piece < kColumns ? piece : kColumns, width = fair < most ? fair : most;
       const int64_t per_block = p_.inner < width ? width / p_.inner : 1, blocks = ceil_div(p_.channels, per_block);
       parallel(threads, [&](int thread, int team) {
         const Range range = share(blocks, thread, team);
