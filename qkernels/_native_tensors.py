@@ -1,8 +1,9 @@
 """Whole tensors through the native kernels: how a layout is seen by the binding, and what the kernels do not know.
 
 The kernels see a contiguous tensor as ``[outer, channels, inner]`` with one granule per channel (over outer and inner),
-or as rows of ``inner`` cut into groups.  Those of the CPU know every kind; on a GPU int8 around zero, uint8 with a zero
-point and both kinds of 4 bits: the other two kinds of 8 bits are these with every code moved by 128, a flip of the top bit.
+or as rows of ``inner`` cut into groups.  Those of the CPU know every kind.  Those of a GPU know int8 around zero, uint8
+with a zero point and both kinds of 4 bits: the other two kinds of 8 bits are these with every code moved by 128, which
+is a flip of the top bit.
 """
 
 from __future__ import annotations
