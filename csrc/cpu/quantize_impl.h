@@ -253,10 +253,10 @@ class Quantize {
 
   // What is known of the columns of a block: with inner > 1, first of each column and then of each channel.
   struct Block {
-    // Whole vectors are read and written, so each array has room for one past the last column.
-    alignas(kAlign) char most[(kColumns + 16) * kBytes], least[(kColumns + 16) * kBytes];  // bits of elements
-    alignas(kAlign) float absmax[kColumns + 16], lo[kColumns + 16], hi[kColumns + 16], inv[kColumns + 16];
-    alignas(kAlign) int32_t zero_point[kColumns + 16];
+    // Whole vectors are read and written, so each array has room for one past the last column: 32 halves.
+    alignas(kAlign) char most[(kColumns + 32) * kBytes], least[(kColumns + 32) * kBytes];  // bits of elements
+    alignas(kAlign) float absmax[kColumns + 32], lo[kColumns + 32], hi[kColumns + 32], inv[kColumns + 32];
+    alignas(kAlign) int32_t zero_point[kColumns + 32];
   };
 
   // Maxima of the columns over all rows, several rows at a time.
