@@ -122,7 +122,8 @@ struct LinearWxA16Args {
 };
 
 // x seen as [outer, channels, inner], contiguous. One granule a channel, taken over outer and inner. With group > 0:
-// outer is 1, channels are rows, and each row has ceil(inner / group) granules along inner.
+// outer is 1, channels are rows, and each row has ceil(inner / group) granules along inner. Zero points are those of
+// the stored codes: within -128..127 for kInt8. Codes around zero in kUint8 are stored as 1..255.
 struct QuantizeArgs {
   const void* x;
   DType x_dtype;

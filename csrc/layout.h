@@ -26,6 +26,8 @@
 // Micro-kernels stay functions of their own: inlined into the blocked loops, their accumulators are spilled to make
 // room for what the loops keep in registers (a factor of 2 at six rows, g++ 12).
 #define QK_NOINLINE __attribute__((noinline))
+// Loops over a few elements whose number the caller knows must become part of it.
+#define QK_INLINE __attribute__((always_inline))
 
 namespace qk {
 

@@ -1,8 +1,9 @@
 """Whole tensors through the native kernels: how a layout is seen by the binding, and what the kernels do not know.
 
 The kernels see a contiguous tensor as ``[outer, channels, inner]`` with one granule per channel (over outer and inner),
-or as rows of ``inner`` cut into groups.  They know int8 around zero, uint8 with a zero point, and both kinds of 4
-bits; the other two kinds of 8 bits are these with every code moved by 128, which is a flip of the top bit.
+or as rows of ``inner`` cut into groups.  Those of the CPU know every kind.  Those of a GPU know int8 around zero, uint8
+with a zero point and both kinds of 4 bits: the other two kinds of 8 bits are these with every code moved by 128, which
+is a flip of the top bit.
 """
 
 from __future__ import annotations
@@ -68,8 +69,9 @@ def quantize(
     if view is None:
         raise ValueError(f"layout: expected one that the kernels can view, got {layout}")
     x = x.contiguous()
-    shift = 128 if layout.signed and not layout.symmetric else 0
-    kind = _INT4 if layout.bits == 4 else _INT8 if layout.symmetric else _UINT8
+    moved = x.is_cuda and layout.bits == 8 and layout.signed != layout.symmetric
+    shift = 128 if moved and layout.signed else 0
+    kind = _INT4 if layout.bits == 4 else _INT8 if layout.signed != moved else _UINT8
     data = x.new_empty(layout.data_shape, dtype=torch.int8 if kind == _INT8 else torch.uint8)
     static = scale is not None
     # A copy of what is given: the kernel marks granules that hold NaN or Inf in it.
@@ -79,7 +81,7 @@ def quantize(
     zeros = None
     if not layout.symmetric:
         zeros = x.new_empty(layout.scale_shape, dtype=torch.int32) if zero_point is None else zero_point + shift
-        zeros = zeros.contiguous()
+        zeros = zeros.contiguous()  # a copy as well, by the sum
     if x.is_cuda:
         cuda.quantize(x, view, data, kind, steps, zeros, symmetric=layout.symmetric, static=static)
     else:
@@ -95,9 +97,9 @@ def quantize(
             static,
             torch.get_num_threads(),
         )
-    if layout.bits == 8 and layout.signed != layout.symmetric:
+    if moved:
         data = (data.view(torch.uint8) ^ 128).view(layout.dtype)
-    return data, steps, None if zeros is None else zeros - shift
+    return data, steps, zeros if zeros is None or not shift else zeros - shift
 
 
 def dequantize(data: Tensor, scale: Tensor, zero_point: Tensor | None, layout: Layout, dtype: torch.dtype) -> Tensor:

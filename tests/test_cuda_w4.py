@@ -494,7 +494,7 @@ class TestW4A8:
         q, scale, zero = cuda.quantize_rows(seeded(3, k).to("cuda"), symmetric=False, for_gemm=True)
         weight = cuda_w4.describe(prepared.tensors, scheme, n, k)
         with pytest.raises(ValueError, match=r"expected the mma\.sync kernel"):
-            cuda_w4.gemm_w4a8(q, scale, weight, None, torch.float32, x_zero_point=zero, plan=(1, 8, 1, 1, 1, 0, 0))
+            cuda_w4.gemm_w4a8(q, scale, weight, None, torch.float32, x_zero_point=zero, plan=(1, 8, 1, 1, 0, 0))
 
     @pytest.mark.parametrize("symmetric", [True, False])
     def test_codes_and_activations_at_their_ends(self, symmetric: bool) -> None:

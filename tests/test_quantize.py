@@ -224,6 +224,37 @@ def test_quantize_large_tensor_is_shared_by_threads(isa: str, threads: int, kind
     _assert_same(quantize(columns, **kind, granularity="channel"), columns, {**kind, "granularity": "channel"}, dtypes)
 
 
+@pytest.mark.parametrize("kind", KINDS, ids=_name)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [32, 48, 64, 128])
+def test_quantize_groups_beyond_one_batch(
+    isa: str, threads: int, kind: dict[str, Any], dtype: torch.dtype, size: int
+) -> None:
+    x = seeded(700, 2 * size + 6).to(dtype)  # rows whose last group is short, and below rows of whole groups
+    x[3, 5], x[400, 1], x[699, -1], x[500, :size] = math.nan, math.inf, -math.inf, 0.0
+    where = {"granularity": "group", "group_size": size}
+    _assert_same(quantize(x, **kind, **where), x, {**kind, **where}, DTYPES)
+    whole = x[:, : 2 * size].contiguous()
+    _assert_same(quantize(whole, **kind, **where), whole, {**kind, **where}, DTYPES)
+    tokens = whole.view(-1, size)
+    _assert_same(quantize(tokens, **kind), tokens, kind, DTYPES)
+
+
+@pytest.mark.parametrize("kind", KINDS[:4], ids=_name)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(9, 77), (9, 4133), (4500, 260), (17, 5, 3)])
+def test_quantize_columns_over_rows_and_blocks(
+    isa: str, threads: int, kind: dict[str, Any], dtype: torch.dtype, shape: tuple[int, ...]
+) -> None:
+    x = seeded(*shape).to(dtype)
+    x[..., 0] = 0.0
+    x[-1, ..., 1] = 70.0  # the largest of its channel in the last row alone
+    where = {"granularity": "channel", "axis": 1 if len(shape) == 3 else -1}
+    _assert_same(quantize(x, **kind, **where), x, {**kind, **where}, DTYPES)
+    x[-1, ..., 2] = math.nan
+    _assert_same(quantize(x, **kind, **where), x, {**kind, **where}, DTYPES)
+
+
 @given(
     rows=st.integers(0, 5),
     k=st.integers(0, 70),

@@ -321,9 +321,9 @@ struct Avx2 : YmmVerbs {
       store_f(total, add(load_f(total), mul(to_f(s), load_f(scale + half))));
     });
   }
-  static void tile4_group(int rows, const uint8_t* a, int64_t lda, const int8_t* panel, int64_t steps,
+  static void tile4_group(int rows, const uint8_t* a, int64_t lda, const int8_t* panel, int64_t columns, int64_t steps,
                           const int32_t* start, const float* scale, float* totals) {
-    for (int j = 0; j < kBlockN; j += kTileN) {
+    for (int j = 0; j < columns; j += kTileN) {
       const int8_t* b = panel + j * kPackK;
       switch (rows) {
         case 1:

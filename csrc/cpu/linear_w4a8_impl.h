@@ -16,8 +16,8 @@
 //
 // A tier provides, beside what linear_w8a8_impl.h asks for: tile4 (as tile, u8 weights and s8 activations, depth in
 // lines of 4 k), tile4_direct (rows <= kDirectRows, c [rows, 64], straight from packed lines of 8 k), kDirectTiles (so
-// many of those beat a panel, measured), and, where kFusesGroups, tile4_group (a group's sums go to the float totals
-// without a stop in memory).
+// many of those beat a panel, measured), and, where kFusesGroups, tile4_group (a group's sums of at least the columns
+// that are there go to the float totals without a stop in memory).
 #pragma once
 
 #include <cstring>
@@ -140,6 +140,8 @@ class LinearW4A8 {
   void superblock(int64_t nb, int64_t row, Range block, const uint8_t* q, const RowScale* scales) const {
     const int64_t rows = block.end - block.begin, tiles = ceil_div(rows, V::kTileM);
     const bool direct = rows <= V::kDirectTiles * V::kDirectRows;
+    const int64_t columns =
+        p_.n - nb * kBlockN < kBlockN ? p_.n - nb * kBlockN : kBlockN;  // tiles of padding are left out
     const uint8_t* a = q + block.begin * stride_;
     const uint8_t* codes = p_.packed + nb * (padded_k(p_.k) / kLineK) * kBlockN * kPackK;
     alignas(kAlign) float totals[kTotalsRows * kBlockN];
@@ -166,12 +168,12 @@ class LinearW4A8 {
         unpack(codes + k0 / kLineK * kBlockN * kPackK, ceil_div(depth, kLineK), steps / 2, panel);
         if constexpr (V::kFusesGroups) {
           if (fuses_) {
-            fused_group(g, tiles, rows, a, begin, steps, panel, group, totals);
+            fused_group(g, columns, tiles, rows, a, begin, steps, panel, group, totals);
             continue;
           }
         }
         int32_t* c = sums;
-        for (int j = 0; j < kBlockN; j += V::kTileN) {
+        for (int j = 0; j < columns; j += V::kTileN) {
           for (int64_t t = 0; t < tiles; ++t) {
             const Range tile = share(rows, static_cast<int>(t), static_cast<int>(tiles));
             V::tile4(static_cast<int>(tile.end - tile.begin), a + tile.begin * stride_ + k0, stride_,
@@ -193,14 +195,15 @@ class LinearW4A8 {
   }
 
   // A group of one panel whose zero points are all 8: the accumulators start at -8 * sum(a) and end in the totals.
-  void fused_group(int64_t g, int64_t tiles, int64_t rows, const uint8_t* a, int64_t begin, int64_t steps,
-                   const uint8_t* panel, const Group& group, float* totals) const {
+  void fused_group(int64_t g, int64_t columns, int64_t tiles, int64_t rows, const uint8_t* a, int64_t begin,
+                   int64_t steps, const uint8_t* panel, const Group& group, float* totals) const {
     for (int64_t t = 0; t < tiles; ++t) {
       const Range tile = share(rows, static_cast<int>(t), static_cast<int>(tiles));
       int32_t start[V::kTileM];
       for (int64_t r = tile.begin; r < tile.end; ++r) start[r - tile.begin] = -8 * group_sums(a + r * stride_)[g];
       V::tile4_group(static_cast<int>(tile.end - tile.begin), a + tile.begin * stride_ + begin, stride_,
-                     reinterpret_cast<const int8_t*>(panel), steps, start, group.scale, totals + tile.begin * kBlockN);
+                     reinterpret_cast<const int8_t*>(panel), columns, steps, start, group.scale,
+                     totals + tile.begin * kBlockN);
     }
   }
 

@@ -261,6 +261,8 @@ class LinearWxA16 {
                   float* area) const {
     float *panel = area, *c = area + kSliceDepth * kBlockN;
     const Range mine = rows_of(range, rows, tiles);
+    const int64_t columns =
+        p_.n - nb * kBlockN < kBlockN ? p_.n - nb * kBlockN : kBlockN;  // tiles of padding are left out
     std::memset(c, 0, static_cast<size_t>((mine.end - mine.begin) * kBlockN) * sizeof(float));
     alignas(kAlign) float scale[kMaxSegments][kBlockN], offset[kMaxSegments][kBlockN];
     Segment segments[kMaxSegments];
@@ -283,7 +285,7 @@ class LinearWxA16 {
         count = 1;
       }
       const bool scaled = !V::kScaledPanel && W::kBits == 4;
-      for (int64_t j = 0; j < kBlockN; j += V::kTileN) {
+      for (int64_t j = 0; j < columns; j += V::kTileN) {
         const float* column_panel = panel + j * units;
         for (int64_t t = range.begin; t < range.end; ++t) {
           const Range r = rows_of({t, t + 1}, rows, tiles);

@@ -6,73 +6,54 @@
 
 #include "../args.h"
 #include "../layout.h"
+#include "dequantize_impl.h"
 #include "quantize_rows.h"
 #include "threads.h"
 
 namespace qk {
 namespace {
 
-constexpr int64_t kStage = 512;  // elements staged as bytes before int4 packing; even
-// Columns of a block in the strided case: pieces of rows long enough to be read as streams (256 columns ran at a fifth
-// of the bandwidth), of which 5 vectors of operands stay in L1 or L2.
-constexpr int64_t kMinColumns = 256, kColumns = 2048, kNearElements = 256 << 10;
-constexpr int64_t kRowsAhead =
-    4;  // rows of a block asked for in advance: prefetchers do not follow from one to the next
+// The strided case: pieces of rows long enough to be read and written as streams, so that a block of them stays in the
+// last-level cache for the second pass, of which a virtual machine may have a small part (Zen 3: 4 MB at 4096 rows take
+// 13.3 ms, 8 MB 15.7, 1 MB 19, whole rows twice from memory 16). Prefetchers follow no piece into the next row.
+constexpr int64_t kMinPiece = 1 << 10, kMaxPiece = 8 << 10, kBlock = 4 << 20;  // bytes
+constexpr int64_t kColumns = 2048;  // most of a block
+constexpr int kRowsAtOnce = 8, kRowsAhead = 4;
+// Contiguous granules are taken in batches, whose second pass finds them in L1 or L2. Arithmetic takes about as long as
+// memory where halves or short groups come in: then batches are short, and the second pass asks for the next one.
+// Elsewhere long batches without that are faster (Zen 3: 91 % of the bandwidth after 77 %, and 57 % where it was
+// needed).
+constexpr int kBatch = 256;
+constexpr int64_t kShortBatch = 4096, kLongBatch = 16384, kMaxAhead = 32 << 10;  // elements
+constexpr int64_t kLongGranule = 64;  // elements
+constexpr int64_t kBackward =
+    64 << 10;  // elements; a long granule's second pass runs from its end, which is still near
 constexpr int kMaxSplit = 64;  // threads that share one contiguous granule
 constexpr int64_t kMinSplit = 64 << 10;  // elements of a contiguous granule worth sharing
-constexpr int64_t kMinElementsPerThread = 16 << 10;
-
-struct Levels {
-  int32_t lo, hi, offset;  // range of q, and what is added to store it (8 for symmetric int4)
-  int bits;
-};
 
 inline Levels levels_of(QKind kind, bool symmetric) {
-  if (kind == QKind::kInt4) return symmetric ? Levels{-8, 7, 8, 4} : Levels{0, 15, 0, 4};
-  return symmetric ? Levels{-127, 127, 0, 8} : Levels{0, 255, 0, 8};
-}
-
-// bytes[2 i] and bytes[2 i + 1] become one byte, the first in the low nibble; an odd end leaves the high nibble zero.
-inline void pack_nibbles(const uint8_t* bytes, int64_t n, uint8_t* out) {
-  const int64_t pairs = n / 2;
-  for (int64_t i = 0; i < pairs; ++i) out[i] = static_cast<uint8_t>(bytes[2 * i] | bytes[2 * i + 1] << 4);
-  if (n % 2) out[pairs] = bytes[n - 1];
-}
-
-inline void unpack_nibbles(const uint8_t* in, int64_t n, uint8_t* bytes) {
-  const int64_t pairs = n / 2;
-  for (int64_t i = 0; i < pairs; ++i) {
-    bytes[2 * i] = in[i] & 15;
-    bytes[2 * i + 1] = in[i] >> 4;
-  }
-  if (n % 2) bytes[n - 1] = in[pairs] & 15;
-}
-
-inline int threads_for(int64_t elements, int threads) {
-  const int64_t useful = elements / kMinElementsPerThread;
-  return useful < 1 ? 1 : useful < threads ? static_cast<int>(useful) : threads;
+  if (kind == QKind::kInt4) return symmetric ? Levels{-8, 7, 8} : Levels{0, 15, 0};
+  if (kind == QKind::kInt8) return symmetric ? Levels{-127, 127, 0} : Levels{0, 255, -128};
+  return symmetric ? Levels{-127, 127, 128} : Levels{0, 255, 0};
 }
 
 template <class V, DType D>
 class Quantize {
  public:
-  explicit Quantize(const QuantizeArgs& args) : p_(args), levels_(levels_of(args.kind, args.symmetric)) {}
+  explicit Quantize(const QuantizeArgs& args)
+      : p_(args), bits_(args.kind == QKind::kInt4 ? 4 : 8), levels_(levels_of(args.kind, args.symmetric)) {}
 
   void run() const {
     const int64_t elements = p_.outer * p_.channels * p_.inner;
     const int threads = threads_for(elements, p_.threads);
-    if (p_.outer == 1 && p_.group == 0 && p_.channels < threads && p_.inner >= kMinSplit) {
+    if (p_.outer == 1 && p_.group == 0 && (p_.channels < threads || threads == 1) && p_.inner >= kMinSplit) {
       for (int64_t c = 0; c < p_.channels; ++c) shared_row(c, threads < kMaxSplit ? threads : kMaxSplit);
     } else if (p_.outer == 1) {
-      parallel(threads, [&](int thread, int team) {
-        const Range range = share(p_.channels, thread, team);
-        for (int64_t c = range.begin; c < range.end; ++c) row(c);
-      });
+      parallel(threads, [&](int thread, int team) { rows(thread, team); });
     } else {
-      // A block for each thread, and one whose second pass finds it in the cache, if that is not too few columns.
-      const int64_t fair = ceil_div(p_.channels * p_.inner, threads), near = kNearElements / p_.outer,
-                    most = fair < near ? fair : near, even = round_up(most, kAlign);
-      const int64_t width = even < kMinColumns ? kMinColumns : even > kColumns ? kColumns : even;
+      const int64_t fair = round_up(ceil_div(p_.channels * p_.inner, threads), kAlign), near = kBlock / p_.outer;
+      const int64_t piece = (near < kMinPiece || near > kMaxPiece ? kMaxPiece : near) / kBytes / kAlign * kAlign;
+      const int64_t most = piece < kColumns ? piece : kColumns, width = fair < most ? fair : most;
       const int64_t per_block = p_.inner < width ? width / p_.inner : 1, blocks = ceil_div(p_.channels, per_block);
       parallel(threads, [&](int thread, int team) {
         const Range range = share(blocks, thread, team);
@@ -89,9 +70,10 @@ class Quantize {
 
  private:
   using G = Granule<V, D>;
+  static constexpr int64_t kBytes = D == DType::kF32 ? 4 : 2;
 
   // x and q from element `at` on.
-  const void* x_at(int64_t at) const { return static_cast<const char*>(p_.x) + at * (D == DType::kF32 ? 4 : 2); }
+  const void* x_at(int64_t at) const { return static_cast<const char*>(p_.x) + at * kBytes; }
   uint8_t* q_at(int64_t at) const { return static_cast<uint8_t*>(p_.q) + at; }
 
   Stats stats(const void* x, int64_t begin, int64_t end) const {
@@ -100,13 +82,18 @@ class Quantize {
   }
 
   Params params_of(const Stats& s, int64_t granule) const {
-    if (p_.is_static) return static_params(s, p_.scale[granule], p_.zero_point ? p_.zero_point[granule] : 0);
-    return p_.symmetric ? symmetric_params(s, levels_.bits) : asymmetric_params(s, levels_.bits);
+    if (p_.is_static)
+      return static_params(s, p_.scale[granule], p_.zero_point ? p_.zero_point[granule] - levels_.offset : 0);
+    return p_.symmetric ? symmetric_params(s, bits_) : asymmetric_params(s, bits_);
   }
   void publish(const Params& params, int64_t granule) const {
     if (p_.is_static && params.scale == params.scale) return;  // only a granule marked NaN changes what was given
     p_.scale[granule] = params.scale;
-    if (p_.zero_point) p_.zero_point[granule] = params.zero_point;
+    if (p_.zero_point) p_.zero_point[granule] = params.zero_point + levels_.offset;
+  }
+  void publish(const float* scale, const int32_t* zero_point, int64_t granule, int64_t count) const {
+    std::memcpy(p_.scale + granule, scale, static_cast<size_t>(count) * 4);
+    for (int64_t i = 0; p_.zero_point && i < count; ++i) p_.zero_point[granule + i] = zero_point[i] + levels_.offset;
   }
   Params params(const Stats& s, int64_t granule) const {
     const Params result = params_of(s, granule);
@@ -115,35 +102,120 @@ class Quantize {
   }
 
   // Elements [begin, end) of a contiguous run at x, to q (bytes, or nibbles: begin is even then).
-  void emit(const void* x, int64_t begin, int64_t end, const Params& params, bool finite, uint8_t* q) const {
-    if (p_.kind != QKind::kInt4) return emit_bytes(x, begin, end, params, finite, q + begin);
-    uint8_t stage[kStage];
-    for (int64_t i = begin; i < end; i += kStage) {
-      const int64_t n = end - i < kStage ? end - i : kStage;
-      emit_bytes(x, i, i + n, params, finite, stage);
-      pack_nibbles(stage, n, q + i / 2);
-    }
+  template <bool kNibbles, bool kClamps>
+  QK_INLINE void emit_as(const void* x, int64_t begin, int64_t end, const Params& params, bool finite, int64_t ahead,
+                         uint8_t* q) const {
+    uint8_t* out = q + (kNibbles ? begin / 2 : begin);
+    if (finite) return G::template quantize<kNibbles, kClamps>(x, nullptr, begin, end, params, levels_, ahead, out);
+    const int64_t n = end - begin;
+    fill(out, kNibbles ? ceil_div(n, 2) : n, kNibbles ? levels_.offset * 0x11 : levels_.offset);
+    if (kNibbles && n % 2) out[n / 2] &= 15;
   }
-
-  void emit_bytes(const void* x, int64_t begin, int64_t end, const Params& params, bool finite, uint8_t* out) const {
-    const bool clamps = p_.is_static || p_.kind == QKind::kInt4;  // int4 ends before the byte it is narrowed to
-    if (finite)
-      G::quantize(x, nullptr, begin, end, params, levels_.lo, levels_.hi, levels_.offset, clamps, out);
+  void emit(const void* x, int64_t begin, int64_t end, const Params& params, bool finite, uint8_t* q) const {
+    if (p_.kind == QKind::kInt4)
+      p_.is_static ? emit_as<true, true>(x, begin, end, params, finite, 0, q)
+                   : emit_as<true, false>(x, begin, end, params, finite, 0, q);
     else
-      fill(out, end - begin, levels_.offset);
+      p_.is_static ? emit_as<false, true>(x, begin, end, params, finite, 0, q)
+                   : emit_as<false, false>(x, begin, end, params, finite, 0, q);
   }
 
   int64_t row_q_bytes() const { return p_.kind == QKind::kInt4 ? ceil_div(p_.inner, 2) : p_.inner; }
 
-  void row(int64_t c) const {
-    const void* x = x_at(c * p_.inner);
-    uint8_t* q = q_at(c * row_q_bytes());
-    const int64_t group = p_.group > 0 ? p_.group : p_.inner, groups = group > 0 ? ceil_div(p_.inner, group) : 0;
-    if (groups == 0) params(Stats(), c);  // an empty row still has its scale
-    for (int64_t g = 0; g < groups; ++g) {
-      const int64_t begin = g * group, end = begin + group < p_.inner ? begin + group : p_.inner;
-      const Stats s = stats(x, begin, end);
-      emit(x, begin, end, params(s, c * groups + g), s.finite(), q);
+  // Statistics and then parameters of a few granules.
+  struct Batch {
+    alignas(kAlign) float absmax[kBatch], lo[kBatch], hi[kBatch], scale[kBatch], inv[kBatch];
+    alignas(kAlign) int32_t zero_point[kBatch];
+  };
+
+  void batch_params(Batch& b, int count, int64_t granule) const {
+    for (int i = count; i % V::kLanes != 0; ++i) b.absmax[i] = b.lo[i] = b.hi[i] = 0.0f;  // whole vectors are read
+    for (int i = 0; i < count; i += V::kLanes) {
+      const auto absmax = V::load_f(b.absmax + i);
+      const auto p = p_.symmetric ? LaneParams<V>::symmetric(absmax, bits_)
+                                  : LaneParams<V>::asymmetric(absmax, V::load_f(b.lo + i), V::load_f(b.hi + i), bits_);
+      V::store_f(b.scale + i, p.scale);
+      V::store_f(b.inv + i, p.inv);
+      V::store_i(b.zero_point + i, p.zero_point);
+    }
+    publish(b.scale, b.zero_point, granule, count);
+  }
+
+  // `count` granules of neighbouring elements each, x and q at the first; kSize of them, or `given` where that is 0.
+  template <bool kNibbles, bool kRange, int kSize>
+  void dynamic_granules(const void* x, uint8_t* q, int64_t given, int64_t granule, int64_t count) const {
+    const int64_t size = kSize > 0 ? kSize : given;
+    const bool streams = D == DType::kF32 && size >= kLongGranule;
+    const int64_t fit = (streams ? kLongBatch : kShortBatch) / size, most = fit < 1 ? 1 : fit < kBatch ? fit : kBatch;
+    const int64_t ahead = !streams && most * size <= kMaxAhead ? most * size : 0;
+    Batch batch;
+    for (int64_t done = 0; done < count; done += most) {
+      const int n = static_cast<int>(count - done < most ? count - done : most);
+      const char* at = static_cast<const char*>(x) + done * size * kBytes;
+      for (int i = 0; i < n; ++i) {
+        const Stats s = G::template stats<kRange>(at + i * size * kBytes, nullptr, 0, size);
+        batch.absmax[i] = float_from_bits(s.abs_bits);
+        if constexpr (kRange) batch.lo[i] = s.lo, batch.hi[i] = s.hi;
+      }
+      batch_params(batch, n, granule + done);
+      uint8_t* out = q + done * size / (kNibbles ? 2 : 1);
+      for (int i = 0; i < n; ++i) {
+        const Params params = {batch.scale[i], batch.inv[i], batch.zero_point[i]};
+        emit_as<kNibbles, false>(at + i * size * kBytes, 0, size, params, params.scale == params.scale, ahead,
+                                 out + i * size / (kNibbles ? 2 : 1));
+      }
+    }
+  }
+
+  template <bool kNibbles, bool kRange>
+  void dynamic_granules(const void* x, uint8_t* q, int64_t size, int64_t granule, int64_t count) const {
+    switch (size) {
+      case 32:
+        return dynamic_granules<kNibbles, kRange, 32>(x, q, size, granule, count);
+      case 64:
+        return dynamic_granules<kNibbles, kRange, 64>(x, q, size, granule, count);
+      case 128:
+        return dynamic_granules<kNibbles, kRange, 128>(x, q, size, granule, count);
+      default:
+        return dynamic_granules<kNibbles, kRange, 0>(x, q, size, granule, count);
+    }
+  }
+
+  // Granules in the order of memory; size is even for nibbles, or there is one.
+  void granules(const void* x, uint8_t* q, int64_t size, int64_t granule, int64_t count) const {
+    if (p_.is_static || size == 0) {
+      for (int64_t i = 0; i < count; ++i) {
+        const Stats s = stats(x, i * size, (i + 1) * size);
+        emit(x, i * size, (i + 1) * size, params(s, granule + i), s.finite(), q);
+      }
+    } else if (p_.kind == QKind::kInt4) {
+      p_.symmetric ? dynamic_granules<true, false>(x, q, size, granule, count)
+                   : dynamic_granules<true, true>(x, q, size, granule, count);
+    } else {
+      p_.symmetric ? dynamic_granules<false, false>(x, q, size, granule, count)
+                   : dynamic_granules<false, true>(x, q, size, granule, count);
+    }
+  }
+
+  // Rows whose granules are cut alike: one run of granules. Others end with a short granule, or with half a byte.
+  void rows(int thread, int team) const {
+    const int64_t size = p_.group > 0 ? p_.group : p_.inner, whole = size > 0 ? p_.inner / size : 1;
+    const bool ragged = whole * size != p_.inner || (p_.kind == QKind::kInt4 && p_.inner % 2);
+    if (!ragged) {
+      const Range range = share(p_.channels * whole, thread, team);
+      const int64_t at = range.begin * size;
+      return granules(x_at(at), q_at(p_.kind == QKind::kInt4 ? at / 2 : at), size, range.begin,
+                      range.end - range.begin);
+    }
+    const Range range = share(p_.channels, thread, team);
+    const int64_t rest = p_.inner - whole * size, in_row = whole + (rest > 0);
+    for (int64_t c = range.begin; c < range.end; ++c) {
+      uint8_t* q = q_at(c * row_q_bytes());
+      granules(x_at(c * p_.inner), q, size, c * in_row, whole);
+      const int64_t done = whole * size;
+      if (rest > 0)
+        granules(x_at(c * p_.inner + done), q + (p_.kind == QKind::kInt4 ? done / 2 : done), rest, c * in_row + whole,
+                 1);
     }
   }
 
@@ -161,7 +233,10 @@ class Quantize {
       for (int t = 0; t < team; ++t) whole.merge(partial[t]);
       const Params result = params_of(whole, c);
       if (thread == 0) publish(result, c);
-      emit(x, range.begin, range.end, result, whole.finite(), q);
+      for (int64_t turn = ceil_div(range.end - range.begin, kBackward); turn-- > 0;) {
+        const int64_t begin = range.begin + turn * kBackward, rest = range.end - begin;
+        emit(x, begin, rest < kBackward ? range.end : begin + kBackward, result, whole.finite(), q);
+      }
     });
   }
 
@@ -172,233 +247,152 @@ class Quantize {
     const Params result = params(s, c);
     for (int64_t o = 0; o < p_.outer; ++o) {
       const int64_t at = (o * p_.channels + c) * p_.inner;
-      emit_bytes(x_at(at), 0, p_.inner, result, s.finite(), q_at(at));
+      emit(x_at(at), 0, p_.inner, result, s.finite(), q_at(at));
     }
   }
 
-  void prefetch_row(int64_t o, int64_t pitch, int64_t at, int64_t width) const {
-    if (o >= p_.outer) return;
-    const char* x = static_cast<const char*>(x_at(o * pitch + at));
-    for (int64_t i = 0; i < width * (D == DType::kF32 ? 4 : 2); i += kAlign) __builtin_prefetch(x + i);
+  // What is known of the columns of a block: with inner > 1, first of each column and then of each channel.
+  struct Block {
+    // Whole vectors are read and written, so each array has room for one past the last column: 32 halves.
+    alignas(kAlign) char most[(kColumns + 32) * kBytes], least[(kColumns + 32) * kBytes];  // bits of elements
+    alignas(kAlign) float absmax[kColumns + 32], lo[kColumns + 32], hi[kColumns + 32], inv[kColumns + 32];
+    alignas(kAlign) int32_t zero_point[kColumns + 32];
+  };
+
+  // Maxima of the columns over all rows, several rows at a time.
+  template <bool kRange>
+  void see_columns(Block& b, int64_t at, int64_t width) const {
+    constexpr int kRegister = V::template kRawBytes<D>;
+    const int64_t bytes = width * kBytes, pitch = p_.channels * p_.inner * kBytes;
+    std::memset(b.most, 0, static_cast<size_t>(bytes + kRegister));
+    std::memset(b.least, 0, static_cast<size_t>(bytes + kRegister));
+    for (int64_t o = 0; o < p_.outer; o += kRowsAtOnce) {
+      const char* x = static_cast<const char*>(x_at(at)) + o * pitch;
+      const int rows = static_cast<int>(p_.outer - o < kRowsAtOnce ? p_.outer - o : kRowsAtOnce);
+      const auto step = [&](int64_t j, int count) {
+        auto most = V::template load_raw<D>(b.most + j), least = V::template load_raw<D>(b.least + j);
+        for (int r = 0; r < count; ++r) {
+          G::template see<kRange>(x + r * pitch + j, most, least);
+          if (j % kAlign < kRegister) __builtin_prefetch(x + (r + kRowsAtOnce) * pitch + j);
+        }
+        V::template store_raw<D>(b.most + j, most);
+        if constexpr (kRange) V::template store_raw<D>(b.least + j, least);
+      };
+      int64_t j = 0;
+      if (rows == kRowsAtOnce)
+        for (; j + kRegister <= bytes; j += kRegister) step(j, kRowsAtOnce);
+      else
+        for (; j + kRegister <= bytes; j += kRegister) step(j, rows);
+      if (j < bytes && bytes >= kRegister) step(bytes - kRegister, rows);
+      for (int r = 0; r < rows && bytes < kRegister; ++r) {
+        alignas(kAlign) char part[kRegister] = {};
+        std::memcpy(part, x + r * pitch, static_cast<size_t>(bytes) % kRegister);
+        auto most = V::template load_raw<D>(b.most), least = V::template load_raw<D>(b.least);
+        G::template see<kRange>(part, most, least);
+        V::template store_raw<D>(b.most, most);
+        V::template store_raw<D>(b.least, least);
+      }
+    }
+  }
+
+  // From maxima to parameters, published and then spread over the columns. False if a granule holds NaN or Inf.
+  bool params_of_columns(Block& b, int64_t c0, int64_t count, bool range) const {
+    constexpr int kW = V::kLanes;
+    const int64_t width = count * p_.inner;
+    const auto zero = V::set(0.0f);
+    for (int64_t j = 0; j < width; j += kW) {
+      const auto most = V::template load<D>(b.most, j), least = range ? V::template load<D>(b.least, j) : zero;
+      V::store_f(b.absmax + j, V::as_f(V::max_i(V::abs_bits(most), V::abs_bits(least))));
+      V::store_f(b.lo + j, V::min(least, zero));
+      V::store_f(b.hi + j, most);
+    }
+    bool finite = true;
+    for (int64_t c = 0; c < count; ++c) {
+      Stats s;
+      for (int64_t i = c * p_.inner; i < (c + 1) * p_.inner; ++i) s.merge({bits_of(b.absmax[i]), b.lo[i], b.hi[i]});
+      b.absmax[c] = float_from_bits(s.abs_bits), b.lo[c] = s.lo, b.hi[c] = s.hi;
+      finite = finite && s.finite();
+    }
+    for (int64_t c = count; c % kW != 0; ++c) b.absmax[c] = b.lo[c] = b.hi[c] = 0.0f;
+    for (int64_t c = 0; c < count; c += p_.is_static ? 1 : kW) {
+      if (p_.is_static) {
+        const Params given = params({bits_of(b.absmax[c]), b.lo[c], b.hi[c]}, c0 + c);
+        b.inv[c] = given.inv, b.zero_point[c] = given.zero_point;
+        continue;
+      }
+      const auto absmax = V::load_f(b.absmax + c);
+      const auto p = p_.symmetric ? LaneParams<V>::symmetric(absmax, bits_)
+                                  : LaneParams<V>::asymmetric(absmax, V::load_f(b.lo + c), V::load_f(b.hi + c), bits_);
+      V::store_f(b.inv + c, p.inv);
+      V::store_i(b.zero_point + c, p.zero_point);
+      V::store_f(b.lo + c, p.scale);
+    }
+    if (!p_.is_static) publish(b.lo, b.zero_point, c0, count);
+    for (int64_t c = count; c-- > 0;) {
+      const float inv = b.inv[c], absmax = b.absmax[c];
+      const int32_t zero_point = b.zero_point[c];
+      for (int64_t i = (c + 1) * p_.inner; i-- > c * p_.inner;)
+        b.inv[i] = inv, b.zero_point[i] = zero_point, b.absmax[i] = absmax;
+    }
+    return finite;
   }
 
   // `count` channels of short runs, side by side: count * inner <= kColumns columns.
   void columns(int64_t c0, int64_t count) const {
     constexpr int kW = V::kLanes;
     const int64_t width = count * p_.inner, pitch = p_.channels * p_.inner, at = c0 * p_.inner;
-    // Whole vectors are read and written, so each array has room for one past the last column.
-    alignas(kAlign) int32_t abs_bits[kColumns + 16], shift[kColumns + 16];
-    alignas(kAlign) float lo[kColumns + 16], hi[kColumns + 16], inv[kColumns + 16];
-    for (int64_t j = 0; j < width + kW; ++j) abs_bits[j] = shift[j] = 0, lo[j] = hi[j] = inv[j] = 0.0f;
-    const bool ranged = !p_.symmetric && !p_.is_static;
-    for (int64_t o = 0; o < p_.outer; ++o) {
-      const void* x = x_at(o * pitch + at);
-      prefetch_row(o + kRowsAhead, pitch, at, width);
-      for (int64_t j = 0; j < width; j += kW) {
-        const auto v =
-            width - j < kW ? V::template load_part<D>(x, j, static_cast<int>(width - j)) : V::template load<D>(x, j);
-        V::store_i(abs_bits + j, V::max_i(V::load_i(abs_bits + j), V::abs_bits(v)));
-        if (ranged) {  // a NaN in v leaves the bounds alone; abs_bits tells of it
-          V::store_f(lo + j, V::min(v, V::load_f(lo + j)));
-          V::store_f(hi + j, V::max(v, V::load_f(hi + j)));
-        }
-      }
+    const bool range = !p_.symmetric && !p_.is_static;
+    Block b;
+    range ? see_columns<true>(b, at, width) : see_columns<false>(b, at, width);
+    const bool clamps = !params_of_columns(b, c0, count, range) || p_.is_static;
+    const bool flips = levels_.hi + levels_.offset > 127;
+    float *lo = b.lo, *hi = b.hi;
+    for (int64_t j = 0; j < width; ++j) {
+      // Both bounds zero give q = 0 even for NaN: min and max return their second operand when the first is NaN.
+      const bool finite = b.absmax[j] < float_from_bits(kInfBits);
+      lo[j] = finite ? static_cast<float>(levels_.lo - b.zero_point[j]) : 0.0f;
+      hi[j] = finite ? static_cast<float>(levels_.hi - b.zero_point[j]) : 0.0f;
+      b.zero_point[j] += levels_.offset;
     }
-    bool packs = p_.symmetric && !p_.is_static;  // q lies within 127, nothing is added to it
-    for (int64_t c = 0; c < count; ++c) {
-      Stats s;
-      for (int64_t i = c * p_.inner; i < (c + 1) * p_.inner; ++i) s.merge({abs_bits[i], lo[i], hi[i]});
-      const Params result = params(s, c0 + c);
-      packs = packs && s.finite();
-      for (int64_t i = c * p_.inner; i < (c + 1) * p_.inner; ++i) {
-        inv[i] = result.inv;
-        // Both bounds zero give q = 0 even for NaN: min and max return their second operand when the first is NaN.
-        lo[i] = s.finite() ? static_cast<float>(levels_.lo - result.zero_point) : 0.0f;
-        hi[i] = s.finite() ? static_cast<float>(levels_.hi - result.zero_point) : 0.0f;
-        shift[i] = result.zero_point + levels_.offset;
-      }
-    }
+    const int32_t packed_shift = flips ? -128 : 0;  // of levels that are moved by their offset
+    const auto scaled = [&](const void* x, int64_t j) {
+      return V::mul(V::template load<D>(x, j), V::load_f(b.inv + j));
+    };
+    const auto clamp = [&](auto v, int64_t j) {
+      return V::add_i(V::round_i(V::min(V::max(v, V::load_f(lo + j)), V::load_f(hi + j))), V::load_i(b.zero_point + j));
+    };
     for (int64_t o = 0; o < p_.outer; ++o) {
-      const void* x = x_at(o * pitch + at);
+      const char* x = static_cast<const char*>(x_at(o * pitch + at));
       uint8_t* q = q_at(o * pitch + at);
-      prefetch_row(o + kRowsAhead, pitch, at, width);
       int64_t j = 0;
-      for (; packs && j + 4 * kW <= width; j += 4 * kW) {
-        const auto level = [&](int64_t i) { return V::round_i(V::mul(V::template load<D>(x, i), V::load_f(inv + i))); };
-        V::store_packed(q + j, level(j), level(j + kW), level(j + 2 * kW), level(j + 3 * kW), 0);
-      }
-      for (; j < width; j += kW) {
-        const int n = static_cast<int>(width - j < kW ? width - j : kW);
-        auto v = n < kW ? V::template load_part<D>(x, j, n) : V::template load<D>(x, j);
-        v = V::min(V::max(V::mul(v, V::load_f(inv + j)), V::load_f(lo + j)), V::load_f(hi + j));
-        const auto stored = V::add_i(V::round_i(v), V::load_i(shift + j));
-        if (n < kW)
-          V::store_low8_part(q + j, stored, n);
-        else
-          V::store_low8(q + j, stored);
+      const auto whole_steps = [&](const auto& level, int32_t shift) {
+        for (; j + 4 * kW <= width; j += 4 * kW) {
+          if (j % kAlign == 0) __builtin_prefetch(q + kRowsAhead * pitch + j, 1);
+          for (int line = 0; line < 4 * kW * kBytes; line += kAlign)
+            __builtin_prefetch(x + (kRowsAhead * pitch + j) * kBytes + line);
+          V::store_packed(q + j, level(j), level(j + kW), level(j + 2 * kW), level(j + 3 * kW), shift,
+                          flips ? 0x80 : 0);
+        }
+      };
+      if (clamps)
+        whole_steps([&](int64_t i) { return clamp(scaled(x, i), i); }, packed_shift);
+      else if (p_.symmetric)
+        whole_steps([&](int64_t i) { return V::round_i(scaled(x, i)); }, levels_.offset + packed_shift);
+      else
+        whole_steps([&](int64_t i) { return V::add_i(V::round_i(scaled(x, i)), V::load_i(b.zero_point + i)); },
+                    packed_shift);
+      for (; j + kW <= width; j += kW) V::store_low8(q + j, clamp(scaled(x, j), j));
+      if (j < width) {
+        const int n = static_cast<int>(width - j);
+        V::store_low8_part(q + j, clamp(V::mul(V::template load_part<D>(x, j, n), V::load_f(b.inv + j)), j), n);
       }
     }
   }
 
   const QuantizeArgs& p_;
+  const int bits_;
   const Levels levels_;
 };
-
-// out = scale * (q - zero_point), one rounding, then rounded to the output dtype.
-template <class V, DType D>
-class Dequantize {
- public:
-  explicit Dequantize(const DequantizeArgs& args) : p_(args) {}
-
-  void run() const {
-    const int64_t runs = p_.outer * p_.channels;
-    const int threads = threads_for(runs * p_.inner, p_.threads);
-    if (runs < threads && p_.kind != QKind::kInt4 && p_.group == 0) {  // few long runs: share each of them
-      parallel(threads, [&](int thread, int team) {
-        const Range range = share(p_.inner, thread, team);
-        for (int64_t r = 0; r < runs; ++r) run_bytes(r * p_.inner, range.begin, range.end, r % p_.channels);
-      });
-    } else if (p_.inner < V::kLanes && p_.outer > 1) {
-      const int64_t per_block = kColumns / p_.inner, blocks = ceil_div(p_.channels, per_block);
-      parallel(threads, [&](int thread, int team) {
-        const Range range = share(p_.outer, thread, team);
-        for (int64_t b = 0; b < blocks; ++b) {
-          const int64_t c0 = b * per_block;
-          columns(range, c0, p_.channels - c0 < per_block ? p_.channels - c0 : per_block);
-        }
-      });
-    } else {
-      parallel(threads, [&](int thread, int team) {
-        const Range range = share(runs, thread, team);
-        for (int64_t r = range.begin; r < range.end; ++r) row(r);
-      });
-    }
-  }
-
- private:
-  using F = typename V::F;
-  using I = typename V::I;
-
-  void row(int64_t r) const {
-    const int64_t c = r % p_.channels, group = p_.group > 0 ? p_.group : p_.inner;
-    const int64_t groups = group > 0 ? ceil_div(p_.inner, group) : 0;
-    for (int64_t g = 0; g < groups; ++g) {
-      const int64_t begin = g * group, end = begin + group < p_.inner ? begin + group : p_.inner;
-      if (p_.kind == QKind::kInt4)
-        run_nibbles(r, begin, end, c * groups + g);
-      else
-        run_bytes(r * p_.inner, begin, end, c * groups + g);
-    }
-  }
-
-  I load(const uint8_t* q) const {
-    return p_.kind == QKind::kInt8 ? V::load_i8(reinterpret_cast<const int8_t*>(q)) : V::load_u8(q);
-  }
-  I load_part(const uint8_t* q, int n) const {
-    return p_.kind == QKind::kInt8 ? V::load_i8_part(reinterpret_cast<const int8_t*>(q), n) : V::load_u8_part(q, n);
-  }
-
-  int32_t zero_point(int64_t granule) const {
-    return p_.zero_point ? p_.zero_point[granule] : p_.kind == QKind::kInt4 ? 8 : 0;
-  }
-
-  // q[0, n) to out[at, at + n).
-  void values(const uint8_t* q, int64_t n, int64_t at, int64_t granule) const {
-    constexpr int kW = V::kLanes;
-    const F scale = V::set(p_.scale[granule]);
-    const I zp = V::set_i(zero_point(granule));
-    int64_t i = 0;
-    for (; i + kW <= n; i += kW)
-      V::template store<D>(p_.out, at + i, V::mul(V::to_f(V::sub_i(load(q + i), zp)), scale));
-    if (i < n) {
-      const int rest = static_cast<int>(n - i);
-      V::template store_part<D>(p_.out, at + i, V::mul(V::to_f(V::sub_i(load_part(q + i, rest), zp)), scale), rest);
-    }
-  }
-
-  void run_bytes(int64_t base, int64_t begin, int64_t end, int64_t granule) const {
-    values(static_cast<const uint8_t*>(p_.q) + base + begin, end - begin, base + begin, granule);
-  }
-
-  void run_nibbles(int64_t r, int64_t begin, int64_t end, int64_t granule) const {
-    const uint8_t* q = static_cast<const uint8_t*>(p_.q) + r * ceil_div(p_.inner, 2);
-    uint8_t stage[kStage];
-    for (int64_t i = begin; i < end; i += kStage) {
-      const int64_t n = end - i < kStage ? end - i : kStage;
-      unpack_nibbles(q + i / 2, n, stage);
-      values(stage, n, r * p_.inner + i, granule);
-    }
-  }
-
-  void columns(Range rows, int64_t c0, int64_t count) const {
-    constexpr int kW = V::kLanes;
-    const int64_t width = count * p_.inner, pitch = p_.channels * p_.inner;
-    alignas(kAlign) float scale[kColumns + 16];
-    alignas(kAlign) int32_t zp[kColumns + 16];
-    for (int64_t j = 0; j < width + kW; ++j) {  // whole vectors are read
-      scale[j] = j < width ? p_.scale[c0 + j / p_.inner] : 0.0f;
-      zp[j] = j < width ? zero_point(c0 + j / p_.inner) : 0;
-    }
-    for (int64_t o = rows.begin; o < rows.end; ++o) {
-      const int64_t at = o * pitch + c0 * p_.inner;
-      const uint8_t* q = static_cast<const uint8_t*>(p_.q) + at;
-      for (int64_t j = 0; j < width; j += kW) {
-        const int n = static_cast<int>(width - j < kW ? width - j : kW);
-        const I stored = n < kW ? load_part(q + j, n) : load(q + j);
-        const F v = V::mul(V::to_f(V::sub_i(stored, V::load_i(zp + j))), V::load_f(scale + j));
-        if (n < kW)
-          V::template store_part<D>(p_.out, at + j, v, n);
-        else
-          V::template store<D>(p_.out, at + j, v);
-      }
-    }
-  }
-
-  const DequantizeArgs& p_;
-};
-
-template <class V, DType D>
-void embedding_as(const EmbeddingArgs& p) {
-  const int64_t stride = padded_k(p.k);
-  parallel(threads_for(p.count * p.k, p.threads), [&](int thread, int team) {
-    const Range range = share(p.count, thread, team);
-    int8_t stage[kStage];
-    for (int64_t i = range.begin; i < range.end; ++i) {
-      const int64_t id = p.ids[i];
-      const auto scale = V::set(p.scale[id]);
-      const int8_t* row =
-          p.packed ? p.table + id / kBlockN * kBlockN * stride + id % kBlockN * kPackK : p.table + id * p.k;
-      for (int64_t k0 = 0; k0 < p.k; k0 += kStage) {
-        const int64_t n = p.k - k0 < kStage ? p.k - k0 : kStage;
-        const int8_t* q = row + k0;
-        if (p.packed) {  // four bytes of each 256-byte line
-          for (int64_t k = 0; k < n; k += kPackK) std::memcpy(stage + k, row + (k0 + k) * kBlockN, kPackK);
-          q = stage;
-        }
-        for (int64_t j = 0; j < n; j += V::kLanes) {
-          const int lanes = static_cast<int>(n - j < V::kLanes ? n - j : V::kLanes);
-          if (lanes == V::kLanes)
-            V::template store<D>(p.out, i * p.k + k0 + j, V::mul(V::to_f(V::load_i8(q + j)), scale));
-          else
-            V::template store_part<D>(p.out, i * p.k + k0 + j, V::mul(V::to_f(V::load_i8_part(q + j, lanes)), scale),
-                                      lanes);
-        }
-      }
-    }
-  });
-}
-
-template <class V>
-void embedding(const EmbeddingArgs& args) {
-  switch (args.out_dtype) {
-    case DType::kF32:
-      return embedding_as<V, DType::kF32>(args);
-    case DType::kBF16:
-      return embedding_as<V, DType::kBF16>(args);
-    default:
-      return embedding_as<V, DType::kF16>(args);
-  }
-}
 
 template <class V>
 void quantize(const QuantizeArgs& args) {
@@ -409,18 +403,6 @@ void quantize(const QuantizeArgs& args) {
       return Quantize<V, DType::kBF16>(args).run();
     default:
       return Quantize<V, DType::kF16>(args).run();
-  }
-}
-
-template <class V>
-void dequantize(const DequantizeArgs& args) {
-  switch (args.out_dtype) {
-    case DType::kF32:
-      return Dequantize<V, DType::kF32>(args).run();
-    case DType::kBF16:
-      return Dequantize<V, DType::kBF16>(args).run();
-    default:
-      return Dequantize<V, DType::kF16>(args).run();
   }
 }
 

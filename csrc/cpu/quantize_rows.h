@@ -13,6 +13,8 @@
 #include <cstring>
 
 #include "../args.h"
+#include "../layout.h"
+#include "verbs_scalar.h"
 
 namespace qk {
 namespace {
@@ -40,47 +42,78 @@ struct Params {
   int32_t zero_point;
 };
 
+// Range of q, and what is added to store it (8 for symmetric int4).
+struct Levels {
+  int32_t lo, hi, offset;
+};
+
 inline float float_from_bits(int32_t bits) {
   float v;
   std::memcpy(&v, &bits, 4);
   return v;
 }
 
-constexpr int32_t kNanBits = 0x7FC00000;
-
-// Rounds half to even; |v| must be below 2^22.
-inline int32_t round_half_even(float v) {
-  constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23
-  const float shifted = v + kMagic;
-  return static_cast<int32_t>(shifted - kMagic);
+inline int32_t bits_of(float v) {
+  int32_t bits;
+  std::memcpy(&bits, &v, 4);
+  return bits;
 }
 
-// bits: 8 or 4. int4's inverse is 1 / scale (its scale may be rounded to a storage dtype first), int8's levels /
-// absmax.
+constexpr int32_t kNanBits = 0x7FC00000;
+
+// The parameters of one granule a lane, in registers of the tier or, with ScalarVerbs, of one granule. bits: 8 or 4.
+template <class V>
+struct LaneParams {
+  using F = typename V::F;
+  F scale, inv;
+  typename V::I zero_point;
+
+  // int4's inverse is 1 / scale (its scale may be rounded to a storage dtype first), int8's levels / absmax.
+  static LaneParams symmetric(F absmax, int bits) {
+    const F one = V::set(1.0f), levels = V::set(bits == 8 ? 127.0f : 7.0f), tiny = V::set(kTinyAbsmax);
+    const F scale = V::div(absmax, levels), inv = bits == 8 ? V::div(levels, absmax) : V::div(one, scale);
+    return {finite(absmax, V::select_less(absmax, tiny, one, scale), kNanBits),
+            finite(absmax, V::select_less(absmax, tiny, V::set(0.0f), inv), 0), V::set_i(0)};
+  }
+
+  // lo <= 0 <= hi, of which absmax is the larger magnitude unless there is NaN.
+  static LaneParams asymmetric(F absmax, F lo, F hi, int bits) {
+    const F zero = V::set(0.0f), one = V::set(1.0f), levels = V::set(bits == 8 ? 255.0f : 15.0f);
+    const F scale = bits == 8 ? V::sub(V::div(hi, levels), V::div(lo, levels)) : V::div(V::sub(hi, lo), levels);
+    const F inv = V::div(one, scale), infinity = V::set(float_from_bits(kInfBits));
+    const F usual = V::select_less(inv, infinity, scale, one);  // the inverse overflows where hi = lo, and near there
+    const F usual_inv = finite(absmax, V::select_less(inv, infinity, inv, zero), 0);
+    const F zero_point = V::mul(V::sub(zero, finite(absmax, lo, 0)), usual_inv);
+    return {finite(absmax, usual, kNanBits), usual_inv,
+            V::round_i(V::select_less(zero_point, levels, zero_point, levels))};
+  }
+
+  static F finite(F absmax, F yes, int32_t no_bits) {
+    return V::select_less(absmax, V::set(float_from_bits(kInfBits)), yes, V::set(float_from_bits(no_bits)));
+  }
+};
+
 inline Params symmetric_params(const Stats& stats, int bits) {
-  if (!stats.finite()) return {float_from_bits(kNanBits), 0.0f, 0};
-  const float absmax = float_from_bits(stats.abs_bits);
-  if (absmax < kTinyAbsmax) return {1.0f, 0.0f, 0};
-  if (bits == 8) return {absmax / 127.0f, 127.0f / absmax, 0};
-  const float scale = absmax / 7.0f;
-  return {scale, 1.0f / scale, 0};
+  const auto p = LaneParams<ScalarVerbs>::symmetric(float_from_bits(stats.abs_bits), bits);
+  return {p.scale, p.inv, p.zero_point};
 }
 
 inline Params asymmetric_params(const Stats& stats, int bits) {
-  if (!stats.finite()) return {float_from_bits(kNanBits), 0.0f, 0};
-  const float levels = bits == 8 ? 255.0f : 15.0f;
-  const float scale = bits == 8 ? stats.hi / levels - stats.lo / levels : (stats.hi - stats.lo) / levels;
-  const float inv = 1.0f / scale;
-  if (stats.hi == stats.lo || !(inv <= 3.402823466e38f)) return {1.0f, 0.0f, 0};
-  float zp = -stats.lo * inv;
-  zp = zp < levels ? zp : levels;
-  return {scale, inv, round_half_even(zp)};
+  const auto p = LaneParams<ScalarVerbs>::asymmetric(float_from_bits(stats.abs_bits), stats.lo, stats.hi, bits);
+  return {p.scale, p.inv, p.zero_point};
 }
 
 // A given scale (and zero point); granules with NaN or Inf are marked all the same.
 inline Params static_params(const Stats& stats, float scale, int32_t zero_point) {
   if (!stats.finite()) return {float_from_bits(kNanBits), 0.0f, 0};
   return {scale, 1.0f / scale, zero_point};
+}
+
+// bytes[2 i] and bytes[2 i + 1] become one byte, the first in the low nibble; an odd end leaves the high nibble zero.
+inline void pack_nibbles(const uint8_t* bytes, int64_t n, uint8_t* out) {
+  const int64_t pairs = n / 2;
+  for (int64_t i = 0; i < pairs; ++i) out[i] = static_cast<uint8_t>(bytes[2 * i] | bytes[2 * i + 1] << 4);
+  if (n % 2) out[pairs] = bytes[n - 1];
 }
 
 template <class V, DType D>
@@ -97,9 +130,118 @@ struct Granule {
     return smooth ? V::mul(v, V::load_f_part(smooth + i, n)) : v;
   }
 
+  // Takes a register of elements into two of maxima, by their bits, without widening: of magnitudes, or with a range of
+  // what lies above zero and of what lies below. Zero is the least of all; elements may be seen twice. See verbs_ymm.h.
+  template <bool kRange>
+  QK_INLINE static void see(const char* at, I& most, I& least) {
+    const I v = V::template load_raw<D>(at);
+    if constexpr (kRange) {
+      most = V::template max_signed<D>(most, v);
+      least = V::template max_unsigned<D>(least, v);
+    } else {
+      most = V::template max_signed<D>(most, V::template magnitudes<D>(v));
+    }
+  }
+
   // Statistics of x[begin, end). The range is left at zero unless asked for.
   template <bool kRange>
   static Stats stats(const void* x, const float* smooth, int64_t begin, int64_t end) {
+    if constexpr (V::kLanes > 1) {
+      if (!smooth) return stats_of_bits<kRange>(static_cast<const char*>(x) + begin * kBytes, end - begin);
+    }
+    return stats_of_values<kRange>(x, smooth, begin, end);
+  }
+
+  // out[i] = low byte of clamp(rne(x[i] * inv), q_lo - zp, q_hi - zp) + zp + offset, for i in [begin, end); with
+  // kNibbles two of them a byte. The bounds are integers, so clamping before the rounding is the same as after it, and
+  // never overflows the cast.
+  //
+  // Four vectors at a time are narrowed with saturation to int8 (and flipped to unsigned where need be), or to 0..15.
+  // Dynamic scales need no other clamp there: |x| <= absmax keeps a symmetric q within its levels, and int8 or 0..15 is
+  // the range of an asymmetric one. What lies `ahead` elements behind x is asked for in advance.
+  template <bool kNibbles, bool kClamps>
+  QK_INLINE static void quantize(const void* x, const float* smooth, int64_t begin, int64_t end, const Params& p,
+                                 const Levels& levels, int64_t ahead, uint8_t* out) {
+    constexpr int kW = V::kLanes, kStep = 4 * kW;
+    const F inv = V::set(p.inv);
+    const int32_t shift = p.zero_point + levels.offset;
+    const bool flips = levels.hi + levels.offset > 127;
+    const int32_t packed_shift = flips ? shift - 128 : shift;
+    const uint8_t flip = flips ? 0x80 : 0;
+    const auto clamp = [&](F v) {
+      const F lo = V::set(static_cast<float>(levels.lo - p.zero_point)),
+              hi = V::set(static_cast<float>(levels.hi - p.zero_point));
+      return V::min(V::max(v, lo), hi);
+    };
+    const auto level = [&](int64_t at) {
+      const F v = V::mul(value(x, smooth, at), inv);
+      return V::round_i(kClamps ? clamp(v) : v);
+    };
+    int64_t i = begin;
+    for (; i + kStep <= end; i += kStep) {
+      if (ahead) {
+        const char* next = static_cast<const char*>(x) + (i + ahead) * kBytes;
+        for (int line = 0; line < kStep * kBytes; line += kAlign) __builtin_prefetch(next + line, 0, 2);
+      }
+      if constexpr (kNibbles)
+        V::store_nibbles(out + (i - begin) / 2, level(i), level(i + kW), level(i + 2 * kW), level(i + 3 * kW), shift);
+      else
+        V::store_packed(out + (i - begin), level(i), level(i + kW), level(i + 2 * kW), level(i + 3 * kW), packed_shift,
+                        flip);
+    }
+    if (i == end) return;
+    uint8_t stage[kStep];
+    const int64_t done = i, rest = end - i;
+    uint8_t* to = kNibbles ? stage : out + (done - begin);
+    const auto stored = [&](F v) { return V::add_i(V::round_i(clamp(V::mul(v, inv))), V::set_i(shift)); };
+    for (int vectors = 0; vectors < 3 && i + kW <= end; ++vectors, i += kW)
+      V::store_low8(to + (i - done), stored(value(x, smooth, i)));
+    if (i < end) {
+      const int n = static_cast<int>(end - i);
+      V::store_low8_part(to + (i - done), stored(value_part(x, smooth, i, n)), n);
+    }
+    if constexpr (kNibbles) pack_nibbles(stage, rest, out + (done - begin) / 2);
+  }
+
+ private:
+  static constexpr int kBytes = D == DType::kF32 ? 4 : 2;
+
+  template <bool kRange>
+  QK_INLINE static Stats stats_of_bits(const char* x, int64_t n) {
+    constexpr int kRegister = V::template kRawBytes<D>;
+    const int64_t bytes = n * kBytes;
+    I most0 = V::set_i(0), most1 = V::set_i(0), least0 = V::set_i(0), least1 = V::set_i(0);
+    int64_t i = 0;
+    for (; i + 2 * kRegister <= bytes; i += 2 * kRegister) {
+      see<kRange>(x + i, most0, least0);
+      see<kRange>(x + i + kRegister, most1, least1);
+    }
+    if (i + kRegister <= bytes) {
+      see<kRange>(x + i, most0, least0);
+      i += kRegister;
+    }
+    if (i < bytes && bytes >= kRegister) {
+      see<kRange>(x + bytes - kRegister, most1, least1);
+    } else if (i < bytes) {
+      alignas(kAlign) char part[kRegister] = {};
+      std::memcpy(part, x, static_cast<size_t>(bytes) % kRegister);
+      see<kRange>(part, most1, least1);
+    }
+    Stats result;
+    const float most = V::template reduce_unsigned<D>(V::template max_signed<D>(most0, most1));
+    result.abs_bits = bits_of(most);
+    if constexpr (kRange) {
+      result.hi = most;
+      const float least = V::template reduce_unsigned<D>(V::template max_unsigned<D>(least0, least1));
+      const int32_t magnitude = bits_of(least) & 0x7FFFFFFF;
+      result.abs_bits = result.abs_bits > magnitude ? result.abs_bits : magnitude;
+      result.lo = least < 0.0f ? least : 0.0f;
+    }
+    return result;
+  }
+
+  template <bool kRange>
+  static Stats stats_of_values(const void* x, const float* smooth, int64_t begin, int64_t end) {
     constexpr int kW = V::kLanes;
     I m0 = V::set_i(0), m1 = V::set_i(0);
     F lo = V::set(0.0f), hi = V::set(0.0f);
@@ -132,43 +274,6 @@ struct Granule {
     }
     return result;
   }
-
-  // out[i] = low byte of clamp(rne(x[i] * inv), q_lo - zp, q_hi - zp) + zp + offset, for i in [begin, end).
-  // The bounds are integers, so clamping before the rounding is the same as after it, and never overflows the cast.
-  //
-  // Four vectors at a time are narrowed with saturation to int8 (and flipped to unsigned where need be). Dynamic scales
-  // need no other clamp there: |x| <= absmax keeps a symmetric q within 127, and int8 is the range of an asymmetric
-  // one.
-  static void quantize(const void* x, const float* smooth, int64_t begin, int64_t end, const Params& p, int32_t q_lo,
-                       int32_t q_hi, int32_t offset, bool clamps, uint8_t* out) {
-    constexpr int kW = V::kLanes;
-    const F inv = V::set(p.inv), lo = V::set(static_cast<float>(q_lo - p.zero_point)),
-            hi = V::set(static_cast<float>(q_hi - p.zero_point));
-    const bool flips = q_hi + offset > 127;
-    const I packed_shift = V::set_i(p.zero_point + (flips ? offset - 128 : offset));
-    const uint8_t flip = flips ? 0x80 : 0;
-    int64_t i = begin;
-    if (clamps) {
-      const auto level = [&](int64_t at) {
-        const F v = V::min(V::max(V::mul(value(x, smooth, at), inv), lo), hi);
-        return V::add_i(V::round_i(v), packed_shift);
-      };
-      for (; i + 4 * kW <= end; i += 4 * kW)
-        V::store_packed(out + (i - begin), level(i), level(i + kW), level(i + 2 * kW), level(i + 3 * kW), flip);
-    } else {
-      const auto level = [&](int64_t at) {
-        return V::add_i(V::round_i(V::mul(value(x, smooth, at), inv)), packed_shift);
-      };
-      for (; i + 4 * kW <= end; i += 4 * kW)
-        V::store_packed(out + (i - begin), level(i), level(i + kW), level(i + 2 * kW), level(i + 3 * kW), flip);
-    }
-    const I shift = V::set_i(p.zero_point + offset);
-    for (; i < end; i += kW) {
-      const int n = static_cast<int>(end - i < kW ? end - i : kW);
-      const F v = V::min(V::max(V::mul(value_part(x, smooth, i, n), inv), lo), hi);
-      V::store_low8_part(out + (i - begin), V::add_i(V::round_i(v), shift), n);
-    }
-  }
 };
 
 // Every q of a granule that holds NaN or Inf.
@@ -192,10 +297,12 @@ RowScale quantize_row_of(const ActivationArgs& act, const void* x, int64_t k, in
   const Params params = is_static       ? static_params(stats, act.scale, act.zero_point)
                         : act.symmetric ? symmetric_params(stats, 8)
                                         : asymmetric_params(stats, 8);
-  const int32_t lo = act.symmetric ? -127 : 0, hi = act.symmetric ? 127 : 255;
   const int32_t shift = act.symmetric ? offset : offset - 128;
-  if (stats.finite())
-    G::quantize(x, act.inv_smooth, 0, k, params, lo, hi, shift, is_static, out);
+  const Levels levels = act.symmetric ? Levels{-127, 127, shift} : Levels{0, 255, shift};
+  if (stats.finite() && is_static)
+    G::template quantize<false, true>(x, act.inv_smooth, 0, k, params, levels, 0, out);
+  else if (stats.finite())
+    G::template quantize<false, false>(x, act.inv_smooth, 0, k, params, levels, 0, out);
   else
     fill(out, k, shift);
   return {params.scale, (stats.finite() ? params.zero_point : 0) + shift};

@@ -198,8 +198,8 @@ struct Avx512Vnni : ZmmVerbs {
     tile_of<true>(rows, a, lda, b, steps, c, accumulate);
   }
 
-  static void tile4_group(int rows, const uint8_t* a, int64_t lda, const int8_t* b, int64_t steps, const int32_t* start,
-                          const float* scale, float* total) {
+  static void tile4_group(int rows, const uint8_t* a, int64_t lda, const int8_t* b, int64_t /*columns: always 64*/,
+                          int64_t steps, const int32_t* start, const float* scale, float* total) {
     switch (rows) {
       case 1:
         return group_rows<1>(a, lda, b, steps, start, scale, total);

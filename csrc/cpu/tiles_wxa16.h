@@ -23,7 +23,6 @@
 #include "../layout.h"
 #include "weights_wxa16.h"
 
-#define QK_INLINE __attribute__((always_inline))
 // Values loaded before this point are loaded again after it, rather than kept in (or spilled from) registers.
 #define QK_RELOAD() asm volatile("" : : : "memory")
 

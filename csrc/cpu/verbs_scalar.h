@@ -34,6 +34,7 @@ struct ScalarVerbs {
   static F min(F a, F b) { return a < b ? a : b; }
   static F max(F a, F b) { return a > b ? a : b; }
   static F div(F a, F b) { return a / b; }
+  static F select_less(F a, F b, F yes, F no) { return a < b ? yes : no; }
   static I add_i(I a, I b) { return static_cast<I>(static_cast<uint32_t>(a) + static_cast<uint32_t>(b)); }
   static I sub_i(I a, I b) { return static_cast<I>(static_cast<uint32_t>(a) - static_cast<uint32_t>(b)); }
   static I mul_i(I a, I b) { return static_cast<I>(static_cast<uint32_t>(a) * static_cast<uint32_t>(b)); }
@@ -58,6 +59,34 @@ struct ScalarVerbs {
   static void store_f(float* p, F v) { *p = v; }
   static I load_i(const int32_t* p) { return *p; }
   static void store_i(int32_t* p, I v) { *p = v; }
+
+  // Bits of an element, see verbs_ymm.h; halves with their sign extended.
+  template <DType D>
+  static constexpr int kRawBytes = D == DType::kF32 ? 4 : 2;
+  template <DType D>
+  static I load_raw(const void* p) {
+    if constexpr (D == DType::kF32) return *static_cast<const int32_t*>(p);
+    return *static_cast<const int16_t*>(p);
+  }
+  template <DType D>
+  static void store_raw(void* p, I v) {
+    if constexpr (D == DType::kF32)
+      *static_cast<int32_t*>(p) = v;
+    else
+      *static_cast<int16_t*>(p) = static_cast<int16_t>(v);
+  }
+  template <DType D>
+  static I magnitudes(I v) {
+    return v & (D == DType::kF32 ? 0x7FFFFFFF : 0x7FFF);
+  }
+  template <DType D>
+  static I max_signed(I a, I b) {
+    return max_i(a, b);
+  }
+  template <DType D>
+  static I max_unsigned(I a, I b) {
+    return static_cast<uint32_t>(a) > static_cast<uint32_t>(b) ? a : b;
+  }
 
   static float half_to_float(uint16_t h) {
     const uint32_t sign = static_cast<uint32_t>(h & 0x8000u) << 16, exponent = (h >> 10) & 31u, mantissa = h & 1023u;
@@ -104,18 +133,36 @@ struct ScalarVerbs {
       static_cast<uint16_t*>(p)[i] = float_to_half(v);
   }
   template <DType D>
+  static void store_numbers(void* p, int64_t i, F a, F b) {
+    store<D>(p, i, a);
+    store<D>(p, i + 1, b);
+  }
+  template <DType D>
   static void store_part(void* p, int64_t i, F v, int) {
     store<D>(p, i, v);
   }
 
   static void store_low8(uint8_t* p, I v) { *p = static_cast<uint8_t>(v); }
   static void store_low8_part(uint8_t* p, I v, int) { *p = static_cast<uint8_t>(v); }
-  static void store_packed(uint8_t* p, I a, I b, I c, I d, uint8_t flip) {
-    const I lanes[4] = {a, b, c, d};
+  static void store_packed(uint8_t* p, I a, I b, I c, I d, int32_t shift, uint8_t flip) {
+    const I lanes[4] = {a + shift, b + shift, c + shift, d + shift};
     for (int i = 0; i < 4; ++i) {
       const I v = lanes[i] < -128 ? -128 : lanes[i] > 127 ? 127 : lanes[i];
       p[i] = static_cast<uint8_t>(static_cast<uint8_t>(v) ^ flip);
     }
+  }
+  static void store_nibbles(uint8_t* p, I a, I b, I c, I d, int32_t shift) {
+    const I lanes[4] = {a + shift, b + shift, c + shift, d + shift};
+    for (int i = 0; i < 2; ++i) {
+      const I low = lanes[2 * i] > 15 ? 15 : lanes[2 * i], high = lanes[2 * i + 1] > 15 ? 15 : lanes[2 * i + 1];
+      p[i] = static_cast<uint8_t>(low | high << 4);
+    }
+  }
+  static void unpack_nibbles(const uint8_t* q, uint8_t* codes) {
+    for (int i = 0; i < 16; ++i) codes[2 * i] = q[i] & 15, codes[2 * i + 1] = q[i] >> 4;
+  }
+  static void lookup_nibbles(const uint16_t* table, const uint8_t* q, uint16_t* out) {
+    for (int i = 0; i < 16; ++i) out[2 * i] = table[q[i] & 15], out[2 * i + 1] = table[q[i] >> 4];
   }
   static I load_i8(const int8_t* p) { return *p; }
   static I load_u8(const uint8_t* p) { return *p; }

@@ -25,6 +25,8 @@ struct YmmVerbs {
   static F min(F a, F b) { return _mm256_min_ps(a, b); }
   static F max(F a, F b) { return _mm256_max_ps(a, b); }
   static F div(F a, F b) { return _mm256_div_ps(a, b); }
+  // a < b ? yes : no, and no where either is NaN.
+  static F select_less(F a, F b, F yes, F no) { return _mm256_blendv_ps(no, yes, _mm256_cmp_ps(a, b, _CMP_LT_OQ)); }
   static I add_i(I a, I b) { return _mm256_add_epi32(a, b); }
   static I sub_i(I a, I b) { return _mm256_sub_epi32(a, b); }
   static I mul_i(I a, I b) { return _mm256_mullo_epi32(a, b); }
@@ -55,6 +57,47 @@ struct YmmVerbs {
     return _mm_cvtss_f32(m);
   }
 
+  // Bits of a register of elements, eight floats or sixteen halves. The order of magnitudes is theirs as integers, NaN
+  // above infinity; unsigned, anything with a sign lies above everything without, and signed, below.
+  template <DType D>
+  static constexpr int kRawBytes = 32;
+  template <DType D>
+  static I load_raw(const void* p) {
+    return load_i(static_cast<const int32_t*>(p));
+  }
+  template <DType D>
+  static void store_raw(void* p, I v) {
+    store_i(static_cast<int32_t*>(p), v);
+  }
+  template <DType D>
+  static I magnitudes(I v) {
+    return _mm256_and_si256(v, D == DType::kF32 ? set_i(0x7FFFFFFF) : _mm256_set1_epi16(0x7FFF));
+  }
+  template <DType D>
+  static I max_signed(I a, I b) {
+    return D == DType::kF32 ? _mm256_max_epi32(a, b) : _mm256_max_epi16(a, b);
+  }
+  template <DType D>
+  static I max_unsigned(I a, I b) {
+    return D == DType::kF32 ? _mm256_max_epu32(a, b) : _mm256_max_epu16(a, b);
+  }
+  // The largest as an unsigned integer, as a float.
+  template <DType D>
+  static float reduce_unsigned(I v) {
+    const __m128i low = _mm256_castsi256_si128(v), high = _mm256_extracti128_si256(v, 1);
+    if constexpr (D == DType::kF32) {
+      __m128i m = _mm_max_epu32(low, high);
+      m = _mm_max_epu32(m, _mm_shuffle_epi32(m, 0x4E));
+      m = _mm_max_epu32(m, _mm_shuffle_epi32(m, 0xB1));
+      return _mm_cvtss_f32(_mm_castsi128_ps(m));
+    } else {
+      const __m128i ones = _mm_set1_epi32(-1);
+      const __m128i m = _mm_xor_si128(_mm_minpos_epu16(_mm_xor_si128(_mm_max_epu16(low, high), ones)), ones);
+      if constexpr (D == DType::kF16) return _mm_cvtss_f32(_mm_cvtph_ps(m));
+      return _mm_cvtss_f32(_mm_castsi128_ps(_mm_slli_epi32(m, 16)));
+    }
+  }
+
   // Lanes below n.
   static I mask(int n) { return _mm256_cmpgt_epi32(set_i(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)); }
   static F load_f(const float* p) { return _mm256_loadu_ps(p); }
@@ -82,13 +125,14 @@ struct YmmVerbs {
   }
 
   // Rounded by integer arithmetic: the conversion instruction of AVX512-BF16 would flush subnormal numbers.
+  static I rounded_bf16(F v) {
+    const I u = _mm256_castps_si256(v), odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), set_i(1));
+    return _mm256_srli_epi32(_mm256_add_epi32(u, _mm256_add_epi32(odd, set_i(0x7FFF))), 16);
+  }
   static __m128i narrow_bf16(F v) {
-    const I u = _mm256_castps_si256(v);
-    const I odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), set_i(1));
-    const I rounded = _mm256_add_epi32(u, _mm256_add_epi32(odd, set_i(0x7FFF)));
-    const I quiet = _mm256_or_si256(u, set_i(0x400000));
+    const I quiet = _mm256_srli_epi32(_mm256_or_si256(_mm256_castps_si256(v), set_i(0x400000)), 16);
     const I is_nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
-    const I high = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, is_nan), 16);
+    const I high = _mm256_blendv_epi8(rounded_bf16(v), quiet, is_nan);
     const I packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(high, high), 0x08);
     return _mm256_castsi256_si128(packed);
   }
@@ -103,6 +147,17 @@ struct YmmVerbs {
       _mm256_storeu_ps(static_cast<float*>(p) + i, v);
     else
       _mm_storeu_si128(reinterpret_cast<__m128i*>(static_cast<uint16_t*>(p) + i), narrow<D>(v));
+  }
+  // Two vectors, neither with a NaN.
+  template <DType D>
+  static void store_numbers(void* p, int64_t i, F a, F b) {
+    if constexpr (D == DType::kBF16) {
+      const I pairs = _mm256_packus_epi32(rounded_bf16(a), rounded_bf16(b));  // interleaved by 128 bits
+      store_i(reinterpret_cast<int32_t*>(static_cast<uint16_t*>(p) + i), _mm256_permute4x64_epi64(pairs, 0xD8));
+    } else {
+      store<D>(p, i, a);
+      store<D>(p, i + 8, b);
+    }
   }
   template <DType D>
   static void store_part(void* p, int64_t i, F v, int n) {
@@ -131,11 +186,46 @@ struct YmmVerbs {
     const int64_t bytes = low8(v);
     std::memcpy(p, &bytes, static_cast<size_t>(n));
   }
-  // 32 lanes of four vectors as int8, saturated; every bit of flip is inverted in each byte.
-  static void store_packed(uint8_t* p, I a, I b, I c, I d, uint8_t flip) {
-    const I bytes = _mm256_packs_epi16(_mm256_packs_epi32(a, b), _mm256_packs_epi32(c, d));  // interleaved by 128 bits
+  // Words of two vectors, saturated, plus shift; interleaved by 128 bits.
+  static I words(I a, I b, int32_t shift) {
+    return _mm256_add_epi16(_mm256_packs_epi32(a, b), _mm256_set1_epi16(static_cast<int16_t>(shift)));
+  }
+  // 32 lanes of four vectors plus shift as int8, saturated; every bit of flip is inverted in each byte. Neither the
+  // lanes' values nor the shift may be beyond 2^14.
+  static void store_packed(uint8_t* p, I a, I b, I c, I d, int32_t shift, uint8_t flip) {
+    const I bytes = _mm256_packs_epi16(words(a, b, shift), words(c, d, shift));
     const I sorted = _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
     store_i(reinterpret_cast<int32_t*>(p), _mm256_xor_si256(sorted, _mm256_set1_epi8(static_cast<char>(flip))));
+  }
+  // The same with values from 0 on, of which those above 15 become 15, as 16 bytes: the even lane in the low nibble.
+  static void store_nibbles(uint8_t* p, I a, I b, I c, I d, int32_t shift) {
+    const I bytes = _mm256_min_epu8(_mm256_packus_epi16(words(a, b, shift), words(c, d, shift)), _mm256_set1_epi8(15));
+    const I pairs = _mm256_maddubs_epi16(bytes, _mm256_set1_epi16(0x1001));  // low + 16 * high
+    const __m128i packed = _mm_packus_epi16(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256(pairs, 1));
+    const __m128i order = _mm_setr_epi8(0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_shuffle_epi8(packed, order));
+  }
+  // The values that 32 codes of 4 bits, the even one in the low nibble, stand for: 16 halves.
+  static void lookup_nibbles(const uint16_t* table, const uint8_t* q, uint16_t* out) {
+    const __m128i split = _mm_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15);
+    const __m128i* halves = reinterpret_cast<const __m128i*>(table);
+    const __m128i a = _mm_shuffle_epi8(_mm_loadu_si128(halves), split);
+    const __m128i b = _mm_shuffle_epi8(_mm_loadu_si128(halves + 1), split);
+    const I low = _mm256_broadcastsi128_si256(_mm_unpacklo_epi64(a, b)),
+            high = _mm256_broadcastsi128_si256(_mm_unpackhi_epi64(a, b)), codes = split_nibbles(q);
+    const I l = _mm256_shuffle_epi8(low, codes), h = _mm256_shuffle_epi8(high, codes);
+    const I first = _mm256_unpacklo_epi8(l, h), second = _mm256_unpackhi_epi8(l, h);  // of each 128 bits of codes
+    store_i(reinterpret_cast<int32_t*>(out), _mm256_permute2x128_si256(first, second, 0x20));
+    store_i(reinterpret_cast<int32_t*>(out + 16), _mm256_permute2x128_si256(first, second, 0x31));
+  }
+  // 16 bytes to 32 codes.
+  static I split_nibbles(const uint8_t* q) {
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(q)), mask = _mm_set1_epi8(15);
+    const __m128i low = _mm_and_si128(bytes, mask), high = _mm_and_si128(_mm_srli_epi16(bytes, 4), mask);
+    return _mm256_set_m128i(_mm_unpackhi_epi8(low, high), _mm_unpacklo_epi8(low, high));
+  }
+  static void unpack_nibbles(const uint8_t* q, uint8_t* codes) {
+    store_i(reinterpret_cast<int32_t*>(codes), split_nibbles(q));
   }
   static __m128i load_bytes(const void* p, int n) {
     int64_t bytes = 0;

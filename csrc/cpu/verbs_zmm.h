@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "../args.h"
+#include "verbs_ymm.h"
 
 namespace qk {
 namespace {
@@ -23,6 +24,10 @@ struct ZmmVerbs {
   static F min(F a, F b) { return _mm512_min_ps(a, b); }
   static F max(F a, F b) { return _mm512_max_ps(a, b); }
   static F div(F a, F b) { return _mm512_div_ps(a, b); }
+  // a < b ? yes : no, and no where either is NaN.
+  static F select_less(F a, F b, F yes, F no) {
+    return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), no, yes);
+  }
   static I add_i(I a, I b) { return _mm512_add_epi32(a, b); }
   static I sub_i(I a, I b) { return _mm512_sub_epi32(a, b); }
   static I mul_i(I a, I b) { return _mm512_mullo_epi32(a, b); }
@@ -36,6 +41,43 @@ struct ZmmVerbs {
   static int32_t reduce_max_i(I v) { return _mm512_reduce_max_epi32(v); }
   static float reduce_min(F v) { return _mm512_reduce_min_ps(v); }
   static float reduce_max(F v) { return _mm512_reduce_max_ps(v); }
+
+  // Bits of a register of elements, see verbs_ymm.h.
+  template <DType D>
+  static constexpr int kRawBytes = 64;
+  template <DType D>
+  static I load_raw(const void* p) {
+    return load_i(static_cast<const int32_t*>(p));
+  }
+  template <DType D>
+  static void store_raw(void* p, I v) {
+    store_i(static_cast<int32_t*>(p), v);
+  }
+  template <DType D>
+  static I magnitudes(I v) {
+    return _mm512_and_si512(v, D == DType::kF32 ? set_i(0x7FFFFFFF) : _mm512_set1_epi16(0x7FFF));
+  }
+  template <DType D>
+  static I max_signed(I a, I b) {
+    return D == DType::kF32 ? _mm512_max_epi32(a, b) : _mm512_max_epi16(a, b);
+  }
+  template <DType D>
+  static I max_unsigned(I a, I b) {
+    return D == DType::kF32 ? _mm512_max_epu32(a, b) : _mm512_max_epu16(a, b);
+  }
+  template <DType D>
+  static float reduce_unsigned(I v) {
+    if constexpr (D == DType::kF32) {
+      return _mm_cvtss_f32(_mm_castsi128_ps(_mm_cvtsi32_si128(static_cast<int>(_mm512_reduce_max_epu32(v)))));
+    } else {
+      const __m256i half = _mm256_max_epu16(_mm512_castsi512_si256(v), _mm512_extracti64x4_epi64(v, 1));
+      const __m128i most = _mm_max_epu16(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+      const __m128i ones = _mm_set1_epi32(-1);
+      const __m128i m = _mm_xor_si128(_mm_minpos_epu16(_mm_xor_si128(most, ones)), ones);
+      if constexpr (D == DType::kF16) return _mm_cvtss_f32(_mm_cvtph_ps(m));
+      return _mm_cvtss_f32(_mm_castsi128_ps(_mm_slli_epi32(m, 16)));
+    }
+  }
 
   static __mmask16 mask(int n) { return static_cast<__mmask16>((1u << n) - 1u); }  // lanes below n
   static F load_f(const float* p) { return _mm512_loadu_ps(p); }
@@ -82,6 +124,11 @@ struct ZmmVerbs {
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(static_cast<uint16_t*>(p) + i), narrow<D>(v));
   }
   template <DType D>
+  static void store_numbers(void* p, int64_t i, F a, F b) {
+    store<D>(p, i, a);
+    store<D>(p, i + 16, b);
+  }
+  template <DType D>
   static void store_part(void* p, int64_t i, F v, int n) {
     if constexpr (D == DType::kF32)
       _mm512_mask_storeu_ps(static_cast<float*>(p) + i, mask(n), v);
@@ -92,13 +139,26 @@ struct ZmmVerbs {
   // The low byte of each lane.
   static void store_low8(uint8_t* p, I v) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(v)); }
   static void store_low8_part(uint8_t* p, I v, int n) { _mm512_mask_cvtepi32_storeu_epi8(p, mask(n), v); }
-  // 64 lanes of four vectors as int8, saturated; every bit of flip is inverted in each byte.
-  static void store_packed(uint8_t* p, I a, I b, I c, I d, uint8_t flip) {
-    const I bytes = _mm512_packs_epi16(_mm512_packs_epi32(a, b), _mm512_packs_epi32(c, d));  // interleaved by 128 bits
-    const I order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-    const I sorted = _mm512_permutexvar_epi32(order, bytes);
+  // Words of two vectors, saturated, plus shift; interleaved by 128 bits.
+  static I words(I a, I b, int32_t shift) {
+    return _mm512_add_epi16(_mm512_packs_epi32(a, b), _mm512_set1_epi16(static_cast<int16_t>(shift)));
+  }
+  // 64 lanes of four vectors, see verbs_ymm.h.
+  static I bytes_order() { return _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15); }
+  static void store_packed(uint8_t* p, I a, I b, I c, I d, int32_t shift, uint8_t flip) {
+    const I bytes = _mm512_packs_epi16(words(a, b, shift), words(c, d, shift));
+    const I sorted = _mm512_permutexvar_epi32(bytes_order(), bytes);
     _mm512_storeu_si512(p, _mm512_xor_si512(sorted, _mm512_set1_epi8(static_cast<char>(flip))));
   }
+  static void store_nibbles(uint8_t* p, I a, I b, I c, I d, int32_t shift) {
+    const I bytes = _mm512_min_epu8(_mm512_packus_epi16(words(a, b, shift), words(c, d, shift)), _mm512_set1_epi8(15));
+    const I pairs = _mm512_maddubs_epi16(_mm512_permutexvar_epi32(bytes_order(), bytes), _mm512_set1_epi16(0x1001));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi16_epi8(pairs));
+  }
+  static void lookup_nibbles(const uint16_t* table, const uint8_t* q, uint16_t* out) {
+    YmmVerbs::lookup_nibbles(table, q, out);
+  }
+  static void unpack_nibbles(const uint8_t* q, uint8_t* codes) { YmmVerbs::unpack_nibbles(q, codes); }
   static I load_i8(const int8_t* p) {
     return _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   }

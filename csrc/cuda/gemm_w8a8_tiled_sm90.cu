@@ -18,15 +18,12 @@
 // The grid is persistent: cluster c takes tiles c, c + clusters, ... in an order that walks the tokens of a group of
 // kGroup token tiles before it moves to the next channels, so a wave's operands fit in the L2.
 //
-// Taking turns: or each warpgroup owns every other tile of 128 x 128 and multiplies all its tokens, and writes it out
-// behind the other one's products. That takes fewer cycles, and more power for each.
-//
-// Epilogue otherwise: fragment -> fp32 steps -> 16-bit pairs, which stay in registers (64 of them) while the next
-// tile's products run. Stripes of 64 channels then go through 2 KB of shared memory per warp (stmatrix) to 16-byte
-// stores of whole sectors, at even distances behind the products of three quarters of K. Written sooner, the tiles of
-// all CTAs, 64 KB each, come as a burst that the L2 takes microseconds to absorb (1500 bytes a cycle) while the tensor
-// cores wait. (fp32 outputs do not fit beside the sums and are written at once.) The warpgroups share nothing in all
-// this and need not arrive together.
+// Epilogue: fragment -> fp32 steps -> 16-bit pairs, which stay in registers (64 of them) while the next tile's products
+// run. Stripes of 64 channels then go through 2 KB of shared memory per warp (stmatrix) to 16-byte stores of whole
+// sectors, at even distances behind the products of three quarters of K. Written sooner, the tiles of all CTAs, 64 KB
+// each, come as a burst that the L2 takes microseconds to absorb (1500 bytes a cycle) while the tensor cores wait.
+// (fp32 outputs do not fit beside the sums and are written at once.) The warpgroups share nothing in all this and need
+// not arrive together.
 #include "epilogue.cuh"
 #include "host.h"
 #include "launch.h"
@@ -49,12 +46,9 @@ constexpr int kStripeBytes = 16 * kStripe * 2;  // per warp: 16 tokens
 // Registers per thread: 168 at launch (64 K over 384 threads), then moved from the producer to the consumers.
 constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
 
-// kTurns_: each warpgroup takes whole tiles, every other one of the CTA's.
-template <int kChannels_, int kStages_, int kCluster_, bool kTurns_ = false>
+template <int kChannels_, int kStages_, int kCluster_>
 struct Shape {
   static constexpr int kChannels = kChannels_, kStages = kStages_, kCluster = kCluster_;
-  static constexpr bool kTurns = kTurns_;
-  static constexpr int kReleases = kTurns ? kConsumerWarps / 2 : kConsumerWarps;  // warps that read a stage
   static constexpr int kWeightBytes = kChannels * kSlabK;
   static constexpr int kStageBytes = kTokenBytes + kWeightBytes;
   static constexpr int kSharedBytes = kStages * kStageBytes + kConsumerWarps * kStripeBytes + kAlignment;
@@ -190,7 +184,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (threadIdx.x == 0) {
     for (int s = 0; s < S::kStages; ++s) {
       ptx::mbarrier_init(full + 8 * s, 1);
-      ptx::mbarrier_init(empty + 8 * s, S::kReleases * S::kCluster);  // both CTAs read what either fetches
+      ptx::mbarrier_init(empty + 8 * s, kConsumerWarps * S::kCluster);  // both CTAs read what either fetches
     }
     ptx::fence_mbarrier_init();
   }
@@ -267,67 +261,11 @@ __global__ void __launch_bounds__(kThreads, 1)
     };
     int stage = 0;
     uint32_t parity = 0;
-    ptx::grid_dependency_wait();
-    if constexpr (S::kTurns) {
-      const auto skip = [&](int count) {
-        stage += count;
-        parity ^= (stage / S::kStages) & 1, stage %= S::kStages;
-      };
-      skip(group * slab_count);  // the other one's
-      for (int at = ptx::block_x() / S::kCluster + group * step; at < tile_count; at += 2 * step) {
-        int32_t acc[2][S::kChannels / 2];
-        int previous = 0;
-#pragma unroll 1
-        for (int kb = 0; kb < slab_count; ++kb) {
-          ptx::mbarrier_wait(full + 8 * stage, parity);
-          const uint32_t tile = base + stage * S::kStageBytes;
-          const uint64_t tokens[2] = {ptx::wgmma_descriptor(tile), ptx::wgmma_descriptor(tile + 64 * kSlabK)};
-          const uint64_t weights = ptx::wgmma_descriptor(tile + kTokenBytes);
-          ptx::wgmma_fence();
-#pragma unroll
-          for (int k = 0; k < kSlabK / 32; ++k) {
-            WgmmaS8<S::kChannels>::run(acc[0], tokens[0] + 2 * k, weights + 2 * k, kb + k);
-            WgmmaS8<S::kChannels>::run(acc[1], tokens[1] + 2 * k, weights + 2 * k, kb + k);
-          }
-          ptx::wgmma_commit();
-          ptx::wgmma_wait<1>();
-          if (kb > 0) release(previous);
-          previous = stage;
-          if (++stage == S::kStages) stage = 0, parity ^= 1;
-        }
-        ptx::wgmma_wait<0>();
-        release(previous);
-        skip(slab_count);
-
-        // Behind the other warpgroup's products, all of it.
-        const Place place = place_of<S::kCluster>(at, tiles);
-        const int m0 = (place.row * S::kCluster + rank) * kTokens + (warp & 3) * 16;
-        Corner corner;
-        corner.n0 = place.column * S::kChannels;
-        if (member < S::kChannels) terms.put(member, load_channel(e, corner.n0 + member));
-        ptx::named_barrier(1 + group, 128);
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          corner.m0 = m0 + half * 64;
-          corner.upper = load_token(e, corner.m0 + (lane >> 2));
-          corner.lower = load_token(e, corner.m0 + (lane >> 2) + 8);
-          if constexpr (kOut == DType::kF32) {
-            store_f32_tile<S::kChannels, true>(e, acc[half], corner, terms, lane);
-          } else {
-            Held<S::kChannels> held;
-            hold<S::kChannels, kOut, true>(held, acc[half], corner, terms, lane);
-#pragma unroll
-            for (int c = 0; c < S::kChannels; c += kStripe) store_stripe<S::kChannels>(e, held, c, stripe, lane);
-          }
-        }
-        ptx::named_barrier(1 + group, 128);
-      }
-      return;
-    }
     Held<S::kChannels> held;
     held.any = false;
     constexpr int kStripes = (S::kChannels + kStripe - 1) / kStripe;
     const int apart = max(1, slab_count * 3 / (4 * kStripes));  // slabs between stores
+    ptx::grid_dependency_wait();
     for (int at = ptx::block_x() / S::kCluster; at < tile_count; at += step) {
       int32_t acc[S::kChannels / 2];
       int previous = 0;
@@ -414,8 +352,8 @@ void run_typed(const GemmW8A8Args& args, bool dependent, cudaStream_t stream) {
 template <typename S>
 void run(const GemmW8A8Args& args, bool dependent, cudaStream_t stream) {
   switch (args.y_dtype) {
-    case DType::kF32:  // in turns they would need more registers than there are
-      return run_typed<Shape<S::kChannels, S::kStages, S::kCluster>, DType::kF32>(args, dependent, stream);
+    case DType::kF32:
+      return run_typed<S, DType::kF32>(args, dependent, stream);
     case DType::kBF16:
       return run_typed<S, DType::kBF16>(args, dependent, stream);
     case DType::kF16:
@@ -431,7 +369,6 @@ void gemm_w8a8_tiled(const GemmW8A8Args& args, const W8A8Config& c, bool depende
     case 128 * 4 + 1:
       return run<Shape<128, 6, 1>>(args, dependent, stream);
     case 128 * 4 + 2:
-      if (c.deep) return run<Shape<128, 6, 2, true>>(args, dependent, stream);
       return run<Shape<128, 6, 2>>(args, dependent, stream);
     case 224 * 4 + 2:
       return run<Shape<224, 4, 2>>(args, dependent, stream);
