@@ -1,0 +1,60 @@
+"""Outputs that the allocator takes from the system anew: kernels ask for huge pages, which Linux shows in smaps."""
+
+import itertools
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import qkernels as qk
+
+SMAPS = Path("/proc/self/smaps")
+
+pytestmark = [
+    pytest.mark.skipif(sys.platform != "linux", reason="madvise(MADV_HUGEPAGE) is a call of Linux"),
+    pytest.mark.skipif(
+        not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="this kernel knows no transparent huge pages"
+    ),
+]
+
+
+def flags_at(address: int) -> set[str]:
+    """The flags of the mapping that holds ``address``."""
+    inside = False
+    for line in SMAPS.read_text().splitlines():
+        first = line.split(maxsplit=1)[0]
+        if "-" in first and not first.endswith(":"):
+            begin, end = (int(part, 16) for part in first.split("-"))
+            inside = begin <= address < end
+        elif inside and first == "VmFlags:":
+            return set(line.split()[1:])
+    raise AssertionError(f"no mapping holds {address:#x}")
+
+
+def middle(t: Tensor) -> int:
+    return t.data_ptr() + t.nbytes // 2
+
+
+@pytest.mark.parametrize("scheme", ["w8a8", "w4a8", "w8a16", "w4a16"])
+def test_layers_ask_for_huge_pages_in_large_outputs_alone(scheme: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 9000))
+    x = torch.randn(1024, 32)
+    qk.quantize_(model, scheme)
+    with torch.inference_mode():
+        large, small = model(x), model(x[:16])
+    assert large.nbytes >= 32 << 20
+    assert "hg" in flags_at(middle(large))
+    assert "hg" not in flags_at(middle(small))
+    assert torch.equal(large[:16], small)
+
+
+def test_quantize_and_dequantize_ask_for_huge_pages() -> None:
+    x = torch.randn(4100, 8192)
+    for bits, granularity in itertools.product((8, 4), ("token", "tensor")):
+        q = qk.quantize(x, bits=bits, granularity=granularity)
+        if bits == 8:
+            assert "hg" in flags_at(middle(q.data))
+        assert "hg" in flags_at(middle(q.dequantize()))
