@@ -1,6 +1,7 @@
 # make demo      .venv, torch, the package, and the demonstration on real models
 # make test      .venv, lint, types and every test of the CPU side
 # make test-gpu  the same package with the CUDA module, and the tests that need a GPU
+# make cutlass-rival CUTLASS=DIRECTORY   CUTLASS as a rival of W8A8 on a GPU (four minutes of nvcc)
 # make bench     this machine's ceilings, the kernels and the rivals that can be installed, side by side
 #
 # TORCH is what pip is given for torch; the default is the release everything is tested with. Another build:
@@ -20,7 +21,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(wildcard cmake/*/* csrc/*.* csrc/*/*.*)
 CXX_FILES = $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
 
-.PHONY: demo test lint format test-gpu sanitize-gpu bench clean
+.PHONY: demo test lint format test-gpu sanitize-gpu bench cutlass-rival clean
 
 demo: $(VENV)/installed-demo
 	$(BIN)/qkernels demo $(DEMO_ARGS)
@@ -50,6 +51,12 @@ sanitize-gpu: $(VENV)/installed-gpu
 
 bench: $(VENV)/installed-bench
 	$(BIN)/qkernels bench $(BENCH_ARGS)
+
+# CUTLASS for `qkernels bench --device cuda --cutlass build/libcutlass_w8a8.so`; CUTLASS: a checkout of its repository.
+cutlass-rival:
+	mkdir -p build
+	nvcc -O3 -std=c++17 -DNDEBUG -gencode arch=compute_90a,code=sm_90a --expt-relaxed-constexpr -shared -Xcompiler -fPIC \
+	  -I$(CUTLASS)/include -I$(CUTLASS)/tools/util/include bench/rivals/cutlass_w8a8.cu -o build/libcutlass_w8a8.so
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info
