@@ -40,6 +40,7 @@
 
 #include "host.h"
 #include "launch.h"
+#include "share_w4_sm90.cuh"
 #include "tensor_map.h"
 #include "tile_w4_sm90.cuh"
 

@@ -1,0 +1,182 @@
+// How a tile of gemm_w4_sm90.cuh ends: the meeting of phases and of clusters that share it, and the way out.
+#pragma once
+
+#include "tile_w4_sm90.cuh"
+
+namespace qk::cuda {
+namespace {
+
+// The running totals of a tile on their way from one phase to the next: integers are to be added in the order of K.
+// They lie in one place, [quad][thread] float4, and go in pieces, so that the next phase adds to the first ones while
+// this one is at the others.
+template <typename S>
+struct Relay {
+  static constexpr int kPieceQuads = S::kQuads <= 4 ? S::kQuads : S::kQuads / 2;
+  static constexpr int kPieces = S::kQuads / kPieceQuads;
+  static_assert(!S::kRelays || kPhaseBarrier + S::kPhases * kPieces <= kGatherBarrier, "named barriers");
+  float4* own;  // of this thread's outputs
+  __device__ __forceinline__ explicit Relay(float4* exchange) : own(exchange + (threadIdx.x & 127)) {}
+  static __device__ __forceinline__ int barrier(int phase, int piece) {
+    return kPhaseBarrier + phase * kPieces + piece;
+  }
+
+  // Zeros, to phase 0.
+  __device__ __forceinline__ void start() const {
+#pragma unroll
+    for (int q = 0; q < S::kQuads; ++q) own[q * 128] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll
+    for (int piece = 0; piece < kPieces; ++piece) ptx::named_barrier_arrive(barrier(0, piece), 256);
+  }
+
+  // Adds what comes of one row of a slab's scales: receives with the first, sends with the last one, but not after the
+  // last slab.
+  __device__ __forceinline__ void add(int phase, bool first_row, bool last_row, bool last_slab,
+                                      const float (&step)[S::kValues], Sums<S>& sums) const {
+#pragma unroll
+    for (int piece = 0; piece < kPieces; ++piece) {
+      if (first_row) ptx::named_barrier(barrier(phase, piece), 256);
+      const int q0 = piece * kPieceQuads;
+      if (first_row || !S::kHoldsTotal) {
+#pragma unroll
+        for (int q = q0; q < q0 + kPieceQuads; ++q) {
+          const float4 v = own[q * 128];
+          float* d = sums.total + 4 * q;
+          d[0] = v.x, d[1] = v.y, d[2] = v.z, d[3] = v.w;
+        }
+      }
+#pragma unroll
+      for (int i = 4 * q0; i < 4 * (q0 + kPieceQuads); ++i) sums.total[i] = __fadd_rn(sums.total[i], step[i]);
+      if (last_row || !S::kHoldsTotal) {
+#pragma unroll
+        for (int q = q0; q < q0 + kPieceQuads; ++q) {
+          const float* d = sums.total + 4 * q;
+          own[q * 128] = make_float4(d[0], d[1], d[2], d[3]);
+        }
+      }
+      if (last_row && !last_slab) ptx::named_barrier_arrive(barrier((phase + 1) % S::kPhases, piece), 256);
+    }
+  }
+};
+
+// The totals of the tokens kPartTokens * phase ... of a tile whose phases are through; of floats, everybody's are added
+// up in the order of the phases. False: no part is left for this phase.
+template <typename S>
+__device__ __forceinline__ bool gather(float4* exchange, int phase, const Sums<S>& sums,
+                                       float (&total)[S::kPartTokens / 2]) {
+  constexpr int kPartQuads = S::kPartTokens / 8;
+  float4* own = exchange + (threadIdx.x & 127);
+  if constexpr (S::kGathers) {
+    if (S::kGathersInRing) ptx::named_barrier(kGatherBarrier, S::kConsumers);  // nobody reads a stage any more
+#pragma unroll
+    for (int q = 0; q < S::kQuads; ++q) {
+      const float* d = sums.total + 4 * q;
+      own[(phase * S::kQuads + q) * 128] = make_float4(d[0], d[1], d[2], d[3]);
+    }
+  }
+  ptx::named_barrier(kGatherBarrier, S::kConsumers);
+  if (phase >= S::kParts) return false;
+#pragma unroll
+  for (int p = 0; p < (S::kGathers ? S::kPhases : 1); ++p) {
+#pragma unroll
+    for (int q = 0; q < kPartQuads; ++q) {
+      const float4 v = own[(p * S::kQuads + phase * kPartQuads + q) * 128];
+      float* d = total + 4 * q;
+      if (p == 0) {
+        d[0] = v.x, d[1] = v.y, d[2] = v.z, d[3] = v.w;
+      } else {
+        d[0] = __fadd_rn(d[0], v.x), d[1] = __fadd_rn(d[1], v.y);
+        d[2] = __fadd_rn(d[2], v.z), d[3] = __fadd_rn(d[3], v.w);
+      }
+    }
+  }
+  return true;
+}
+
+// Leaves this warpgroup's totals of a tile that clusters share; the last to come replaces its own by the sum of all,
+// and gets true.
+template <typename S>
+__device__ __forceinline__ bool meet(const Job& job, int shared, bool from_first_slab, int cluster, int rank,
+                                     bool* is_last, Sums<S>& sums) {
+  constexpr int kQuads = S::kValues / 4;
+  const int group = threadIdx.x >> 7, member = threadIdx.x & 127;
+  // A cluster enters at most one shared tile in its middle, and leaves at most one that it entered at its beginning.
+  const auto slot = [&](int c, bool first) {
+    const int64_t index = (int64_t(2 * c + (first ? 1 : 0)) * S::kCluster + rank) * 2 + group;
+    return reinterpret_cast<float4*>(job.partials + index * kGroupChannels * S::kTokens) + member;
+  };
+  float4* own = slot(cluster, from_first_slab);
+#pragma unroll
+  for (int q = 0; q < kQuads; ++q) {
+    const float* d = sums.total + 4 * q;
+    __stcg(own + q * 128, make_float4(d[0], d[1], d[2], d[3]));
+  }
+  const int first = owner_of(job, shared * job.slabs), last = owner_of(job, (shared + 1) * job.slabs - 1);
+  __threadfence();
+  ptx::named_barrier(1 + group, 128);
+  if (member == 0) {
+    int32_t* counter = job.counters + (shared * S::kCluster + rank) * 2 + group;
+    is_last[group] = atomicAdd(counter, 1) == last - first;
+    if (is_last[group]) *counter = 0;
+  }
+  ptx::named_barrier(1 + group, 128);
+  const bool mine = is_last[group];
+  if (!mine) return false;
+  __threadfence();
+  // Loads take long, so several are on their way at once; the order of additions is the same.
+  constexpr int kPart = kQuads < 16 ? kQuads : 16, kAtOnce = kQuads <= 2 ? 4 : kQuads <= 4 ? 2 : 1;
+#pragma unroll
+  for (int q0 = 0; q0 < kQuads; q0 += kPart) {
+#pragma unroll
+    for (int i = 4 * q0; i < 4 * (q0 + kPart); ++i) sums.total[i] = 0.0f;
+    for (int c0 = first; c0 <= last; c0 += kAtOnce) {
+      float4 v[kAtOnce][kPart];
+#pragma unroll
+      for (int p = 0; p < kAtOnce; ++p) {
+        const int c = min(c0 + p, last);
+        // Only the last one left the tile before its end, having begun it; the first one began it.
+#pragma unroll
+        for (int q = 0; q < kPart; ++q) v[p][q] = __ldcg(slot(c, c == first) + (q0 + q) * 128);
+      }
+#pragma unroll
+      for (int p = 0; p < kAtOnce; ++p) {
+        if (c0 + p > last) break;
+#pragma unroll
+        for (int q = 0; q < kPart; ++q) {
+          float* d = sums.total + 4 * (q0 + q);
+          d[0] = __fadd_rn(d[0], v[p][q].x), d[1] = __fadd_rn(d[1], v[p][q].y);
+          d[2] = __fadd_rn(d[2], v[p][q].z), d[3] = __fadd_rn(d[3], v[p][q].w);
+        }
+      }
+    }
+  }
+  return true;
+}
+
+// Totals of kTokens tokens from m0 on.
+template <typename S, int kTokens>
+__device__ __forceinline__ void store_tile(const Job& job, int m0, int n0, const float (&total)[kTokens / 2]) {
+  const int lane = threadIdx.x & 31, n = n0 + (lane >> 2), token = m0 + 2 * (lane & 3);
+  const Epilogue& e = job.e;
+  const float low = e.bias && n < e.n ? __ldg(e.bias + n) : -0.0f;
+  const float high = e.bias && n + 8 < e.n ? __ldg(e.bias + n + 8) : -0.0f;
+  // All at once: each alone would take as long.
+  [[maybe_unused]] float x_scale[S::kBytes ? kTokens / 8 : 1][2];
+  if constexpr (S::kBytes) {
+#pragma unroll
+    for (int j = 0; j < kTokens / 8; ++j) {
+      x_scale[j][0] = token + 8 * j < e.m ? e.x_scale[token + 8 * j] : 0.0f;
+      x_scale[j][1] = token + 8 * j + 1 < e.m ? e.x_scale[token + 8 * j + 1] : 0.0f;
+    }
+  }
+  store_blocks<kTokens / 8>(e, n0, m0, lane, [&](int j, float (&v)[4]) {
+#pragma unroll
+    for (int c = 0; c < 4; ++c) {
+      float y = total[4 * j + c];
+      if constexpr (S::kBytes) y = __fmul_rn(y, x_scale[j][c & 1]);
+      v[c] = __fadd_rn(y, c < 2 ? low : high);
+    }
+  });
+}
+
+}  // namespace
+}  // namespace qk::cuda
