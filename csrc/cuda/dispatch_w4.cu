@@ -17,8 +17,9 @@ struct Tile {
 constexpr Tile kHalfTiles[] = {{16, 4, 0.233, 0.2, 0},  {32, 4, 0.257, 0.7, 0},   {64, 2, 0.35, 0.5, 0},
                                {128, 2, 0.528, 0, 0},   {32, 1, 0.443, 1.6, 5.5}, {64, 1, 0.556, 1.8, 6.7},
                                {128, 1, 0.578, 2.5, 9}, {256, 1, 0.912, 7, 17.3}};
-constexpr Tile kByteTiles[] = {{16, 4, 0.186, 4.5, 0}, {32, 4, 0.233, 5.2, 0}, {64, 4, 0.335, 5.1, 0},
-                               {32, 1, 0.31, 6.3, 0},  {64, 1, 0.337, 6.1, 0}, {128, 1, 0.613, 6.8, 0}};
+constexpr Tile kByteTiles[] = {{16, 4, 0.186, 4.5, 0}, {32, 4, 0.233, 5.2, 0}, {64, 4, 0.33, 5.1, 0},
+                               {32, 1, 0.325, 6.0, 0}, {64, 1, 0.337, 6.1, 0}, {128, 1, 0.613, 6.8, 0}};
+constexpr int kUnevenSlabs = 1900;  // that idle places could take, worth the meeting of those who share
 constexpr int kFew = 16;  // tokens, whose tiles wait for weights alone
 
 // Tiles of a product, and how many of them run at a time.
@@ -47,22 +48,25 @@ W4Plan finished(W4Plan plan, const Waves& w, bool shared) {
 }
 
 // Few tokens: phases instead of sums in memory, which cost some 4 us, as long as one wave of narrow tiles serves, since
-// several fetch the tokens again and again; else sums are shared where less than half of the chip would have work.
-W4Plan plan_few(bool bytes, int64_t m, int64_t n, W4Kind kind, bool phases, int sms) {
+// several fetch the tokens again and again; else sums are shared where less than half of the chip would have work, or
+// where some multiprocessors would have two tiles and others one, for long enough (measured on an H200).
+W4Plan plan_few(bool bytes, int64_t m, int64_t n, int64_t k, W4Kind kind, bool phases, int sms) {
   W4Plan plan = {};
   plan.tokens = m <= 8 ? 8 : kFew;
   plan.phases = phases && blocks(n, w4_channels(4)) <= sms ? 4 : 1;
   const Waves w = waves_of(plan, bytes, m, n, kind == W4Kind::kMinimum, sms);
   // Half of the multiprocessors in a single wave, half of the places in the last of several.
   const bool enough = w.count() == 1 ? w.tiles * w.cluster * 2 >= sms : w.tiles * 2 > w.count() * w.slots;
-  return finished(plan, w, !bytes && plan.phases == 1 && !enough);
+  const bool uneven =
+      w.tiles < w.slots && w.tiles * w.cluster > sms && (w.slots - w.tiles) * w.cluster * w4_slabs(k) > kUnevenSlabs;
+  return finished(plan, w, !bytes && plan.phases == 1 && (!enough || uneven));
 }
 
 // Phases need the groups of 8-bit activations to lie within a slab (`within`).
 W4Plan plan_wgmma(bool bytes, int64_t m, int64_t n, int64_t k, W4Kind kind, bool within, int sms) {
   const bool minimum = kind == W4Kind::kMinimum;
   const bool phases = kind == W4Kind::kZeroPoint && w4_slabs(k) >= 8 && (within || !bytes);
-  if (m <= kFew) return plan_few(bytes, m, n, kind, phases, sms);
+  if (m <= kFew) return plan_few(bytes, m, n, k, kind, phases, sms);
   W4Plan best = {};
   double least = 0.0;
   const auto consider = [&](const Tile& tile, bool shared) {
