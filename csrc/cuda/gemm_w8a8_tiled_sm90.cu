@@ -20,10 +20,10 @@
 //
 // Epilogue: fragment -> fp32 steps -> 16-bit pairs, which stay in registers (64 of them) while the next tile's products
 // run. Stripes of 64 channels then go through 2 KB of shared memory per warp (stmatrix) to 16-byte stores of whole
-// sectors, at even distances behind the products of three quarters of K. Written sooner, the tiles of all CTAs, 64 KB
-// each, come as a burst that the L2 takes microseconds to absorb (1500 bytes a cycle) while the tensor cores wait.
-// (fp32 outputs do not fit beside the sums and are written at once.) The warpgroups share nothing in all this and need
-// not arrive together.
+// sectors, at even distances behind the products of three quarters of K. Written at once, the tiles of all CTAs, 64 KB
+// each, would come as one burst that the L2 takes microseconds to absorb while no tensor core works. (fp32 outputs do
+// not fit beside the sums and are written at once.) The warpgroups share nothing in all this and need not arrive
+// together.
 #include "epilogue.cuh"
 #include "host.h"
 #include "launch.h"
