@@ -44,11 +44,11 @@ def test_layers_ask_for_huge_pages_in_large_outputs_alone(scheme: str) -> None:
     x = torch.randn(1024, 32)
     qk.quantize_(model, scheme)
     with torch.inference_mode():
-        large, small = model(x), model(x[:16])
+        large, small = model(x), model(x[:512])  # enough rows for sums in the same order
     assert large.nbytes >= 32 << 20
     assert "hg" in flags_at(middle(large))
     assert "hg" not in flags_at(middle(small))
-    assert torch.equal(large[:16], small)
+    assert torch.equal(large[:512], small)
 
 
 def test_quantize_and_dequantize_ask_for_huge_pages() -> None:
