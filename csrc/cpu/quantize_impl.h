@@ -122,6 +122,12 @@ class Quantize {
 
   int64_t row_q_bytes() const { return p_.kind == QKind::kInt4 ? ceil_div(p_.inner, 2) : p_.inner; }
 
+  // Of a vector of granules by their statistics.
+  LaneParams<V> lane_params(const float* absmax, const float* lo, const float* hi) const {
+    return p_.symmetric ? LaneParams<V>::symmetric(V::load_f(absmax), bits_)
+                        : LaneParams<V>::asymmetric(V::load_f(absmax), V::load_f(lo), V::load_f(hi), bits_);
+  }
+
   // Statistics and then parameters of a few granules.
   struct Batch {
     alignas(kAlign) float absmax[kBatch], lo[kBatch], hi[kBatch], scale[kBatch], inv[kBatch];
@@ -131,9 +137,7 @@ class Quantize {
   void batch_params(Batch& b, int count, int64_t granule) const {
     for (int i = count; i % V::kLanes != 0; ++i) b.absmax[i] = b.lo[i] = b.hi[i] = 0.0f;  // whole vectors are read
     for (int i = 0; i < count; i += V::kLanes) {
-      const auto absmax = V::load_f(b.absmax + i);
-      const auto p = p_.symmetric ? LaneParams<V>::symmetric(absmax, bits_)
-                                  : LaneParams<V>::asymmetric(absmax, V::load_f(b.lo + i), V::load_f(b.hi + i), bits_);
+      const auto p = lane_params(b.absmax + i, b.lo + i, b.hi + i);
       V::store_f(b.scale + i, p.scale);
       V::store_f(b.inv + i, p.inv);
       V::store_i(b.zero_point + i, p.zero_point);
@@ -320,9 +324,7 @@ class Quantize {
         b.inv[c] = given.inv, b.zero_point[c] = given.zero_point;
         continue;
       }
-      const auto absmax = V::load_f(b.absmax + c);
-      const auto p = p_.symmetric ? LaneParams<V>::symmetric(absmax, bits_)
-                                  : LaneParams<V>::asymmetric(absmax, V::load_f(b.lo + c), V::load_f(b.hi + c), bits_);
+      const auto p = lane_params(b.absmax + c, b.lo + c, b.hi + c);
       V::store_f(b.inv + c, p.inv);
       V::store_i(b.zero_point + c, p.zero_point);
       V::store_f(b.lo + c, p.scale);

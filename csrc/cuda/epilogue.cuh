@@ -77,11 +77,15 @@ __device__ __forceinline__ TokenTerms load_token(const Epilogue& e, int m) {
   return t;
 }
 
+__device__ __forceinline__ float scaled(int32_t acc, float of_token, float of_channel) {
+  return __fmul_rn(__fmul_rn(__int2float_rn(acc), of_token), of_channel);
+}
+
 // Without kZero the caller vouches that there are no zero points; with it and without them, `colsum` is zero.
 template <bool kZero = true>
 __device__ __forceinline__ float finish(int32_t acc, const TokenTerms& t, const ChannelTerms& c) {
   if (kZero) acc -= (t.zero - kZeroShift) * c.colsum;
-  return __fadd_rn(__fmul_rn(__fmul_rn(__int2float_rn(acc), t.scale), c.scale), c.bias);
+  return __fadd_rn(scaled(acc, t.scale, c.scale), c.bias);
 }
 
 // One 16-bit output of a packed pair, as its bits.
@@ -239,10 +243,8 @@ __device__ __forceinline__ void finish_run(const Epilogue& e, int32_t (&d)[8], c
 #pragma unroll
   for (int i = 0; i < 8; i += 4) {
     const float4 scale = *reinterpret_cast<const float4*>(terms.scale + n + i);
-    v[i] = __fmul_rn(__fmul_rn(__int2float_rn(d[i]), t.scale), scale.x);
-    v[i + 1] = __fmul_rn(__fmul_rn(__int2float_rn(d[i + 1]), t.scale), scale.y);
-    v[i + 2] = __fmul_rn(__fmul_rn(__int2float_rn(d[i + 2]), t.scale), scale.z);
-    v[i + 3] = __fmul_rn(__fmul_rn(__int2float_rn(d[i + 3]), t.scale), scale.w);
+    v[i] = scaled(d[i], t.scale, scale.x), v[i + 1] = scaled(d[i + 1], t.scale, scale.y);
+    v[i + 2] = scaled(d[i + 2], t.scale, scale.z), v[i + 3] = scaled(d[i + 3], t.scale, scale.w);
   }
   if (e.bias) {
 #pragma unroll

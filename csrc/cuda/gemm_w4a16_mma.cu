@@ -292,9 +292,8 @@ __device__ __forceinline__ bool meet(const Job& job, int tile, bool from_first_s
     float (&d)[4] = sums.total[q / S::kBlocksM][q % S::kBlocksM];
     d[0] = d[1] = d[2] = d[3] = 0.0f;
   }
-  constexpr int kAtOnce = kQuads <= 2   ? 4
-                          : kQuads <= 4 ? 2
-                                        : 1;  // loads take long, and the order of additions is the same
+  // Loads take long, so several are on their way at once; the order of additions is the same.
+  constexpr int kAtOnce = kQuads <= 2 ? 4 : kQuads <= 4 ? 2 : 1;
   for (int c0 = first; c0 <= last; c0 += kAtOnce) {
     float4 v[kAtOnce][kQuads];
 #pragma unroll

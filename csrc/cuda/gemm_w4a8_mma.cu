@@ -37,9 +37,30 @@ struct Job {
   int32_t slabs, blocks_n, stage_bytes;
 };
 
-__device__ __forceinline__ float stored_value(const void* values, ScaleType type, int64_t at) {
-  return type == ScaleType::kF32 ? __ldg(static_cast<const float*>(values) + at)
-                                 : __half2float(__ldg(static_cast<const __half*>(values) + at));
+// Adds the products of 32 k, from `k` on. `blocks`: the warp's blocks of weights in the stage of the slab; `zeros`:
+// their zero points, one in every byte.
+template <typename S, int kOnesM, int kWeightsN>
+__device__ __forceinline__ void multiply_quarter(const uint8_t* blocks, uint32_t tokens, int quarter, int lane, int k,
+                                                 int end, const uint32_t (&zeros)[S::kBlocksN][2],
+                                                 int32_t (&acc)[S::kBlocksN][S::kBlocksM][4],
+                                                 int32_t (&ones)[kOnesM][4], int32_t (&weights)[kWeightsN][4]) {
+  uint32_t b[S::kBlocksM][2];
+  load_tokens<S::kBlocksM>(tokens, quarter, lane, b);
+#pragma unroll
+  for (int i = 0; i < S::kBlocksN; ++i) {
+    const uint2 v =
+        *reinterpret_cast<const uint2*>(blocks + i * kW4BlockBytes + quarter / 2 * 512 + lane * 16 + quarter % 2 * 8);
+    const uint32_t f[4] = {low_bytes(v.x, zeros[i][0]), high_bytes(v.x, zeros[i][1]), low_bytes(v.y, zeros[i][0]),
+                           high_bytes(v.y, zeros[i][1])};
+#pragma unroll
+    for (int j = 0; j < S::kBlocksM; ++j) ptx::mma_s8(acc[i][j], f, b[j][0], b[j][1]);
+    if constexpr (S::kShifted) add_weights(weights[i], f, k, end, lane);
+  }
+  if constexpr (S::kKind == W4Kind::kMinimum) {
+    const uint32_t f[4] = {kOnes, kOnes, kOnes, kOnes};
+#pragma unroll
+    for (int j = 0; j < S::kBlocksM; ++j) ptx::mma_s8(ones[j], f, b[j][0], b[j][1]);
+  }
 }
 
 // ---- Few tokens ----------------------------------------------------------------------------------------------------
@@ -126,8 +147,8 @@ __global__ void __launch_bounds__(kThreads, 2) narrow_kernel(const Job job) {
 #pragma unroll
       for (int i = 0; i < S::kPerThread; ++i) {
         const uint32_t at = group * job.groups.pitch + min(n0 + channel[i], job.groups.width - 1);
-        scale[p][i] = stored_value(w.scale, w.scale_type, at);
-        if constexpr (S::kKind == W4Kind::kMinimum) low[p][i] = stored_value(w.minimum, w.scale_type, at);
+        scale[p][i] = group_value(w.scale, w.scale_type, at);
+        if constexpr (S::kKind == W4Kind::kMinimum) low[p][i] = group_value(w.minimum, w.scale_type, at);
       }
     }
   };
@@ -145,7 +166,7 @@ __global__ void __launch_bounds__(kThreads, 2) narrow_kernel(const Job job) {
       uint32_t zeros[S::kBlocksN][2];
 #pragma unroll
       for (int quarter = 0; quarter < 4; ++quarter) {
-        const int mask = (4 >> shift) - 1;
+        const int mask = (4 >> shift) - 1, k = slab * kW4SlabK + quarter * 32;
         if ((quarter & mask) == 0) {
 #pragma unroll
           for (int i = 0; i < S::kBlocksN; ++i) {
@@ -153,31 +174,15 @@ __global__ void __launch_bounds__(kThreads, 2) narrow_kernel(const Job job) {
             for (int e = 0; e < 2; ++e) {
               uint32_t zero = S::kKind == W4Kind::kMinimum ? 0u : 8u;
               if (S::kKind == W4Kind::kZeroPoint && w.zero_point) {
-                const int k = min(slab * kW4SlabK + quarter * 32, w.k - 1);
                 const int n = min(n0 + 16 * i + 8 * e + (lane >> 2), job.groups.width - 1);
-                zero = __ldg(w.zero_point + int64_t(group_of(job.groups, k)) * job.groups.pitch + n);
+                const int64_t group = group_of(job.groups, min(k, w.k - 1));
+                zero = __ldg(w.zero_point + group * job.groups.pitch + n);
               }
               zeros[i][e] = zero * kOnes;
             }
           }
         }
-        uint32_t b[S::kBlocksM][2];
-        load_tokens<S::kBlocksM>(tokens, quarter, lane, b);
-#pragma unroll
-        for (int i = 0; i < S::kBlocksN; ++i) {
-          const uint2 v = *reinterpret_cast<const uint2*>(stage + i * kW4BlockBytes + quarter / 2 * 512 + lane * 16 +
-                                                          quarter % 2 * 8);
-          const uint32_t f[4] = {low_bytes(v.x, zeros[i][0]), high_bytes(v.x, zeros[i][1]), low_bytes(v.y, zeros[i][0]),
-                                 high_bytes(v.y, zeros[i][1])};
-#pragma unroll
-          for (int j = 0; j < S::kBlocksM; ++j) ptx::mma_s8(acc[i][j], f, b[j][0], b[j][1]);
-          if constexpr (S::kShifted) add_weights(weights[i], f, slab * kW4SlabK + quarter * 32, w.k, lane);
-        }
-        if constexpr (S::kKind == W4Kind::kMinimum) {
-          const uint32_t f[4] = {kOnes, kOnes, kOnes, kOnes};
-#pragma unroll
-          for (int j = 0; j < S::kBlocksM; ++j) ptx::mma_s8(ones[j], f, b[j][0], b[j][1]);
-        }
+        multiply_quarter<S>(stage, tokens, quarter, lane, k, w.k, zeros, acc, ones, weights);
         if (((quarter + 1) & mask) == 0) {
           if constexpr (S::kShifted) {
             const int first = slab * kW4SlabK + (quarter & ~mask) * 32, width = max(0, min(block_k, w.k - first));
@@ -317,7 +322,7 @@ __global__ void __launch_bounds__(kThreads, S::kPerSm) wide_kernel(const Job job
     uint32_t zeros[S::kBlocksN][2];
 #pragma unroll
     for (int quarter = 0; quarter < 4; ++quarter) {
-      const int mask = (4 >> rows_shift) - 1;
+      const int mask = (4 >> rows_shift) - 1, k = slab * kW4SlabK + quarter * 32, next = k + 32;
       const uint8_t* row = rows + (quarter >> (2 - rows_shift)) * job.groups.row_bytes;
       if ((quarter & mask) == 0) {
 #pragma unroll
@@ -332,25 +337,9 @@ __global__ void __launch_bounds__(kThreads, S::kPerSm) wide_kernel(const Job job
           }
         }
       }
-      uint32_t b[S::kBlocksM][2];
-      load_tokens<S::kBlocksM>(tokens, quarter, lane, b);
-#pragma unroll
-      for (int i = 0; i < S::kBlocksN; ++i) {
-        const uint2 v = *reinterpret_cast<const uint2*>(stage + (warp_n * S::kBlocksN + i) * kW4BlockBytes +
-                                                        quarter / 2 * 512 + lane * 16 + quarter % 2 * 8);
-        const uint32_t f[4] = {low_bytes(v.x, zeros[i][0]), high_bytes(v.x, zeros[i][1]), low_bytes(v.y, zeros[i][0]),
-                               high_bytes(v.y, zeros[i][1])};
-#pragma unroll
-        for (int j = 0; j < S::kBlocksM; ++j) ptx::mma_s8(acc[i][j], f, b[j][0], b[j][1]);
-        if constexpr (S::kShifted) add_weights(weights[i], f, slab * kW4SlabK + quarter * 32, w.k, lane);
-      }
-      if constexpr (S::kKind == W4Kind::kMinimum) {
-        const uint32_t f[4] = {kOnes, kOnes, kOnes, kOnes};
-#pragma unroll
-        for (int j = 0; j < S::kBlocksM; ++j) ptx::mma_s8(ones[j], f, b[j][0], b[j][1]);
-      }
+      multiply_quarter<S>(stage + warp_n * S::kBlocksN * kW4BlockBytes, tokens, quarter, lane, k, w.k, zeros, acc, ones,
+                          weights);
       if (((quarter + 1) & mask) != 0) continue;
-      const int k = slab * kW4SlabK + quarter * 32, next = k + 32;
       if (slab * kW4SlabK + (quarter & ~mask) * 32 >= w.k) continue;  // nothing but padding
       if (next < w.k && group_of(job.groups, k) == group_of(job.groups, next)) continue;
       if constexpr (S::kShifted) {
@@ -445,8 +434,20 @@ Job make_job(const GemmW4A8Args& args, int channels) {
   return job;
 }
 
+// Not as a dependent launch: beside the quantizer's last CTAs its own would settle two to a multiprocessor while others
+// stay idle.
 template <typename S>
-void run_wide(const GemmW4A8Args& args, cudaStream_t stream);
+void run_wide(const GemmW4A8Args& args, cudaStream_t stream) {
+  static std::atomic<uint64_t> allowed{0};
+  allow_shared_memory(reinterpret_cast<const void*>(wide_kernel<S>), S::kMostBytes, allowed);
+  Job job = make_job(args, S::kChannels);
+  job.stage_bytes = S::kWeightBytes + S::kTokens * kTokenBytes + (job.groups.row_bytes << job.groups.row_shift);
+  LaunchShape shape;
+  shape.grid = dim3(blocks(args.m, S::kTokens), blocks(args.weight.n, S::kChannels));
+  shape.block = dim3(kThreads);
+  shape.shared_bytes = static_cast<size_t>(S::kStages) * job.stage_bytes;
+  launch(wide_kernel<S>, shape, stream, "gemm_w4a8 wide", job);
+}
 
 template <typename S>
 void run_narrow(const GemmW4A8Args& args, bool dependent, cudaStream_t stream) {
@@ -462,21 +463,6 @@ void run_narrow(const GemmW4A8Args& args, bool dependent, cudaStream_t stream) {
   static std::atomic<uint64_t> allowed{0};
   allow_shared_memory(reinterpret_cast<const void*>(narrow_kernel<S>), static_cast<size_t>(limit), allowed);
   launch(narrow_kernel<S>, shape, stream, "gemm_w4a8 narrow", job);
-}
-
-// Not as a dependent launch: beside the quantizer's last CTAs its own would settle two to a multiprocessor while others
-// stay idle.
-template <typename S>
-void run_wide(const GemmW4A8Args& args, cudaStream_t stream) {
-  static std::atomic<uint64_t> allowed{0};
-  allow_shared_memory(reinterpret_cast<const void*>(wide_kernel<S>), S::kMostBytes, allowed);
-  Job job = make_job(args, S::kChannels);
-  job.stage_bytes = S::kWeightBytes + S::kTokens * kTokenBytes + (job.groups.row_bytes << job.groups.row_shift);
-  LaunchShape shape;
-  shape.grid = dim3(blocks(args.m, S::kTokens), blocks(args.weight.n, S::kChannels));
-  shape.block = dim3(kThreads);
-  shape.shared_bytes = static_cast<size_t>(S::kStages) * job.stage_bytes;
-  launch(wide_kernel<S>, shape, stream, "gemm_w4a8 wide", job);
 }
 
 template <W4Kind kKind, bool kShifted>

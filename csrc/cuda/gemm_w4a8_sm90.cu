@@ -36,12 +36,13 @@ bool run_if(const GemmW4A8Args& args, const W4Plan& plan, bool dependent, cudaSt
 }
 
 template <W4Kind kKind>
-bool run_tile(const GemmW4A8Args& a, const W4Plan& p, bool dependent, cudaStream_t s) {
-  return run_if<kKind, 8>(a, p, dependent, s) || run_if<kKind, 16>(a, p, dependent, s) ||
-         run_if<kKind, 32>(a, p, dependent, s) || run_if<kKind, 64>(a, p, dependent, s) ||
-         run_if<kKind, 128>(a, p, dependent, s) || run_if<kKind, 8, 4>(a, p, dependent, s) ||
-         run_if<kKind, 16, 4>(a, p, dependent, s) || run_if<kKind, 32, 4>(a, p, dependent, s) ||
-         run_if<kKind, 64, 4>(a, p, dependent, s);
+void run_tile(const GemmW4A8Args& a, const W4Plan& p, bool dependent, cudaStream_t s) {
+  const bool found = run_if<kKind, 8>(a, p, dependent, s) || run_if<kKind, 16>(a, p, dependent, s) ||
+                     run_if<kKind, 32>(a, p, dependent, s) || run_if<kKind, 64>(a, p, dependent, s) ||
+                     run_if<kKind, 128>(a, p, dependent, s) || run_if<kKind, 8, 4>(a, p, dependent, s) ||
+                     run_if<kKind, 16, 4>(a, p, dependent, s) || run_if<kKind, 32, 4>(a, p, dependent, s) ||
+                     run_if<kKind, 64, 4>(a, p, dependent, s);
+  if (!found) throw std::logic_error("a tile of w4_has_tile that is not listed here");
 }
 
 }  // namespace

@@ -83,6 +83,12 @@ struct GroupCopies {
   }
 };
 
+// A value of a group in global memory.
+__device__ __forceinline__ float group_value(const void* values, ScaleType type, int64_t at) {
+  return type == ScaleType::kF32 ? __ldg(static_cast<const float*>(values) + at)
+                                 : __half2float(__ldg(static_cast<const __half*>(values) + at));
+}
+
 // A value of a row in shared memory; `base` is where its scales, or its minima, begin.
 __device__ __forceinline__ float row_value(const uint8_t* base, ScaleType type, int channel) {
   return type == ScaleType::kF32 ? reinterpret_cast<const float*>(base)[channel]

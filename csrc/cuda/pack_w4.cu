@@ -5,6 +5,7 @@
 // is kept like a code: activations are zero there.
 #include <type_traits>
 
+#include "groups_w4.cuh"
 #include "host.h"
 #include "launch_w4.h"
 #include "numeric.cuh"
@@ -117,11 +118,6 @@ __global__ void __launch_bounds__(kThreads) unpack_kernel(const uint8_t* __restr
       weight[(b.row0 + row) * width + first] = static_cast<uint8_t>(pair[0] | pair[1] << 4);
     }
   }
-}
-
-__device__ __forceinline__ float group_value(const void* values, ScaleType type, int64_t at) {
-  return type == ScaleType::kF32 ? __ldg(static_cast<const float*>(values) + at)
-                                 : __half2float(__ldg(static_cast<const __half*>(values) + at));
 }
 
 // The value of a code as the definition has it, each step rounded once.
