@@ -154,9 +154,9 @@ class LinearW4A8Amx : LinearW4A8<V> {
 
   // ---- totals ----------------------------------------------------------------------------------------------------
 
-  // One or two groups of a block whose sums wait to be added: rows [next, rows).
+  // One or two groups of a block whose sums wait to be added.
   struct Pending {
-    int64_t next = 0, rows = 0;
+    int64_t rows = 0;
     int groups = 0;
     const int32_t* c = nullptr;  // [groups][32, 32]
     const float *scale = nullptr, *min = nullptr;  // [groups][64] columns, of which these are 32
@@ -184,17 +184,19 @@ class LinearW4A8Amx : LinearW4A8<V> {
     return V::add(total, V::mul(V::load_f(p.min + g * kBlockN + j), V::to_f(V::set_i(sum))));
   }
 
+  // Rows [from, to) of what waits; s0-s1 are the scales of the first group, s2-s3 those of the second.
   template <bool kPlain>
-  QK_INLINE void add_rows(Pending& p, int64_t count, F s0, F s1, F s2, F s3) const {
-    const int64_t end = p.next + count < p.rows ? p.next + count : p.rows;
-    for (int64_t r = p.next; r < end; ++r) {
-      float* t = p.totals + r * kPairRows;
-      F v = p.first ? V::set(0.0f) : V::load_f(t), w = p.first ? V::set(0.0f) : V::load_f(t + 16);
+  QK_INLINE void add_rows(const Pending& p, int64_t from, int64_t to, F s0, F s1, F s2, F s3) const {
+    const bool two = p.groups == 2;
+    const __mmask16 old = p.first ? 0 : 0xFFFF;
+    const int32_t* c = p.c + from * kPairRows;
+    float* t = p.totals + from * kPairRows;
+    for (int64_t r = from; r < to; ++r, c += kPairRows, t += kPairRows) {
+      F v = _mm512_maskz_loadu_ps(old, t), w = _mm512_maskz_loadu_ps(old, t + 16);
       if constexpr (kPlain) {
-        const int32_t* c = p.c + r * kPairRows;
         v = plus_group(v, c, s0);
         w = plus_group(w, c + 16, s1);
-        if (p.groups == 2) {
+        if (two) {
           v = plus_group(v, c + kPairSums, s2);
           w = plus_group(w, c + kPairSums + 16, s3);
         }
@@ -206,19 +208,19 @@ class LinearW4A8Amx : LinearW4A8<V> {
       }
       V::store_f(t, v);
       V::store_f(t + 16, w);
-      if (p.last) finish(p, r);
     }
-    p.next = end;
+    if (p.last) finish(p, from, to);
   }
-  QK_NOINLINE void finish(const Pending& p, int64_t r) const {
-    this->finish_row(p.row + r, p.scales[r].scale, p.totals + r * kPairRows, p.n0, kPairRows);
+  QK_NOINLINE void finish(const Pending& p, int64_t from, int64_t to) const {
+    for (int64_t r = from; r < to; ++r)
+      this->finish_row(p.row + r, p.scales[r].scale, p.totals + r * kPairRows, p.n0, kPairRows);
   }
   template <bool kPlain>
-  QK_NOINLINE void add_rest(Pending& p) const {
-    if (p.next == p.rows) return;
-    const bool two = p.groups == 2;
-    add_rows<kPlain>(p, kPairRows, V::load_f(p.scale), V::load_f(p.scale + 16),
-                     V::load_f(p.scale + (two ? kBlockN : 0)), V::load_f(p.scale + (two ? kBlockN + 16 : 16)));
+  QK_NOINLINE void add_rest(const Pending& p, int64_t from) const {
+    if (from >= p.rows) return;
+    const int64_t second = p.groups == 2 ? kBlockN : 0;
+    add_rows<kPlain>(p, from, p.rows, V::load_f(p.scale), V::load_f(p.scale + 16), V::load_f(p.scale + second),
+                     V::load_f(p.scale + second + 16));
   }
 
   // ---- products --------------------------------------------------------------------------------------------------
@@ -242,11 +244,13 @@ class LinearW4A8Amx : LinearW4A8<V> {
       const Span* span = ws.spans + s;
       const int count = s + 1 < ws.span_count ? 2 : 1;
       const int64_t steps = span[0].steps + (count == 2 ? span[1].steps : 0);
-      const int64_t rows = ceil_div(kTileRows / 2, steps);  // after each product
+      const int64_t rows = ceil_div(kTileRows, steps);  // after every other product
       const float* scale = pending.rows > 0 ? pending.scale : ws.scale[0];
       const int64_t second = pending.groups == 2 ? kBlockN : 0;
       const F s0 = V::load_f(scale), s1 = V::load_f(scale + 16), s2 = V::load_f(scale + second),
               s3 = V::load_f(scale + second + 16);
+      const int64_t all = pending.rows;
+      int64_t next = 0;
       int32_t* c = ws.sums[parity ^= 1][0];
       for (int g = 0; g < count; ++g) {
         if (span[g].begins)
@@ -255,17 +259,21 @@ class LinearW4A8Amx : LinearW4A8<V> {
           load_sums<kTiles>(block.carried);
         add_products<PanelTiles, kTiles>(block.a + span[g].step * kPairBytes, b, span[g].steps,
                                          [&](int i, const uint8_t*, const int8_t*) QK_INLINE {
-                                           if (i % 2 == 0 && ahead.next < ahead.end) {
+                                           if (i % 2 == 0) return;
+                                           if (ahead.next < ahead.end) {
                                              __builtin_prefetch(ahead.next, 0, 2);
                                              ahead.next += 64;
                                            }
-                                           if (pending.next < pending.rows)
-                                             add_rows<kPlain>(pending, rows, s0, s1, s2, s3);
+                                           if (next >= all) return;
+                                           const int64_t from = next;
+                                           next = from + rows < all ? from + rows : all;
+                                           add_rows<kPlain>(pending, from, next, s0, s1, s2, s3);
                                          });
         b += span[g].steps * kPairBytes;
-        if (g == count - 1) add_rest<kPlain>(pending);
+        if (g == count - 1) add_rest<kPlain>(pending, next);
         store_sums<kTiles>(span[g].ends ? c + g * kPairSums : block.carried);
       }
+      pending.rows = 0;
       if (!span->ends) return;
       pending = block.pending;
       pending.groups = count;
@@ -342,7 +350,7 @@ class LinearW4A8Amx : LinearW4A8<V> {
             multiply_block<kPlain, 1>(told, ws, pending, parity, ahead);
         }
       }
-      add_rest<kPlain>(pending);
+      add_rest<kPlain>(pending, 0);
       k = next;
     }
     if (p_.k == 0) finish_empty(n0, row, rows, block, scales, ws);
