@@ -12,6 +12,8 @@ namespace {
 // Below this many rows a tile is mostly padding, and VNNI is faster.
 constexpr int64_t kMinRows = 16;
 
+// Blocks, tiles and sessions are those of tiles_amx.h. A block of rows, 1 MiB of activations at most, stays in the 2
+// MiB of L2 beside a superblock's weights.
 struct Amx : ZmmVerbs {
   static constexpr const char* kIsa = "amx";
   static constexpr int kTileM = 32, kTileN = 32, kOffset = 0, kSliceK = 4096, kMaxBlockTiles = 8;
@@ -19,6 +21,7 @@ struct Amx : ZmmVerbs {
   static constexpr int64_t kBlockBytes = 1 << 20;
   using Session = TileSession;
 
+  // sum + four products u8 x s8 in each lane.
   static I dot4(I sum, I u8, I s8) {
     QK_DOT4(sum, u8, s8);
     return sum;

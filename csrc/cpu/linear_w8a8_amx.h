@@ -108,36 +108,36 @@ class LinearW8A8Amx : LinearW8A8<V> {
     Pending& pending = meanwhile.pending;
     int64_t visits = 0;
     const int64_t steps = padded_ / 64;
-    this->share_out(
-        ceil_div(rows, kPairRows), V::kBlockBytes / (kPairRows * (padded_ > 0 ? padded_ : 1)), thread, team,
-        [&](const LinearW8A8Args& w, int64_t nb, Range range, bool more) {
-          Columns columns = this->columns_of(w, nb, rows, copies[visits++ % 2]);
-          if (p_.act.symmetric) columns.shared = nullptr;  // all zero
-          const int8_t* weights = w.packed + nb * kBlockN * padded_;
-          meanwhile.ahead = weights + kBlockN * padded_;
-          // Few tiles would be held up by so many requests.
-          const int64_t lines = ceil_div(PackedTiles::kStep / 64 / 2, range.end - range.begin);
-          meanwhile.lines = more && lines <= kMostAhead ? lines : 0;
-          for (int64_t s0 = 0; s0 == 0 || s0 < steps; s0 += kSliceSteps) {
-            const int64_t depth = steps - s0 < kSliceSteps ? steps - s0 : kSliceSteps;
-            const bool last = s0 + depth == steps;
-            int32_t* c = sums;
-            for (int j = 0; j < columns.count; j += kPairRows) {
-              const int8_t* b = weights + s0 * PackedTiles::kStep + j * kPackK;
-              for (int64_t t = range.begin; t < range.end; ++t) {
-                const int64_t first = t * kPairRows, count = rows_of_pair(rows, t);
-                const uint8_t* a = q + (t * steps + s0) * kPairBytes;
-                if (last) this->prefetch(row, {first, first + count}, w, nb * kBlockN + j, kPairRows);
-                if (count > kTileRows)
-                  block<kPrefetch, 2>(a, b, depth, c, s0 > 0, row, scales, meanwhile);
-                else
-                  block<kPrefetch, 1>(a, b, depth, c, s0 > 0, row, scales, meanwhile);
-                if (last) pending = {first, first + count, first, c, columns, nb * kBlockN, j};
-                if (steps > kSliceSteps) c += kPairSums;  // otherwise one block's worth of L1 serves them all
-              }
-            }
-          }
-        });
+    this->share_out(ceil_div(rows, kPairRows), V::kBlockBytes / (kPairRows * (padded_ > 0 ? padded_ : 1)), thread, team,
+                    [&](const LinearW8A8Args& w, int64_t nb, Range range, bool more) {
+                      Columns columns = this->columns_of(w, nb, rows, copies[visits++ % 2]);
+                      if (p_.act.symmetric) columns.shared = nullptr;  // all zero
+                      const int8_t* weights = w.packed + nb * kBlockN * padded_;
+                      meanwhile.ahead = weights + kBlockN * padded_;
+                      // Few tiles would be held up by so many requests.
+                      const int64_t lines = ceil_div(PackedTiles::kStep / 64 / 2, range.end - range.begin);
+                      meanwhile.lines = more && lines <= kMostAhead ? lines : 0;
+                      for (int64_t s0 = 0; s0 == 0 || s0 < steps; s0 += kSliceSteps) {
+                        const int64_t depth = steps - s0 < kSliceSteps ? steps - s0 : kSliceSteps;
+                        const bool last = s0 + depth == steps;
+                        int32_t* c = sums;
+                        for (int j = 0; j < columns.count; j += kPairRows) {
+                          const int8_t* b = weights + s0 * PackedTiles::kStep + j * kPackK;
+                          for (int64_t t = range.begin; t < range.end; ++t) {
+                            const int64_t first = t * kPairRows, count = rows_of_pair(rows, t);
+                            const uint8_t* a = q + (t * steps + s0) * kPairBytes;
+                            if (last) this->prefetch(row, {first, first + count}, w, nb * kBlockN + j, kPairRows);
+                            if (count > kTileRows)
+                              block<kPrefetch, 2>(a, b, depth, c, s0 > 0, row, scales, meanwhile);
+                            else
+                              block<kPrefetch, 1>(a, b, depth, c, s0 > 0, row, scales, meanwhile);
+                            if (last) pending = {first, first + count, first, c, columns, nb * kBlockN, j};
+                            if (steps > kSliceSteps)
+                              c += kPairSums;  // otherwise one block's worth of L1 serves them all
+                          }
+                        }
+                      }
+                    });
     if (pending.next < pending.end) finish(pending, kPairRows, row, scales);
   }
 
