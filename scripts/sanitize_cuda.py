@@ -93,7 +93,7 @@ def run_kernels(k: int) -> None:
     configs = [(0, 16, 1, 1, 0, 0), (0, 64, 1, 1, 0, 0), (0, 128, 1, 1, 0, 0)]
     if torch.cuda.get_device_capability() == (9, 0) and cuda._cuda.has_sm90a():
         configs += [(1, 8, 1, 1, 0, 128), (1, 16, 2, 1, 0, 64), (1, 64, 1, 4, 1, 128), (1, 128, 1, 1, 1, 64)]
-        configs += [(2, 128, 1, 1, 0, 0), (2, 224, 1, 2, 0, 0), (2, 256, 1, 1, 0, 0)]
+        configs += [(2, 128, 1, 2, 1, 0), (2, 128, 1, 1, 0, 0), (2, 224, 1, 2, 0, 0), (2, 256, 1, 1, 0, 0)]
     codes, scales = q.to("cuda"), scale.to("cuda")
     for config in configs:
         got = cuda.gemm_w8a8(codes, scales, None, layer, out_dtype=torch.float32, config=config)
