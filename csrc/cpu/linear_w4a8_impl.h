@@ -64,7 +64,7 @@ class LinearW4A8 {
         });
   }
 
- private:
+ protected:  // the AMX tier has loops of its own over these
   using F = typename V::F;
   using I = typename V::I;
 
@@ -191,7 +191,7 @@ class LinearW4A8 {
                           kBlockN);
     }
     for (int64_t r = 0; r < rows; ++r)
-      finish_row(row + block.begin + r, scales[block.begin + r].scale, totals + r * kBlockN, nb);
+      finish_row(row + block.begin + r, scales[block.begin + r].scale, totals + r * kBlockN, nb * kBlockN, kBlockN);
   }
 
   // A group of one panel whose zero points are all 8: the accumulators start at -8 * sum(a) and end in the totals.
@@ -252,21 +252,22 @@ class LinearW4A8 {
     }
   }
 
-  void finish_row(int64_t row, float scale, const float* totals, int64_t nb) const {
+  // Columns [n0, n0 + columns) of y, as far as there are any.
+  void finish_row(int64_t row, float scale, const float* totals, int64_t n0, int64_t columns) const {
     switch (p_.y_dtype) {
       case DType::kF32:
-        return finish_row_as<DType::kF32>(row, scale, totals, nb);
+        return finish_row_as<DType::kF32>(row, scale, totals, n0, columns);
       case DType::kBF16:
-        return finish_row_as<DType::kBF16>(row, scale, totals, nb);
+        return finish_row_as<DType::kBF16>(row, scale, totals, n0, columns);
       default:
-        return finish_row_as<DType::kF16>(row, scale, totals, nb);
+        return finish_row_as<DType::kF16>(row, scale, totals, n0, columns);
     }
   }
 
   template <DType D>
-  void finish_row_as(int64_t row, float scale, const float* totals, int64_t nb) const {
-    const int64_t n0 = nb * kBlockN, y = row * p_.y_stride + n0, residual = row * p_.residual.stride + n0;
-    const int width = static_cast<int>(p_.n - n0 < kBlockN ? p_.n - n0 : kBlockN);
+  void finish_row_as(int64_t row, float scale, const float* totals, int64_t n0, int64_t columns) const {
+    const int64_t y = row * p_.y_stride + n0, residual = row * p_.residual.stride + n0;
+    const int width = static_cast<int>(p_.n - n0 < columns ? p_.n - n0 : columns);
     const F scale_x = V::set(scale);
     for (int i = 0; i < width; i += V::kLanes) {
       const int n = width - i < V::kLanes ? width - i : V::kLanes;

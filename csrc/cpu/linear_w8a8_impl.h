@@ -81,7 +81,7 @@ class LinearW8A8 {
         });
   }
 
- private:
+ protected:  // the AMX tier has loops of its own over these
   // ---- activations -------------------------------------------------------------------------------------------
 
   void quantize_rows(int64_t row, Range range, uint8_t* q, RowScale* scales) const {
@@ -113,7 +113,16 @@ class LinearW8A8 {
       if (wide_) tile_m = V::kWideTileM, block_bytes = V::kWideBlockBytes;
     }
     const int64_t tiles = ceil_div(rows, tile_m);
-    int64_t block_tiles = block_bytes / (tile_m * stride_);
+    share_out(tiles, block_bytes / (tile_m * stride_), thread, team,
+              [&](const LinearW8A8Args& member, int64_t nb, Range range, bool /*more*/) {
+                superblock(member, nb, row, rows, tiles, range, q, scales);
+              });
+  }
+
+  // The thread's part of the (superblock, row tile) pairs of each block of row tiles: body(member, superblock of it, row
+  // tiles, whether there is more to come in the block).
+  template <class Body>
+  void share_out(int64_t tiles, int64_t block_tiles, int thread, int team, const Body& body) const {
     block_tiles = block_tiles < 1 ? 1 : block_tiles > V::kMaxBlockTiles ? V::kMaxBlockTiles : block_tiles;
     const int64_t blocks = ceil_div(tiles, block_tiles);
     for (int64_t b = 0; b < blocks; ++b) {
@@ -121,20 +130,15 @@ class LinearW8A8 {
       const int64_t width = block.end - block.begin;
       const Range mine = share(superblocks_ * width, thread, team);
       for (int64_t u = mine.begin; u < mine.end;) {
-        const int64_t nb = u / width, first = u % width;
+        int64_t nb = u / width;
+        const int64_t first = u % width;
         const int64_t last = width - first < mine.end - u ? width : first + (mine.end - u);
-        member_superblock(nb, row, rows, tiles, {block.begin + first, block.begin + last}, q, scales);
         u += last - first;
+        const LinearW8A8Args* member = members_;  // whose superblock it is
+        for (int64_t own; nb >= (own = ceil_div(member->n, kBlockN)); ++member) nb -= own;
+        body(*member, nb, Range{block.begin + first, block.begin + last}, u < mine.end);
       }
     }
-  }
-
-  // Finds whose superblock it is.
-  void member_superblock(int64_t nb, int64_t row, int64_t rows, int64_t tiles, Range range, const uint8_t* q,
-                         const RowScale* scales) const {
-    const LinearW8A8Args* member = members_;
-    for (int64_t own; nb >= (own = ceil_div(member->n, kBlockN)); ++member) nb -= own;
-    superblock(*member, nb, row, rows, tiles, range, q, scales);
   }
 
   // The 64 columns' epilogue operands; the last superblock's are copied so that whole vectors can be read.
@@ -147,11 +151,14 @@ class LinearW8A8 {
     int count;
   };
 
-  void superblock(const LinearW8A8Args& w, int64_t nb, int64_t row, int64_t rows, int64_t tiles, Range range,
-                  const uint8_t* q, const RowScale* scales) const {
-    const int64_t n0 = nb * kBlockN;
-    alignas(kAlign) int32_t colsum[kBlockN];
+  // Where operands are copied to.
+  struct ColumnCopies {
+    alignas(kAlign) int32_t colsum[kBlockN], shared[kBlockN];
     alignas(kAlign) float scale[kBlockN], bias[kBlockN];
+  };
+
+  QK_INLINE Columns columns_of(const LinearW8A8Args& w, int64_t nb, int64_t rows, ColumnCopies& copies) const {
+    const int64_t n0 = nb * kBlockN;
     Columns columns{&w,
                     w.colsum + n0,
                     nullptr,
@@ -160,17 +167,24 @@ class LinearW8A8 {
                     static_cast<int>(w.n - n0 < kBlockN ? w.n - n0 : kBlockN)};
     if (columns.count < kBlockN) {
       for (int j = 0; j < kBlockN; ++j) {
-        colsum[j] = j < columns.count ? columns.colsum[j] : 0;
-        scale[j] = j < columns.count ? columns.scale[j] : 0.0f;
+        copies.colsum[j] = j < columns.count ? columns.colsum[j] : 0;
+        copies.scale[j] = j < columns.count ? columns.scale[j] : 0.0f;
       }
-      for (int j = 0; w.bias && j < kBlockN; ++j) bias[j] = j < columns.count ? columns.bias[j] : 0.0f;
-      columns = {&w, colsum, nullptr, scale, w.bias ? bias : nullptr, columns.count};
+      for (int j = 0; w.bias && j < kBlockN; ++j) copies.bias[j] = j < columns.count ? columns.bias[j] : 0.0f;
+      columns = {&w, copies.colsum, nullptr, copies.scale, w.bias ? copies.bias : nullptr, columns.count};
     }
-    alignas(kAlign) int32_t shared[kBlockN];
     if (p_.act.symmetric && rows > 1) {  // one row alone saves nothing
-      for (int j = 0; j < kBlockN; ++j) shared[j] = V::kOffset * columns.colsum[j];
-      columns.shared = shared;
+      for (int j = 0; j < kBlockN; ++j) copies.shared[j] = V::kOffset * columns.colsum[j];
+      columns.shared = copies.shared;
     }
+    return columns;
+  }
+
+  void superblock(const LinearW8A8Args& w, int64_t nb, int64_t row, int64_t rows, int64_t tiles, Range range,
+                  const uint8_t* q, const RowScale* scales) const {
+    const int64_t n0 = nb * kBlockN;
+    ColumnCopies copies;
+    const Columns columns = columns_of(w, nb, rows, copies);
     const int8_t* weights = w.packed + n0 * padded_k(p_.k);
     if constexpr (V::kWidens) {
       if (wide_) return wide_slices(row, rows, tiles, range, q, scales, columns, weights, n0);

@@ -1,0 +1,148 @@
+// W8A8 on AMX: quantization, sharing and epilogue of linear_w8a8_impl.h, with the tier's own loops between them.
+//
+// While the tiles multiply a block of 32 x 32, the vector units take the block before through its epilogue, two rows a
+// step, and the next superblock's weights come to L2.
+#pragma once
+
+#include "linear_w8a8_impl.h"
+#include "tiles_amx.h"
+
+namespace qk {
+namespace {
+
+template <class V>
+class LinearW8A8Amx : LinearW8A8<V> {
+ public:
+  using Base = LinearW8A8<V>;
+
+  LinearW8A8Amx(const LinearW8A8Args* members, int count) : Base(members, count), padded_(padded_k(members->k)) {}
+
+  static int64_t scratch_bytes(int64_t m, int64_t k, int threads) {
+    return row_chunks_bytes<V>(m, k, tile_stride(m, k, 0), threads);
+  }
+
+  void run() const {
+    for_row_chunks<V>(
+        p_.m, this->superblocks_ * kBlockN, p_.k, tile_stride(p_.m, p_.k, 0), p_.scratch, p_.threads,
+        [this](int64_t row, Range range, uint8_t* q, RowScale* scales) {
+          alignas(kAlign) uint8_t buffer[kMaxK + kRowPad];
+          for (int64_t r = range.begin; r < range.end; ++r) {
+            this->quantize_rows(row + r, {0, 1}, buffer, scales + r);
+            store_tile_row(buffer, p_.k, r, q);
+          }
+        },
+        [this](int64_t row, int64_t rows, const uint8_t* q, const RowScale* scales, int thread, int team) {
+          // Threads on one core share its queues: a tile waits less for L2 when its lines were asked for a step ago. A
+          // thread that has the core for itself reorders far enough, and the requests only cost it.
+          if (team > 1)
+            multiply<true>(row, rows, q, scales, thread, team);
+          else
+            multiply<false>(row, rows, q, scales, thread, team);
+        });
+  }
+
+ private:
+  using Base::p_;
+  using typename Base::ColumnCopies;
+  using typename Base::Columns;
+
+  static constexpr int64_t kSliceSteps = V::kSliceK / 64, kMostAhead = 8;
+
+  // A block whose sums wait for the epilogue: rows [next, end) of the chunk, the first of which is row `begin`.
+  struct Pending {
+    int64_t next = 0, end = 0, begin = 0;
+    const int32_t* c = nullptr;
+    Columns columns;
+    int64_t n0 = 0;
+    int j = 0;
+  };
+
+  QK_NOINLINE void finish(Pending& pending, int64_t count, int64_t row, const RowScale* scales) const {
+    const int64_t next = pending.next, end = next + count < pending.end ? next + count : pending.end;
+    this->template epilogue<kPairRows>(row, {next, end}, scales, pending.c + (next - pending.begin) * kPairRows,
+                                       pending.columns, pending.n0, pending.j);
+    pending.next = end;
+  }
+
+  // What the vector units do meanwhile, and what is asked for.
+  struct Meanwhile {
+    Pending pending;
+    const int8_t* ahead = nullptr;  // L2 prefetch, `lines` of them each step
+    int64_t lines = 0;
+  };
+
+  template <bool kPrefetch, int kTiles>
+  void block(const uint8_t* a, const int8_t* b, int64_t steps, int32_t* c, bool accumulate, int64_t row,
+             const RowScale* scales, Meanwhile& meanwhile) const {
+    store_fence();
+    if (accumulate)
+      load_sums<kTiles>(c);
+    else
+      clear_sums<kTiles>();
+    const int64_t count = steps < kPairRows / 2 ? ceil_div(kPairRows, steps > 0 ? steps : 1) : 2;
+    add_products<PackedTiles, kTiles>(a, b, steps, [&](int i, const uint8_t* pa, const int8_t* pb) QK_INLINE {
+      if constexpr (kPrefetch) {  // the next step's lines, a few at a time
+        if (i % 2 == 0) {
+          for (int l = 8 * i; l < 8 * i + 16; ++l) __builtin_prefetch(pa + kPairBytes + l * 64);
+        } else {
+          for (int l = i / 2 * 8; l < (kTiles == 2 ? i / 2 * 8 + 8 : 16); ++l) {
+            __builtin_prefetch(pb + PackedTiles::kStep + l * PackedTiles::kLine);
+            __builtin_prefetch(pb + PackedTiles::kStep + l * PackedTiles::kLine + 64);
+          }
+        }
+      }
+      if (i == 1) {
+        for (int64_t l = 0; l < meanwhile.lines; ++l, meanwhile.ahead += 64) __builtin_prefetch(meanwhile.ahead, 0, 2);
+        if (meanwhile.pending.next < meanwhile.pending.end) finish(meanwhile.pending, count, row, scales);
+      }
+    });
+    if (meanwhile.pending.next < meanwhile.pending.end) finish(meanwhile.pending, kPairRows, row, scales);
+    store_sums<kTiles>(c);
+  }
+
+  template <bool kPrefetch>
+  void multiply(int64_t row, int64_t rows, const uint8_t* q, const RowScale* scales, int thread, int team) const {
+    alignas(kAlign) int32_t sums[V::kMaxBlockTiles * 2 * kPairSums];
+    ColumnCopies copies[2];  // those of the block that waits, and the superblock's
+    Meanwhile meanwhile;
+    Pending& pending = meanwhile.pending;
+    int64_t visits = 0;
+    const int64_t steps = padded_ / 64;
+    this->share_out(
+        ceil_div(rows, kPairRows), V::kBlockBytes / (kPairRows * (padded_ > 0 ? padded_ : 1)), thread, team,
+        [&](const LinearW8A8Args& w, int64_t nb, Range range, bool more) {
+          Columns columns = this->columns_of(w, nb, rows, copies[visits++ % 2]);
+          if (p_.act.symmetric) columns.shared = nullptr;  // all zero
+          const int8_t* weights = w.packed + nb * kBlockN * padded_;
+          meanwhile.ahead = weights + kBlockN * padded_;
+          // Few tiles would be held up by so many requests.
+          const int64_t lines = ceil_div(PackedTiles::kStep / 64 / 2, range.end - range.begin);
+          meanwhile.lines = more && lines <= kMostAhead ? lines : 0;
+          for (int64_t s0 = 0; s0 == 0 || s0 < steps; s0 += kSliceSteps) {
+            const int64_t depth = steps - s0 < kSliceSteps ? steps - s0 : kSliceSteps;
+            const bool last = s0 + depth == steps;
+            int32_t* c = sums;
+            for (int j = 0; j < columns.count; j += kPairRows) {
+              const int8_t* b = weights + s0 * PackedTiles::kStep + j * kPackK;
+              for (int64_t t = range.begin; t < range.end; ++t) {
+                const int64_t first = t * kPairRows, count = rows_of_pair(rows, t);
+                const uint8_t* a = q + (t * steps + s0) * kPairBytes;
+                if (last) this->prefetch(row, {first, first + count}, w, nb * kBlockN + j, kPairRows);
+                if (count > kTileRows)
+                  block<kPrefetch, 2>(a, b, depth, c, s0 > 0, row, scales, meanwhile);
+                else
+                  block<kPrefetch, 1>(a, b, depth, c, s0 > 0, row, scales, meanwhile);
+                if (last) pending = {first, first + count, first, c, columns, nb * kBlockN, j};
+                if (steps > kSliceSteps) c += kPairSums;  // otherwise one block's worth of L1 serves them all
+              }
+            }
+          }
+        });
+    if (pending.next < pending.end) finish(pending, kPairRows, row, scales);
+  }
+
+  const int64_t padded_;
+};
+
+}  // namespace
+}  // namespace qk
