@@ -170,7 +170,9 @@ class LinearW4A8Amx : LinearW4A8<V> {
   };
 
   // Symmetric activations, no minimum: total + float(d) * scale.
-  static F plus_group(F total, const int32_t* c, F scale) { return V::add(total, V::mul(V::to_f(V::load_i(c)), scale)); }
+  static F plus_group(F total, const int32_t* c, F scale) {
+    return V::add(total, V::mul(V::to_f(V::load_i(c)), scale));
+  }
 
   // Group g of the two: x = stored - zp, as in finish_group, but that zero points have met the weights before.
   F plus_group(const Pending& p, F total, int g, int64_t r, int64_t j) const {
@@ -179,8 +181,7 @@ class LinearW4A8Amx : LinearW4A8<V> {
     if (zp != 0) d = V::sub_i(d, V::mul_i(V::set_i(zp), V::load_i(p.weight_sum + g * kBlockN + j)));
     total = V::add(total, V::mul(V::to_f(d), V::load_f(p.scale + g * kBlockN + j)));
     if (!p_.weight_min) return total;
-    const int32_t sum =
-        p.row_sums[r * this->groups_ + p.spans[g].group] - zp * static_cast<int32_t>(p.spans[g].depth);
+    const int32_t sum = p.row_sums[r * this->groups_ + p.spans[g].group] - zp * static_cast<int32_t>(p.spans[g].depth);
     return V::add(total, V::mul(V::load_f(p.min + g * kBlockN + j), V::to_f(V::set_i(sum))));
   }
 
@@ -237,7 +238,8 @@ class LinearW4A8Amx : LinearW4A8<V> {
   };
 
   template <bool kPlain, int kTiles>
-  QK_NOINLINE void multiply_block(const Block& block, Workspace& ws, Pending& pending, int& parity, Ahead& ahead) const {
+  QK_NOINLINE void multiply_block(const Block& block, Workspace& ws, Pending& pending, int& parity,
+                                  Ahead& ahead) const {
     const int8_t* b = block.b;
     store_fence();
     for (int64_t s = 0; s < ws.span_count; s += 2) {
@@ -296,8 +298,8 @@ class LinearW4A8Amx : LinearW4A8<V> {
 
   template <bool kPlain>
   void multiply_as(int64_t row, int64_t rows, const uint8_t* q, const RowScale* scales, int thread, int team) const {
-    Workspace& ws = *reinterpret_cast<Workspace*>(
-        p_.scratch + workspaces(p_.m, p_.k, this->groups_, p_.threads) + thread * static_cast<int64_t>(sizeof(Workspace)));
+    Workspace& ws = *reinterpret_cast<Workspace*>(p_.scratch + workspaces(p_.m, p_.k, this->groups_, p_.threads) +
+                                                  thread * static_cast<int64_t>(sizeof(Workspace)));
     const int64_t tiles = ceil_div(rows, kPairRows), superblocks = ceil_div(p_.n, kBlockN);
     int64_t blocks = ceil_div(2 * team, superblocks);  // two pieces of work a thread even out the last ones
     blocks = blocks < tiles ? blocks : tiles;

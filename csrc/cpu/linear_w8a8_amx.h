@@ -32,12 +32,7 @@ class LinearW8A8Amx : LinearW8A8<V> {
           }
         },
         [this](int64_t row, int64_t rows, const uint8_t* q, const RowScale* scales, int thread, int team) {
-          // Threads on one core share its queues: a tile waits less for L2 when its lines were asked for a step ago. A
-          // thread that has the core for itself reorders far enough, and the requests only cost it.
-          if (team > 1)
-            multiply<true>(row, rows, q, scales, thread, team);
-          else
-            multiply<false>(row, rows, q, scales, thread, team);
+          multiply(row, rows, q, scales, thread, team);
         });
   }
 
@@ -71,7 +66,7 @@ class LinearW8A8Amx : LinearW8A8<V> {
     int64_t lines = 0;
   };
 
-  template <bool kPrefetch, int kTiles>
+  template <int kTiles>
   void block(const uint8_t* a, const int8_t* b, int64_t steps, int32_t* c, bool accumulate, int64_t row,
              const RowScale* scales, Meanwhile& meanwhile) const {
     store_fence();
@@ -81,14 +76,13 @@ class LinearW8A8Amx : LinearW8A8<V> {
       clear_sums<kTiles>();
     const int64_t count = steps < kPairRows / 2 ? ceil_div(kPairRows, steps > 0 ? steps : 1) : 2;
     add_products<PackedTiles, kTiles>(a, b, steps, [&](int i, const uint8_t* pa, const int8_t* pb) QK_INLINE {
-      if constexpr (kPrefetch) {  // the next step's lines, a few at a time
-        if (i % 2 == 0) {
-          for (int l = 8 * i; l < 8 * i + 16; ++l) __builtin_prefetch(pa + kPairBytes + l * 64);
-        } else {
-          for (int l = i / 2 * 8; l < (kTiles == 2 ? i / 2 * 8 + 8 : 16); ++l) {
-            __builtin_prefetch(pb + PackedTiles::kStep + l * PackedTiles::kLine);
-            __builtin_prefetch(pb + PackedTiles::kStep + l * PackedTiles::kLine + 64);
-          }
+      // The next step's lines, a few at a time: a tile waits less for L2 when they were asked for a step ago.
+      if (i % 2 == 0) {
+        for (int l = 8 * i; l < 8 * i + 16; ++l) __builtin_prefetch(pa + kPairBytes + l * 64);
+      } else {
+        for (int l = i / 2 * 8; l < (kTiles == 2 ? i / 2 * 8 + 8 : 16); ++l) {
+          __builtin_prefetch(pb + PackedTiles::kStep + l * PackedTiles::kLine);
+          __builtin_prefetch(pb + PackedTiles::kStep + l * PackedTiles::kLine + 64);
         }
       }
       if (i == 1) {
@@ -100,7 +94,6 @@ class LinearW8A8Amx : LinearW8A8<V> {
     store_sums<kTiles>(c);
   }
 
-  template <bool kPrefetch>
   void multiply(int64_t row, int64_t rows, const uint8_t* q, const RowScale* scales, int thread, int team) const {
     alignas(kAlign) int32_t sums[V::kMaxBlockTiles * 2 * kPairSums];
     ColumnCopies copies[2];  // those of the block that waits, and the superblock's
@@ -108,36 +101,36 @@ class LinearW8A8Amx : LinearW8A8<V> {
     Pending& pending = meanwhile.pending;
     int64_t visits = 0;
     const int64_t steps = padded_ / 64;
-    this->share_out(
-        ceil_div(rows, kPairRows), V::kBlockBytes / (kPairRows * (padded_ > 0 ? padded_ : 1)), thread, team,
-        [&](const LinearW8A8Args& w, int64_t nb, Range range, bool more) {
-          Columns columns = this->columns_of(w, nb, rows, copies[visits++ % 2]);
-          if (p_.act.symmetric) columns.shared = nullptr;  // all zero
-          const int8_t* weights = w.packed + nb * kBlockN * padded_;
-          meanwhile.ahead = weights + kBlockN * padded_;
-          // Few tiles would be held up by so many requests.
-          const int64_t lines = ceil_div(PackedTiles::kStep / 64 / 2, range.end - range.begin);
-          meanwhile.lines = more && lines <= kMostAhead ? lines : 0;
-          for (int64_t s0 = 0; s0 == 0 || s0 < steps; s0 += kSliceSteps) {
-            const int64_t depth = steps - s0 < kSliceSteps ? steps - s0 : kSliceSteps;
-            const bool last = s0 + depth == steps;
-            int32_t* c = sums;
-            for (int j = 0; j < columns.count; j += kPairRows) {
-              const int8_t* b = weights + s0 * PackedTiles::kStep + j * kPackK;
-              for (int64_t t = range.begin; t < range.end; ++t) {
-                const int64_t first = t * kPairRows, count = rows_of_pair(rows, t);
-                const uint8_t* a = q + (t * steps + s0) * kPairBytes;
-                if (last) this->prefetch(row, {first, first + count}, w, nb * kBlockN + j, kPairRows);
-                if (count > kTileRows)
-                  block<kPrefetch, 2>(a, b, depth, c, s0 > 0, row, scales, meanwhile);
-                else
-                  block<kPrefetch, 1>(a, b, depth, c, s0 > 0, row, scales, meanwhile);
-                if (last) pending = {first, first + count, first, c, columns, nb * kBlockN, j};
-                if (steps > kSliceSteps) c += kPairSums;  // otherwise one block's worth of L1 serves them all
-              }
-            }
-          }
-        });
+    this->share_out(ceil_div(rows, kPairRows), V::kBlockBytes / (kPairRows * (padded_ > 0 ? padded_ : 1)), thread, team,
+                    [&](const LinearW8A8Args& w, int64_t nb, Range range, bool more) {
+                      Columns columns = this->columns_of(w, nb, rows, copies[visits++ % 2]);
+                      if (p_.act.symmetric) columns.shared = nullptr;  // all zero
+                      const int8_t* weights = w.packed + nb * kBlockN * padded_;
+                      meanwhile.ahead = weights + kBlockN * padded_;
+                      // Few tiles would be held up by so many requests.
+                      const int64_t lines = ceil_div(PackedTiles::kStep / 64 / 2, range.end - range.begin);
+                      meanwhile.lines = more && lines <= kMostAhead ? lines : 0;
+                      for (int64_t s0 = 0; s0 == 0 || s0 < steps; s0 += kSliceSteps) {
+                        const int64_t depth = steps - s0 < kSliceSteps ? steps - s0 : kSliceSteps;
+                        const bool last = s0 + depth == steps;
+                        int32_t* c = sums;
+                        for (int j = 0; j < columns.count; j += kPairRows) {
+                          const int8_t* b = weights + s0 * PackedTiles::kStep + j * kPackK;
+                          for (int64_t t = range.begin; t < range.end; ++t) {
+                            const int64_t first = t * kPairRows, count = rows_of_pair(rows, t);
+                            const uint8_t* a = q + (t * steps + s0) * kPairBytes;
+                            if (last) this->prefetch(row, {first, first + count}, w, nb * kBlockN + j, kPairRows);
+                            if (count > kTileRows)
+                              block<2>(a, b, depth, c, s0 > 0, row, scales, meanwhile);
+                            else
+                              block<1>(a, b, depth, c, s0 > 0, row, scales, meanwhile);
+                            if (last) pending = {first, first + count, first, c, columns, nb * kBlockN, j};
+                            if (steps > kSliceSteps)
+                              c += kPairSums;  // otherwise one block's worth of L1 serves them all
+                          }
+                        }
+                      }
+                    });
     if (pending.next < pending.end) finish(pending, kPairRows, row, scales);
   }
 

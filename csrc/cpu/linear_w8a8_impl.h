@@ -119,8 +119,8 @@ class LinearW8A8 {
               });
   }
 
-  // The thread's part of the (superblock, row tile) pairs of each block of row tiles: body(member, superblock of it, row
-  // tiles, whether there is more to come in the block).
+  // The thread's part of the (superblock, row tile) pairs of each block of row tiles: body(member, superblock of it,
+  // row tiles, whether there is more to come in the block).
   template <class Body>
   void share_out(int64_t tiles, int64_t block_tiles, int thread, int team, const Body& body) const {
     block_tiles = block_tiles < 1 ? 1 : block_tiles > V::kMaxBlockTiles ? V::kMaxBlockTiles : block_tiles;
