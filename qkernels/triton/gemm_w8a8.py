@@ -98,8 +98,8 @@ class Tile:
 
 
 WIDE_TILES = (Tile(128, 128, 128, 4, 3), Tile(64, 128, 128, 4, 4), Tile(64, 64, 128, 4, 5))
-"""Widest first. Triton waits for each product of int8 before it goes on, so two or more programs of a multiprocessor are to
-hide one another's waits: at most 96 KB of stages each."""
+"""Widest first. Triton waits for each product of int8 before it goes on, which only another program of the
+multiprocessor hides: at most 96 KB of stages each."""
 
 ENOUGH_PROGRAMS = 132
 """More of them than this keep a large GPU busy; else narrower tiles are better (measured on an H200)."""
