@@ -148,7 +148,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kPerSm)
       ring.stage = producer;
       ring.parity = 1;  // of an empty barrier nobody has used: its "previous" phase counts as complete
       int skip = producer;  // slabs of the next segment until the first one of this producer
-      int until_half = walk.slabs(job) / (2 * S::kProducers);  // copies until the next kernel may begin
+      int until_half = max(1, walk.slabs(job) / (2 * S::kProducers));  // copies until the next kernel may begin
       bool waited = false;
       while (walk.next(job, s)) {
         const int count = s.last - s.first, first = s.first + skip;
