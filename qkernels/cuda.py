@@ -94,9 +94,10 @@ def kernel_name(rows: int, out_features: int, in_features: int, device: torch.de
     """The kernel that multiplies ``rows`` tokens, such as ``w8a8.cuda.wgmma.tiled.256``."""
     index = device.index or 0
     sms = torch.cuda.get_device_properties(index).multi_processor_count
-    kernel, tile, split, share, _, width = _cuda.select_w8a8(rows, out_features, in_features, capability(index), sms)
+    kernel, tile, split, share, deep, width = _cuda.select_w8a8(rows, out_features, in_features, capability(index), sms)
     parts = [f"w8a8.cuda.{_KERNELS[kernel]}.{tile}"]
     parts += [f"channels{width}"] if width == 64 else []
+    parts += ["turns"] if _KERNELS[kernel] == "wgmma.tiled" and deep else []
     parts += [f"split{split}"] if split > 1 else []
     parts += [f"share{share}"] if share > 1 else []
     return ".".join(parts)

@@ -29,7 +29,10 @@ PHASED_FEATURES = 1024
 """Fewer than these no kernel shares out among phases."""
 
 TILES = [(tokens, 1) for tokens in (8, 16, 32, 64, 128, 256)]
-PHASED_TILES = {16: [(8, 4), (16, 4), (32, 4), (64, 2), (128, 2)], 8: [(8, 4), (16, 4), (32, 4), (64, 4)]}
+PHASED_TILES = {
+    16: [(8, 2), (16, 2), (8, 8), (16, 8), (8, 4), (16, 4), (32, 4), (64, 2), (128, 2)],
+    8: [(8, 2), (16, 2), (8, 8), (16, 8), (8, 4), (16, 4), (32, 4), (64, 4)],
+}
 """Of 4-bit weights by wgmma: tokens, phases (``csrc/cuda/w4.h``); the latter by the bits of activations."""
 
 CLUSTERS = 24
@@ -93,7 +96,7 @@ def run_kernels(k: int) -> None:
     configs = [(0, 16, 1, 1, 0, 0), (0, 64, 1, 1, 0, 0), (0, 128, 1, 1, 0, 0)]
     if torch.cuda.get_device_capability() == (9, 0) and cuda._cuda.has_sm90a():
         configs += [(1, 8, 1, 1, 0, 128), (1, 16, 2, 1, 0, 64), (1, 64, 1, 4, 1, 128), (1, 128, 1, 1, 1, 64)]
-        configs += [(2, 128, 1, 1, 0, 0), (2, 224, 1, 2, 0, 0), (2, 256, 1, 1, 0, 0)]
+        configs += [(2, 128, 1, 2, 1, 0), (2, 128, 1, 1, 0, 0), (2, 224, 1, 2, 0, 0), (2, 256, 1, 1, 0, 0)]
     codes, scales = q.to("cuda"), scale.to("cuda")
     for config in configs:
         got = cuda.gemm_w8a8(codes, scales, None, layer, out_dtype=torch.float32, config=config)

@@ -23,7 +23,7 @@ if DEVICE.type == "cpu" and not INTERPRETED:
 else:
     pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
 
-    from qkernels.triton.gemm_w8a8 import Tile, gemm_w8a8
+    from qkernels.triton.gemm_w8a8 import MANY_ROWS, WIDE_TILES, Tile, gemm_w8a8, tile_for
     from qkernels.triton.quantize import quantize_rows
 
     # The interpreter truncates float32 to bfloat16 and is slow: fp32 outputs and small shapes there.
@@ -91,6 +91,25 @@ else:
             tile=SMALL_TILE,
         )
         assert_bits_equal(got, wanted)
+
+    @pytest.mark.parametrize("tile", [*WIDE_TILES, tile_for(MANY_ROWS, 4096)])
+    def test_every_wide_tile_with_ragged_edges(tile: Tile) -> None:
+        m, n, k = tile.m + 3, tile.n + 7, tile.k + 9
+        generator = torch.Generator().manual_seed(7)
+        weight = torch.randint(-128, 128, (n, k), dtype=torch.int8, generator=generator)
+        q = torch.randint(-127, 128, (m, k), dtype=torch.int8, generator=generator)
+        scale, weight_scale = seeded(m, seed=8).abs() + 0.01, seeded(n, seed=9).abs() + 0.01
+        wanted = reference.linear_w8a8_prequantized(q, scale, None, weight, weight_scale, None, torch.float32)
+        moved = [t.to(DEVICE) for t in (q, scale, weight, weight_scale)]
+        assert_bits_equal(gemm_w8a8(moved[0], moved[1], None, moved[2], moved[3], tile=tile), wanted)
+
+    def test_tiles_leave_room_for_two_programs_and_keep_the_chip_busy() -> None:
+        for tile in WIDE_TILES:
+            assert (tile.m + tile.n) * tile.k * tile.stages <= 96 * 1024
+        picks = {(256, 4096): (64, 64), (512, 4096): (64, 128), (1024, 4096): (128, 128), (128, 14336): (64, 128)}
+        for (rows, channels), wanted in picks.items():
+            assert (tile_for(rows, channels).m, tile_for(rows, channels).n) == wanted
+        assert tile_for(MANY_ROWS - 1, 4096).group < tile_for(MANY_ROWS, 4096).group
 
     def test_gemm_needs_the_sums_with_zero_points() -> None:
         ones = torch.ones(1, 16, dtype=torch.int8, device=DEVICE)

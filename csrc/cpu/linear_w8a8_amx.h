@@ -32,12 +32,7 @@ class LinearW8A8Amx : LinearW8A8<V> {
           }
         },
         [this](int64_t row, int64_t rows, const uint8_t* q, const RowScale* scales, int thread, int team) {
-          // Threads on one core share its queues: a tile waits less for L2 when its lines were asked for a step ago. A
-          // thread that has the core for itself reorders far enough, and the requests only cost it.
-          if (team > 1)
-            multiply<true>(row, rows, q, scales, thread, team);
-          else
-            multiply<false>(row, rows, q, scales, thread, team);
+          multiply(row, rows, q, scales, thread, team);
         });
   }
 
@@ -71,7 +66,7 @@ class LinearW8A8Amx : LinearW8A8<V> {
     int64_t lines = 0;
   };
 
-  template <bool kPrefetch, int kTiles>
+  template <int kTiles>
   void block(const uint8_t* a, const int8_t* b, int64_t steps, int32_t* c, bool accumulate, int64_t row,
              const RowScale* scales, Meanwhile& meanwhile) const {
     store_fence();
@@ -81,14 +76,13 @@ class LinearW8A8Amx : LinearW8A8<V> {
       clear_sums<kTiles>();
     const int64_t count = steps < kPairRows / 2 ? ceil_div(kPairRows, steps > 0 ? steps : 1) : 2;
     add_products<PackedTiles, kTiles>(a, b, steps, [&](int i, const uint8_t* pa, const int8_t* pb) QK_INLINE {
-      if constexpr (kPrefetch) {  // the next step's lines, a few at a time
-        if (i % 2 == 0) {
-          for (int l = 8 * i; l < 8 * i + 16; ++l) __builtin_prefetch(pa + kPairBytes + l * 64);
-        } else {
-          for (int l = i / 2 * 8; l < (kTiles == 2 ? i / 2 * 8 + 8 : 16); ++l) {
-            __builtin_prefetch(pb + PackedTiles::kStep + l * PackedTiles::kLine);
-            __builtin_prefetch(pb + PackedTiles::kStep + l * PackedTiles::kLine + 64);
-          }
+      // The next step's lines, a few at a time: a tile waits less for L2 when they were asked for a step ago.
+      if (i % 2 == 0) {
+        for (int l = 8 * i; l < 8 * i + 16; ++l) __builtin_prefetch(pa + kPairBytes + l * 64);
+      } else {
+        for (int l = i / 2 * 8; l < (kTiles == 2 ? i / 2 * 8 + 8 : 16); ++l) {
+          __builtin_prefetch(pb + PackedTiles::kStep + l * PackedTiles::kLine);
+          __builtin_prefetch(pb + PackedTiles::kStep + l * PackedTiles::kLine + 64);
         }
       }
       if (i == 1) {
@@ -100,7 +94,6 @@ class LinearW8A8Amx : LinearW8A8<V> {
     store_sums<kTiles>(c);
   }
 
-  template <bool kPrefetch>
   void multiply(int64_t row, int64_t rows, const uint8_t* q, const RowScale* scales, int thread, int team) const {
     alignas(kAlign) int32_t sums[V::kMaxBlockTiles * 2 * kPairSums];
     ColumnCopies copies[2];  // those of the block that waits, and the superblock's
@@ -128,9 +121,9 @@ class LinearW8A8Amx : LinearW8A8<V> {
                             const uint8_t* a = q + (t * steps + s0) * kPairBytes;
                             if (last) this->prefetch(row, {first, first + count}, w, nb * kBlockN + j, kPairRows);
                             if (count > kTileRows)
-                              block<kPrefetch, 2>(a, b, depth, c, s0 > 0, row, scales, meanwhile);
+                              block<2>(a, b, depth, c, s0 > 0, row, scales, meanwhile);
                             else
-                              block<kPrefetch, 1>(a, b, depth, c, s0 > 0, row, scales, meanwhile);
+                              block<1>(a, b, depth, c, s0 > 0, row, scales, meanwhile);
                             if (last) pending = {first, first + count, first, c, columns, nb * kBlockN, j};
                             if (steps > kSliceSteps)
                               c += kPairSums;  // otherwise one block's worth of L1 serves them all

@@ -47,13 +47,18 @@ W4Plan finished(W4Plan plan, const Waves& w, bool shared) {
   return plan;
 }
 
-// Few tokens: phases instead of sums in memory, which cost some 4 us, as long as one wave of narrow tiles serves, since
-// several fetch the tokens again and again; else sums are shared where less than half of the chip would have work, or
+// Few tokens: the narrowest tiles that one wave serves, of 32 channels to a multiprocessor (8 phases), or of 64, as
+// many as fit at a time; integers, whose phases wait for one another, in tiles of 64 only while each has a
+// multiprocessor. Sums in memory cost some 4 us: they are shared where less than half of the chip would have work, or
 // where some multiprocessors would have two tiles and others one, for long enough (measured on an H200).
 W4Plan plan_few(bool bytes, int64_t m, int64_t n, int64_t k, W4Kind kind, bool phases, int sms) {
   W4Plan plan = {};
   plan.tokens = m <= 8 ? 8 : kFew;
-  plan.phases = phases && blocks(n, w4_channels(4)) <= sms ? 4 : 1;
+  plan.phases = !phases                              ? 1
+                : blocks(n, w4_channels(8)) <= sms   ? 8
+                : !bytes && blocks(n, 64) <= 2 * sms ? 2
+                : bytes && blocks(n, 64) <= sms      ? 4
+                                                     : 1;
   const Waves w = waves_of(plan, bytes, m, n, kind == W4Kind::kMinimum, sms);
   // Half of the multiprocessors in a single wave, half of the places in the last of several.
   const bool enough = w.count() == 1 ? w.tiles * w.cluster * 2 >= sms : w.tiles * 2 > w.count() * w.slots;

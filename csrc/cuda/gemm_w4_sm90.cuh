@@ -26,11 +26,14 @@
 // tokens ("wide"), kept by the tensor cores for all of K in units of the scale of the group at hand, and multiplied by
 // the ratio of two scales between groups: one set of registers serves twice the tokens.
 //
-// Few channels: tiles of 64 of them, since each CTA walks all of K and most of the chip would have none. Two or four
-// warpgroups ("phases") take the slabs of such a tile in turns. Floats: each has sums of its own, and at the end they
-// meet in shared memory, where each phase adds a part of the tokens up. Integers, whose order counts: the running
-// totals lie in shared memory, and each phase adds its slab's to them when the one before it has (a relay, in pieces of
-// the tile); what takes long, unpacking and products, is under way in all of them at a time.
+// Up to 16 tokens ("few"), whose products are over before the next ones begin: the same fragments by mma.sync, in two
+// chains of sums. It takes 35 cycles for a product where wgmma takes 90, and no descriptors; nothing else is different.
+//
+// Few channels: tiles of 64 or 32 of them, since each CTA walks all of K and most of the chip would have none. Two,
+// four or eight groups of their warps ("phases") take the slabs of such a tile in turns. Floats: each has sums of its
+// own, and at the end they meet in shared memory, where each phase adds a part of the tokens up. Integers, whose order
+// counts: the running totals lie in shared memory, and each phase adds its slab's to them when the one before it has (a
+// relay, in pieces of the tile); what takes long, unpacking and products, is under way in all of them at a time.
 //
 // Work: every cluster takes whole tiles (cluster, cluster + clusters, ...). What is left over, less than two tiles per
 // cluster, is dealt out in equal runs of slabs ("stream-K") where K may be split: CTAs that share a tile leave their
@@ -67,7 +70,7 @@ struct PackedSource {
              : S::kZeros && w.zero_point ? w.zero_point + channel0
                                          : nullptr;
     const uint32_t row_bytes = r.value_bytes + (second ? second_bytes(r) : 0);
-    bytes = S::kTokenBytes + channels * (kW4SlabK / 2 + (row_bytes << r.row_shift));
+    bytes = job.box_rows * S::kCluster * S::kRowBytes + channels * (kW4SlabK / 2 + (row_bytes << r.row_shift));
   }
   static __device__ __forceinline__ uint32_t second_bytes(const GroupRows& r) {
     return S::kMinimum ? r.value_bytes : 1;
@@ -120,7 +123,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kPerSm)
   if (threadIdx.x == 0) {
     for (int s = 0; s < job.stages; ++s) {
       ptx::mbarrier_init(full + 8 * s, 1);
-      ptx::mbarrier_init(empty + 8 * s, S::kReleases * S::kCluster);  // all CTAs read what any of them fetches
+      ptx::mbarrier_init(empty + 8 * s, S::kWarps * S::kCluster);  // all CTAs read what any of them fetches
     }
     ptx::fence_mbarrier_init();
   }
@@ -145,6 +148,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kPerSm)
       ring.stage = producer;
       ring.parity = 1;  // of an empty barrier nobody has used: its "previous" phase counts as complete
       int skip = producer;  // slabs of the next segment until the first one of this producer
+      int until_half = max(1, walk.slabs(job) / (2 * S::kProducers));  // copies until the next kernel may begin
       bool waited = false;
       while (walk.next(job, s)) {
         const int count = s.last - s.first, first = s.first + skip;
@@ -187,9 +191,11 @@ __global__ void __launch_bounds__(S::kThreads, S::kPerSm)
             }
           }
           ring.advance(job.stages, S::kProducers);
+          // It fills its stages where there is room, and memory is never idle; sooner, it would take from what this one
+          // still needs.
+          if (--until_half == 0) ptx::grid_launch_dependents();
         }
       }
-      ptx::grid_launch_dependents();
       if constexpr (S::kCluster > 1) {  // stay until the last arrivals of the other CTAs are here
         for (int i = 0; i < job.stages; i += S::kProducers) {
           ptx::mbarrier_wait(empty + 8 * ring.stage, ring.parity);
@@ -200,7 +206,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kPerSm)
     __syncwarp();
   } else {
     if constexpr (S::kMovesRegisters) ptx::registers_increase<S::kConsumerRegisters>();
-    const Thread t(S::kGroups * 4, S::kPhases > 1);
+    const Thread t(S::kWarps, S::kPhases > 1);
     const uint32_t packed_offset = ptx::keep(packed_base - ptx::smem_u32(shared));
     const auto packed_at = [&](int stage) { return shared + packed_offset + stage * job.packed_bytes; };
     const uint32_t full_here = ptx::keep(full);
@@ -226,7 +232,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kPerSm)
       constexpr bool kEach = decltype(each)::value;
       const uint8_t* packed = packed_at(ring.stage);
       const uint8_t* rows = packed + S::kChannels * (kW4SlabK / 2);
-      const uint32_t tokens = base + ring.stage * S::kTokenBytes;
+      const uint32_t tokens = base + ring.stage * S::kTokenBytes + (S::kFew ? t.matrix : 0);
       const int own = ring.stage;
       const uint32_t own_parity = ring.parity;
       ring.advance(job.stages, S::kPhases);
@@ -268,7 +274,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kPerSm)
           if (S::kApart) {
             ptx::wgmma_wait<0>();
             unpack_half<S, kShift>(job, t, next_packed, odd_codes, book, 1, odd);
-          } else if (kShift == 0) {
+          } else if (kShift == 0 && !S::kFew) {
             ptx::wgmma_wait<1>();  // the even half may be overwritten
           }
           unpack_half<S, kShift>(job, t, next_packed, even_codes, book, 0, even);
@@ -278,7 +284,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kPerSm)
               job, t,
               row + 1 < kRows ? rows + (row + 1) * job.groups.row_bytes : next_packed + S::kChannels * (kW4SlabK / 2));
         }
-        ptx::wgmma_wait<0>();
+        if (!S::kFew) ptx::wgmma_wait<0>();
         if constexpr (S::kWide) {
           float next_scale[2];
 #pragma unroll
@@ -420,7 +426,11 @@ void run_shape(Job job, const void* x, int64_t x_stride, const W4Plan& plan, boo
   static std::atomic<uint64_t> allowed{0};
   allow_shared_memory(reinterpret_cast<const void*>(gemm_kernel<S>), kSharedBytes, allowed);
   const int64_t bytes = sizeof(typename S::T);
-  const CUtensorMap map = byte_matrix_map(x, job.e.m, w.k * bytes, x_stride * bytes, S::kPart);
+  // Rows that do not exist take longer to copy than others. What a stage holds in their place goes to tokens that are
+  // not stored.
+  job.box_rows = S::kFew && job.e.m < S::kPart ? job.e.m : S::kPart;
+  const CUtensorMap map =
+      byte_matrix_map(x, job.e.m, w.k * bytes, x_stride * bytes, static_cast<uint32_t>(job.box_rows));
   LaunchShape shape;
   shape.grid = dim3(static_cast<unsigned>(job.clusters * S::kCluster));
   shape.block = dim3(S::kThreads);

@@ -18,12 +18,15 @@
 // The grid is persistent: cluster c takes tiles c, c + clusters, ... in an order that walks the tokens of a group of
 // kGroup token tiles before it moves to the next channels, so a wave's operands fit in the L2.
 //
-// Epilogue: fragment -> fp32 steps -> 16-bit pairs, which stay in registers (64 of them) while the next tile's products
-// run. Stripes of 64 channels then go through 2 KB of shared memory per warp (stmatrix) to 16-byte stores of whole
-// sectors, at even distances behind the products of three quarters of K. Written at once, the tiles of all CTAs, 64 KB
-// each, would come as one burst that the L2 takes microseconds to absorb while no tensor core works. (fp32 outputs do
-// not fit beside the sums and are written at once.) The warpgroups share nothing in all this and need not arrive
-// together.
+// Taking turns (kTurns): or each warpgroup owns every other tile, multiplies all its tokens, and writes it out behind
+// the other one's products. That takes fewer cycles, and more power for each.
+//
+// Epilogue otherwise: fragment -> fp32 steps -> 16-bit pairs, which stay in registers (64 of them) while the next
+// tile's products run. Stripes of 64 channels then go through 2 KB of shared memory per warp (stmatrix) to 16-byte
+// stores of whole sectors, at even distances behind the products of three quarters of K. Written at once, the tiles of
+// all CTAs, 64 KB each, would come as one burst that the L2 takes microseconds to absorb while no tensor core works.
+// (fp32 outputs do not fit beside the sums and are written at once.) The warpgroups share nothing in all this and need
+// not arrive together.
 #include "epilogue.cuh"
 #include "host.h"
 #include "launch.h"
@@ -39,6 +42,7 @@ constexpr int kThreads = kConsumers + 128;  // the producer's warpgroup: setmaxn
 constexpr int kConsumerWarps = kConsumers / 32;
 constexpr int kTokenBytes = kTokens * kSlabK;
 constexpr int kAlignment = 1024;
+constexpr int kTurnBarrier = 3;  // and the next one: a warpgroup's turn
 constexpr int kBoxRows = 32;  // of tokens, where the last tile is not full
 constexpr int kGroup = 16;  // token tiles walked before the next channels
 constexpr int kStripe = 64;  // channels staged at once for the store
@@ -46,9 +50,12 @@ constexpr int kStripeBytes = 16 * kStripe * 2;  // per warp: 16 tokens
 // Registers per thread: 168 at launch (64 K over 384 threads), then moved from the producer to the consumers.
 constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
 
-template <int kChannels_, int kStages_, int kCluster_>
+// kTurns_: each warpgroup takes whole tiles, every other one of the CTA's.
+template <int kChannels_, int kStages_, int kCluster_, bool kTurns_ = false>
 struct Shape {
   static constexpr int kChannels = kChannels_, kStages = kStages_, kCluster = kCluster_;
+  static constexpr bool kTurns = kTurns_;
+  static constexpr int kReleases = kTurns ? kConsumerWarps / 2 : kConsumerWarps;  // warps that read a stage
   static constexpr int kWeightBytes = kChannels * kSlabK;
   static constexpr int kStageBytes = kTokenBytes + kWeightBytes;
   static constexpr int kSharedBytes = kStages * kStageBytes + kConsumerWarps * kStripeBytes + kAlignment;
@@ -135,25 +142,22 @@ __device__ __forceinline__ void hold(Held<kChannels>& held, const int32_t (&acc)
   }
 }
 
-// Writes channels c .. c + kStripe - 1 (c a compile-time value after unrolling) through `stripe`, 16 tokens x kStripe
-// channels of this warp's shared memory, chunk i (8 channels) of row r at place i ^ (r % 8).
-template <int kChannels>
-__device__ __forceinline__ void store_stripe(const Epilogue& e, const Held<kChannels>& held, int c, uint32_t stripe,
-                                             int lane) {
-  const int put_row = lane & 15, put_chunk = lane >> 4;  // stmatrix: the row whose address this lane gives
-#pragma unroll
-  for (int pair = 0; pair < kStripe / 16 && c + 16 * pair < kChannels; ++pair) {
-    const int chunk = 2 * pair + put_chunk, word = (c + 16 * pair) / 4;
-    ptx::stmatrix_x4(stripe + put_row * kStripe * 2 + ((chunk ^ (put_row & 7)) << 4), held.words[word],
-                     held.words[word + 1], held.words[word + 2], held.words[word + 3]);
-  }
+// A warp's stripe of 16 tokens x kStripe channels in shared memory: chunk i (8 channels) of row r at place i ^ (r % 8).
+// Two blocks of 8 channels, as stmatrix takes them.
+__device__ __forceinline__ void put_blocks(uint32_t stripe, int pair, int lane, const uint32_t (&words)[4]) {
+  const int row = lane & 15, chunk = 2 * pair + (lane >> 4);  // whose address this lane gives
+  ptx::stmatrix_x4(stripe + row * kStripe * 2 + ((chunk ^ (row & 7)) << 4), words[0], words[1], words[2], words[3]);
+}
+
+// And from there to channels n0 ... of tokens m0 ..., the first `count` of them.
+__device__ __forceinline__ void write_stripe(const Epilogue& e, int m0, int n0, int count, uint32_t stripe, int lane) {
   __syncwarp();
-  const int get_chunk = lane & 7, n = held.n0 + c + get_chunk * 8;
+  const int chunk = lane & 7, n = n0 + chunk * 8;
 #pragma unroll
   for (int pass = 0; pass < 4; ++pass) {
-    const int row = pass * 4 + (lane >> 3), m = held.m0 + row;
-    const int4 v = ptx::load_shared(stripe + row * kStripe * 2 + ((get_chunk ^ (row & 7)) << 4));
-    if (c + get_chunk * 8 < kChannels && m < e.m) {
+    const int row = pass * 4 + (lane >> 3), m = m0 + row;
+    const int4 v = ptx::load_shared(stripe + row * kStripe * 2 + ((chunk ^ (row & 7)) << 4));
+    if (chunk * 8 < count && m < e.m) {
       if (e.vectors && n + 8 <= e.n) {
         *reinterpret_cast<int4*>(static_cast<uint16_t*>(e.y) + int64_t(m) * e.y_stride + n) = v;
       } else {
@@ -165,6 +169,42 @@ __device__ __forceinline__ void store_stripe(const Epilogue& e, const Held<kChan
     }
   }
   __syncwarp();
+}
+
+// Channels c .. c + kStripe - 1 (c a compile-time value after unrolling) of what is held.
+template <int kChannels>
+__device__ __forceinline__ void store_stripe(const Epilogue& e, const Held<kChannels>& held, int c, uint32_t stripe,
+                                             int lane) {
+#pragma unroll
+  for (int pair = 0; pair < kStripe / 16 && c + 16 * pair < kChannels; ++pair) {
+    const uint32_t* w = held.words + (c + 16 * pair) / 4;
+    const uint32_t words[4] = {w[0], w[1], w[2], w[3]};
+    put_blocks(stripe, pair, lane, words);
+  }
+  write_stripe(e, held.m0, held.n0 + c, min(kStripe, kChannels - c), stripe, lane);
+}
+
+// A tile whose warpgroup has nothing else to do, stripe by stripe.
+template <int kChannels, DType kOut, bool kZero>
+__device__ __forceinline__ void store_tile(const Epilogue& e, const int32_t (&acc)[kChannels / 2], const Corner& at,
+                                           const TileTerms<kChannels>& terms, uint32_t stripe, int lane) {
+  static_assert(kChannels % kStripe == 0, "whole stripes");
+#pragma unroll
+  for (int c = 0; c < kChannels; c += kStripe) {
+#pragma unroll
+    for (int pair = 0; pair < kStripe / 16; ++pair) {
+      uint32_t words[4];
+#pragma unroll
+      for (int b = 0; b < 2; ++b) {
+        float v[4];
+        finish_block<kChannels, kZero>(acc, (c + 16 * pair) / 8 + b, at, terms, lane & 3, v);
+        words[2 * b] = pack_pair(kOut, v[0], v[1]);
+        words[2 * b + 1] = pack_pair(kOut, v[2], v[3]);
+      }
+      put_blocks(stripe, pair, lane, words);
+    }
+    write_stripe(e, at.m0, at.n0 + c, kStripe, stripe, lane);
+  }
 }
 
 template <typename S, DType kOut>
@@ -184,7 +224,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (threadIdx.x == 0) {
     for (int s = 0; s < S::kStages; ++s) {
       ptx::mbarrier_init(full + 8 * s, 1);
-      ptx::mbarrier_init(empty + 8 * s, kConsumerWarps * S::kCluster);  // both CTAs read what either fetches
+      ptx::mbarrier_init(empty + 8 * s, S::kReleases * S::kCluster);  // both CTAs read what either fetches
     }
     ptx::fence_mbarrier_init();
   }
@@ -261,11 +301,71 @@ __global__ void __launch_bounds__(kThreads, 1)
     };
     int stage = 0;
     uint32_t parity = 0;
+    ptx::grid_dependency_wait();
+    if constexpr (S::kTurns) {
+      const auto skip = [&](int count) {
+        stage += count;
+        parity ^= (stage / S::kStages) & 1, stage %= S::kStages;
+      };
+      skip(group * slab_count);  // the other one's
+      for (int at = ptx::block_x() / S::kCluster + group * step; at < tile_count; at += 2 * step) {
+        int32_t acc[2][S::kChannels / 2];
+        int previous = 0;
+        // Not before the other one has seen its last stage full: a parity tells only two phases of a barrier apart.
+        if (at >= step) ptx::named_barrier(kTurnBarrier + group, kConsumers);
+#pragma unroll 1
+        for (int kb = 0; kb < slab_count; ++kb) {
+          ptx::mbarrier_wait(full + 8 * stage, parity);
+          const uint32_t tile = base + stage * S::kStageBytes;
+          const uint64_t tokens[2] = {ptx::wgmma_descriptor(tile), ptx::wgmma_descriptor(tile + 64 * kSlabK)};
+          const uint64_t weights = ptx::wgmma_descriptor(tile + kTokenBytes);
+          ptx::wgmma_fence();
+#pragma unroll
+          for (int k = 0; k < kSlabK / 32; ++k) {
+            WgmmaS8<S::kChannels>::run(acc[0], tokens[0] + 2 * k, weights + 2 * k, kb + k);
+            WgmmaS8<S::kChannels>::run(acc[1], tokens[1] + 2 * k, weights + 2 * k, kb + k);
+          }
+          ptx::wgmma_commit();
+          ptx::wgmma_wait<1>();
+          if (kb > 0) release(previous);
+          previous = stage;
+          if (++stage == S::kStages) stage = 0, parity ^= 1;
+        }
+        ptx::named_barrier_arrive(kTurnBarrier + 1 - group, kConsumers);
+        ptx::wgmma_wait<0>();
+        release(previous);
+        skip(slab_count);
+
+        // Behind the other warpgroup's products, all of it.
+        const Place place = place_of<S::kCluster>(at, tiles);
+        const int m0 = (place.row * S::kCluster + rank) * kTokens + (warp & 3) * 16;
+        Corner corner;
+        corner.n0 = place.column * S::kChannels;
+        for (int n = member; n < S::kChannels; n += 128) terms.put(n, load_channel(e, corner.n0 + n));
+        ptx::named_barrier(1 + group, 128);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          corner.m0 = m0 + half * 64;
+          corner.upper = load_token(e, corner.m0 + (lane >> 2));
+          corner.lower = load_token(e, corner.m0 + (lane >> 2) + 8);
+          if constexpr (kOut == DType::kF32) {
+            store_f32_tile<S::kChannels, true>(e, acc[half], corner, terms, lane);
+          } else {
+            if (e.x_zero_point) {
+              store_tile<S::kChannels, kOut, true>(e, acc[half], corner, terms, stripe, lane);
+            } else {
+              store_tile<S::kChannels, kOut, false>(e, acc[half], corner, terms, stripe, lane);
+            }
+          }
+        }
+        ptx::named_barrier(1 + group, 128);
+      }
+      return;
+    }
     Held<S::kChannels> held;
     held.any = false;
     constexpr int kStripes = (S::kChannels + kStripe - 1) / kStripe;
     const int apart = max(1, slab_count * 3 / (4 * kStripes));  // slabs between stores
-    ptx::grid_dependency_wait();
     for (int at = ptx::block_x() / S::kCluster; at < tile_count; at += step) {
       int32_t acc[S::kChannels / 2];
       int previous = 0;
@@ -352,8 +452,8 @@ void run_typed(const GemmW8A8Args& args, bool dependent, cudaStream_t stream) {
 template <typename S>
 void run(const GemmW8A8Args& args, bool dependent, cudaStream_t stream) {
   switch (args.y_dtype) {
-    case DType::kF32:
-      return run_typed<S, DType::kF32>(args, dependent, stream);
+    case DType::kF32:  // in turns they would need more registers than there are
+      return run_typed<Shape<S::kChannels, S::kStages, S::kCluster>, DType::kF32>(args, dependent, stream);
     case DType::kBF16:
       return run_typed<S, DType::kBF16>(args, dependent, stream);
     case DType::kF16:
@@ -369,6 +469,7 @@ void gemm_w8a8_tiled(const GemmW8A8Args& args, const W8A8Config& c, bool depende
     case 128 * 4 + 1:
       return run<Shape<128, 6, 1>>(args, dependent, stream);
     case 128 * 4 + 2:
+      if (c.deep) return run<Shape<128, 6, 2, true>>(args, dependent, stream);
       return run<Shape<128, 6, 2>>(args, dependent, stream);
     case 224 * 4 + 2:
       return run<Shape<224, 4, 2>>(args, dependent, stream);

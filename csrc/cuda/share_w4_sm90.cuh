@@ -15,7 +15,7 @@ struct Relay {
   static constexpr int kPieces = S::kQuads / kPieceQuads;
   static_assert(!S::kRelays || kPhaseBarrier + S::kPhases * kPieces <= kGatherBarrier, "named barriers");
   float4* own;  // of this thread's outputs
-  __device__ __forceinline__ explicit Relay(float4* exchange) : own(exchange + (threadIdx.x & 127)) {}
+  __device__ __forceinline__ explicit Relay(float4* exchange) : own(exchange + threadIdx.x % S::kPhaseThreads) {}
   static __device__ __forceinline__ int barrier(int phase, int piece) {
     return kPhaseBarrier + phase * kPieces + piece;
   }
@@ -23,9 +23,9 @@ struct Relay {
   // Zeros, to phase 0.
   __device__ __forceinline__ void start() const {
 #pragma unroll
-    for (int q = 0; q < S::kQuads; ++q) own[q * 128] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    for (int q = 0; q < S::kQuads; ++q) own[q * S::kPhaseThreads] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
 #pragma unroll
-    for (int piece = 0; piece < kPieces; ++piece) ptx::named_barrier_arrive(barrier(0, piece), 256);
+    for (int piece = 0; piece < kPieces; ++piece) ptx::named_barrier_arrive(barrier(0, piece), 2 * S::kPhaseThreads);
   }
 
   // Adds what comes of one row of a slab's scales: receives with the first, sends with the last one, but not after the
@@ -34,12 +34,12 @@ struct Relay {
                                       const float (&step)[S::kValues], Sums<S>& sums) const {
 #pragma unroll
     for (int piece = 0; piece < kPieces; ++piece) {
-      if (first_row) ptx::named_barrier(barrier(phase, piece), 256);
+      if (first_row) ptx::named_barrier(barrier(phase, piece), 2 * S::kPhaseThreads);
       const int q0 = piece * kPieceQuads;
       if (first_row || !S::kHoldsTotal) {
 #pragma unroll
         for (int q = q0; q < q0 + kPieceQuads; ++q) {
-          const float4 v = own[q * 128];
+          const float4 v = own[q * S::kPhaseThreads];
           float* d = sums.total + 4 * q;
           d[0] = v.x, d[1] = v.y, d[2] = v.z, d[3] = v.w;
         }
@@ -50,10 +50,12 @@ struct Relay {
 #pragma unroll
         for (int q = q0; q < q0 + kPieceQuads; ++q) {
           const float* d = sums.total + 4 * q;
-          own[q * 128] = make_float4(d[0], d[1], d[2], d[3]);
+          own[q * S::kPhaseThreads] = make_float4(d[0], d[1], d[2], d[3]);
         }
       }
-      if (last_row && !last_slab) ptx::named_barrier_arrive(barrier((phase + 1) % S::kPhases, piece), 256);
+      if (last_row && !last_slab) {
+        ptx::named_barrier_arrive(barrier((phase + 1) % S::kPhases, piece), 2 * S::kPhaseThreads);
+      }
     }
   }
 };
@@ -64,13 +66,13 @@ template <typename S>
 __device__ __forceinline__ bool gather(float4* exchange, int phase, const Sums<S>& sums,
                                        float (&total)[S::kPartTokens / 2]) {
   constexpr int kPartQuads = S::kPartTokens / 8;
-  float4* own = exchange + (threadIdx.x & 127);
+  float4* own = exchange + threadIdx.x % S::kPhaseThreads;
   if constexpr (S::kGathers) {
     if (S::kGathersInRing) ptx::named_barrier(kGatherBarrier, S::kConsumers);  // nobody reads a stage any more
 #pragma unroll
     for (int q = 0; q < S::kQuads; ++q) {
       const float* d = sums.total + 4 * q;
-      own[(phase * S::kQuads + q) * 128] = make_float4(d[0], d[1], d[2], d[3]);
+      own[(phase * S::kQuads + q) * S::kPhaseThreads] = make_float4(d[0], d[1], d[2], d[3]);
     }
   }
   ptx::named_barrier(kGatherBarrier, S::kConsumers);
@@ -79,7 +81,7 @@ __device__ __forceinline__ bool gather(float4* exchange, int phase, const Sums<S
   for (int p = 0; p < (S::kGathers ? S::kPhases : 1); ++p) {
 #pragma unroll
     for (int q = 0; q < kPartQuads; ++q) {
-      const float4 v = own[(p * S::kQuads + phase * kPartQuads + q) * 128];
+      const float4 v = own[(p * S::kQuads + phase * kPartQuads + q) * S::kPhaseThreads];
       float* d = total + 4 * q;
       if (p == 0) {
         d[0] = v.x, d[1] = v.y, d[2] = v.z, d[3] = v.w;
@@ -102,7 +104,7 @@ __device__ __forceinline__ bool meet(const Job& job, int shared, bool from_first
   // A cluster enters at most one shared tile in its middle, and leaves at most one that it entered at its beginning.
   const auto slot = [&](int c, bool first) {
     const int64_t index = (int64_t(2 * c + (first ? 1 : 0)) * S::kCluster + rank) * 2 + group;
-    return reinterpret_cast<float4*>(job.partials + index * kGroupChannels * S::kTokens) + member;
+    return reinterpret_cast<float4*>(job.partials + index * 64 * S::kTokens) + member;
   };
   float4* own = slot(cluster, from_first_slab);
 #pragma unroll

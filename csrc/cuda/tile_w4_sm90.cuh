@@ -1,4 +1,4 @@
-// What a consumer warpgroup of gemm_w4_sm90.cuh does with a tile of 64 channels: which slabs are its own, codes to
+// What consumers of gemm_w4_sm90.cuh do with a tile: which slabs are its own, codes to
 // fragments, sums times scales. Its end is in share_w4_sm90.cuh.
 #pragma once
 
@@ -14,7 +14,6 @@
 namespace qk::cuda {
 namespace {
 
-constexpr int kGroupChannels = 64;  // of a warpgroup
 constexpr int kAlignment = 1024;
 constexpr int kMostStages = 24;
 
@@ -25,7 +24,7 @@ constexpr int kTileGroup = 16;  // token tiles walked before the next channels
 
 // kZeros_: zero points are read, where there are any, and scales may be of fp32. Else zero points are 8, and scales
 // fp16 unless there are minima or a codebook.
-// kPhases_: warpgroups that take the slabs of a tile in turns (gemm_w4_sm90.cuh).
+// kPhases_: groups of warps that take the slabs of a tile in turns (gemm_w4_sm90.cuh).
 template <typename T_, int kTokens_, W4Kind kKind_, bool kZeros_, int kCluster_, int kPhases_>
 struct Shape {
   using T = T_;
@@ -35,6 +34,8 @@ struct Shape {
   static constexpr W4Kind kKind = kKind_;
   static constexpr bool kMinimum = kKind == W4Kind::kMinimum, kCodebook = kKind == W4Kind::kCodebook;
   static constexpr bool kZeros = kZeros_;
+  // By mma.sync: wgmma's products wait 90 cycles for one another, and few tokens hide nothing of it.
+  static constexpr bool kFew = kTokens <= 16;
   // Room for one set of sums alone: they are of all of K, in units of the scale that they are multiplied by next.
   static constexpr bool kWide = kTokens == 256;
   static_assert(!kWide || (!kBytes && !kMinimum), "a single sum of floats");
@@ -42,10 +43,10 @@ struct Shape {
   // Integer products are 16 times the true ones (operands_w4a8.cuh).
   static constexpr bool kSixteenfold = kBytes && kPlain;
   static constexpr int kPhases = kPhases_;
-  static constexpr int kGroups = w4_channels(kPhases) / kGroupChannels;
-  static constexpr int kChannels = kGroups * kGroupChannels;
-  static constexpr int kConsumers = kGroups * kPhases * 128, kConsumerWarps = kConsumers / 32;
-  static constexpr int kReleases = kGroups * 4;  // warps that read a stage
+  static constexpr int kChannels = w4_channels(kPhases), kGroups = kChannels > 64 ? kChannels / 64 : 1;
+  static constexpr int kWarps = kChannels / kW4Rows;  // of a phase; all of them read a stage
+  static constexpr int kPhaseThreads = kWarps * 32;
+  static constexpr int kConsumerWarps = kWarps * kPhases, kConsumers = kConsumerWarps * 32;
   static constexpr int kRowBytes = kW4SlabK * static_cast<int>(sizeof(T));  // of a token in a slab
   static constexpr int kBoxes = kRowBytes / 128;
   static constexpr int kTokenBytes = kTokens * kRowBytes;
@@ -55,7 +56,7 @@ struct Shape {
   static constexpr int kFragments = kSteps / 2 * 4;  // registers of half a slab
   static constexpr int kValues = kTokens / 2;  // sums of a thread
   // Warps: what one lane computes and waits for between its copies would limit small tiles.
-  static constexpr int kProducers = kPhases == 4 ? 4 : kWide ? 1 : 2;  // three stages are all that fit
+  static constexpr int kProducers = kPhases >= 4 ? 4 : kWide ? 1 : 2;  // three stages are all that fit
   // Few tokens leave registers for two CTAs, which hide each other's latency. With more, the producer's registers go to
   // the consumers, and it is a whole warpgroup since setmaxnreg works on those: 168 a thread at launch, or 96 beside
   // four warpgroups of consumers.
@@ -66,7 +67,9 @@ struct Shape {
   static constexpr bool kRelays = kBytes && kPhases > 1, kGathers = !kBytes && kPhases > 1;
   static constexpr bool kGathersInRing = kGathers && kTokens >= 32;
   static constexpr int kQuads = kTokens / 8;  // float4 of a thread, if it holds all tokens
-  static constexpr int kExchange = kRelays ? 128 * kQuads : kGathers && !kGathersInRing ? kPhases * 128 * kQuads : 1;
+  static constexpr int kExchange = kRelays                       ? kPhaseThreads * kQuads
+                                   : kGathers && !kGathersInRing ? kConsumers * kQuads
+                                                                 : 1;
   static constexpr bool kHoldsTotal = kTokens <= 32;  // while rows of a slab are added to it; else it stays where it is
   // Of a tile whose sums are complete, the phases take parts to the output.
   static constexpr int kParts = kPhases < kQuads ? kPhases : kQuads, kPartTokens = kTokens / kParts;
@@ -92,6 +95,7 @@ struct Job {
   int32_t tiles_m, tiles_n, whole;  // tiles of a cluster; those done whole, the first ones
   int32_t clusters, run, longer;  // shared slabs of a cluster; the first `longer` have one more
   int32_t stages, packed_bytes;  // of a stage: codes, then rows of scales
+  int32_t box_rows;  // tokens of a copy; all CTAs of a cluster make one for each slab
   int32_t rows, group_rows;  // of scales, as groups_w4.cuh cuts slabs: of K, of a group
   int32_t* counters;
   float* partials;
@@ -156,12 +160,14 @@ struct Thread {
   int phase;
   int channel;  // of the tile: the first of its two, the other is 8 further
   uint32_t codes;  // bytes from the stage's codes on to this thread's
+  uint32_t matrix;  // of few tokens: bytes from those of a stage on to the row that this thread names to ldmatrix
   __device__ __forceinline__ Thread(int warps, bool phases)
       : lane(static_cast<int>(ptx::keep(threadIdx.x & 31))),
         warp(__shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x >> 5), 0) % warps),
         phase(phases ? __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x >> 5), 0) / warps : 0),
         channel(static_cast<int>(ptx::keep(warp * kW4Rows + (lane >> 2)))),
-        codes(ptx::keep(warp * kW4BlockBytes + lane * 16)) {}
+        codes(ptx::keep(warp * kW4BlockBytes + lane * 16)),
+        matrix(ptx::keep((lane & 7) * 128 + (((lane >> 3) ^ (lane & 7)) << 4))) {}
 };
 
 // This thread's codes of half a slab (64 k).
@@ -256,14 +262,63 @@ struct OnesOf<int8_t> {
 template <typename S>
 struct Sums {
   typename S::Sum part[S::kWide ? 1 : S::kValues];  // since the last scale
+  typename S::Sum odd[S::kFew ? S::kValues : 1];  // of every other step, of few tokens: two chains of products
   typename S::Sum tokens[S::kMinimum ? S::kValues : 1];  // of the activations alone
   float total[S::kValues];
 };
+
+__device__ __forceinline__ void multiply_few(int8_t, int32_t* d, const uint32_t (&a)[4], const uint32_t* b) {
+  ptx::mma_s8(*reinterpret_cast<int32_t (*)[4]>(d), a, b[0], b[1]);
+}
+template <typename T>
+__device__ __forceinline__ void multiply_few(T type, float* d, const uint32_t (&a)[4], const uint32_t* b) {
+  ptx::mma_16(type, *reinterpret_cast<float (*)[4]>(d), a, b[0], b[1]);
+}
+
+// The same as multiply() below, of few tokens and done when it returns.
+template <typename S, int kFirst, int kCount, int kPerRow>
+__device__ __forceinline__ void multiply_few(const uint32_t* f, uint32_t tokens, bool fresh, Sums<S>& sums) {
+  using T = typename S::T;
+  constexpr uint32_t kOne = OnesOf<T>::kValue;
+  const uint32_t ones[4] = {kOne, kOne, kOne, kOne};
+  uint32_t b[S::kTokens / 8][4];  // of two steps
+#pragma unroll
+  for (int step = kFirst; step < kFirst + kCount; ++step) {
+    const int of_row = step % kPerRow, pair = step / 2;
+    if (of_row == 0 && !(S::kBytes && !fresh)) {
+#pragma unroll
+      for (int i = 0; i < S::kValues; ++i) sums.part[i] = 0;
+      if constexpr (S::kMinimum) {
+#pragma unroll
+        for (int i = 0; i < S::kValues; ++i) sums.tokens[i] = 0;
+      }
+    }
+    if (of_row == 1) {
+#pragma unroll
+      for (int i = 0; i < S::kValues; ++i) sums.odd[i] = 0;
+    }
+    const uint32_t a[4] = {f[4 * (step - kFirst)], f[4 * (step - kFirst) + 1], f[4 * (step - kFirst) + 2],
+                           f[4 * (step - kFirst) + 3]};
+#pragma unroll
+    for (int j = 0; j < S::kTokens / 8; ++j) {
+      if (step == kFirst || step % 2 == 0) {
+        ptx::ldmatrix_x4(b[j], (tokens ^ (pair % 2 * 64)) + pair / 2 * S::kTokens * 128 + j * 1024);
+      }
+      multiply_few(T(), (of_row % 2 ? sums.odd : sums.part) + 4 * j, a, b[j] + step % 2 * 2);
+      if constexpr (S::kMinimum) multiply_few(T(), sums.tokens + 4 * j, ones, b[j] + step % 2 * 2);
+    }
+    if (kPerRow > 1 && of_row == kPerRow - 1) {
+#pragma unroll
+      for (int i = 0; i < S::kValues; ++i) sums.part[i] += sums.odd[i];
+    }
+  }
+}
 
 // Starts the products of k-steps kFirst ... kFirst + kCount - 1 of a slab, whose fragments are f. Sums begin anew with
 // each row of scales, of kPerRow steps, but integers only if `fresh`; wide ones only with a `fresh` slab.
 template <typename S, int kFirst, int kCount, int kPerRow>
 __device__ __forceinline__ void multiply(const uint32_t* f, uint32_t tokens, bool fresh, Sums<S>& sums) {
+  if constexpr (S::kFew) return multiply_few<S, kFirst, kCount, kPerRow>(f, tokens, fresh, sums);
   constexpr uint32_t kOne = OnesOf<typename S::T>::kValue;
   const uint32_t ones[4] = {kOne, kOne, kOne, kOne};
   ptx::wgmma_fence();

@@ -80,27 +80,26 @@ struct GemmW4A16Args {
 // Which kernel runs a product, and how its work is cut.
 enum class W4Kernel : int32_t {
   kMma = 0,  // mma.sync, sm_80 and up
-  kWgmma = 1,  // wgmma, weights in registers; sm_90a
+  kWgmma = 1,  // wgmma, weights in registers, or mma.sync for few tokens; sm_90a
 };
 struct W4Plan {
   W4Kernel kernel;
   int32_t tokens;  // of a tile
-  int32_t phases;  // kWgmma: warpgroups that take the slabs of a tile in turns; more than one: of 64 channels
+  int32_t phases;  // kWgmma: groups of warps that take the slabs of a tile in turns (w4_channels)
   int32_t ctas;  // that share all slabs in equal runs; kWgmma: clusters. Without meaning to W4A8 by mma.sync
   int64_t counters;  // int32 zeros that the kernel is to be given, and leaves as zeros; kWgmma: 0: tiles are not shared
   int64_t partial_floats;  // of memory for the sums of tiles that several share
 };
 
-// kWgmma: channels of a CTA's tile.
-constexpr int w4_channels(int phases) { return phases > 1 ? 64 : 128; }
+// kWgmma: channels of a CTA's tile, by the groups of warps that share its slabs.
+constexpr int w4_channels(int phases) { return phases == 8 ? 32 : phases > 1 ? 64 : 128; }
 // CTAs of a cluster that fetch a tile of tokens together, for kWgmma.
 constexpr int w4_cluster(bool bytes, int tokens, int phases) {
   return tokens >= 32 || (!bytes && tokens >= 16 && phases == 1) ? 2 : 1;
 }
-// CTAs of a multiprocessor, for kWgmma: two where their sums leave registers for them, and no channels have several
-// phases.
+// CTAs of a multiprocessor, for kWgmma: two where their sums leave registers for them.
 constexpr int w4_per_sm(bool bytes, int tokens, bool minimum, int phases) {
-  return tokens <= 16 && phases == 1 && (bytes || !minimum) ? 2 : 1;
+  return tokens <= 16 && phases <= 2 && (bytes || !minimum) ? 2 : 1;
 }
 // The instances of kWgmma. Minima need registers for the sums of tokens; phases are for scales and zero points alone.
 constexpr bool w4_has_tile(bool bytes, W4Kind kind, int tokens, int phases) {
@@ -109,7 +108,8 @@ constexpr bool w4_has_tile(bool bytes, W4Kind kind, int tokens, int phases) {
   if (phases == 1) return tokens <= (kind == W4Kind::kMinimum ? 64 : bytes ? 128 : 256);
   if (kind != W4Kind::kZeroPoint) return false;
   if (phases == 4) return tokens <= (bytes ? 64 : 32);
-  return phases == 2 && !bytes && (tokens == 64 || tokens == 128);
+  if (phases == 8) return tokens <= 16;
+  return phases == 2 && (tokens <= 16 || (!bytes && (tokens == 64 || tokens == 128)));
 }
 // Of so many tiles, how many `ctas` (or clusters) take whole, in full waves; the others' slabs are dealt out in equal
 // runs: those of the last wave, which is not full, and of one before it, lest runs be short.

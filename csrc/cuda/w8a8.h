@@ -62,7 +62,9 @@ struct W8A8Config {
   int32_t tile;
   int32_t split;  // kStream: CTAs that share the sum over K
   int32_t share;  // CTAs that share a tile by multicast: of tokens for kStream, of weights for kTiled
-  int32_t deep;  // kStream: 1 fills an SM's shared memory with stages, 0 leaves room for a second CTA
+  // kStream: 1 fills an SM's shared memory with stages, 0 leaves room for a second CTA. kTiled: 1 lets the warpgroups
+  // take tiles in turns.
+  int32_t deep;
   int32_t channels;  // kStream: of a CTA's tile, 64 or 128
 };
 

@@ -9,7 +9,7 @@ into ``tl.dot``, which needs no copy for it.  ``enable_fp_fusion=False``: no ste
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -83,33 +83,42 @@ def _gemm_kernel(
 
 @dataclass(frozen=True)
 class Tile:
-    """Launch shape of the kernel: tokens, channels and k of a block, warps, pipeline stages."""
+    """Launch shape of the kernel: tokens, channels and k of a block, warps, pipeline stages; token tiles of a group."""
 
     m: int
     n: int
     k: int
     warps: int
     stages: int
+    group: int = 8
+
+    def programs(self, rows: int, channels: int) -> int:
+        """Blocks of the output, each a program's."""
+        return int(triton.cdiv(rows, self.m) * triton.cdiv(channels, self.n))
 
 
-ENOUGH_PROGRAMS = 96
-"""Tiles that keep a large GPU about busy; with fewer, narrower ones are better."""
+WIDE_TILES = (Tile(128, 128, 128, 4, 3), Tile(64, 128, 128, 4, 4), Tile(64, 64, 128, 4, 5))
+"""Widest first. Triton waits for each product of int8 before it goes on, which only another program of the
+multiprocessor hides: at most 96 KB of stages each."""
+
+ENOUGH_PROGRAMS = 132
+"""More of them than this keep a large GPU busy; else narrower tiles are better (measured on an H200)."""
+
+MANY_ROWS = 2048
+"""From here on larger groups of token tiles, whose channels are read from memory less often."""
 
 
 def tile_for(rows: int, channels: int) -> Tile:
-    """The tile for a product: as many tokens as there are up to 128, and the widest that leaves enough programs."""
+    """The tile for a product: as many tokens as there are up to 64, then the widest one with enough programs."""
     if rows <= 16:
         return Tile(16, 64, 256, 4, 4)
     if rows <= 32:
         return Tile(32, 64, 256, 4, 4)
     if rows <= 64:
         return Tile(64, 64, 128, 4, 5)
-    tiles = triton.cdiv(rows, 128)
-    if rows > 256 and tiles * triton.cdiv(channels, 256) >= ENOUGH_PROGRAMS:
-        return Tile(128, 256, 128, 8, 4)
-    if tiles * triton.cdiv(channels, 128) >= ENOUGH_PROGRAMS:
-        return Tile(128, 128, 128, 8, 4)
-    return Tile(64, 128, 128, 4, 4)
+    tiles = [tile for tile in WIDE_TILES if tile.programs(rows, channels) > ENOUGH_PROGRAMS]
+    tile = tiles[0] if tiles else WIDE_TILES[-1]
+    return replace(tile, group=16) if rows >= MANY_ROWS else tile
 
 
 def gemm_w8a8(
@@ -140,7 +149,7 @@ def gemm_w8a8(
     if not rows or not channels:
         return out
     tile = tile_for(rows, channels) if tile is None else tile
-    grid = (triton.cdiv(rows, tile.m) * triton.cdiv(channels, tile.n),)
+    grid = (tile.programs(rows, channels),)
     _gemm_kernel[grid](
         q,
         weight,
@@ -159,7 +168,7 @@ def gemm_w8a8(
         BLOCK_M=tile.m,
         BLOCK_N=tile.n,
         BLOCK_K=tile.k,
-        GROUP_M=8,
+        GROUP_M=tile.group,
         ZERO_POINT=x_zero_point is not None,
         BIAS=bias is not None,
         num_warps=tile.warps,
