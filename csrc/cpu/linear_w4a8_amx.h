@@ -301,9 +301,7 @@ class LinearW4A8Amx : LinearW4A8<V> {
     Workspace& ws = *reinterpret_cast<Workspace*>(p_.scratch + workspaces(p_.m, p_.k, this->groups_, p_.threads) +
                                                   thread * static_cast<int64_t>(sizeof(Workspace)));
     const int64_t tiles = ceil_div(rows, kPairRows), superblocks = ceil_div(p_.n, kBlockN);
-    int64_t blocks = ceil_div(2 * team, superblocks);  // two pieces of work a thread even out the last ones
-    blocks = blocks < tiles ? blocks : tiles;
-    if (blocks < ceil_div(tiles, kBlockTiles)) blocks = ceil_div(tiles, kBlockTiles);
+    const int64_t blocks = Base::block_count(superblocks, team, tiles, ceil_div(tiles, kBlockTiles));
     const Range mine = share(blocks * superblocks, thread, team);
     for (int64_t u = mine.begin; u < mine.end; ++u) {
       const Range block = share(tiles, static_cast<int>(u / superblocks), static_cast<int>(blocks));

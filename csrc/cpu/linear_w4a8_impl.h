@@ -89,11 +89,15 @@ class LinearW4A8 {
     }
   }
 
+  // Blocks of rows that are shared out with each superblock: two pieces of work a thread even out the last ones.
+  static int64_t block_count(int64_t superblocks, int team, int64_t most, int64_t least) {
+    const int64_t wanted = ceil_div(2 * team, superblocks), blocks = wanted < most ? wanted : most;
+    return blocks < least ? least : blocks;
+  }
+
   void gemm(int64_t row, int64_t rows, const uint8_t* q, const RowScale* scales, int thread, int team) const {
     const int64_t superblocks = ceil_div(p_.n, kBlockN), most = ceil_div(rows, 2 * V::kTileM);
-    int64_t blocks = ceil_div(2 * team, superblocks);  // two pieces of work a thread even out the last ones
-    blocks = blocks < most ? blocks : most;
-    if (blocks < ceil_div(rows, kTotalsRows)) blocks = ceil_div(rows, kTotalsRows);
+    const int64_t blocks = block_count(superblocks, team, most, ceil_div(rows, kTotalsRows));
     // A panel is unpacked once for each (block, superblock) pair.
     const Range mine = share(blocks * superblocks, thread, team);
     for (int64_t u = mine.begin; u < mine.end; ++u) {
