@@ -71,6 +71,11 @@ def capability(index: int) -> int:
     return 10 * major + minor
 
 
+def overlaps(device: torch.device) -> bool:
+    """Whether a launch may begin while the one before it ends (programmatic dependent launch)."""
+    return capability(device.index or 0) >= 90
+
+
 @functools.cache
 def _any_device() -> bool:
     return torch.cuda.is_available()
@@ -115,8 +120,9 @@ def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
 
 
 def settle(device: torch.device) -> None:
-    """Waits for what was packed: launches of layers fetch weights before the kernel in front of them has ended."""
-    if not torch.cuda.is_current_stream_capturing():
+    """Waits for what was packed or copied: launches of layers fetch weights before the kernel in front of them has
+    ended."""
+    if device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
         torch.cuda.current_stream(device).synchronize()
 
 
@@ -192,13 +198,16 @@ def quantize_rows(
     zero_point: Tensor | None = None,
     inv_smooth: Tensor | None = None,
     for_gemm: bool = False,
+    settled: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """:func:`qkernels.reference.quantize_activations` of ``x [M, K]`` on the GPU.
 
     Args:
         x: float32, bfloat16 or float16, rows of contiguous values.
         symmetric, scale, zero_point, inv_smooth: as there; tensors on the GPU.
-        for_gemm: codes of an asymmetric grid are less 128, as int8.
+        for_gemm: codes of an asymmetric grid are less 128, as int8; the launch may begin while the kernel before it
+            ends.
+        settled: and so may the launch after this one, whose weights no kernel still writes.
 
     Returns:
         q: int8 (symmetric or for_gemm) or uint8 ``[M, K]``, its rows 16-byte aligned; scale float32 ``[M]``; zero
@@ -228,7 +237,8 @@ def quantize_rows(
             _address(scale),
             _address(zero_point),
             for_gemm,
-            False,
+            for_gemm and overlaps(x.device),
+            settled,
             _stream(x.device),
         )
     return q[:, :features], scales, zeros
@@ -318,10 +328,13 @@ def linear_w8a8(
     act_zero_point: Tensor | None,
     inv_smooth: Tensor | None,
     out_dtype: torch.dtype,
+    *,
+    settled: bool = False,
 ) -> Tensor:
     """Checked tensors through quantizer and GEMM: two launches, one workspace from torch's allocator.
 
-    Arguments as those of ``torch.ops.qkernels.linear_w8a8``; static scales are read on the GPU.
+    Arguments as those of ``torch.ops.qkernels.linear_w8a8``; static scales are read on the GPU.  ``settled``: no kernel
+    still writes the weight.
     """
     step: int | None = features
     if not x.is_contiguous():
@@ -353,6 +366,7 @@ def linear_w8a8(
                 rows,
                 out.data_ptr(),
                 DTYPE_CODES[out_dtype],
+                settled,
                 _stream(device),
             )
     return out

@@ -58,7 +58,8 @@ def quantize_norm(
         x, residual: float32, bfloat16 or float16 ``[..., K]``, K > 0, of one dtype and shape, on one GPU.
         weight, bias: ``[K]``, contiguous.
         layer: layer norm; else RMS norm, without a bias.
-        for_gemm: rows begin at multiples of 16 bytes, and codes of an asymmetric grid are less 128.
+        for_gemm: rows begin at multiples of 16 bytes, and codes of an asymmetric grid are less 128.  What follows may
+            fetch weights at once: those of layers, which no kernel still writes.
 
     Returns:
         Codes of the rows, and ``x + residual`` in the dtype and shape of ``x`` (None without a residual).
@@ -92,7 +93,8 @@ def quantize_norm(
                 cuda._address(weight),
                 cuda._address(bias),
                 wide,
-                for_gemm and _overlaps(x.device),
+                for_gemm and cuda.overlaps(x.device),
+                for_gemm,
                 cuda._stream(x.device),
             )
     return codes, total
@@ -125,15 +127,11 @@ def quantize_activation(
                 0 if activation is None else EPILOGUES[activation],
                 cuda._address(up),
                 up_step,
-                for_gemm and _overlaps(x.device),
+                for_gemm and cuda.overlaps(x.device),
+                for_gemm,
                 cuda._stream(x.device),
             )
     return codes
-
-
-def _overlaps(device: torch.device) -> bool:
-    """Whether a launch may begin while the one before it ends (programmatic dependent launch)."""
-    return cuda.capability(device.index or 0) >= 90
 
 
 def _rows(x: Tensor) -> tuple[Tensor, int]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .checks import DTYPE_CODES
-from .cuda import _address, _cuda, _on, _stream, capability, quantize_rows
+from .cuda import _address, _cuda, _on, _stream, capability, overlaps, quantize_rows
 from .cuda_rows import Codes, RowGrid
 from .cuda_slices import aligned_rows, by_slices, split_float32
 from .packed import codebook_tensor
@@ -360,6 +360,8 @@ def linear_w4a8(
     bias: Tensor | None,
     grid: RowGrid,
     out_dtype: torch.dtype,
+    *,
+    settled: bool = False,
 ) -> Tensor:
     """:func:`qkernels.reference.linear_w4a8` over a packed weight.
 
@@ -367,13 +369,13 @@ def linear_w4a8(
         x: float32, bfloat16 or float16 ``[..., K]``.
         bias: float32 ``[N]``.
         grid: how the rows of ``x`` are quantized.
+        settled: no kernel still writes the weight.
     """
-    codes = Codes(*quantize_rows(x.reshape(-1, weight[8]), **grid._asdict(), for_gemm=True))
+    codes = Codes(*quantize_rows(x.reshape(-1, weight[8]), **grid._asdict(), for_gemm=True, settled=settled))
     return product_w4a8(codes, weight, bias, out_dtype).view(*x.shape[:-1], weight[7])
 
 
 def product_w4a8(codes: Codes, weight: Weight, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
     """``[M, N]`` of the rows that a quantizer has just made."""
-    later = capability(codes.q.device.index or 0) >= 90
     q, scale, zero_point = codes
-    return gemm_w4a8(q, scale, weight, bias, out_dtype, x_zero_point=zero_point, dependent=later)
+    return gemm_w4a8(q, scale, weight, bias, out_dtype, x_zero_point=zero_point, dependent=overlaps(q.device))

@@ -70,7 +70,7 @@ def _run(
     bias = tensors.get("bias")
     if scheme.weight_only:
         return linear_w4a16(x, weight, bias, tensors.get("inv_smooth"), dtype, dependent=dependent)
-    return linear_w4a8(x, weight, bias, _grid(tensors, scheme), dtype)
+    return linear_w4a8(x, weight, bias, _grid(tensors, scheme), dtype, settled=dependent)
 
 
 def _grid(tensors: Mapping[str, Tensor | None], scheme: Scheme) -> RowGrid:
@@ -154,6 +154,10 @@ class PreparedCudaW4(TakesIntegers, Joinable, PackedLayer):
             ):
                 return self.finished(_run(x, tensors, self.scheme, self.out_features, self.in_features, x.dtype, True))
         return self.around(x)
+
+    def moved(self) -> None:
+        """Wait for the copies."""
+        settle(self.device)
 
     def rows_of(self, name: str, tensor: Tensor) -> Rows | None:
         """See :class:`qkernels.joint.Joinable`."""

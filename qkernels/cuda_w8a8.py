@@ -136,6 +136,7 @@ class PreparedCudaW8A8(TakesIntegers, Joinable):
     ) -> PreparedCudaW8A8:
         """Packs the weight."""
         packed, colsum = cuda.pack_w8(canonical["weight"])
+        cuda.settle(packed.device)
         tensors: dict[str, Any] = {"packed": packed, "colsum": colsum, "bias": None}
         tensors.update((name, tensor) for name, tensor in canonical.items() if name != "weight")
         return cls(tensors, scheme, in_features, canonical["weight"].shape[0], reason)
@@ -177,9 +178,14 @@ class PreparedCudaW8A8(TakesIntegers, Joinable):
                     get("act_zero_point"),
                     get("inv_smooth"),
                     x.dtype,
+                    settled=True,
                 )
                 return self.finished(y)
         return self.around(x)
+
+    def moved(self) -> None:
+        """Wait for the copies."""
+        cuda.settle(self.device)
 
     def rows_of(self, name: str, tensor: Tensor) -> Rows | None:
         """See :class:`qkernels.joint.Joinable`."""
@@ -197,8 +203,8 @@ class PreparedCudaW8A8(TakesIntegers, Joinable):
 
     def product_of(self, codes: Codes, out_dtype: torch.dtype) -> Tensor:
         """See the base class."""
-        overlaps = cuda.capability(codes.q.device.index or 0) >= 90
-        return cuda.gemm_w8a8(*codes, self.tensors, out_dtype=out_dtype, dependent=overlaps)
+        dependent = cuda.overlaps(codes.q.device)
+        return cuda.gemm_w8a8(*codes, self.tensors, out_dtype=out_dtype, dependent=dependent)
 
     def product(self, x: Tensor, tensors: Mapping[str, Tensor | None], out_dtype: torch.dtype | None) -> Tensor:
         """Through ``torch.ops.qkernels.linear_w8a8``."""
@@ -246,6 +252,7 @@ class PreparedCudaW8A8(TakesIntegers, Joinable):
             packed, _ = cuda.pack_w8(weight, own if own.is_contiguous() else None, colsum)
             if packed is not own:
                 own.copy_(packed.view(own.shape))
+            cuda.settle(self.device)
 
 
 def register_operators() -> torch.library.Library:

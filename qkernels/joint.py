@@ -14,7 +14,6 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from .cuda import settle
 from .deferred import Deferred
 from .eager import is_plain
 from .prepared import Prepared
@@ -113,8 +112,6 @@ def join(members: Sequence[Prepared]) -> Joint | None:
     for layer, part in zip(layers, parts, strict=True):
         layer.tensors.update(part)  # type: ignore[attr-defined]  # a dictionary, which a module may own
         layer.moved()
-    if first.device.type == "cuda":
-        settle(first.device)
     rows = sum(layer.out_features for layer in layers)
     return Joint(type(first)(whole, first.scheme, first.in_features, rows), parts, layers)
 

@@ -31,7 +31,7 @@ PHASED_FEATURES = 1024
 TILES = [(tokens, 1) for tokens in (8, 16, 32, 64, 128, 256)]
 PHASED_TILES = {
     16: [(8, 2), (16, 2), (8, 8), (16, 8), (8, 4), (16, 4), (32, 4), (64, 2), (128, 2)],
-    8: [(8, 2), (16, 2), (8, 8), (16, 8), (8, 4), (16, 4), (32, 4), (64, 4)],
+    8: [(8, 2), (16, 2), (8, 8), (16, 8), (8, 4), (16, 4), (32, 4)],
 }
 """Of 4-bit weights by wgmma: tokens, phases (``csrc/cuda/w4.h``); the latter by the bits of activations."""
 

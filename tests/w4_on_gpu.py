@@ -19,7 +19,7 @@ gpu = [
 TILES = [(tokens, 1) for tokens in (8, 16, 32, 64, 128, 256)]
 PHASED_TILES = {
     16: [(8, 2), (16, 2), (8, 8), (16, 8), (8, 4), (16, 4), (32, 4), (64, 2), (128, 2)],
-    8: [(8, 2), (16, 2), (8, 8), (16, 8), (8, 4), (16, 4), (32, 4), (64, 4)],
+    8: [(8, 2), (16, 2), (8, 8), (16, 8), (8, 4), (16, 4), (32, 4)],
 }
 """Of the wgmma kernels: tokens, phases (``csrc/cuda/w4.h``); the latter by the bits of activations."""
 

@@ -28,7 +28,7 @@ py::tuple select(int64_t m, int64_t n, int64_t k, int capability, int sms) {
 
 void quantize_rows_at(Address x, int x_dtype, int64_t m, int64_t k, int64_t x_stride, Address q, int64_t q_stride,
                       Address scale, Address zero_point, Address inv_smooth, Address static_scale,
-                      Address static_zero_point, bool shifted, bool dependent, Address stream) {
+                      Address static_zero_point, bool shifted, bool dependent, bool settled, Address stream) {
   QK_CHECK_GE(m, 0);
   QK_CHECK_GE(k, 1);
   QuantizeRowsArgs a = {};
@@ -37,7 +37,7 @@ void quantize_rows_at(Address x, int x_dtype, int64_t m, int64_t k, int64_t x_st
   a.zero_point = pointer<int32_t>(zero_point), a.inv_smooth = pointer<const float>(inv_smooth);
   a.is_static = static_scale != 0, a.static_scale = pointer<const float>(static_scale);
   a.static_zero_point = pointer<const int32_t>(static_zero_point);
-  a.shifted = shifted, a.dependent = dependent;
+  a.shifted = shifted, a.dependent = dependent, a.settled = settled && m <= kSettledRows;
   quantize_rows(a, stream_of(stream));
 }
 
@@ -72,14 +72,15 @@ int64_t workspace_bytes(int64_t m, int64_t k) { return m * (activation_stride(k)
 
 void linear_at(Address x, int x_dtype, int64_t m, int64_t k, int64_t x_stride, Address workspace, bool symmetric,
                Address inv_smooth, Address static_scale, Address static_zero_point, Address packed, int64_t slab_rows,
-               Address colsum, Address weight_scale, Address bias, int64_t n, Address y, int y_dtype, Address stream) {
+               Address colsum, Address weight_scale, Address bias, int64_t n, Address y, int y_dtype, bool settled,
+               Address stream) {
   const int64_t q_stride = activation_stride(k);
   const Address scale = workspace + static_cast<Address>(m * q_stride);
   const Address zero_point = symmetric ? 0 : scale + static_cast<Address>(m * 4);
   const int capability = device_capability();
   const bool dependent = capability >= 90;
   quantize_rows_at(x, x_dtype, m, k, x_stride, workspace, q_stride, scale, zero_point, inv_smooth, static_scale,
-                   static_zero_point, true, dependent, stream);
+                   static_zero_point, true, dependent, settled, stream);
   gemm_at(workspace, q_stride, scale, zero_point, packed, slab_rows, colsum, weight_scale, bias, m, n, k, y, y_dtype, n,
           select(m, n, k, capability, multiprocessors()), dependent, stream);
 }
@@ -138,7 +139,7 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("quantize_rows", &quantize_rows_at, py::arg("x"), py::arg("x_dtype"), py::arg("m"), py::arg("k"),
         py::arg("x_stride"), py::arg("q"), py::arg("q_stride"), py::arg("scale"), py::arg("zero_point"),
         py::arg("inv_smooth"), py::arg("static_scale"), py::arg("static_zero_point"), py::arg("shifted"),
-        py::arg("dependent"), py::arg("stream"));
+        py::arg("dependent"), py::arg("settled"), py::arg("stream"));
   m.def("gemm_w8a8", &gemm_at, py::arg("xq"), py::arg("x_stride"), py::arg("x_scale"), py::arg("x_zero_point"),
         py::arg("packed"), py::arg("slab_rows"), py::arg("colsum"), py::arg("weight_scale"), py::arg("bias"),
         py::arg("m"), py::arg("n"), py::arg("k"), py::arg("y"), py::arg("y_dtype"), py::arg("y_stride"),
@@ -155,7 +156,8 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("linear_w8a8", &linear_at, py::arg("x"), py::arg("x_dtype"), py::arg("m"), py::arg("k"), py::arg("x_stride"),
         py::arg("workspace"), py::arg("symmetric"), py::arg("inv_smooth"), py::arg("static_scale"),
         py::arg("static_zero_point"), py::arg("packed"), py::arg("slab_rows"), py::arg("colsum"),
-        py::arg("weight_scale"), py::arg("bias"), py::arg("n"), py::arg("y"), py::arg("y_dtype"), py::arg("stream"));
+        py::arg("weight_scale"), py::arg("bias"), py::arg("n"), py::arg("y"), py::arg("y_dtype"), py::arg("settled"),
+        py::arg("stream"));
   m.def("quantize", &quantize_at, py::arg("x"), py::arg("x_dtype"), py::arg("outer"), py::arg("channels"),
         py::arg("inner"), py::arg("group"), py::arg("q"), py::arg("kind"), py::arg("scale"), py::arg("zero_point"),
         py::arg("symmetric"), py::arg("is_static"), py::arg("stats"), py::arg("stream"));

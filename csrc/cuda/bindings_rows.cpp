@@ -11,7 +11,7 @@ namespace {
 // Where the codes of a row go, and the grid they are on: (q, q_stride, scale, zero_point, inv_smooth, static_scale,
 // static_zero_point, shifted).
 QuantizeRowsArgs codes_of(Address x, int x_dtype, int64_t m, int64_t k, int64_t x_stride, const py::tuple& codes,
-                          bool dependent) {
+                          bool dependent, bool settled) {
   QK_CHECK_GE(m, 0);
   QK_CHECK_GE(k, 1);
   QK_CHECK_EQ(codes.size(), size_t{8});
@@ -23,15 +23,16 @@ QuantizeRowsArgs codes_of(Address x, int x_dtype, int64_t m, int64_t k, int64_t 
   a.is_static = address(5) != 0, a.static_scale = pointer<const float>(address(5));
   a.static_zero_point = pointer<const int32_t>(address(6));
   a.shifted = codes[7].cast<bool>(), a.dependent = dependent;
+  a.settled = settled && m <= kSettledRows;
   return a;
 }
 
 void quantize_norm_at(Address x, int x_dtype, int64_t m, int64_t k, int64_t x_stride, const py::tuple& codes,
                       bool layer, float eps, Address residual, int64_t residual_stride, Address total, Address weight,
-                      Address bias, bool wide_factors, bool dependent, Address stream) {
+                      Address bias, bool wide_factors, bool dependent, bool settled, Address stream) {
   QK_CHECK_EQ(residual == 0, total == 0);
   QuantizeNormArgs a = {};
-  a.codes = codes_of(x, x_dtype, m, k, x_stride, codes, dependent);
+  a.codes = codes_of(x, x_dtype, m, k, x_stride, codes, dependent, settled);
   a.layer = layer, a.eps = eps, a.residual = pointer<const void>(residual), a.residual_stride = residual_stride;
   a.total = pointer<void>(total), a.weight = pointer<const void>(weight), a.bias = pointer<const void>(bias);
   a.wide_factors = wide_factors;
@@ -39,11 +40,12 @@ void quantize_norm_at(Address x, int x_dtype, int64_t m, int64_t k, int64_t x_st
 }
 
 void quantize_activation_at(Address x, int x_dtype, int64_t m, int64_t k, int64_t x_stride, const py::tuple& codes,
-                            int activation, Address up, int64_t up_stride, bool dependent, Address stream) {
+                            int activation, Address up, int64_t up_stride, bool dependent, bool settled,
+                            Address stream) {
   QK_CHECK_GE(activation, 0);
   QK_CHECK_LE(activation, 4);
   QuantizeActivationArgs a = {};
-  a.codes = codes_of(x, x_dtype, m, k, x_stride, codes, dependent);
+  a.codes = codes_of(x, x_dtype, m, k, x_stride, codes, dependent, settled);
   a.activation = static_cast<Activation>(activation), a.up = pointer<const void>(up), a.up_stride = up_stride;
   quantize_activation(a, stream_of(stream));
 }
@@ -54,10 +56,10 @@ void bind_rows(py::module_& m) {
   m.def("quantize_norm", &quantize_norm_at, py::arg("x"), py::arg("x_dtype"), py::arg("m"), py::arg("k"),
         py::arg("x_stride"), py::arg("codes"), py::arg("layer"), py::arg("eps"), py::arg("residual"),
         py::arg("residual_stride"), py::arg("total"), py::arg("weight"), py::arg("bias"), py::arg("wide_factors"),
-        py::arg("dependent"), py::arg("stream"));
+        py::arg("dependent"), py::arg("settled"), py::arg("stream"));
   m.def("quantize_activation", &quantize_activation_at, py::arg("x"), py::arg("x_dtype"), py::arg("m"), py::arg("k"),
         py::arg("x_stride"), py::arg("codes"), py::arg("activation"), py::arg("up"), py::arg("up_stride"),
-        py::arg("dependent"), py::arg("stream"));
+        py::arg("dependent"), py::arg("settled"), py::arg("stream"));
 }
 
 }  // namespace qk::cuda

@@ -17,8 +17,11 @@ struct Tile {
 constexpr Tile kHalfTiles[] = {{16, 4, 0.233, 0.2, 0},  {32, 4, 0.257, 0.7, 0},   {64, 2, 0.35, 0.5, 0},
                                {128, 2, 0.528, 0, 0},   {32, 1, 0.443, 1.6, 5.5}, {64, 1, 0.556, 1.8, 6.7},
                                {128, 1, 0.578, 2.5, 9}, {256, 1, 0.912, 7, 17.3}};
-constexpr Tile kByteTiles[] = {{16, 4, 0.186, 4.5, 0}, {32, 4, 0.233, 5.2, 0}, {64, 4, 0.33, 5.1, 0},
-                               {32, 1, 0.325, 6.0, 0}, {64, 1, 0.337, 6.1, 0}, {128, 1, 0.613, 6.8, 0}};
+constexpr Tile kByteTiles[] = {{16, 4, 0.198, 1.84, 0},
+                               {32, 4, 0.247, 2.34, 0},
+                               {32, 1, 0.308, 3.18, 0},
+                               {64, 1, 0.412, 3.59, 0},
+                               {128, 1, 0.623, 4.5, 0}};
 constexpr int kUnevenSlabs = 1900;  // that idle places could take, worth the meeting of those who share
 constexpr int kFew = 16;  // tokens, whose tiles wait for weights alone
 

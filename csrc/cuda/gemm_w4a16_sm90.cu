@@ -14,8 +14,8 @@ void run(const GemmW4A16Args& args, const W4Plan& plan, bool dependent, cudaStre
   job.counters = args.counters, job.partials = args.partials;
   const auto launch_as = [&](auto zeros) {
     constexpr int kCluster = w4_cluster(false, kTokens, kPhases);
-    run_shape<Shape<T, kTokens, kKind, decltype(zeros)::value, kCluster, kPhases>>(job, args.x, args.x_stride, plan,
-                                                                                   true, "gemm_w4a16_sm90", stream);
+    run_shape<Shape<T, kTokens, kKind, decltype(zeros)::value, kCluster, kPhases>>(
+        job, args.x, args.x_stride, plan, dependent, "gemm_w4a16_sm90", stream);
   };
   if constexpr (kKind == W4Kind::kZeroPoint) {
     if (args.weight.zero_point || args.weight.scale_type != ScaleType::kF16) return launch_as(std::true_type());

@@ -96,6 +96,13 @@ __device__ __forceinline__ uint32_t and_or(uint32_t a, uint32_t b, uint32_t c) {
   return r;
 }
 
+// "lop3": (a & b) ^ c in one instruction; of two constants the compiler makes two.
+__device__ __forceinline__ uint32_t and_xor(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t r;
+  asm("lop3.b32 %0, %1, %2, %3, 0x6A;" : "=r"(r) : "r"(a), "r"(b), "r"(c));
+  return r;
+}
+
 // ---- cp.async (sm_80) ----------------------------------------------------------------------------------------------
 
 // "cp.async" 16 bytes, around L1. The first `bytes` (0..16) come from global memory, the rest is written as zero.

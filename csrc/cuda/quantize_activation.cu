@@ -37,8 +37,7 @@ __device__ __forceinline__ float activated(float x, Activation kind) {
 template <typename T, int kVectors, bool kGated>
 __global__ void __launch_bounds__(kVectors <= 2 ? kManyThreads : kMostThreads)
     quantize_activation_kernel(const QuantizeActivationArgs n) {
-  ptx::grid_dependency_wait();
-  ptx::grid_launch_dependents();
+  begin_rows(n.codes);
   const QuantizeRowsArgs& a = n.codes;
   const int64_t row = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
   if (row >= a.m) return;
@@ -75,8 +74,7 @@ __global__ void __launch_bounds__(kVectors <= 2 ? kManyThreads : kMostThreads)
 // Any length, any alignment; the row is read and computed twice.
 template <typename T, bool kGated>
 __global__ void __launch_bounds__(1024) quantize_activation_scalar_kernel(const QuantizeActivationArgs n) {
-  ptx::grid_dependency_wait();
-  ptx::grid_launch_dependents();
+  begin_rows(n.codes);
   const int64_t row = blockIdx.x;
   const T* x = static_cast<const T*>(n.codes.x) + row * n.codes.x_stride;
   const T* up = static_cast<const T*>(n.up) + row * n.up_stride;

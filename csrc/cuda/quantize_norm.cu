@@ -73,8 +73,7 @@ __device__ __forceinline__ void store_total(T* p, const float (&v)[kVector]) {
 template <typename T, int kVectors, bool kLayer>
 __global__ void __launch_bounds__(kManyThreads) quantize_norm_kernel(const QuantizeNormArgs n) {
   __shared__ float squares_of[kWarps], sums_of[kWarps];
-  ptx::grid_dependency_wait();
-  ptx::grid_launch_dependents();
+  begin_rows(n.codes);
   const QuantizeRowsArgs& a = n.codes;
   const int64_t row = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
   if (row >= a.m) return;
@@ -158,8 +157,7 @@ __global__ void __launch_bounds__(kManyThreads) quantize_norm_kernel(const Quant
 template <typename T, bool kLayer>
 __global__ void __launch_bounds__(1024) quantize_norm_scalar_kernel(const QuantizeNormArgs n) {
   __shared__ float squares_of[kWarps], sums_of[kWarps];
-  ptx::grid_dependency_wait();
-  ptx::grid_launch_dependents();
+  begin_rows(n.codes);
   const QuantizeRowsArgs& a = n.codes;
   const int64_t row = blockIdx.x;
   const T* x = static_cast<const T*>(a.x) + row * a.x_stride;

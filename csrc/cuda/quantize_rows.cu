@@ -35,8 +35,7 @@ __device__ __forceinline__ void smoothed(const QuantizeRowsArgs& a, const Vector
 template <typename T, int kVectors, bool kSymmetric, bool kSmooth>
 __global__ void __launch_bounds__(kMostThreads, kVectors <= 4 && !(kSmooth && kVectors == 4) ? 2 : 1)
     quantize_rows_kernel(const QuantizeRowsArgs a) {
-  ptx::grid_dependency_wait();
-  ptx::grid_launch_dependents();
+  begin_rows(a);
   const int64_t row = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
   if (row >= a.m) return;
   const T* x = static_cast<const T*>(a.x) + row * a.x_stride;
@@ -81,8 +80,7 @@ __global__ void __launch_bounds__(kMostThreads, kVectors <= 4 && !(kSmooth && kV
 // Any length, any alignment; the row is read twice.
 template <typename T, bool kSymmetric>
 __global__ void __launch_bounds__(1024) quantize_rows_scalar_kernel(const QuantizeRowsArgs a) {
-  ptx::grid_dependency_wait();
-  ptx::grid_launch_dependents();
+  begin_rows(a);
   const int64_t row = blockIdx.x;
   const T* x = static_cast<const T*>(a.x) + row * a.x_stride;
   store_row_again<kSymmetric>(a, row, [&](int64_t k) { return widen(x[k]); });

@@ -18,6 +18,14 @@ constexpr int kWarps = 32;  // most warps of a CTA
 constexpr int kMostThreads = 512;  // of a CTA that keeps a row of up to 8 vectors a thread
 constexpr int kManyThreads = 1024;  // of one that keeps up to 2: half the registers each
 
+// How a kernel over rows begins. The product that follows fetches weights before it waits for the codes: as soon as
+// this launch runs, or, where the kernel before may still be writing weights, once that one is complete.
+__device__ __forceinline__ void begin_rows(const QuantizeRowsArgs& a) {
+  if (a.settled) ptx::grid_launch_dependents();
+  ptx::grid_dependency_wait();
+  ptx::grid_launch_dependents();
+}
+
 // Bits of the largest |x| (symmetric), or of the largest x and the largest -x, both at least 0 (asymmetric).
 struct Extremes {
   uint32_t high = 0, low = 0;

@@ -74,11 +74,11 @@ struct Shape {
   // Of a tile whose sums are complete, the phases take parts to the output.
   static constexpr int kParts = kPhases < kQuads ? kPhases : kQuads, kPartTokens = kTokens / kParts;
   // The warpgroups take turns to start a slab's products, lest they finish, and leave the tensor cores idle, together.
-  static constexpr bool kTurns = kTokens >= 64 && kPhases == 1;
+  static constexpr bool kTurns = kTokens >= (kBytes ? 128 : 64) && kPhases == 1;
   // An instruction with a register operand waits for the one before it, so products hold a warp up. Where sums of
   // integers take as long to add up, nothing comes between the products of a row: one warpgroup is in its products
   // while the other unpacks and adds.
-  static constexpr bool kApart = kBytes && kTurns;
+  static constexpr bool kApart = kBytes && kTokens >= 64 && kPhases == 1;
   static constexpr int kProducerRegisters = kConsumers > 256 ? 64 : 56;
   static constexpr int kConsumerRegisters = kConsumers > 256 ? 104 : 224;
   // Registers only move within what the CTA was launched with; one more, and its consumers would wait for ever.

@@ -95,6 +95,7 @@ struct W4Plan {
 constexpr int w4_channels(int phases) { return phases == 8 ? 32 : phases > 1 ? 64 : 128; }
 // CTAs of a cluster that fetch a tile of tokens together, for kWgmma.
 constexpr int w4_cluster(bool bytes, int tokens, int phases) {
+  if (bytes && phases == 1) return tokens >= 128 ? 2 : 1;
   return tokens >= 32 || (!bytes && tokens >= 16 && phases == 1) ? 2 : 1;
 }
 // CTAs of a multiprocessor, for kWgmma: two where their sums leave registers for them.
@@ -107,7 +108,7 @@ constexpr bool w4_has_tile(bool bytes, W4Kind kind, int tokens, int phases) {
   if (!power) return false;
   if (phases == 1) return tokens <= (kind == W4Kind::kMinimum ? 64 : bytes ? 128 : 256);
   if (kind != W4Kind::kZeroPoint) return false;
-  if (phases == 4) return tokens <= (bytes ? 64 : 32);
+  if (phases == 4) return tokens <= 32;
   if (phases == 8) return tokens <= 16;
   return phases == 2 && (tokens <= 16 || (!bytes && (tokens == 64 || tokens == 128)));
 }
