@@ -232,7 +232,9 @@ __global__ void __launch_bounds__(S::kThreads, S::kPerSm)
       constexpr bool kEach = decltype(each)::value;
       const uint8_t* packed = packed_at(ring.stage);
       const uint8_t* rows = packed + S::kChannels * (kW4SlabK / 2);
-      const uint32_t tokens = base + ring.stage * S::kTokenBytes + (S::kFew ? t.matrix : 0);
+      uint32_t tokens = base + ring.stage * S::kTokenBytes;
+      if (S::kFew) tokens += t.matrix;
+      if (S::kUniform) tokens = ptx::uniform(tokens);
       const int own = ring.stage;
       const uint32_t own_parity = ring.parity;
       ring.advance(job.stages, S::kPhases);

@@ -293,7 +293,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     __syncwarp();
   } else {
     ptx::registers_increase<kConsumerRegisters>();
-    const int group = warp >> 2, member = threadIdx.x & 127;
+    const int group = static_cast<int>(ptx::uniform(warp >> 2)), member = threadIdx.x & 127;
     TileTerms<S::kChannels>& terms = all_terms[group];
     const uint32_t stripe = base + S::kStages * S::kStageBytes + warp * kStripeBytes;
     const auto release = [&](int s) {
@@ -315,8 +315,8 @@ __global__ void __launch_bounds__(kThreads, 1)
         if (at >= step) ptx::named_barrier(kTurnBarrier + group, kConsumers);
 #pragma unroll 1
         for (int kb = 0; kb < slab_count; ++kb) {
+          const uint32_t tile = ptx::uniform(base + stage * S::kStageBytes);
           ptx::mbarrier_wait(full + 8 * stage, parity);
-          const uint32_t tile = base + stage * S::kStageBytes;
           const uint64_t tokens[2] = {ptx::wgmma_descriptor(tile), ptx::wgmma_descriptor(tile + 64 * kSlabK)};
           const uint64_t weights = ptx::wgmma_descriptor(tile + kTokenBytes);
           ptx::wgmma_fence();
@@ -370,8 +370,8 @@ __global__ void __launch_bounds__(kThreads, 1)
       int32_t acc[S::kChannels / 2];
       int previous = 0;
       const auto multiply = [&](int kb) {
+        const uint32_t tile = ptx::uniform(base + stage * S::kStageBytes);
         ptx::mbarrier_wait(full + 8 * stage, parity);
-        const uint32_t tile = base + stage * S::kStageBytes;
         const uint64_t tokens = ptx::wgmma_descriptor(tile + group * 64 * kSlabK);
         const uint64_t weights = ptx::wgmma_descriptor(tile + kTokenBytes);
         ptx::wgmma_fence();

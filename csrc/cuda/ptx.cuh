@@ -33,6 +33,10 @@ __device__ __forceinline__ bool elect_one() {
   return chosen != 0;
 }
 
+// A value that is the same in all lanes, from a shuffle: what the compiler works out of it until a loop begins anew, it
+// does in uniform registers, where wgmma takes descriptors from; others it moves there one by one.
+__device__ __forceinline__ uint32_t uniform(uint32_t v) { return __shfl_sync(0xffffffffu, v, 0); }
+
 // "redux.sync": maximum over the warp of an unsigned value, sm_80 and up.
 __device__ __forceinline__ uint32_t warp_max(uint32_t v) {
   uint32_t r;
