@@ -74,18 +74,26 @@ inline thread_local std::string last_kernel;  // "op.tier" of the newest call on
 
 inline void note(const char* op, const char* isa) { (last_kernel = op).append(".").append(isa); }
 
-// Workspace of the calling thread; grows and is kept, so that a forward pass allocates nothing.
+// Workspace of the calling thread; grows and is kept, so that a forward pass allocates nothing. From 2 MB on in huge
+// pages: AMX tiles of a product walk through more small ones than the processor remembers.
 inline uint8_t* scratch(int64_t bytes) {
+  constexpr int64_t kHuge = int64_t(2) << 20;
   struct Free {
-    void operator()(uint8_t* p) const { ::operator delete(p, std::align_val_t(kAlign)); }
+    std::align_val_t alignment;
+    void operator()(uint8_t* p) const { ::operator delete(p, alignment); }
   };
-  thread_local std::unique_ptr<uint8_t, Free> buffer;
+  thread_local std::unique_ptr<uint8_t, Free> buffer(nullptr, Free{});
   thread_local int64_t capacity = 0;
   if (bytes > capacity) {
     buffer.reset();
     capacity = 0;
-    buffer.reset(static_cast<uint8_t*>(::operator new(static_cast<size_t>(bytes), std::align_val_t(kAlign))));
-    capacity = bytes;
+    const int64_t unit = bytes < kHuge ? kAlign : kHuge, size = round_up(bytes, unit);
+    const std::align_val_t alignment{static_cast<size_t>(unit)};
+    buffer = {static_cast<uint8_t*>(::operator new(static_cast<size_t>(size), alignment)), Free{alignment}};
+    capacity = size;
+#ifdef MADV_HUGEPAGE
+    if (unit == kHuge) madvise(buffer.get(), static_cast<size_t>(size), MADV_HUGEPAGE);
+#endif
   }
   return buffer.get();
 }

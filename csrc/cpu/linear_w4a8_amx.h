@@ -3,43 +3,37 @@
 //   chunk of rows, quantized into tile order, then a barrier
 //     block of row tiles
 //       superblock of 64 columns
-//         depth of at most kPanelSteps tiles
-//           unpack the codes into a panel of int8 tiles, zero points subtracted, once for all row tiles of the block
+//         slice of K, the panel: short enough for L1 where groups are small
+//           unpack the codes into int8 tiles, zero points subtracted, once for all row tiles of the block
 //             column tiles x row tiles: two groups' products, while the vector units add the two before to the totals
 //
-// A panel tile holds 64 k of one group: a group that ends or begins within them has zeros in the others' places, so
-// activations need no order of their own for each group size. Two groups at a time, since the totals then travel half
-// as often; each of them is still added in its turn.
+// Two groups at a time, since the totals then travel half as often; each of them is still added in its turn. The tiles
+// keep a group's sums until the first products of the next one, which store them one by one.
 #pragma once
 
-#include "linear_w4a8_impl.h"
-#include "tiles_amx.h"
+#include "panels_w4a8_amx.h"
 
 namespace qk {
 namespace {
 
 template <class V>
-class LinearW4A8Amx : LinearW4A8<V> {
+class LinearW4A8Amx : PanelsW4A8Amx<V> {
  public:
-  using Base = LinearW4A8<V>;
+  using Panels = PanelsW4A8Amx<V>;
 
-  explicit LinearW4A8Amx(const LinearW4A8Args& args) : Base(args), steps_(padded_k(args.k) / 64) {}
-
-  static int64_t scratch_bytes(int64_t m, int64_t k, int64_t groups, int threads) {
-    return workspaces(m, k, groups, threads) + threads * static_cast<int64_t>(sizeof(Workspace));
-  }
+  using Panels::scratch_bytes;
+  explicit LinearW4A8Amx(const LinearW4A8Args& args) : Panels(args) {}
 
   void run() const {
     for_row_chunks<V>(
-        p_.m, p_.n, p_.k, stride(p_.m, p_.k, this->groups_), p_.scratch, p_.threads,
+        p_.m, p_.n, p_.k, this->stride(p_.m, p_.k, this->groups_), p_.scratch, p_.threads,
         [this](int64_t row, Range range, uint8_t* q, RowScale* scales) {
-          alignas(kAlign) uint8_t buffer[kMaxK + kRowPad + kMaxK / kLineK * sizeof(int32_t) + kAlign];
-          int32_t* sums = reinterpret_cast<int32_t*>(q + sums_at(row));
+          alignas(kAlign) uint8_t buffer[kMaxK + kRowPad];
+          int32_t* sums = reinterpret_cast<int32_t*>(q + this->sums_at(row));
           for (int64_t r = range.begin; r < range.end; ++r) {
-            this->quantize_rows(row + r, {0, 1}, buffer, scales + r);
+            scales[r] = this->quantize(row + r, buffer);
             store_tile_row(buffer, p_.k, r, q);
-            std::memcpy(sums + r * this->groups_, this->group_sums(buffer),
-                        static_cast<size_t>(this->groups_) * sizeof(int32_t));
+            if (p_.weight_min) this->sum_groups(buffer, sums + r * this->groups_);
           }
         },
         [this](int64_t row, int64_t rows, const uint8_t* q, const RowScale* scales, int thread, int team) {
@@ -48,109 +42,10 @@ class LinearW4A8Amx : LinearW4A8<V> {
   }
 
  private:
-  using Base::p_;
-  using typename Base::F;
-  using typename Base::I;
-
-  static constexpr int64_t kPanelSteps = 64;  // of 2 KiB and both halves of a superblock: 256 KiB
-  static constexpr int64_t kFewTilesSteps = 16;  // where few row tiles share a panel it had better be near
-  static constexpr int64_t kBlockTiles = V::kMaxBlockTiles;
-  static constexpr int64_t kSpan = 64;  // k of a tile
-  static constexpr int64_t kBytesPerK = kBlockN / 2, kPackedLine = kLineK * kBytesPerK;  // of a superblock's codes
-
-  // What a panel holds of one group.
-  struct Span {
-    int64_t group, depth;  // of the whole group
-    int64_t step, steps;  // of the activations
-    bool begins, ends;  // whether the group's first and last k are among them: of a larger group only a panel's first
-                        // span is the end, and only its only span anything else
-  };
-  struct Workspace {
-    alignas(kAlign) int8_t panel[2][kPanelSteps * kPairBytes];
-    alignas(kAlign) float scale[kPanelSteps][kBlockN], min[kPanelSteps][kBlockN];
-    alignas(kAlign) int32_t weight_sum[kPanelSteps][kBlockN];  // over a group's k; asymmetric activations only
-    alignas(kAlign) int32_t sums[2][2][kPairSums];  // of two groups, while the two before are added
-    alignas(kAlign) float totals[2][kBlockTiles][kPairSums];
-    alignas(kAlign) int32_t carried[2][kBlockTiles][kPairSums];  // of a group that ends in a later panel
-    Span spans[kPanelSteps];
-    int64_t span_count;
-  };
-
-  // ---- scratch: rows of tiles and their group sums | RowScale | a workspace for each thread -------------------
-
-  static int64_t stride(int64_t m, int64_t k, int64_t groups) {
-    return tile_stride(m, k, groups * static_cast<int64_t>(sizeof(int32_t)));
-  }
-  static int64_t workspaces(int64_t m, int64_t k, int64_t groups, int threads) {
-    return round_up(row_chunks_bytes<V>(m, k, stride(m, k, groups), threads), kAlign);
-  }
-  // Where the sums of the chunk's groups begin, [rows][groups]; `row` is the chunk's first.
-  int64_t sums_at(int64_t row) const {
-    const int64_t chunk = chunk_rows(p_.m, p_.k), rows = p_.m - row < chunk ? p_.m - row : chunk;
-    return round_up(rows, kPairRows) * padded_k(p_.k);
-  }
-
-  // ---- a panel ---------------------------------------------------------------------------------------------------
-
-  // Spans from k on that a panel of `most` steps holds: whole groups, or a piece of one that is larger. Returns where
-  // they end.
-  int64_t plan(int64_t k, int64_t most, Workspace& ws) const {
-    ws.span_count = 0;
-    for (int64_t used = 0; k < p_.k;) {
-      const int64_t group = k / this->group_, begin = group * this->group_;
-      const int64_t end = begin + this->group_ < p_.k ? begin + this->group_ : p_.k;
-      const int64_t step = k / kSpan, all = ceil_div(end, kSpan) - step;
-      const bool whole = used + all <= most;
-      if (!whole && used > 0) break;
-      const int64_t steps = whole ? all : most;
-      ws.spans[ws.span_count++] = {group, end - begin, step, steps, k == begin, whole};
-      used += steps;
-      k = whole ? end : (step + steps) * kSpan;
-      if (!whole) break;
-    }
-    return k;
-  }
-
-  void unpack_span(const uint8_t* codes, const Span& span, int64_t nb, int64_t at, Workspace& ws) const {
-    const int64_t begin = span.group * this->group_, end = begin + span.depth;
-    typename Base::Group group;
-    this->load_group(nb, span.group, group);
-    const bool sums_codes = !p_.act.symmetric;
-    const __m512i nibble = _mm512_set1_epi8(15), bytes = _mm512_set1_epi32(0x01010101);
-    for (int64_t j = 0; j < kBlockN; j += V::kLanes) {
-      I zero_point = p_.weight_min ? V::set_i(0) : V::load_i(group.zero_point + j);
-      I code_sum = V::set_i(0);
-      const I zeros = V::mul_i(zero_point, bytes);
-      int8_t* out = ws.panel[j / kPairRows] + at * kPairBytes + j % kPairRows / kTileRows * kTileBytes;
-      const uint8_t* in = codes + span.step * (kSpan / kLineK) * kPackedLine + j * kPackK;
-      for (int64_t k = span.step * kSpan; k < (span.step + span.steps) * kSpan;) {
-        for (int64_t l = 0; l < kSpan / kLineK; ++l, k += kLineK, in += kPackedLine, out += 128) {
-          if (k < begin || k >= end) {
-            _mm512_store_si512(out, V::set_i(0));
-            _mm512_store_si512(out + 64, V::set_i(0));
-            continue;
-          }
-          const __m512i both = _mm512_load_si512(in), low = _mm512_and_si512(both, nibble),
-                        high = _mm512_and_si512(_mm512_srli_epi16(both, 4), nibble);
-          if (sums_codes) code_sum = V::dot4(V::dot4(code_sum, low, bytes), high, bytes);
-          _mm512_store_si512(out, _mm512_sub_epi8(low, zeros));
-          _mm512_store_si512(out + 64, _mm512_sub_epi8(high, zeros));
-        }
-        out += kPairBytes - kTileBytes;
-      }
-      if (!sums_codes) continue;
-      // Codes beyond K are zero, so that they count for nothing but their zero points.
-      int32_t* sum = ws.weight_sum[&span - ws.spans] + j;
-      if (span.begins)
-        code_sum = V::sub_i(code_sum, V::mul_i(zero_point, V::set_i(static_cast<int32_t>(span.depth))));
-      else
-        code_sum = V::add_i(code_sum, V::load_i(sum));
-      V::store_i(sum, code_sum);
-    }
-    const int64_t index = &span - ws.spans;
-    std::memcpy(ws.scale[index], group.scale, sizeof(group.scale));
-    if (p_.weight_min) std::memcpy(ws.min[index], group.min, sizeof(group.min));
-  }
+  using Panels::kPanelSteps, Panels::kSliceSteps, Panels::kSliceStepsAlone, Panels::kFewTilesSteps, Panels::kBlockTiles;
+  using Panels::kStepsAhead;
+  using Panels::p_, Panels::steps_, Panels::kSpan, Panels::kBytesPerK;
+  using typename Panels::F, typename Panels::I, typename Panels::Span, typename Panels::Workspace;
 
   // ---- totals ----------------------------------------------------------------------------------------------------
 
@@ -190,16 +85,16 @@ class LinearW4A8Amx : LinearW4A8<V> {
   QK_INLINE void add_rows(const Pending& p, int64_t from, int64_t to, F s0, F s1, F s2, F s3) const {
     const bool two = p.groups == 2;
     const __mmask16 old = p.first ? 0 : 0xFFFF;
-    const int32_t* c = p.c + from * kPairRows;
-    float* t = p.totals + from * kPairRows;
-    for (int64_t r = from; r < to; ++r, c += kPairRows, t += kPairRows) {
+    for (int64_t r = from; r < to; ++r) {
+      const int32_t* c = p.c + r * kPairRows;
+      float* t = p.totals + r * kPairRows;
       F v = _mm512_maskz_loadu_ps(old, t), w = _mm512_maskz_loadu_ps(old, t + 16);
       if constexpr (kPlain) {
         v = plus_group(v, c, s0);
-        w = plus_group(w, c + 16, s1);
+        w = plus_group(w, c + kTileRows, s1);
         if (two) {
           v = plus_group(v, c + kPairSums, s2);
-          w = plus_group(w, c + kPairSums + 16, s3);
+          w = plus_group(w, c + kPairSums + kTileRows, s3);
         }
       } else {
         for (int g = 0; g < p.groups; ++g) {
@@ -213,8 +108,37 @@ class LinearW4A8Amx : LinearW4A8<V> {
     if (p.last) finish(p, from, to);
   }
   QK_NOINLINE void finish(const Pending& p, int64_t from, int64_t to) const {
-    for (int64_t r = from; r < to; ++r)
-      this->finish_row(p.row + r, p.scales[r].scale, p.totals + r * kPairRows, p.n0, kPairRows);
+    if (p_.n - p.n0 < kPairRows || p_.function != Activation::kNone || p_.residual.rows) {
+      for (int64_t r = from; r < to; ++r)
+        this->finish_row(p.row + r, p.scales[r].scale, p.totals + r * kPairRows, p.n0, kPairRows);
+      return;
+    }
+    switch (p_.y_dtype) {
+      case DType::kF32:
+        return finish_whole<DType::kF32>(p, from, to);
+      case DType::kBF16:
+        return finish_whole<DType::kBF16>(p, from, to);
+      default:
+        return finish_whole<DType::kF16>(p, from, to);
+    }
+  }
+  // Whole rows of 32 columns with nothing after the bias.
+  template <DType D>
+  void finish_whole(const Pending& p, int64_t from, int64_t to) const {
+    const float* bias = p_.bias ? p_.bias + p.n0 : nullptr;
+    const F b0 = bias ? V::load_f(bias) : V::set(0.0f), b1 = bias ? V::load_f(bias + 16) : V::set(0.0f);
+    int64_t y = (p.row + from) * p_.y_stride + p.n0;
+    for (int64_t r = from; r < to; ++r, y += p_.y_stride) {
+      const float* t = p.totals + r * kPairRows;
+      const F scale = V::set(p.scales[r].scale);
+      F v = V::mul(V::load_f(t), scale), w = V::mul(V::load_f(t + 16), scale);
+      if (bias) {
+        v = V::add(v, b0);
+        w = V::add(w, b1);
+      }
+      V::template store<D>(p_.y, y, v);
+      V::template store<D>(p_.y, y + 16, w);
+    }
   }
   template <bool kPlain>
   QK_NOINLINE void add_rest(const Pending& p, int64_t from) const {
@@ -226,66 +150,213 @@ class LinearW4A8Amx : LinearW4A8<V> {
 
   // ---- products --------------------------------------------------------------------------------------------------
 
-  // What a block of 32 x 32 is told: activations from k = 0 on, the panel's half.
+  // What a block of 32 x 32 is told: activations from k = 0 on, where the next block's begin, the panel's half.
   struct Block {
-    const uint8_t* a;
+    const uint8_t *a, *next;
     const int8_t* b;
     int32_t* carried;
     Pending pending;  // what its groups will need, but for what tells them apart
   };
-  struct Ahead {
-    const uint8_t *next, *end;  // L2 prefetch
+  // What goes on from block to block of a panel. The tiles hold the sums of the newest group, which the first products
+  // of the next one store, tile by tile.
+  struct Flow {
+    Pending pending, added;  // added: the last group too, but not finished yet
+    int32_t* held_for;  // where the tiles' sums belong
+    int parity = 0;
+    const uint8_t *ahead, *end;  // L2 prefetch of codes
+    bool asks;  // for activations, to L1
   };
 
-  template <bool kPlain, int kTiles>
-  QK_NOINLINE void multiply_block(const Block& block, Workspace& ws, Pending& pending, int& parity,
-                                  Ahead& ahead) const {
+  // Rows [kFrom, kTo) of two groups that wait.
+  template <int kFrom, int kTo>
+  static QK_INLINE void add_some(__mmask16 old, const int32_t* c, float* t, F s0, F s1, F s2, F s3) {
+#pragma GCC unroll 8
+    for (int r = kFrom; r < kTo; ++r) {
+      float* at = t + r * kPairRows;
+      const int32_t* d = c + r * kPairRows;
+      F v = _mm512_maskz_loadu_ps(old, at), w = _mm512_maskz_loadu_ps(old, at + 16);
+      v = plus_group(v, d, s0);
+      w = plus_group(w, d + kTileRows, s1);
+      V::store_f(at, plus_group(v, d + kPairSums, s2));
+      V::store_f(at + 16, plus_group(w, d + kPairSums + kTileRows, s3));
+    }
+  }
+
+  // All of a panel's groups in pairs, of kSteps steps of weights each and kRowSpans times as many of activations for
+  // both. kAsks: for the activations of later steps.
+  template <bool kAsks, int kSteps, int kRowSpans>
+  QK_NOINLINE void multiply_pairs(const Block& block, Workspace& ws, Flow& flow) const {
+    constexpr int kUnit = 2 * kSteps, kSlots = 4 * kUnit - 4, kRowUnit = kSteps * kRowSpans,
+                  kLines = 8 * kRowUnit / kUnit;
+    const uint8_t* a = block.a + ws.spans->step * kPairBytes;
+    const uint8_t* const turn = block.next + ws.spans->step * kPairBytes;
     const int8_t* b = block.b;
+    const int64_t spans = ws.span_count;
+    const uint8_t *ahead = flow.ahead, *const ahead_end = flow.end;
+    int32_t* held_for = flow.held_for;
+    store_fence();
+    for (int64_t s = 0; s < spans; s += 2) {
+      const Pending& p = flow.pending;
+      const float* scale = p.rows > 0 ? p.scale : ws.scale[0];
+      const F s0 = V::load_f(scale), s1 = V::load_f(scale + 16), s2 = V::load_f(scale + kBlockN),
+              s3 = V::load_f(scale + kBlockN + 16);
+      const bool waits = p.rows > 0, finishes = flow.added.rows > 0;
+      const __mmask16 old = p.first ? 0 : 0xFFFF;
+      const int32_t* const added = p.c;
+      float* const totals = p.totals;
+      int32_t* const c = ws.sums[flow.parity ^= 1][0];
+      // The two units of activations that follow.
+      const uint8_t* const then = s + 2 < spans ? a + kRowUnit * kPairBytes : turn;
+      const uint8_t* const later = s + 4 < spans   ? then + kRowUnit * kPairBytes
+                                   : s + 2 < spans ? turn
+                                                   : turn + kRowUnit * kPairBytes;
+      each<kUnit>([&](auto step) QK_INLINE {
+        constexpr int k = step.value;
+        constexpr int row_step = k * kRowUnit / kUnit, ahead_step = row_step + kStepsAhead;
+        const uint8_t* want = ahead_step < kRowUnit       ? a + ahead_step * kPairBytes
+                              : ahead_step < 2 * kRowUnit ? then + (ahead_step - kRowUnit) * kPairBytes
+                                                          : later + (ahead_step - 2 * kRowUnit) * kPairBytes;
+        want += (k % (kUnit / kRowUnit)) * (kPairBytes * kRowUnit / kUnit);
+        add_step<PanelTiles, 2>(
+            a + row_step * kPairBytes, b + k * kPairBytes,
+            [&](auto i) QK_INLINE {
+              if constexpr (k % kSteps == 0) {
+                store_sum<BlockSums, i.value>(k == 0 ? held_for : c);
+                clear_sum<i.value>();
+              }
+            },
+            [&](auto i) QK_INLINE {
+              if constexpr (kAsks) {
+                for (int l = 0; l < kLines; ++l) __builtin_prefetch(want + (kLines * i.value + l) * 64);
+              }
+              if (i.value % 2 == 1 && ahead < ahead_end) {
+                __builtin_prefetch(ahead, 0, 2);
+                ahead += 64;
+              }
+              constexpr int slot = 4 * k + i.value - 4;
+              if constexpr (slot >= 0) {
+                if (waits)
+                  add_some<slot * kPairRows / kSlots, (slot + 1) * kPairRows / kSlots>(old, added, totals, s0, s1, s2,
+                                                                                       s3);
+              } else if (finishes) {
+                finish_some(flow.added, i.value);
+              }
+            });
+      });
+      a += kRowUnit * kPairBytes;
+      b += kUnit * kPairBytes;
+      held_for = c + kPairSums;
+      flow.added = flow.pending;
+      if (!flow.added.last) flow.added.rows = 0;
+      wait_for(block, ws, s, 2, c, flow.pending);
+    }
+    flow.held_for = held_for;
+    flow.ahead = ahead;
+  }
+  // The same for groups of a length that it serves.
+  template <bool kAsks>
+  bool multiply_even(int64_t depth, const Block& block, Workspace& ws, Flow& flow) const {
+    if (depth == 2 * kSpan)
+      multiply_pairs<kAsks, 2, 2>(block, ws, flow);
+    else if (depth == kSpan)
+      multiply_pairs<kAsks, 1, 2>(block, ws, flow);
+    else if (depth == kSpan / 2)
+      multiply_pairs<kAsks, 1, 1>(block, ws, flow);
+    else
+      return false;
+    return true;
+  }
+  void finish_added(Flow& flow) const {
+    if (flow.added.rows > 0) finish(flow.added, 0, flow.added.rows);
+    flow.added.rows = 0;
+  }
+  // A quarter of the rows.
+  QK_NOINLINE void finish_some(const Pending& p, int quarter) const {
+    const int64_t from = quarter * (kPairRows / 4), to = from + kPairRows / 4;
+    if (from < p.rows) finish(p, from, to < p.rows ? to : p.rows);
+  }
+
+  // What the sums of `count` spans from s on wait for.
+  QK_INLINE void wait_for(const Block& block, const Workspace& ws, int64_t s, int count, const int32_t* c,
+                          Pending& pending) const {
+    pending = block.pending;
+    pending.groups = count;
+    pending.c = c;
+    pending.scale += s * kBlockN;
+    pending.min += s * kBlockN;
+    pending.weight_sum += s * kBlockN;
+    pending.spans = ws.spans + s;
+    pending.first = ws.spans[s].group == 0;
+    pending.last = ws.spans[s + count - 1].group == this->groups_ - 1;
+  }
+
+  template <bool kPlain, int kTiles>
+  QK_NOINLINE void multiply_block(const Block& block, Workspace& ws, Flow& flow) const {
+    const int8_t* b = block.b;
+    const Span *first = ws.spans, *last = ws.spans + ws.span_count - 1;
+    const uint8_t* const end = block.a + (last->step + last->steps) * kPairBytes;
+    const int64_t jump = block.next + first->step * kPairBytes - end;
+    finish_added(flow);
     store_fence();
     for (int64_t s = 0; s < ws.span_count; s += 2) {
       const Span* span = ws.spans + s;
       const int count = s + 1 < ws.span_count ? 2 : 1;
       const int64_t steps = span[0].steps + (count == 2 ? span[1].steps : 0);
-      const int64_t rows = ceil_div(kTileRows, steps);  // after every other product
+      // The tiles' sums complete what waits within the first step; its rows are added after each product of the others.
+      const int64_t slots = (steps - 1) * kTiles * 2, rows = slots > 0 ? ceil_div(kPairRows, slots) : 0;
+      Pending& pending = flow.pending;
       const float* scale = pending.rows > 0 ? pending.scale : ws.scale[0];
       const int64_t second = pending.groups == 2 ? kBlockN : 0;
       const F s0 = V::load_f(scale), s1 = V::load_f(scale + 16), s2 = V::load_f(scale + second),
               s3 = V::load_f(scale + second + 16);
       const int64_t all = pending.rows;
       int64_t next = 0;
-      int32_t* c = ws.sums[parity ^= 1][0];
+      int32_t* c = ws.sums[flow.parity ^= 1][0];
       for (int g = 0; g < count; ++g) {
-        if (span[g].begins)
-          clear_sums<kTiles>();
-        else
-          load_sums<kTiles>(block.carried);
-        add_products<PanelTiles, kTiles>(block.a + span[g].step * kPairBytes, b, span[g].steps,
-                                         [&](int i, const uint8_t*, const int8_t*) QK_INLINE {
-                                           if (i % 2 == 0) return;
-                                           if (ahead.next < ahead.end) {
-                                             __builtin_prefetch(ahead.next, 0, 2);
-                                             ahead.next += 64;
-                                           }
-                                           if (next >= all) return;
-                                           const int64_t from = next;
-                                           next = from + rows < all ? from + rows : all;
-                                           add_rows<kPlain>(pending, from, next, s0, s1, s2, s3);
-                                         });
-        b += span[g].steps * kPairBytes;
-        if (g == count - 1) add_rest<kPlain>(pending, next);
-        store_sums<kTiles>(span[g].ends ? c + g * kPairSums : block.carried);
+        const uint8_t* a = block.a + span[g].step * kPairBytes;
+        for (int64_t k = 0; k < span[g].steps; ++k, a += kPairBytes, b += kPairBytes) {
+          const uint8_t* want = a + kStepsAhead * kPairBytes;
+          if (want >= end) want += jump;
+          const auto between = [&](int i) QK_INLINE {
+            for (int l = 0; flow.asks && l < 8; ++l) __builtin_prefetch(want + (8 * i + l) * 64);
+            if (i % 2 == 1 && flow.ahead < flow.end) {
+              __builtin_prefetch(flow.ahead, 0, 2);
+              flow.ahead += 64;
+            }
+            if (next >= all || (g == 0 && k == 0)) return;
+            const int64_t from = next;
+            next = from + rows < all ? from + rows : all;
+            add_rows<kPlain>(pending, from, next, s0, s1, s2, s3);
+          };
+          if (k > 0)
+            add_step<PanelTiles, kTiles>(a, b, [](auto) QK_INLINE {}, between);
+          else if (span[g].begins)
+            add_step<PanelTiles, kTiles>(
+                a, b,
+                [&](auto i) QK_INLINE {
+                  store_sum<BlockSums, i.value>(flow.held_for);
+                  clear_sum<i.value>();
+                },
+                between);
+          else
+            add_step<PanelTiles, kTiles>(
+                a, b,
+                [&](auto i) QK_INLINE {
+                  store_sum<BlockSums, i.value>(flow.held_for);
+                  load_sum<BlockSums, i.value>(block.carried);
+                },
+                between);
+          if (k == 0 && kTiles == 1) {  // the block before may have had all four
+            store_sum<BlockSums, 2>(flow.held_for);
+            store_sum<BlockSums, 3>(flow.held_for);
+          }
+        }
+        flow.held_for = span[g].ends ? c + g * kPairSums : block.carried;
       }
+      add_rest<kPlain>(pending, next);
       pending.rows = 0;
       if (!span->ends) return;
-      pending = block.pending;
-      pending.groups = count;
-      pending.c = c;
-      pending.scale += s * kBlockN;
-      pending.min += s * kBlockN;
-      pending.weight_sum += s * kBlockN;
-      pending.spans = span;
-      pending.first = span[0].group == 0;
-      pending.last = span[count - 1].group == this->groups_ - 1;
+      wait_for(block, ws, s, count, c, pending);
     }
   }
 
@@ -298,39 +369,45 @@ class LinearW4A8Amx : LinearW4A8<V> {
 
   template <bool kPlain>
   void multiply_as(int64_t row, int64_t rows, const uint8_t* q, const RowScale* scales, int thread, int team) const {
-    Workspace& ws = *reinterpret_cast<Workspace*>(p_.scratch + workspaces(p_.m, p_.k, this->groups_, p_.threads) +
+    Workspace& ws = *reinterpret_cast<Workspace*>(p_.scratch + this->workspaces(p_.m, p_.k, this->groups_, p_.threads) +
                                                   thread * static_cast<int64_t>(sizeof(Workspace)));
     const int64_t tiles = ceil_div(rows, kPairRows), superblocks = ceil_div(p_.n, kBlockN);
-    const int64_t blocks = Base::block_count(superblocks, team, tiles, ceil_div(tiles, kBlockTiles));
+    const int64_t blocks = Panels::block_count(superblocks, team, tiles, ceil_div(tiles, kBlockTiles));
     const Range mine = share(blocks * superblocks, thread, team);
     for (int64_t u = mine.begin; u < mine.end; ++u) {
       const Range block = share(tiles, static_cast<int>(u / superblocks), static_cast<int>(blocks));
-      superblock<kPlain>(u % superblocks, row, rows, block, q, scales, u + 1 < mine.end, ws);
+      superblock<kPlain>(u % superblocks, row, rows, block, q, scales, u + 1 < mine.end, team > 1, ws);
     }
   }
 
   template <bool kPlain>
   void superblock(int64_t nb, int64_t row, int64_t rows, Range block, const uint8_t* q, const RowScale* scales,
-                  bool more, Workspace& ws) const {
+                  bool more, bool shared, Workspace& ws) const {
     const int64_t n0 = nb * kBlockN, columns = p_.n - n0 < kBlockN ? p_.n - n0 : kBlockN;
     const int64_t bytes = steps_ * kSpan * kBytesPerK;
-    const int64_t most = block.end - block.begin > 2 ? kPanelSteps : kFewTilesSteps;
+    const int64_t slice = shared ? kSliceSteps : kSliceStepsAlone;
+    const int64_t most = block.end - block.begin <= 2        ? kFewTilesSteps
+                         : this->group_ <= slice / 2 * kSpan ? slice
+                                                             : kPanelSteps;
     const uint8_t* codes = p_.packed + nb * bytes;
-    const int32_t* row_sums = reinterpret_cast<const int32_t*>(q + sums_at(row));
+    const int32_t* row_sums = reinterpret_cast<const int32_t*>(q + this->sums_at(row));
     for (int64_t k = 0; k < p_.k;) {
-      const int64_t next = plan(k, most, ws);
+      const int64_t next = this->plan(k, most, ws);
       int64_t at = 0;
-      for (int64_t s = 0; s < ws.span_count; at += ws.spans[s++].steps) unpack_span(codes, ws.spans[s], nb, at, ws);
+      for (int64_t s = 0; s < ws.span_count; at += ws.spans[s++].steps)
+        this->unpack_span(codes, ws.spans[s], nb, at, ws);
       const bool last = next == p_.k, alone = last && k == 0;  // then one block's worth of L1 serves all totals
       // As much of what is unpacked next: this superblock's rest, or the next one's beginning.
-      Ahead ahead{codes + (last ? bytes : next * kBytesPerK), nullptr};
-      ahead.end = ahead.next + (last && !more ? 0 : (next - k) * kBytesPerK);
-      Pending pending;
-      int parity = 0;
+      Flow flow;
+      flow.held_for = ws.sums[0][0];  // of no use yet
+      flow.asks = shared;
+      flow.ahead = codes + (last ? bytes : next * kBytesPerK);
+      flow.end = flow.ahead + (last && !more ? 0 : (next - k) * kBytesPerK);
       for (int64_t j = 0; j < columns; j += kPairRows) {
         for (int64_t t = block.begin; t < block.end; ++t) {
           const int64_t h = j / kPairRows, first = t * kPairRows, count = rows_of_pair(rows, t), i = t - block.begin;
-          Block told{q + t * steps_ * kPairBytes, ws.panel[h], ws.carried[h][i], {}};
+          const int64_t then = t + 1 < block.end ? t + 1 : block.begin;
+          Block told{q + t * steps_ * kPairBytes, q + then * steps_ * kPairBytes, ws.panel[h], ws.carried[h][i], {}};
           told.pending.rows = count;
           told.pending.scale = ws.scale[0] + j;
           told.pending.min = ws.min[0] + j;
@@ -344,13 +421,19 @@ class LinearW4A8Amx : LinearW4A8<V> {
             for (int64_t r = 0; r < count; ++r)
               prefetch_residual(p_.residual, p_.y_dtype, (row + first + r) * p_.residual.stride + n0 + j, kPairRows);
           }
+          const int64_t even = kPlain && count > kTileRows && flow.pending.rows % kPairRows == 0 ? ws.even_groups : 0;
+          if (even > 0 && shared && multiply_even<true>(even, told, ws, flow)) continue;
+          if (even > 0 && !shared && multiply_even<false>(even, told, ws, flow)) continue;
           if (count > kTileRows)
-            multiply_block<kPlain, 2>(told, ws, pending, parity, ahead);
+            multiply_block<kPlain, 2>(told, ws, flow);
           else
-            multiply_block<kPlain, 1>(told, ws, pending, parity, ahead);
+            multiply_block<kPlain, 1>(told, ws, flow);
         }
       }
-      add_rest<kPlain>(pending, 0);
+      store_fence();
+      store_sums<2>(flow.held_for);
+      finish_added(flow);
+      add_rest<kPlain>(flow.pending, 0);
       k = next;
     }
     if (p_.k == 0) finish_empty(n0, row, rows, block, scales, ws);
@@ -363,8 +446,6 @@ class LinearW4A8Amx : LinearW4A8<V> {
     for (int64_t r = block.begin * kPairRows; r < end; ++r)
       this->finish_row(row + r, scales[r].scale, ws.totals[0][0], n0, kBlockN);
   }
-
-  const int64_t steps_;
 };
 
 }  // namespace

@@ -76,16 +76,24 @@ class LinearW4A8 {
   void quantize_rows(int64_t row, Range range, uint8_t* q, RowScale* scales) const {
     for (int64_t r = range.begin; r < range.end; ++r) {
       uint8_t* out = q + r * stride_;
-      scales[r] = quantize_row<V>(p_.act, row + r, p_.k, 0, out);
-      std::memset(out + p_.k, 0, static_cast<size_t>(row_bytes(p_.k) - p_.k));
-      const int8_t* a = reinterpret_cast<const int8_t*>(out);
-      int32_t* sums = reinterpret_cast<int32_t*>(out + row_bytes(p_.k));
-      for (int64_t g = 0; g < groups_; ++g) {
-        const int64_t end = (g + 1) * group_ < p_.k ? (g + 1) * group_ : p_.k;
-        int32_t sum = 0;
-        for (int64_t i = g * group_; i < end; ++i) sum += a[i];
-        sums[g] = sum;
-      }
+      scales[r] = quantize(row + r, out);
+      sum_groups(out, reinterpret_cast<int32_t*>(out + row_bytes(p_.k)));
+    }
+  }
+
+  RowScale quantize(int64_t row, uint8_t* out) const {
+    const RowScale scale = quantize_row<V>(p_.act, row, p_.k, 0, out);
+    std::memset(out + p_.k, 0, static_cast<size_t>(row_bytes(p_.k) - p_.k));
+    return scale;
+  }
+
+  void sum_groups(const uint8_t* row, int32_t* sums) const {
+    const int8_t* a = reinterpret_cast<const int8_t*>(row);
+    for (int64_t g = 0; g < groups_; ++g) {
+      const int64_t end = (g + 1) * group_ < p_.k ? (g + 1) * group_ : p_.k;
+      int32_t sum = 0;
+      for (int64_t i = g * group_; i < end; ++i) sum += a[i];
+      sums[g] = sum;
     }
   }
 

@@ -16,6 +16,8 @@
 #include <immintrin.h>
 
 #include <cstring>
+#include <type_traits>
+#include <utility>
 
 #include "../layout.h"
 #include "row_chunks.h"
@@ -60,56 +62,109 @@ struct PanelTiles {  // one tile after the other
   static constexpr int64_t kLine = 64, kSecond = kTileBytes, kStep = kPairBytes;
 };
 
-// Accumulators of a block of kTiles x 16 rows: zero, or from c [32, 32].
+// Where the sums of a block of 32 x 32 lie, in elements: the tiles below and to the right, and the next row of a tile.
+struct BlockSums {  // [32, 32]
+  static constexpr int64_t kDown = kTileRows * kPairRows, kRight = kTileRows, kPitch = kPairRows;
+};
+
+// Accumulator i of a block: zero, from memory and to it.
+template <int i>
+QK_INLINE inline void clear_sum() {
+  if constexpr (i == 0) _tile_zero(0);
+  if constexpr (i == 1) _tile_zero(1);
+  if constexpr (i == 2) _tile_zero(2);
+  if constexpr (i == 3) _tile_zero(3);
+}
+template <class Sums, int i>
+QK_INLINE inline void load_sum(const int32_t* c) {
+  constexpr int64_t kPitch = Sums::kPitch * sizeof(int32_t);
+  c += i / 2 * Sums::kDown + i % 2 * Sums::kRight;
+  if constexpr (i == 0) _tile_loadd(0, c, kPitch);
+  if constexpr (i == 1) _tile_loadd(1, c, kPitch);
+  if constexpr (i == 2) _tile_loadd(2, c, kPitch);
+  if constexpr (i == 3) _tile_loadd(3, c, kPitch);
+}
+template <class Sums, int i>
+QK_INLINE inline void store_sum(int32_t* c) {
+  constexpr int64_t kPitch = Sums::kPitch * sizeof(int32_t);
+  c += i / 2 * Sums::kDown + i % 2 * Sums::kRight;
+  if constexpr (i == 0) _tile_stored(0, c, kPitch);
+  if constexpr (i == 1) _tile_stored(1, c, kPitch);
+  if constexpr (i == 2) _tile_stored(2, c, kPitch);
+  if constexpr (i == 3) _tile_stored(3, c, kPitch);
+}
+// All of a block of kTiles x 16 rows.
 template <int kTiles>
 QK_INLINE inline void clear_sums() {
-  _tile_zero(0);
-  _tile_zero(1);
+  clear_sum<0>();
+  clear_sum<1>();
   if constexpr (kTiles == 2) {
-    _tile_zero(2);
-    _tile_zero(3);
+    clear_sum<2>();
+    clear_sum<3>();
   }
 }
 template <int kTiles>
 QK_INLINE inline void load_sums(const int32_t* c) {
-  constexpr int64_t kPitch = kPairRows * sizeof(int32_t);
-  _tile_loadd(0, c, kPitch);
-  _tile_loadd(1, c + kTileRows, kPitch);
+  load_sum<BlockSums, 0>(c);
+  load_sum<BlockSums, 1>(c);
   if constexpr (kTiles == 2) {
-    _tile_loadd(2, c + kTileRows * kPairRows, kPitch);
-    _tile_loadd(3, c + kTileRows * kPairRows + kTileRows, kPitch);
+    load_sum<BlockSums, 2>(c);
+    load_sum<BlockSums, 3>(c);
   }
 }
 template <int kTiles>
 QK_INLINE inline void store_sums(int32_t* c) {
-  constexpr int64_t kPitch = kPairRows * sizeof(int32_t);
-  _tile_stored(0, c, kPitch);
-  _tile_stored(1, c + kTileRows, kPitch);
+  store_sum<BlockSums, 0>(c);
+  store_sum<BlockSums, 1>(c);
   if constexpr (kTiles == 2) {
-    _tile_stored(2, c + kTileRows * kPairRows, kPitch);
-    _tile_stored(3, c + kTileRows * kPairRows + kTileRows, kPitch);
+    store_sum<BlockSums, 2>(c);
+    store_sum<BlockSums, 3>(c);
   }
 }
 
-// Adds the products of `steps` steps. between(i, a, b) runs after product i of each step, while the tiles work.
+// Adds the products of a step. before(i) runs ahead of product i, which adds to accumulator i, and between(i) after it,
+// while the tiles work.
+template <class Tiles, int kTiles, bool kLoadsFirst = false, class Before, class Between>
+QK_INLINE inline void add_step(const uint8_t* a, const int8_t* b, const Before& before, const Between& between) {
+  _tile_loadd(6, b, Tiles::kLine);
+  _tile_loadd(4, a, 64);
+  if constexpr (kLoadsFirst) {
+    _tile_loadd(7, b + Tiles::kSecond, Tiles::kLine);
+    _tile_loadd(5, a + kTileBytes, 64);
+  }
+  before(std::integral_constant<int, 0>{});
+  _tile_dpbssd(0, 4, 6);
+  between(std::integral_constant<int, 0>{});
+  if constexpr (!kLoadsFirst) _tile_loadd(7, b + Tiles::kSecond, Tiles::kLine);
+  before(std::integral_constant<int, 1>{});
+  _tile_dpbssd(1, 4, 7);
+  between(std::integral_constant<int, 1>{});
+  if constexpr (kTiles == 2) {
+    if constexpr (!kLoadsFirst) _tile_loadd(5, a + kTileBytes, 64);
+    before(std::integral_constant<int, 2>{});
+    _tile_dpbssd(2, 5, 6);
+    between(std::integral_constant<int, 2>{});
+    before(std::integral_constant<int, 3>{});
+    _tile_dpbssd(3, 5, 7);
+    between(std::integral_constant<int, 3>{});
+  }
+}
+
+// body(0), ..., body(n - 1), as constants.
+template <int... i, class Body>
+QK_INLINE inline void each_of(std::integer_sequence<int, i...>, const Body& body) {
+  (body(std::integral_constant<int, i>{}), ...);
+}
+template <int n, class Body>
+QK_INLINE inline void each(const Body& body) {
+  each_of(std::make_integer_sequence<int, n>{}, body);
+}
+
+// Those of `steps` steps; between(i, a, b).
 template <class Tiles, int kTiles, class Between>
 QK_INLINE inline void add_products(const uint8_t* a, const int8_t* b, int64_t steps, const Between& between) {
-  for (int64_t k = 0; k < steps; ++k, a += kPairBytes, b += Tiles::kStep) {
-    _tile_loadd(6, b, Tiles::kLine);
-    _tile_loadd(4, a, 64);
-    _tile_dpbssd(0, 4, 6);
-    between(0, a, b);
-    _tile_loadd(7, b + Tiles::kSecond, Tiles::kLine);
-    _tile_dpbssd(1, 4, 7);
-    between(1, a, b);
-    if constexpr (kTiles == 2) {
-      _tile_loadd(5, a + kTileBytes, 64);
-      _tile_dpbssd(2, 5, 6);
-      between(2, a, b);
-      _tile_dpbssd(3, 5, 7);
-      between(3, a, b);
-    }
-  }
+  for (int64_t k = 0; k < steps; ++k, a += kPairBytes, b += Tiles::kStep)
+    add_step<Tiles, kTiles>(a, b, [](auto) QK_INLINE {}, [&](int i) QK_INLINE { between(i, a, b); });
 }
 
 // A row of padded_k(k) bytes to row r of rows in tile order.
