@@ -188,6 +188,30 @@ def test_layer_in_a_cuda_graph(rows: int) -> None:
 @needs_gpu
 @needs_module
 @pytest.mark.gpu
+@pytest.mark.parametrize("rows", [1, 33, 64, 65])
+@pytest.mark.parametrize("preset", ["w8a8", "w4a8"])
+def test_layers_read_what_the_one_before_them_writes_late(preset: str, rows: int) -> None:
+    """Launches of a chain begin before those in front of them end, whose results they must wait for all the same."""
+    scheme, k, depth = Scheme.from_preset(preset), 1024, 6
+    tensors = [reference.quantize_weight(seeded(k, k, seed=i), scheme) for i in range(depth)]
+    layers = [ops.prepare(one, scheme, k, device="cuda") for one in tensors]
+    y = torch.zeros(rows, k, dtype=torch.bfloat16, device="cuda")
+    for seed in range(3):
+        fresh = seeded(rows, k, seed=seed).to(torch.bfloat16)
+        ready = fresh.to("cuda")
+        torch.cuda._sleep(1_000_000)  # what is launched meanwhile is there before its input
+        y.copy_(ready)
+        out, wanted = y, fresh
+        for layer in layers:
+            out = layer.run(out)
+        for one in tensors:
+            wanted = reference.linear(wanted, one, scheme, k)
+        assert_bits_equal(out, wanted)
+
+
+@needs_gpu
+@needs_module
+@pytest.mark.gpu
 def test_layer_on_two_streams_at_once() -> None:
     scheme, n, k = Scheme(), 2048, 2048
     prepared = on_gpu(scheme, n, k)
