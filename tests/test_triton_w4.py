@@ -29,7 +29,9 @@ else:
     pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
 
     from qkernels.triton.gemm_w4a16 import gemm_w4a16
+    from qkernels.triton.tiles import Tile
 
+    SMALL = Tile(16, 16, 128, 4, 2)
     # The interpreter truncates float32 to bfloat16: fp16 and fp32 inputs and fp32 outputs there.
     INPUTS = (torch.float32, torch.float16) if INTERPRETED else (torch.float32, torch.float16, torch.bfloat16)
 
@@ -53,7 +55,7 @@ else:
                 weight_min=at.get("weight_min"),
                 codebook=torch.tensor(CODEBOOK, device=DEVICE) if kind == "codebook" else None,
                 out_dtype=torch.float32,
-                block=(16, 16),
+                tile=SMALL,
             )
             weight = reference.dequantize_weight(tensors, scheme, k).double()
             expected = x.double() @ weight.T + bias.double()

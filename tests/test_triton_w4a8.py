@@ -41,17 +41,18 @@ else:
 
     from qkernels.triton.gemm_w4a8 import gemm_w4a8
     from qkernels.triton.quantize import quantize_rows
+    from qkernels.triton.tiles import Tile
 
     KINDS = {name: options for name, options in W4_KINDS.items() if name != "codebook"}
     OUTPUTS = (torch.float32,) if INTERPRETED else DTYPES  # the interpreter truncates where it should round
-    SMALL = (16, 16) if INTERPRETED else None
+    SMALL = Tile(16, 16, 128, 4, 2) if INTERPRETED else None
 
     def scheme_of(kind: str, group: int | None, *, symmetric: bool) -> Scheme:
         options = {} if group is None else {"weight_granularity": "per_group", "group_size": group}
         return Scheme(4, activation_symmetric=symmetric, **options, **KINDS[kind])  # type: ignore[arg-type]
 
     def product(
-        x: Tensor, tensors: dict[str, Tensor], scheme: Scheme, out_dtype: torch.dtype, block: tuple[int, int] | None
+        x: Tensor, tensors: dict[str, Tensor], scheme: Scheme, out_dtype: torch.dtype, tile: Tile | None
     ) -> Tensor:
         at = {name: tensor.to(DEVICE) for name, tensor in tensors.items()}
         q, scale, zero = quantize_rows(x.to(DEVICE), symmetric=scheme.activation_symmetric)
@@ -66,7 +67,7 @@ else:
             weight_zero_point=at.get("weight_zero_point"),
             weight_min=at.get("weight_min"),
             out_dtype=out_dtype,
-            block=block,
+            tile=tile,
         )
 
     @pytest.mark.parametrize("symmetric", [True, False])

@@ -39,6 +39,7 @@ else:
     pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
 
     from qkernels.triton.gemm_w8a16 import gemm_w8a16
+    from qkernels.triton.tiles import Tile
 
     # The interpreter truncates float32 to bfloat16: fp16 and fp32 inputs and fp32 outputs there.
     INPUTS = (torch.float32, torch.float16) if INTERPRETED else (torch.float32, torch.float16, torch.bfloat16)
@@ -59,7 +60,7 @@ else:
                 scale.to(DEVICE),
                 None if shift is None else shift.to(DEVICE),
                 out_dtype=torch.float32,
-                block=(16, 16) if INTERPRETED else None,
+                tile=Tile(16, 16, 64, 4, 2) if INTERPRETED else None,
             ).cpu()
             wide = weight.double() * scale.double()[:, None]
             expected = x.double() @ wide.T + (0.0 if shift is None else shift.double())

@@ -2,10 +2,11 @@
 
     y [M, N] = x [M, K] @ w [N, K]^T + bias,   w = scale * (q - zero_point),  scale * q + min,  or  scale * codebook[q]
 
-A program owns BLOCK_M tokens x BLOCK_N channels and walks K in blocks that lie in one group.  A byte holds the codes
-of an even and an odd k, so the even and the odd columns of ``x`` are multiplied apart: nibbles need not be interleaved.
-Codes less their zero point are exact in the dtype of ``x``; a block's sum is multiplied by its scale in float32.  Only
-a codebook's entries are rounded, to that dtype.
+A program owns BLOCK_M tokens x BLOCK_N channels, computes their product transposed, ``w @ x^T``, and walks K in blocks
+that lie in one group.  Transposed, the weight is the operand that the tensor cores take from registers (wgmma on
+compute capability 9.0), where its codes are unpacked, while ``x`` goes from memory to shared memory and into the
+product as it is.  Codes less their zero point are exact in the dtype of ``x``; a block's sum is multiplied by its scale
+in float32.  Only a codebook's entries are rounded, to that dtype.
 """
 
 from __future__ import annotations
@@ -15,7 +16,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["block_for", "gemm_w4a16"]
+from .group_sums import group_sums
+from .raster import grouped_tile
+from .tiles import Tile, shared_bytes
+from .unpack import halves, nibbles_to_float
+
+__all__ = ["block_for", "gemm_w4a16", "tile_for"]
 
 
 @triton.jit
@@ -25,6 +31,7 @@ def _gemm_kernel(
     scale_ptr,
     zero_ptr,
     min_ptr,
+    sums_ptr,  # of x over blocks of k, or over all of a row where that is the group
     book_ptr,
     bias_ptr,
     y_ptr,
@@ -39,57 +46,87 @@ def _gemm_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
     ZERO_POINT: tl.constexpr,
     MINIMUM: tl.constexpr,
     CODEBOOK: tl.constexpr,
     BIAS: tl.constexpr,
 ):
-    tokens = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    channels = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    program = tl.program_id(0)
+    tile_m, tile_n = grouped_tile(program, tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
+    tokens = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    channels = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     # Rows outside wrap around to rows that exist: what they give is not stored.
-    token_rows = (tokens % M).to(tl.int64)
     channel_rows = (channels % N).to(tl.int64)
+    ks = tl.arange(0, BLOCK_K)
     pairs = tl.arange(0, BLOCK_K // 2)
-    x_block = x_ptr + token_rows[:, None] * x_stride + 2 * pairs[None, :]
+    x_block = x_ptr + (tokens % M).to(tl.int64)[:, None] * x_stride + ks[None, :]
     weight_block = weight_ptr + channel_rows[:, None] * weight_stride + pairs[None, :]
-    total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    places = channel_rows * scale_stride
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    total = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
     for k in range(0, K, BLOCK_K):
-        even_inside = 2 * pairs[None, :] + k < K
-        even = tl.load(x_block + k, mask=even_inside, other=0.0)
-        odd = tl.load(x_block + k + 1, mask=2 * pairs[None, :] + k + 1 < K, other=0.0)
-        codes = tl.load(weight_block + k // 2, mask=even_inside, other=0)
-        low = (codes & 15).to(tl.int32)
-        high = (codes >> 4).to(tl.int32)
-        place = channel_rows * scale_stride + k // GROUP
-        if CODEBOOK:
-            low_values = tl.load(book_ptr + low).to(even.dtype)
-            high_values = tl.load(book_ptr + high).to(even.dtype)
+        if K % BLOCK_K == 0:
+            x = tl.load(x_block + k)
+            codes = tl.load(weight_block + k // 2)
         else:
-            if ZERO_POINT:
-                zero = tl.load(zero_ptr + place).to(tl.int32)[:, None]
-            elif MINIMUM:
-                zero = 0
+            x = tl.load(x_block + k, mask=ks[None, :] + k < K, other=0.0)
+            codes = tl.load(weight_block + k // 2, mask=2 * pairs[None, :] + k < K, other=0)
+        if CODEBOOK:
+            if dtype == tl.float32:
+                wide = codes.to(tl.int32)
+                w = tl.load(book_ptr + tl.interleave(wide & 15, wide >> 4))
             else:
-                zero = 8
-            low_values = (low - zero).to(tl.float32).to(even.dtype)
-            high_values = (high - zero).to(tl.float32).to(even.dtype)
-        part = tl.dot(even, tl.trans(low_values), input_precision="ieee")
-        part = tl.dot(odd, tl.trans(high_values), part, input_precision="ieee")
-        total += part * tl.load(scale_ptr + place).to(tl.float32)[None, :]
+                w = halves(tl.load(book_ptr + codes.to(tl.int32))).to(dtype, bitcast=True)
+        elif ZERO_POINT:
+            zero = tl.load(zero_ptr + places + k // GROUP).to(tl.float32).to(dtype)
+            w = nibbles_to_float(codes, zero[:, None], None, dtype)
+        elif MINIMUM:
+            w = nibbles_to_float(codes, 0, 0, dtype)
+        else:
+            w = nibbles_to_float(codes, 0, 8, dtype)
+        if GROUP >= K:
+            total = tl.dot(w, tl.trans(x), total, input_precision="ieee")
+        else:
+            part = tl.dot(w, tl.trans(x), input_precision="ieee")
+            total += part * tl.load(scale_ptr + places + k // GROUP).to(tl.float32)[:, None]
+            if MINIMUM:
+                sums = tl.load(sums_ptr + k // BLOCK_K * M + tokens % M)
+                total += tl.load(min_ptr + places + k // GROUP).to(tl.float32)[:, None] * sums[None, :]
+    if GROUP >= K:
+        total = total * tl.load(scale_ptr + places).to(tl.float32)[:, None]
         if MINIMUM:
-            sums = tl.sum(even.to(tl.float32), axis=1) + tl.sum(odd.to(tl.float32), axis=1)
-            total += sums[:, None] * tl.load(min_ptr + place).to(tl.float32)[None, :]
-    token_mask = tokens < M
+            total += tl.load(min_ptr + places).to(tl.float32)[:, None] * tl.load(sums_ptr + tokens % M)[None, :]
     channel_mask = channels < N
     if BIAS:
-        total += tl.load(bias_ptr + channels, mask=channel_mask, other=0.0)[None, :]
+        total += tl.load(bias_ptr + channels, mask=channel_mask, other=0.0)[:, None]
     to = y_ptr + tokens.to(tl.int64)[:, None] * y_stride + channels[None, :]
-    tl.store(to, total.to(y_ptr.dtype.element_ty), mask=token_mask[:, None] & channel_mask[None, :])
+    mask = (tokens < M)[:, None] & channel_mask[None, :]
+    tl.store(to, tl.trans(total.to(y_ptr.dtype.element_ty)), mask=mask)
 
 
-def block_for(features: int, group: int) -> int:
-    """The largest block of k that lies in one group; 0 where there is none of a size that a dot takes."""
-    return next((size for size in (128, 64, 32) if group >= features or group % size == 0), 0)
+def block_for(features: int, group: int, most: int = 128) -> int:
+    """The largest block of k, up to ``most``, that lies in one group; 0 where there is none of a size a dot takes."""
+    return next((size for size in (128, 64, 32) if size <= most and (group >= features or group % size == 0)), 0)
+
+
+def tile_for(rows: int, channels: int, dtype: torch.dtype) -> Tile:
+    """The tile for a product."""
+    if dtype == torch.float32:
+        return Tile(16 if rows <= 16 else 64, 64, 32, 4, 2)
+    if rows <= 16:
+        return Tile(16, 64, 128, 4, 6)
+    if rows <= 32:
+        return Tile(32, 64, 128, 4, 4)
+    if rows <= 64:
+        return Tile(64, 64, 128, 4, 4)
+    return Tile(128, 64, 128, 4, 3)
+
+
+def _pairs(codebook: Tensor, dtype: torch.dtype) -> Tensor:
+    """Both entries of every byte of codes, rounded to the 16-bit ``dtype``, in a word: int32 ``[256]``."""
+    entries = codebook.to(dtype)
+    return torch.stack((entries.repeat(16), entries.repeat_interleave(16)), 1).view(torch.int32)
 
 
 def gemm_w4a16(
@@ -103,7 +140,7 @@ def gemm_w4a16(
     weight_min: Tensor | None = None,
     codebook: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
-    block: tuple[int, int] | None = None,
+    tile: Tile | None = None,
 ) -> Tensor:
     """:func:`qkernels.reference.linear_w4a16` of ``x [M, K]``, within the rounding of float32 sums.
 
@@ -113,15 +150,17 @@ def gemm_w4a16(
         group_size: a multiple of 32, or None (one group).
         weight_zero_point, weight_min: shaped like weight_scale, at most one; neither: zero point 8.
         codebook: float32 ``[16]``.
-        block: tokens and channels of a program; None: as many tokens as there are up to 64, and 64 channels.
+        tile: None: :func:`tile_for`. A smaller block of k is taken where one group needs it, fewer stages where the
+            device has less shared memory.
 
     Raises:
         ValueError: no block of k fits the group size.
     """
     rows, features = x.shape
     channels = weight.shape[0]
-    group = features if group_size is None else group_size
-    size = block_for(features, group)
+    group = features if group_size is None else min(group_size, features)
+    tile = tile_for(rows, channels, x.dtype) if tile is None else tile
+    size = block_for(features, group, tile.k)
     if not size:
         raise ValueError(f"group_size: expected a multiple of 32, or at least {features}, got {group_size}")
     out = torch.empty((rows, channels), dtype=out_dtype or x.dtype, device=x.device)
@@ -129,15 +168,18 @@ def gemm_w4a16(
         return out
     if x.stride(1) != 1:
         x = x.contiguous()
-    block_m, block_n = block or (max(16, min(64, triton.next_power_of_2(rows))), 64)
     scales = weight_scale.view(channels, -1)
-    _gemm_kernel[(triton.cdiv(rows, block_m), triton.cdiv(channels, block_n))](
+    book = scales
+    if codebook is not None:
+        book = codebook if x.dtype == torch.float32 else _pairs(codebook, x.dtype)
+    _gemm_kernel[(tile.programs(rows, channels),)](
         x,
         weight,
         scales,
         weight if weight_zero_point is None else weight_zero_point,
         scales if weight_min is None else weight_min,
-        scales if codebook is None else codebook,
+        scales if weight_min is None else group_sums(x, size if group < features else features),
+        book,
         scales if bias is None else bias,
         out,
         rows,
@@ -147,15 +189,16 @@ def gemm_w4a16(
         scales.stride(0),
         out.stride(0),
         K=features,
-        GROUP=max(1, min(group, features)),
-        BLOCK_M=block_m,
-        BLOCK_N=block_n,
+        GROUP=max(1, group),
+        BLOCK_M=tile.m,
+        BLOCK_N=tile.n,
         BLOCK_K=size,
+        GROUP_M=tile.group,
         ZERO_POINT=weight_zero_point is not None,
         MINIMUM=weight_min is not None,
         CODEBOOK=codebook is not None,
         BIAS=bias is not None,
-        num_warps=4,
-        num_stages=3,
+        num_warps=tile.warps,
+        num_stages=tile.depth(size * (tile.m * x.element_size() + tile.n // 2), shared_bytes(x.device)),
     )
     return out

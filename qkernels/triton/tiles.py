@@ -1,0 +1,44 @@
+"""Launch shapes of the GEMMs, and what of a device's shared memory they may take."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+import triton
+
+__all__ = ["PORTABLE_BYTES", "Tile", "shared_bytes"]
+
+PORTABLE_BYTES = 99 << 10
+"""Shared memory that a program may have on every GPU since compute capability 8.0; 8.6 and 8.9 have no more."""
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Launch shape of a kernel: tokens, channels and k of a block, warps, pipeline stages; token tiles of a group."""
+
+    m: int
+    n: int
+    k: int
+    warps: int
+    stages: int
+    group: int = 8
+
+    def programs(self, rows: int, channels: int) -> int:
+        """Blocks of the output, each a program's."""
+        return int(triton.cdiv(rows, self.m) * triton.cdiv(channels, self.n))
+
+    def depth(self, stage_bytes: int, available: int) -> int:
+        """Stages of ``stage_bytes`` that fit into ``available`` bytes of shared memory: up to :attr:`stages`."""
+        return max(1, min(self.stages, available // stage_bytes))
+
+
+@functools.cache
+def shared_bytes(device: torch.device) -> int:
+    """Shared memory that a program on ``device`` may have; :data:`PORTABLE_BYTES` for a device that has no driver."""
+    if device.type != "cuda":
+        return PORTABLE_BYTES
+    index = torch.cuda.current_device() if device.index is None else device.index
+    properties = triton.runtime.driver.active.utils.get_device_properties(index)
+    return int(properties["max_shared_mem"])
