@@ -51,12 +51,14 @@ def _gemm_kernel(
     MINIMUM: tl.constexpr,
     CODEBOOK: tl.constexpr,
     BIAS: tl.constexpr,
+    FEW: tl.constexpr,  # fewer tokens than a block has
 ):
     program = tl.program_id(0)
     tile_m, tile_n = grouped_tile(program, tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
     tokens = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     channels = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    # Rows outside wrap around to rows that exist: what they give is not stored.
+    # Rows outside wrap around to rows that exist: what they give is not stored. Where they are most of a block, they
+    # are not loaded either.
     channel_rows = (channels % N).to(tl.int64)
     ks = tl.arange(0, BLOCK_K)
     pairs = tl.arange(0, BLOCK_K // 2)
@@ -64,13 +66,14 @@ def _gemm_kernel(
     weight_block = weight_ptr + channel_rows[:, None] * weight_stride + pairs[None, :]
     places = channel_rows * scale_stride
     dtype: tl.constexpr = x_ptr.dtype.element_ty
+    there = (tokens < M)[:, None]
     total = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
     for k in range(0, K, BLOCK_K):
         if K % BLOCK_K == 0:
-            x = tl.load(x_block + k)
+            x = tl.load(x_block + k, mask=there, other=0.0) if FEW else tl.load(x_block + k)
             codes = tl.load(weight_block + k // 2)
         else:
-            x = tl.load(x_block + k, mask=ks[None, :] + k < K, other=0.0)
+            x = tl.load(x_block + k, mask=there & (ks[None, :] + k < K), other=0.0)
             codes = tl.load(weight_block + k // 2, mask=2 * pairs[None, :] + k < K, other=0)
         if CODEBOOK:
             if dtype == tl.float32:
@@ -101,7 +104,7 @@ def _gemm_kernel(
     if BIAS:
         total += tl.load(bias_ptr + channels, mask=channel_mask, other=0.0)[:, None]
     to = y_ptr + tokens.to(tl.int64)[:, None] * y_stride + channels[None, :]
-    mask = (tokens < M)[:, None] & channel_mask[None, :]
+    mask = there & channel_mask[None, :]
     tl.store(to, tl.trans(total.to(y_ptr.dtype.element_ty)), mask=mask)
 
 
@@ -198,6 +201,7 @@ def gemm_w4a16(
         MINIMUM=weight_min is not None,
         CODEBOOK=codebook is not None,
         BIAS=bias is not None,
+        FEW=rows < tile.m,
         num_warps=tile.warps,
         num_stages=tile.depth(size * (tile.m * x.element_size() + tile.n // 2), shared_bytes(x.device)),
     )

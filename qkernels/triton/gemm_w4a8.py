@@ -32,21 +32,23 @@ def _step(
     q_block,
     weight_block,
     zeros,
+    there,
     k,
     end,
     BLOCK_K: tl.constexpr,
     CODES: tl.constexpr,
     MASKED: tl.constexpr,
     SHIFTED: tl.constexpr,
+    FEW: tl.constexpr,
 ):
     """One block of k, up to ``end``, into the sums of its group."""
     ks = k + tl.arange(0, BLOCK_K)
     words = k // CODES + tl.arange(0, BLOCK_K // CODES)
     if MASKED:
-        q = tl.load(q_block + ks[None, :], mask=ks[None, :] < end, other=0)
+        q = tl.load(q_block + ks[None, :], mask=there & (ks[None, :] < end), other=0)
         codes = tl.load(weight_block + words[None, :], mask=CODES * words[None, :] < end, other=0)
     else:
-        q = tl.load(q_block + ks[None, :])
+        q = tl.load(q_block + ks[None, :], mask=there, other=0) if FEW else tl.load(q_block + ks[None, :])
         codes = tl.load(weight_block + words[None, :])
     w = nibbles_to_int8(codes, zeros, CODES == 4)
     acc = tl.dot(w, tl.trans(q), acc, out_dtype=tl.int32)
@@ -86,15 +88,18 @@ def _gemm_kernel(
     ZERO_POINT: tl.constexpr,
     MINIMUM: tl.constexpr,
     BIAS: tl.constexpr,
+    FEW: tl.constexpr,  # fewer tokens than a block has
 ):
     program = tl.program_id(0)
     tile_m, tile_n = grouped_tile(program, tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
     tokens = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     channels = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     channel_mask = channels < N
-    # Rows outside wrap around to rows that exist: what they give is not stored.
+    # Rows outside wrap around to rows that exist: what they give is not stored. Where they are most of a block, they
+    # are not loaded either.
     channel_rows = (channels % N).to(tl.int64)
     token_rows = tokens % M
+    there = (tokens < M)[:, None]
     q_block = q_ptr + token_rows.to(tl.int64)[:, None] * q_stride
     weight_block = weight_ptr + channel_rows[:, None] * weight_stride
     places = channel_rows * scale_stride
@@ -114,7 +119,19 @@ def _gemm_kernel(
         weight_sums = tl.zeros((BLOCK_N,), dtype=tl.int32)
         if GROUP == BLOCK_K:
             acc, weight_sums = _step(
-                acc, weight_sums, q_block, weight_block, zeros, first, K, BLOCK_K, CODES, K % BLOCK_K != 0, SHIFTED
+                acc,
+                weight_sums,
+                q_block,
+                weight_block,
+                zeros,
+                there,
+                first,
+                K,
+                BLOCK_K,
+                CODES,
+                K % BLOCK_K != 0,
+                SHIFTED,
+                FEW,
             )
         else:
             end = tl.minimum(first + GROUP, K)
@@ -125,12 +142,14 @@ def _gemm_kernel(
                     q_block,
                     weight_block,
                     zeros,
+                    there,
                     k,
                     end,
                     BLOCK_K,
                     CODES,
                     K % BLOCK_K != 0 or GROUP % BLOCK_K != 0,
                     SHIFTED,
+                    FEW,
                 )
         if SHIFTED:
             acc = acc - weight_sums[:, None] * shift[None, :]
@@ -146,7 +165,7 @@ def _gemm_kernel(
     if BIAS:
         y = y + tl.load(bias_ptr + channels, mask=channel_mask, other=0.0)[:, None]
     to = y_ptr + tokens.to(tl.int64)[:, None] * y_stride + channels[None, :]
-    mask = (tokens < M)[:, None] & channel_mask[None, :]
+    mask = there & channel_mask[None, :]
     tl.store(to, tl.trans(y.to(y_ptr.dtype.element_ty)), mask=mask)
 
 
@@ -230,6 +249,7 @@ def gemm_w4a8(
         ZERO_POINT=weight_zero_point is not None,
         MINIMUM=weight_min is not None,
         BIAS=bias is not None,
+        FEW=rows < tile.m,
         num_warps=tile.warps,
         num_stages=tile.depth(size * (tile.m + tile.n // 2), shared_bytes(q.device)),
         enable_fp_fusion=False,

@@ -38,6 +38,7 @@ def _gemm_kernel(
     GROUP_M: tl.constexpr,
     PAIRS: tl.constexpr,  # the weight as int16, two codes each
     BIAS: tl.constexpr,
+    FEW: tl.constexpr,  # fewer tokens than a block has
 ):
     program = tl.program_id(0)
     tile_m, tile_n = grouped_tile(program, tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
@@ -46,16 +47,18 @@ def _gemm_kernel(
     CODES: tl.constexpr = 2 if PAIRS else 1
     ks = tl.arange(0, BLOCK_K)
     words = tl.arange(0, BLOCK_K // CODES)
-    # Rows outside wrap around to rows that exist: what they give is not stored.
+    # Rows outside wrap around to rows that exist: what they give is not stored. Where they are most of a block, they
+    # are not loaded either.
     x_block = x_ptr + (tokens % M).to(tl.int64)[:, None] * x_stride + ks[None, :]
     weight_block = weight_ptr + (channels % N).to(tl.int64)[:, None] * weight_stride + words[None, :]
+    there = (tokens < M)[:, None]
     total = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
     for k in range(0, K, BLOCK_K):
         if K % BLOCK_K == 0:
-            x = tl.load(x_block + k)
+            x = tl.load(x_block + k, mask=there, other=0.0) if FEW else tl.load(x_block + k)
             codes = tl.load(weight_block + k // CODES)
         else:
-            x = tl.load(x_block + k, mask=ks[None, :] + k < K, other=0.0)
+            x = tl.load(x_block + k, mask=there & (ks[None, :] + k < K), other=0.0)
             codes = tl.load(weight_block + k // CODES, mask=CODES * words[None, :] + k < K, other=0)
         w = bytes_to_float(codes, PAIRS, x.dtype)
         total = tl.dot(w, tl.trans(x), total, input_precision="ieee")
@@ -64,7 +67,7 @@ def _gemm_kernel(
     if BIAS:
         total += tl.load(bias_ptr + channels, mask=channel_mask, other=0.0)[:, None]
     to = y_ptr + tokens.to(tl.int64)[:, None] * y_stride + channels[None, :]
-    mask = (tokens < M)[:, None] & channel_mask[None, :]
+    mask = there & channel_mask[None, :]
     tl.store(to, tl.trans(total.to(y_ptr.dtype.element_ty)), mask=mask)
 
 
@@ -126,6 +129,7 @@ def gemm_w8a16(
         GROUP_M=tile.group,
         PAIRS=pairs,
         BIAS=bias is not None,
+        FEW=rows < tile.m,
         num_warps=tile.warps,
         num_stages=tile.depth(tile.k * (tile.m * x.element_size() + tile.n), shared_bytes(x.device)),
     )
