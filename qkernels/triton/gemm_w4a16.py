@@ -204,5 +204,6 @@ def gemm_w4a16(
         FEW=rows < tile.m,
         num_warps=tile.warps,
         num_stages=tile.depth(size * (tile.m * x.element_size() + tile.n // 2), shared_bytes(x.device)),
+        enable_fp_fusion=True,
     )
     return out

@@ -132,5 +132,6 @@ def gemm_w8a16(
         FEW=rows < tile.m,
         num_warps=tile.warps,
         num_stages=tile.depth(tile.k * (tile.m * x.element_size() + tile.n), shared_bytes(x.device)),
+        enable_fp_fusion=True,
     )
     return out

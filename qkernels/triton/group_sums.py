@@ -1,6 +1,6 @@
-"""Sums of activations over groups of k in Triton, which weights with a minimum are multiplied by:
+"""Sums of activations over groups of k in Triton, which weights with a minimum are multiplied by.
 
-    sums [G, M] = sum over k of group g of x [M, K],  float32 of floating-point x, int32 of int8
+sums [G, M] = sum over k of group g of x [M, K], in float32 of floating-point x, in int32 of int8.
 """
 
 from __future__ import annotations

@@ -45,13 +45,10 @@ def nibbles_to_float(codes, zero, ZERO: tl.constexpr, dtype: tl.constexpr):  # n
             values = values - ZERO
     else:
         # Codes of a pair 12 bits further apart: one in each half.
-        pair = (codes.to(tl.int32) * 0x1001) & 0x000F000F
-        if dtype == tl.bfloat16:
-            base: tl.constexpr = 128.0
-            values = halves(pair | 0x43004300).to(tl.bfloat16, bitcast=True)
-        else:
-            base: tl.constexpr = 1024.0
-            values = halves(pair | 0x64006400).to(tl.float16, bitcast=True)
+        base: tl.constexpr = 128.0 if dtype == tl.bfloat16 else 1024.0
+        exponents: tl.constexpr = 0x43004300 if dtype == tl.bfloat16 else 0x64006400
+        pair = ((codes.to(tl.int32) * 0x1001) & 0x000F000F) | exponents
+        values = halves(pair).to(dtype, bitcast=True)
         if ZERO is None:
             values = (values - base).to(dtype) - zero
         else:
