@@ -75,3 +75,20 @@ def w4a8(capability: int, tile: Tile, **options: object) -> Any:
     flags = {"ZERO_POINT": False, "MINIMUM": False, "SHIFTED": False, "FEW": False, "GROUP": 128, "CODES": 4, **options}
     types = {"weight_ptr": "*i16", "scale_ptr": "*fp16", "sums_ptr": "*i32"}
     return compile_for(capability, gemm_w4a8._gemm_kernel, tile, stages, False, **types, **flags)
+
+
+GEMMS: dict[str, tuple[Callable[..., Any], Callable[[int, int], Tile], str]] = {
+    "w4a16": (w4a16, lambda rows, channels: gemm_w4a16.tile_for(rows, channels, torch.bfloat16), "HGMMA"),
+    "w8a16": (w8a16, lambda rows, channels: gemm_w8a16.tile_for(rows, channels, torch.bfloat16), "HGMMA"),
+    "w4a8": (w4a8, gemm_w4a8.tile_for, "IGMMA"),
+}
+
+
+def tiles_of(name: str) -> list[Tile]:
+    """Every tile that :func:`tile_for` gives, widest last."""
+    chosen = {
+        GEMMS[name][1](rows, channels)
+        for rows in (1, 16, 32, 64, 128, 256, 1024, 4096)
+        for channels in (1024, 4096, 14336)
+    }
+    return sorted(chosen, key=lambda tile: (tile.m * tile.n, tile.m, tile.k, tile.stages))

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from .group_sums import group_sums
 from .raster import grouped_tile
-from .tiles import Tile, shared_bytes
-from .unpack import halves, nibbles_to_float
+from .tiles import Tile, shared_bytes, short_rows
+from .unpack import exponents_of, halves, nibbles_to_float
 
 __all__ = ["block_for", "gemm_w4a16", "tile_for"]
 
@@ -41,6 +41,7 @@ def _gemm_kernel(
     weight_stride,
     scale_stride,
     y_stride,
+    exponents,
     K: tl.constexpr,  # a layer's own: one compilation per layer shape, and a loop whose length is known
     GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -55,26 +56,35 @@ def _gemm_kernel(
 ):
     program = tl.program_id(0)
     tile_m, tile_n = grouped_tile(program, tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
-    tokens = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    channels = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    # Rows outside wrap around to rows that exist: what they give is not stored. Where they are most of a block, they
-    # are not loaded either.
-    channel_rows = (channels % N).to(tl.int64)
+    first_m = tile_m * BLOCK_M
+    first_n = tile_n * BLOCK_N
+    there = first_m + tl.arange(0, BLOCK_M) < M
+    channels = first_n + tl.arange(0, BLOCK_N)
+    # Rows outside are the last one there is: what they give is not stored. Where they are most of a block, they are
+    # not loaded either. 64 bits for a block's first element, 32 from there on: addresses are much of the arithmetic.
+    token_rows = tl.minimum(tl.arange(0, BLOCK_M), M - 1 - first_m)
+    channel_rows = tl.minimum(tl.arange(0, BLOCK_N), N - 1 - first_n)
     ks = tl.arange(0, BLOCK_K)
     pairs = tl.arange(0, BLOCK_K // 2)
-    x_block = x_ptr + (tokens % M).to(tl.int64)[:, None] * x_stride + ks[None, :]
-    weight_block = weight_ptr + channel_rows[:, None] * weight_stride + pairs[None, :]
-    places = channel_rows * scale_stride
+    x_block = x_ptr + first_m.to(tl.int64) * x_stride
+    x_places = token_rows[:, None] * x_stride + ks[None, :]
+    weight_block = weight_ptr + first_n.to(tl.int64) * weight_stride
+    weight_places = channel_rows[:, None] * weight_stride + pairs[None, :]
+    group_block = first_n.to(tl.int64) * scale_stride
+    group_places = channel_rows * scale_stride
     dtype: tl.constexpr = x_ptr.dtype.element_ty
-    there = (tokens < M)[:, None]
     total = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
     for k in range(0, K, BLOCK_K):
         if K % BLOCK_K == 0:
-            x = tl.load(x_block + k, mask=there, other=0.0) if FEW else tl.load(x_block + k)
-            codes = tl.load(weight_block + k // 2)
+            if FEW:
+                x = tl.load(x_block + k + x_places, mask=there[:, None], other=0.0)
+            else:
+                x = tl.load(x_block + k + x_places)
+            codes = tl.load(weight_block + k // 2 + weight_places)
         else:
-            x = tl.load(x_block + k, mask=there & (ks[None, :] + k < K), other=0.0)
-            codes = tl.load(weight_block + k // 2, mask=2 * pairs[None, :] + k < K, other=0)
+            x = tl.load(x_block + k + x_places, mask=there[:, None] & (ks[None, :] + k < K), other=0.0)
+            codes = tl.load(weight_block + k // 2 + weight_places, mask=2 * pairs[None, :] + k < K, other=0)
+        group = group_block + k // GROUP
         if CODEBOOK:
             if dtype == tl.float32:
                 wide = codes.to(tl.int32)
@@ -82,30 +92,31 @@ def _gemm_kernel(
             else:
                 w = halves(tl.load(book_ptr + codes.to(tl.int32))).to(dtype, bitcast=True)
         elif ZERO_POINT:
-            zero = tl.load(zero_ptr + places + k // GROUP).to(tl.float32).to(dtype)
-            w = nibbles_to_float(codes, zero[:, None], None, dtype)
+            zero = tl.load(zero_ptr + group + group_places).to(tl.float32).to(dtype)
+            w = nibbles_to_float(codes, zero[:, None], exponents, None, dtype)
         elif MINIMUM:
-            w = nibbles_to_float(codes, 0, 0, dtype)
+            w = nibbles_to_float(codes, 0, exponents, 0, dtype)
         else:
-            w = nibbles_to_float(codes, 0, 8, dtype)
+            w = nibbles_to_float(codes, 0, exponents, 8, dtype)
         if GROUP >= K:
             total = tl.dot(w, tl.trans(x), total, input_precision="ieee")
         else:
             part = tl.dot(w, tl.trans(x), input_precision="ieee")
-            total += part * tl.load(scale_ptr + places + k // GROUP).to(tl.float32)[:, None]
+            total += part * tl.load(scale_ptr + group + group_places).to(tl.float32)[:, None]
             if MINIMUM:
-                sums = tl.load(sums_ptr + k // BLOCK_K * M + tokens % M)
-                total += tl.load(min_ptr + places + k // GROUP).to(tl.float32)[:, None] * sums[None, :]
+                sums = tl.load(sums_ptr + k // BLOCK_K * M + first_m + token_rows)
+                total += tl.load(min_ptr + group + group_places).to(tl.float32)[:, None] * sums[None, :]
     if GROUP >= K:
-        total = total * tl.load(scale_ptr + places).to(tl.float32)[:, None]
+        total = total * tl.load(scale_ptr + group_block + group_places).to(tl.float32)[:, None]
         if MINIMUM:
-            total += tl.load(min_ptr + places).to(tl.float32)[:, None] * tl.load(sums_ptr + tokens % M)[None, :]
+            sums = tl.load(sums_ptr + first_m + token_rows)
+            total += tl.load(min_ptr + group_block + group_places).to(tl.float32)[:, None] * sums[None, :]
     channel_mask = channels < N
     if BIAS:
         total += tl.load(bias_ptr + channels, mask=channel_mask, other=0.0)[:, None]
-    to = y_ptr + tokens.to(tl.int64)[:, None] * y_stride + channels[None, :]
-    mask = there & channel_mask[None, :]
-    tl.store(to, tl.trans(total.to(y_ptr.dtype.element_ty)), mask=mask)
+    rows = first_m.to(tl.int64) + tl.arange(0, BLOCK_M)
+    to = y_ptr + rows[:, None] * y_stride + channels[None, :]
+    tl.store(to, tl.trans(total.to(y_ptr.dtype.element_ty)), mask=there[:, None] & channel_mask[None, :])
 
 
 def block_for(features: int, group: int, most: int = 128) -> int:
@@ -169,8 +180,7 @@ def gemm_w4a16(
     out = torch.empty((rows, channels), dtype=out_dtype or x.dtype, device=x.device)
     if not rows or not channels:
         return out
-    if x.stride(1) != 1:
-        x = x.contiguous()
+    x = short_rows(x)
     scales = weight_scale.view(channels, -1)
     book = scales
     if codebook is not None:
@@ -191,6 +201,7 @@ def gemm_w4a16(
         weight.stride(0),
         scales.stride(0),
         out.stride(0),
+        exponents_of(x.dtype),
         K=features,
         GROUP=max(1, group),
         BLOCK_M=tile.m,
@@ -203,6 +214,7 @@ def gemm_w4a16(
         BIAS=bias is not None,
         FEW=rows < tile.m,
         num_warps=tile.warps,
+        maxnreg=tile.registers,
         num_stages=tile.depth(size * (tile.m * x.element_size() + tile.n // 2), shared_bytes(x.device)),
         enable_fp_fusion=True,
     )

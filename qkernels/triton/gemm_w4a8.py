@@ -19,7 +19,7 @@ from torch import Tensor
 from .gemm_w4a16 import block_for
 from .group_sums import group_sums
 from .raster import grouped_tile
-from .tiles import Tile, shared_bytes
+from .tiles import Tile, shared_bytes, short_rows
 from .unpack import nibbles_to_int8
 
 __all__ = ["gemm_w4a8", "tile_for"]
@@ -30,7 +30,9 @@ def _step(
     acc,
     weight_sums,
     q_block,
+    q_places,
     weight_block,
+    weight_places,
     zeros,
     there,
     k,
@@ -43,13 +45,16 @@ def _step(
 ):
     """One block of k, up to ``end``, into the sums of its group."""
     ks = k + tl.arange(0, BLOCK_K)
-    words = k // CODES + tl.arange(0, BLOCK_K // CODES)
     if MASKED:
-        q = tl.load(q_block + ks[None, :], mask=there & (ks[None, :] < end), other=0)
-        codes = tl.load(weight_block + words[None, :], mask=CODES * words[None, :] < end, other=0)
+        words = k // CODES + tl.arange(0, BLOCK_K // CODES)
+        q = tl.load(q_block + k + q_places, mask=there & (ks[None, :] < end), other=0)
+        codes = tl.load(weight_block + k // CODES + weight_places, mask=CODES * words[None, :] < end, other=0)
     else:
-        q = tl.load(q_block + ks[None, :], mask=there, other=0) if FEW else tl.load(q_block + ks[None, :])
-        codes = tl.load(weight_block + words[None, :])
+        if FEW:
+            q = tl.load(q_block + k + q_places, mask=there, other=0)
+        else:
+            q = tl.load(q_block + k + q_places)
+        codes = tl.load(weight_block + k // CODES + weight_places)
     w = nibbles_to_int8(codes, zeros, CODES == 4)
     acc = tl.dot(w, tl.trans(q), acc, out_dtype=tl.int32)
     if SHIFTED:  # q - x_zero = stored - shift: what the shift adds
@@ -92,17 +97,22 @@ def _gemm_kernel(
 ):
     program = tl.program_id(0)
     tile_m, tile_n = grouped_tile(program, tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
-    tokens = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    channels = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    channel_mask = channels < N
-    # Rows outside wrap around to rows that exist: what they give is not stored. Where they are most of a block, they
-    # are not loaded either.
-    channel_rows = (channels % N).to(tl.int64)
-    token_rows = tokens % M
+    first_m = tile_m * BLOCK_M
+    first_n = tile_n * BLOCK_N
+    tokens = first_m + tl.arange(0, BLOCK_M)
+    channels = first_n + tl.arange(0, BLOCK_N)
     there = (tokens < M)[:, None]
-    q_block = q_ptr + token_rows.to(tl.int64)[:, None] * q_stride
-    weight_block = weight_ptr + channel_rows[:, None] * weight_stride
-    places = channel_rows * scale_stride
+    channel_mask = channels < N
+    # Rows outside are the last one there is: what they give is not stored. Where they are most of a block, they are
+    # not loaded either. 64 bits for a block's first element, 32 from there on: addresses are much of the arithmetic.
+    token_rows = tl.minimum(tokens, M - 1)
+    channel_rows = tl.minimum(tl.arange(0, BLOCK_N), N - 1 - first_n)
+    q_block = q_ptr + first_m.to(tl.int64) * q_stride
+    q_places = (token_rows - first_m)[:, None] * q_stride + tl.arange(0, BLOCK_K)[None, :]
+    weight_block = weight_ptr + first_n.to(tl.int64) * weight_stride
+    weight_places = channel_rows[:, None] * weight_stride + tl.arange(0, BLOCK_K // CODES)[None, :]
+    group_block = first_n.to(tl.int64) * scale_stride
+    group_places = channel_rows * scale_stride
     if SHIFTED:
         shift = tl.load(x_zero_point_ptr + token_rows) - 128
     total = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
@@ -110,7 +120,7 @@ def _gemm_kernel(
         first = g * GROUP
         # A zero point in each byte of a word.
         if ZERO_POINT:
-            zeros = tl.load(zero_ptr + places + g).to(tl.int32)[:, None] * 0x01010101
+            zeros = tl.load(zero_ptr + group_block + g + group_places).to(tl.int32)[:, None] * 0x01010101
         elif MINIMUM:
             zeros = 0
         else:
@@ -122,7 +132,9 @@ def _gemm_kernel(
                 acc,
                 weight_sums,
                 q_block,
+                q_places,
                 weight_block,
+                weight_places,
                 zeros,
                 there,
                 first,
@@ -140,7 +152,9 @@ def _gemm_kernel(
                     acc,
                     weight_sums,
                     q_block,
+                    q_places,
                     weight_block,
+                    weight_places,
                     zeros,
                     there,
                     k,
@@ -153,13 +167,13 @@ def _gemm_kernel(
                 )
         if SHIFTED:
             acc = acc - weight_sums[:, None] * shift[None, :]
-        scale = tl.load(scale_ptr + places + g).to(tl.float32)
+        scale = tl.load(scale_ptr + group_block + g + group_places).to(tl.float32)
         total = total + acc.to(tl.float32) * scale[:, None]
         if MINIMUM:
             sums = tl.load(sums_ptr + g * M + token_rows)
             if SHIFTED:
                 sums = sums - shift * (tl.minimum(first + GROUP, K) - first)
-            low = tl.load(min_ptr + places + g).to(tl.float32)
+            low = tl.load(min_ptr + group_block + g + group_places).to(tl.float32)
             total = total + low[:, None] * sums.to(tl.float32)[None, :]
     y = total * tl.load(x_scale_ptr + token_rows)[None, :]
     if BIAS:
@@ -218,6 +232,7 @@ def gemm_w4a8(
     if not rows or not channels:
         return out
     weight, scales = weight.contiguous(), weight_scale.contiguous().view(channels, -1)
+    q = short_rows(q)
     quads = features % 4 == 0 and weight.data_ptr() % 2 == 0
     if quads:
         weight = weight.view(torch.int16)
@@ -251,6 +266,7 @@ def gemm_w4a8(
         BIAS=bias is not None,
         FEW=rows < tile.m,
         num_warps=tile.warps,
+        maxnreg=tile.registers,
         num_stages=tile.depth(size * (tile.m + tile.n // 2), shared_bytes(q.device)),
         enable_fp_fusion=False,
     )

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .raster import grouped_tile
-from .tiles import Tile, shared_bytes
+from .tiles import Tile, shared_bytes, short_rows
 from .unpack import bytes_to_float
 
 __all__ = ["gemm_w8a16", "tile_for"]
@@ -42,33 +42,39 @@ def _gemm_kernel(
 ):
     program = tl.program_id(0)
     tile_m, tile_n = grouped_tile(program, tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
-    tokens = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    channels = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    first_m = tile_m * BLOCK_M
+    first_n = tile_n * BLOCK_N
+    there = first_m + tl.arange(0, BLOCK_M) < M
+    channels = first_n + tl.arange(0, BLOCK_N)
     CODES: tl.constexpr = 2 if PAIRS else 1
     ks = tl.arange(0, BLOCK_K)
     words = tl.arange(0, BLOCK_K // CODES)
-    # Rows outside wrap around to rows that exist: what they give is not stored. Where they are most of a block, they
-    # are not loaded either.
-    x_block = x_ptr + (tokens % M).to(tl.int64)[:, None] * x_stride + ks[None, :]
-    weight_block = weight_ptr + (channels % N).to(tl.int64)[:, None] * weight_stride + words[None, :]
-    there = (tokens < M)[:, None]
+    # Rows outside are the last one there is: what they give is not stored. Where they are most of a block, they are
+    # not loaded either. 64 bits for a block's first element, 32 from there on: addresses are much of the arithmetic.
+    x_block = x_ptr + first_m.to(tl.int64) * x_stride
+    x_places = tl.minimum(tl.arange(0, BLOCK_M), M - 1 - first_m)[:, None] * x_stride + ks[None, :]
+    weight_block = weight_ptr + first_n.to(tl.int64) * weight_stride
+    weight_places = tl.minimum(tl.arange(0, BLOCK_N), N - 1 - first_n)[:, None] * weight_stride + words[None, :]
     total = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
     for k in range(0, K, BLOCK_K):
         if K % BLOCK_K == 0:
-            x = tl.load(x_block + k, mask=there, other=0.0) if FEW else tl.load(x_block + k)
-            codes = tl.load(weight_block + k // CODES)
+            if FEW:
+                x = tl.load(x_block + k + x_places, mask=there[:, None], other=0.0)
+            else:
+                x = tl.load(x_block + k + x_places)
+            codes = tl.load(weight_block + k // CODES + weight_places)
         else:
-            x = tl.load(x_block + k, mask=there & (ks[None, :] + k < K), other=0.0)
-            codes = tl.load(weight_block + k // CODES, mask=CODES * words[None, :] + k < K, other=0)
+            x = tl.load(x_block + k + x_places, mask=there[:, None] & (ks[None, :] + k < K), other=0.0)
+            codes = tl.load(weight_block + k // CODES + weight_places, mask=CODES * words[None, :] + k < K, other=0)
         w = bytes_to_float(codes, PAIRS, x.dtype)
         total = tl.dot(w, tl.trans(x), total, input_precision="ieee")
     channel_mask = channels < N
     total = total * tl.load(scale_ptr + channels, mask=channel_mask, other=0.0)[:, None]
     if BIAS:
         total += tl.load(bias_ptr + channels, mask=channel_mask, other=0.0)[:, None]
-    to = y_ptr + tokens.to(tl.int64)[:, None] * y_stride + channels[None, :]
-    mask = there & channel_mask[None, :]
-    tl.store(to, tl.trans(total.to(y_ptr.dtype.element_ty)), mask=mask)
+    rows = first_m.to(tl.int64) + tl.arange(0, BLOCK_M)
+    to = y_ptr + rows[:, None] * y_stride + channels[None, :]
+    tl.store(to, tl.trans(total.to(y_ptr.dtype.element_ty)), mask=there[:, None] & channel_mask[None, :])
 
 
 def tile_for(rows: int, channels: int, dtype: torch.dtype) -> Tile:
@@ -105,8 +111,7 @@ def gemm_w8a16(
     out = torch.empty((rows, channels), dtype=out_dtype or x.dtype, device=x.device)
     if not rows or not channels:
         return out
-    if x.stride(1) != 1:
-        x = x.contiguous()
+    x = short_rows(x)
     tile = tile_for(rows, channels, x.dtype) if tile is None else tile
     pairs = x.dtype != torch.float32 and features % 2 == 0 and weight.data_ptr() % 2 == 0
     if pairs:
@@ -131,6 +136,7 @@ def gemm_w8a16(
         BIAS=bias is not None,
         FEW=rows < tile.m,
         num_warps=tile.warps,
+        maxnreg=tile.registers,
         num_stages=tile.depth(tile.k * (tile.m * x.element_size() + tile.n), shared_bytes(x.device)),
         enable_fp_fusion=True,
     )

@@ -7,16 +7,21 @@ from dataclasses import dataclass
 
 import torch
 import triton
+from torch import Tensor
 
-__all__ = ["PORTABLE_BYTES", "Tile", "shared_bytes"]
+__all__ = ["PORTABLE_BYTES", "Tile", "shared_bytes", "short_rows"]
 
 PORTABLE_BYTES = 99 << 10
 """Shared memory that a program may have on every GPU since compute capability 8.0; 8.6 and 8.9 have no more."""
 
+LONGEST_ROW = 1 << 22
+"""Elements from row to row: 256 rows of them are counted in 32 bits."""
+
 
 @dataclass(frozen=True)
 class Tile:
-    """Launch shape of a kernel: tokens, channels and k of a block, warps, pipeline stages; token tiles of a group."""
+    """Launch shape of a kernel: tokens, channels and k of a block, warps, pipeline stages; token tiles of a group; the
+    most registers of a thread, where the compiler shall not choose."""
 
     m: int
     n: int
@@ -24,6 +29,7 @@ class Tile:
     warps: int
     stages: int
     group: int = 8
+    registers: int | None = None
 
     def programs(self, rows: int, channels: int) -> int:
         """Blocks of the output, each a program's."""
@@ -42,3 +48,12 @@ def shared_bytes(device: torch.device) -> int:
     index = torch.cuda.current_device() if device.index is None else device.index
     properties = triton.runtime.driver.active.utils.get_device_properties(index)
     return int(properties["max_shared_mem"])
+
+
+def short_rows(x: Tensor) -> Tensor:
+    """``x [M, K]`` with contiguous rows that are at most :data:`LONGEST_ROW` apart: itself, or a copy."""
+    return (
+        x
+        if x.stride(1) == 1 and (x.stride(0) <= LONGEST_ROW or x.shape[0] == 1)
+        else x.clone(memory_format=torch.contiguous_format)
+    )
