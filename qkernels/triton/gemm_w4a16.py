@@ -11,13 +11,17 @@ in float32.  Only a codebook's entries are rounded, to that dtype.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..cuda_slices import by_terms
 from .group_sums import group_sums
 from .raster import grouped_tile
+from .splits import add_splits
 from .tiles import Tile, shared_bytes, short_rows
 from .unpack import exponents_of, halves, nibbles_to_float
 
@@ -52,9 +56,11 @@ def _gemm_kernel(
     MINIMUM: tl.constexpr,
     CODEBOOK: tl.constexpr,
     BIAS: tl.constexpr,
+    SPLITS: tl.constexpr,  # y is float32 [SPLITS, M, N] where there are several
     FEW: tl.constexpr,  # fewer tokens than a block has
 ):
     program = tl.program_id(0)
+    split = tl.program_id(1)
     tile_m, tile_n = grouped_tile(program, tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
     first_m = tile_m * BLOCK_M
     first_n = tile_n * BLOCK_N
@@ -74,7 +80,14 @@ def _gemm_kernel(
     group_places = channel_rows * scale_stride
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     total = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
-    for k in range(0, K, BLOCK_K):
+    if SPLITS > 1:
+        PART: tl.constexpr = tl.cdiv(K, SPLITS * BLOCK_K) * BLOCK_K
+        first_k = split * PART
+        end_k = tl.minimum(first_k + PART, K)
+    else:
+        first_k = 0
+        end_k = K
+    for k in range(first_k, end_k, BLOCK_K):
         if K % BLOCK_K == 0:
             if FEW:
                 x = tl.load(x_block + k + x_places, mask=there[:, None], other=0.0)
@@ -109,12 +122,13 @@ def _gemm_kernel(
     if GROUP >= K:
         total = total * tl.load(scale_ptr + group_block + group_places).to(tl.float32)[:, None]
         if MINIMUM:
-            sums = tl.load(sums_ptr + first_m + token_rows)
+            sums = tl.load(sums_ptr + first_m + token_rows, mask=token_rows < tl.where(split == 0, M, 0), other=0.0)
             total += tl.load(min_ptr + group_block + group_places).to(tl.float32)[:, None] * sums[None, :]
     channel_mask = channels < N
     if BIAS:
-        total += tl.load(bias_ptr + channels, mask=channel_mask, other=0.0)[:, None]
-    rows = first_m.to(tl.int64) + tl.arange(0, BLOCK_M)
+        bias = tl.load(bias_ptr + channels, mask=channels < tl.where(split == 0, N, 0), other=0.0)
+        total += bias[:, None]
+    rows = split.to(tl.int64) * M + first_m + tl.arange(0, BLOCK_M)
     to = y_ptr + rows[:, None] * y_stride + channels[None, :]
     tl.store(to, tl.trans(total.to(y_ptr.dtype.element_ty)), mask=there[:, None] & channel_mask[None, :])
 
@@ -124,17 +138,18 @@ def block_for(features: int, group: int, most: int = 128) -> int:
     return next((size for size in (128, 64, 32) if size <= most and (group >= features or group % size == 0)), 0)
 
 
-def tile_for(rows: int, channels: int, dtype: torch.dtype) -> Tile:
-    """The tile for a product."""
-    if dtype == torch.float32:
-        return Tile(16 if rows <= 16 else 64, 64, 32, 4, 2)
+ENOUGH_PROGRAMS = 132
+"""More of them than this keep a large GPU busy; else narrower tiles are better (measured on an H200)."""
+
+
+def tile_for(rows: int, channels: int) -> Tile:
+    """The tile for a product (measured on an H200)."""
     if rows <= 16:
-        return Tile(16, 64, 128, 4, 6)
+        return Tile(16, 32, 128, 2, 8)
     if rows <= 32:
-        return Tile(32, 64, 128, 4, 4)
-    if rows <= 64:
-        return Tile(64, 64, 128, 4, 4)
-    return Tile(128, 64, 128, 4, 3)
+        return Tile(32, 64, 128, 4, 6)
+    wide = [Tile(64, 64, 128, 4, 4)] if rows <= 64 else [Tile(128, 64, 128, 4, 3), Tile(64, 64, 128, 4, 4)]
+    return next((tile for tile in wide if tile.programs(rows, channels) > ENOUGH_PROGRAMS), Tile(32, 64, 128, 4, 6))
 
 
 def _pairs(codebook: Tensor, dtype: torch.dtype) -> Tensor:
@@ -173,19 +188,33 @@ def gemm_w4a16(
     rows, features = x.shape
     channels = weight.shape[0]
     group = features if group_size is None else min(group_size, features)
-    tile = tile_for(rows, channels, x.dtype) if tile is None else tile
-    size = block_for(features, group, tile.k)
-    if not size:
+    if not block_for(features, group):
         raise ValueError(f"group_size: expected a multiple of 32, or at least {features}, got {group_size}")
     out = torch.empty((rows, channels), dtype=out_dtype or x.dtype, device=x.device)
     if not rows or not channels:
         return out
-    x = short_rows(x)
     scales = weight_scale.view(channels, -1)
+    if x.dtype == torch.float32 and x.device.type != "cpu":  # in the interpreter there is no bfloat16
+        product = functools.partial(
+            gemm_w4a16,
+            weight=weight,
+            weight_scale=weight_scale,
+            group_size=group_size,
+            weight_zero_point=weight_zero_point,
+            weight_min=weight_min,
+            codebook=codebook,
+            out_dtype=torch.float32,
+            tile=tile,
+        )
+        return by_terms(x, product, bias, out.dtype)
+    x = short_rows(x)
+    tile = tile_for(rows, channels) if tile is None else tile
+    size = block_for(features, group, tile.k)
     book = scales
     if codebook is not None:
         book = codebook if x.dtype == torch.float32 else _pairs(codebook, x.dtype)
-    _gemm_kernel[(tile.programs(rows, channels),)](
+    sums = torch.empty((tile.splits, rows, channels), dtype=torch.float32, device=x.device) if tile.splits > 1 else out
+    _gemm_kernel[(tile.programs(rows, channels), tile.splits)](
         x,
         weight,
         scales,
@@ -194,7 +223,7 @@ def gemm_w4a16(
         scales if weight_min is None else group_sums(x, size if group < features else features),
         book,
         scales if bias is None else bias,
-        out,
+        sums,
         rows,
         channels,
         x.stride(0),
@@ -212,10 +241,12 @@ def gemm_w4a16(
         MINIMUM=weight_min is not None,
         CODEBOOK=codebook is not None,
         BIAS=bias is not None,
+        SPLITS=tile.splits,
         FEW=rows < tile.m,
         num_warps=tile.warps,
-        maxnreg=tile.registers,
         num_stages=tile.depth(size * (tile.m * x.element_size() + tile.n // 2), shared_bytes(x.device)),
         enable_fp_fusion=True,
     )
+    if tile.splits > 1:
+        add_splits(sums, out)
     return out

@@ -7,12 +7,16 @@ exact in the dtype of ``x``, sums are float32.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..cuda_slices import by_terms
 from .raster import grouped_tile
+from .splits import add_splits
 from .tiles import Tile, shared_bytes, short_rows
 from .unpack import bytes_to_float
 
@@ -38,9 +42,11 @@ def _gemm_kernel(
     GROUP_M: tl.constexpr,
     PAIRS: tl.constexpr,  # the weight as int16, two codes each
     BIAS: tl.constexpr,
+    SPLITS: tl.constexpr,  # y is float32 [SPLITS, M, N] where there are several
     FEW: tl.constexpr,  # fewer tokens than a block has
 ):
     program = tl.program_id(0)
+    split = tl.program_id(1)
     tile_m, tile_n = grouped_tile(program, tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
     first_m = tile_m * BLOCK_M
     first_n = tile_n * BLOCK_N
@@ -56,7 +62,14 @@ def _gemm_kernel(
     weight_block = weight_ptr + first_n.to(tl.int64) * weight_stride
     weight_places = tl.minimum(tl.arange(0, BLOCK_N), N - 1 - first_n)[:, None] * weight_stride + words[None, :]
     total = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
-    for k in range(0, K, BLOCK_K):
+    if SPLITS > 1:
+        PART: tl.constexpr = tl.cdiv(K, SPLITS * BLOCK_K) * BLOCK_K
+        first_k = split * PART
+        end_k = tl.minimum(first_k + PART, K)
+    else:
+        first_k = 0
+        end_k = K
+    for k in range(first_k, end_k, BLOCK_K):
         if K % BLOCK_K == 0:
             if FEW:
                 x = tl.load(x_block + k + x_places, mask=there[:, None], other=0.0)
@@ -71,23 +84,26 @@ def _gemm_kernel(
     channel_mask = channels < N
     total = total * tl.load(scale_ptr + channels, mask=channel_mask, other=0.0)[:, None]
     if BIAS:
-        total += tl.load(bias_ptr + channels, mask=channel_mask, other=0.0)[:, None]
-    rows = first_m.to(tl.int64) + tl.arange(0, BLOCK_M)
+        bias = tl.load(bias_ptr + channels, mask=channels < tl.where(split == 0, N, 0), other=0.0)
+        total += bias[:, None]
+    rows = split.to(tl.int64) * M + first_m + tl.arange(0, BLOCK_M)
     to = y_ptr + rows[:, None] * y_stride + channels[None, :]
     tl.store(to, tl.trans(total.to(y_ptr.dtype.element_ty)), mask=there[:, None] & channel_mask[None, :])
 
 
-def tile_for(rows: int, channels: int, dtype: torch.dtype) -> Tile:
-    """The tile for a product."""
-    if dtype == torch.float32:
-        return Tile(16 if rows <= 16 else 64, 64, 32, 4, 2)
+ENOUGH_PROGRAMS = 132
+"""More of them than this keep a large GPU busy; else narrower tiles are better (measured on an H200)."""
+
+
+def tile_for(rows: int, channels: int) -> Tile:
+    """The tile for a product (measured on an H200)."""
     if rows <= 16:
-        return Tile(16, 64, 128, 4, 6)
+        return Tile(16, 32, 128, 2, 8)
     if rows <= 32:
-        return Tile(32, 64, 128, 4, 4)
-    if rows <= 64:
-        return Tile(64, 64, 128, 4, 4)
-    return Tile(128, 128, 64, 8, 3)
+        return Tile(32, 64, 128, 4, 6)
+    narrow = Tile(64, 64, 128, 4, 4)
+    wide = [Tile(256, 128, 64, 8, 3), Tile(128, 64, 64, 4, 4)] if rows > 64 else []
+    return next((tile for tile in wide if tile.programs(rows, channels) > ENOUGH_PROGRAMS), narrow)
 
 
 def gemm_w8a16(
@@ -111,17 +127,23 @@ def gemm_w8a16(
     out = torch.empty((rows, channels), dtype=out_dtype or x.dtype, device=x.device)
     if not rows or not channels:
         return out
+    if x.dtype == torch.float32 and x.device.type != "cpu":  # in the interpreter there is no bfloat16
+        product = functools.partial(
+            gemm_w8a16, weight=weight, weight_scale=weight_scale, out_dtype=torch.float32, tile=tile
+        )
+        return by_terms(x, product, bias, out.dtype)
     x = short_rows(x)
-    tile = tile_for(rows, channels, x.dtype) if tile is None else tile
+    tile = tile_for(rows, channels) if tile is None else tile
     pairs = x.dtype != torch.float32 and features % 2 == 0 and weight.data_ptr() % 2 == 0
     if pairs:
         weight = weight.view(torch.int16)
-    _gemm_kernel[(tile.programs(rows, channels),)](
+    sums = torch.empty((tile.splits, rows, channels), dtype=torch.float32, device=x.device) if tile.splits > 1 else out
+    _gemm_kernel[(tile.programs(rows, channels), tile.splits)](
         x,
         weight,
         weight_scale,
         weight_scale if bias is None else bias,
-        out,
+        sums,
         rows,
         channels,
         x.stride(0),
@@ -134,10 +156,12 @@ def gemm_w8a16(
         GROUP_M=tile.group,
         PAIRS=pairs,
         BIAS=bias is not None,
+        SPLITS=tile.splits,
         FEW=rows < tile.m,
         num_warps=tile.warps,
-        maxnreg=tile.registers,
         num_stages=tile.depth(tile.k * (tile.m * x.element_size() + tile.n), shared_bytes(x.device)),
         enable_fp_fusion=True,
     )
+    if tile.splits > 1:
+        add_splits(sums, out)
     return out

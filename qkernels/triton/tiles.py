@@ -20,8 +20,8 @@ LONGEST_ROW = 1 << 22
 
 @dataclass(frozen=True)
 class Tile:
-    """Launch shape of a kernel: tokens, channels and k of a block, warps, pipeline stages; token tiles of a group; the
-    most registers of a thread, where the compiler shall not choose."""
+    """Launch shape of a kernel: tokens, channels and k of a block, warps, pipeline stages; token tiles of a group;
+    programs that share the k of a block."""
 
     m: int
     n: int
@@ -29,7 +29,7 @@ class Tile:
     warps: int
     stages: int
     group: int = 8
-    registers: int | None = None
+    splits: int = 1
 
     def programs(self, rows: int, channels: int) -> int:
         """Blocks of the output, each a program's."""
