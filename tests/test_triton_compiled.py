@@ -1,14 +1,11 @@
-"""What Triton makes of the GEMM kernels, compiled for GPUs that need not be there: shared memory and instructions."""
+"""What Triton makes of the GEMM kernels for GPUs that need not be there: shared memory, and the instructions used."""
 
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Callable
 from typing import Any
 
 import pytest
-import torch
 
 pytest.importorskip("triton")
 
@@ -19,13 +16,40 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from qkernels.triton import gemm_w4a8, gemm_w4a16, gemm_w8a8, gemm_w8a16
+from qkernels.triton import gemm_w4a8, gemm_w4a16, gemm_w8a16
 from qkernels.triton.tiles import PORTABLE_BYTES, Tile
 
-K = 4096
-SHARED = {80: 163 << 10, 86: PORTABLE_BYTES, 89: PORTABLE_BYTES, 90: 227 << 10}
-"""Bytes that a block may have, by compute capability: CUDA C++ Programming Guide, table of technical specifications."""
+SHARED = {80: 163 << 10, 86: PORTABLE_BYTES, 90: 227 << 10}
+"""Bytes that a block may have, by compute capability (CUDA C++ Programming Guide, technical specifications)."""
 
+KERNELS: dict[str, tuple[Any, dict[str, object]]] = {
+    "w4a16": (
+        gemm_w4a16,
+        {
+            "weight_ptr": "*u8",
+            "scale_ptr": "*fp16",
+            "GROUP": 128,
+            "ZERO_POINT": False,
+            "MINIMUM": False,
+            "CODEBOOK": False,
+            "SPLITS": 1,
+        },
+    ),
+    "w8a16": (gemm_w8a16, {"weight_ptr": "*i16", "scale_ptr": "*fp32", "PAIRS": True, "SPLITS": 1}),
+    "w4a8": (
+        gemm_w4a8,
+        {
+            "weight_ptr": "*i16",
+            "scale_ptr": "*fp16",
+            "sums_ptr": "*i32",
+            "GROUP": 128,
+            "CODES": 4,
+            "SHIFTED": False,
+            "ZERO_POINT": False,
+            "MINIMUM": False,
+        },
+    ),
+}
 POINTERS = {
     "x_ptr": "*bf16",
     "q_ptr": "*i8",
@@ -33,62 +57,80 @@ POINTERS = {
     "bias_ptr": "*fp32",
     "x_scale_ptr": "*fp32",
     "x_zero_point_ptr": "*i32",
+    "sums_ptr": "*fp32",
     "zero_ptr": "*u8",
     "min_ptr": "*fp16",
     "book_ptr": "*i32",
 }
+"""Types of arguments; others are sizes, strides and masks: int32."""
 
 
-def compile_for(capability: int, kernel: Any, tile: Tile, stages: int, fusion: bool, **options: object) -> Any:
-    """The kernel at K = 4096; every pointer, size and stride a multiple of 16. Options: constants, pointers' types."""
-    blocks = {"K": K, "BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k, "GROUP_M": tile.group, "BIAS": True}
+def compiled(name: str, capability: int, tile: Tile) -> Any:
+    """The kernel at K = 4096 with everything aligned, for as many stages as the device has room for."""
+    module, options = KERNELS[name]
+    kernel = module._gemm_kernel
+    given = {
+        **POINTERS,
+        **options,
+        "K": 4096,
+        "BLOCK_M": tile.m,
+        "BLOCK_N": tile.n,
+        "BLOCK_K": tile.k,
+        "GROUP_M": tile.group,
+        "BIAS": True,
+        "FEW": False,
+    }
     signature, constants, attributes = {}, {}, {}
-    for index, name in enumerate(kernel.arg_names):
-        value = {**POINTERS, **blocks, **options}.get(name, "i32")
-        if name.isupper() and name not in ("M", "N"):
-            signature[name], constants[(index,)] = "constexpr", value
+    for index, parameter in enumerate(kernel.params):
+        value = given.get(parameter.name, "i32")
+        if parameter.is_constexpr:
+            signature[parameter.name], constants[(index,)] = "constexpr", value
         else:
-            signature[name], attributes[(index,)] = value, [["tt.divisibility", 16]]
+            signature[parameter.name], attributes[(index,)] = value, [["tt.divisibility", 16]]
+    bytes_of_x, bytes_of_weight = {"w4a16": (2, 0.5), "w8a16": (2, 1), "w4a8": (1, 0.5)}[name]
+    stage = int(tile.k * (bytes_of_x * tile.m + bytes_of_weight * tile.n))
     return triton.compile(
         ASTSource(kernel, signature, constants, attributes),
         target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": tile.warps, "num_stages": stages, "enable_fp_fusion": fusion},
+        options={
+            "num_warps": tile.warps,
+            "num_stages": tile.depth(stage, SHARED[capability]),
+            "enable_fp_fusion": name != "w4a8",
+        },
     )
 
 
-def w4a16(capability: int, tile: Tile, **options: object) -> Any:
-    stages = tile.depth(tile.k * (2 * tile.m + tile.n // 2), SHARED[capability])
-    flags = {"ZERO_POINT": False, "MINIMUM": False, "CODEBOOK": False, "FEW": False, "GROUP": 128, **options}
-    types = {"weight_ptr": "*u8", "scale_ptr": "*fp16", "sums_ptr": "*fp32"}
-    return compile_for(capability, gemm_w4a16._gemm_kernel, tile, stages, True, **types, **flags)
+def widest(name: str) -> Tile:
+    """The tile of a product that is large in every direction."""
+    tile: Tile = KERNELS[name][0].tile_for(4096, 14336)
+    return tile
 
 
-def w8a16(capability: int, tile: Tile, **options: object) -> Any:
-    stages = tile.depth(tile.k * (2 * tile.m + tile.n), SHARED[capability])
-    types = {"weight_ptr": "*i16", "scale_ptr": "*fp32"}
-    flags = {"PAIRS": True, "FEW": False, **options}
-    return compile_for(capability, gemm_w8a16._gemm_kernel, tile, stages, True, **types, **flags)
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("rows", [1, 64, 4096])
+def test_tiles_fit_where_shared_memory_is_least(name: str, rows: int) -> None:
+    tile = KERNELS[name][0].tile_for(rows, 14336)
+    assert compiled(name, 86, tile).metadata.shared <= SHARED[86], tile
 
 
-def w4a8(capability: int, tile: Tile, **options: object) -> Any:
-    stages = tile.depth(tile.k * (tile.m + tile.n // 2), SHARED[capability])
-    flags = {"ZERO_POINT": False, "MINIMUM": False, "SHIFTED": False, "FEW": False, "GROUP": 128, "CODES": 4, **options}
-    types = {"weight_ptr": "*i16", "scale_ptr": "*fp16", "sums_ptr": "*i32"}
-    return compile_for(capability, gemm_w4a8._gemm_kernel, tile, stages, False, **types, **flags)
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("name", KERNELS)
+def test_widest_tiles_fit(name: str, capability: int) -> None:
+    assert compiled(name, capability, widest(name)).metadata.shared <= SHARED[capability]
 
 
-GEMMS: dict[str, tuple[Callable[..., Any], Callable[[int, int], Tile], str]] = {
-    "w4a16": (w4a16, lambda rows, channels: gemm_w4a16.tile_for(rows, channels, torch.bfloat16), "HGMMA"),
-    "w8a16": (w8a16, lambda rows, channels: gemm_w8a16.tile_for(rows, channels, torch.bfloat16), "HGMMA"),
-    "w4a8": (w4a8, gemm_w4a8.tile_for, "IGMMA"),
-}
+@pytest.mark.parametrize("name", KERNELS)
+def test_weights_are_unpacked_into_operands_of_wgmma(name: str) -> None:
+    ptx = compiled(name, 90, widest(name)).asm["ptx"]
+    products = [line for line in ptx.splitlines() if "wgmma.mma_async" in line]
+    kind = "s32.s8.s8" if name == "w4a8" else "f32.bf16.bf16"
+    assert products
+    assert all(kind in line for line in products)
+    # Operands: sums, then the weight in four registers, then the descriptor of x in shared memory.
+    assert all(line.count("{") == 2 for line in products), products[0]
+    assert "cp.async" in ptx
 
 
-def tiles_of(name: str) -> list[Tile]:
-    """Every tile that :func:`tile_for` gives, widest last."""
-    chosen = {
-        GEMMS[name][1](rows, channels)
-        for rows in (1, 16, 32, 64, 128, 256, 1024, 4096)
-        for channels in (1024, 4096, 14336)
-    }
-    return sorted(chosen, key=lambda tile: (tile.m * tile.n, tile.m, tile.k, tile.stages))
+def test_fewer_stages_where_there_is_less_shared_memory() -> None:
+    tile = Tile(128, 128, 128, 8, 4)
+    assert [tile.depth(40 << 10, room) for room in (200 << 10, 99 << 10, 10)] == [4, 2, 1]

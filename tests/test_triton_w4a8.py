@@ -102,6 +102,33 @@ else:
         wanted = reference.linear(x, tensors, scheme, k, torch.float32)
         assert_bits_equal(product(x, tensors, scheme, torch.float32, SMALL), wanted)
 
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_gemm_w4a8_odd_addresses_and_rows_apart(kind: str) -> None:
+        n, k = 20, 256
+        scheme = scheme_of(kind, 64, symmetric=False)
+        tensors = reference.quantize_weight(seeded(n, k), scheme)
+        x = seeded(3, k, seed=5)
+        wanted = reference.linear(x, tensors, scheme, k, torch.float32)
+        at = {name: tensor.to(DEVICE) for name, tensor in tensors.items()}
+        q, scale, zero = quantize_rows(x.to(DEVICE), symmetric=False)
+        codes = torch.zeros(n * k // 2 + 1, dtype=torch.uint8, device=DEVICE)
+        codes[1:] = at["weight"].flatten()
+        apart = torch.zeros(6, k + 3, dtype=torch.int8, device=DEVICE)
+        apart[::2, 1 : k + 1] = q
+        for weight in (codes[1:].view(n, k // 2), at["weight"]):  # at an odd address no four codes are loaded together
+            y = gemm_w4a8(
+                apart[::2, 1 : k + 1],
+                scale,
+                zero,
+                weight,
+                at["weight_scale"],
+                group_size=64,
+                weight_zero_point=at.get("weight_zero_point"),
+                weight_min=at.get("weight_min"),
+                tile=SMALL,
+            )
+            assert_bits_equal(y, wanted)
+
     def test_gemm_w4a8_says_which_groups_it_takes() -> None:
         q, weight = (
             torch.ones(1, 96, dtype=torch.int8, device=DEVICE),

@@ -68,6 +68,35 @@ else:
             off = (y.double() - expected).abs()
             assert bool((off <= bound).all()), f"{m}x{n}x{k}: up to {(off / bound).max()} of the bound"
 
+    @pytest.mark.parametrize("dtype", INPUTS)
+    def test_gemm_w8a16_odd_addresses_and_programs_that_share_k(dtype: torch.dtype) -> None:
+        n, k = 20, 330
+        codes = torch.randint(-128, 128, (n * k + 1,), dtype=torch.int8, generator=torch.Generator().manual_seed(3))
+        codes[1:9], codes[9:17] = -128, 127
+        scale, shift = seeded(n, seed=2).abs() + 0.01, seeded(n, seed=4)
+        x = seeded(6, 2 * k, seed=5).to(dtype)[::2, :k]
+        weight = codes[1:].view(n, k)  # bytes at an odd address: no two codes are loaded together
+        wide = weight.double() * scale.double()[:, None]
+        expected = x.double() @ wide.T + shift.double()
+        bound = (k + 4) * 2.0**-24 * (x.double().abs() @ wide.abs().T) + 2.0**-23 * (expected.abs() + 1)
+        at = codes.to(DEVICE)[1:].view(n, k)
+        for weights in (at, at.clone()):
+            for splits in (1, 2, 16):
+                tile = Tile(16, 16, 64, 4, 2, splits=splits)
+                calls = [
+                    gemm_w8a16(
+                        x.to(DEVICE),
+                        weights,
+                        scale.to(DEVICE),
+                        shift.to(DEVICE),
+                        out_dtype=torch.float32,
+                        tile=tile,
+                    )
+                    for _ in range(2)
+                ]
+                assert bool(((calls[0].cpu().double() - expected).abs() <= bound).all())
+                assert torch.equal(*calls)
+
     @pytest.mark.skipif(DEVICE.type == "cpu", reason="layers of the kernel live on a GPU")
     def test_layer_compiled_and_differentiated() -> None:
         from qkernels.triton.layer_weight_only import PreparedTritonWeightOnly
