@@ -33,6 +33,7 @@ KERNELS: dict[str, tuple[Any, dict[str, object]]] = {
             "MINIMUM": False,
             "CODEBOOK": False,
             "SPLITS": 1,
+            "UNITS": True,
         },
     ),
     "w8a16": (gemm_w8a16, {"weight_ptr": "*i16", "scale_ptr": "*fp32", "PAIRS": True, "SPLITS": 1}),

@@ -108,6 +108,29 @@ else:
         x = seeded(5, 64, seed=3).to(dtype)
         assert_within_bound(product(x, tensors, scheme), x, tensors, scheme)
 
+    @pytest.mark.parametrize("dtype", INPUTS)
+    @pytest.mark.parametrize("splits", [1, 2])
+    def test_gemm_w4a16_sums_in_units_of_scales(dtype: torch.dtype, splits: int) -> None:
+        scheme = scheme_of("symmetric", 32)
+        tensors = reference.quantize_weight(seeded(40, 330), scheme)
+        assert tensors["weight_scale"].dtype == torch.float16
+        tensors["weight_scale"][0] = 0.0  # everywhere
+        tensors["weight_scale"][1, ::2] = 0.0
+        tensors["weight_scale"][2, -1] = 0.0
+        tensors["weight_scale"][3, 0] = 0.0
+        tensors["weight_scale"][4, ::3] = 2.0**-24  # the smallest there is, and the largest
+        tensors["weight_scale"][4, 1::3] = 65504.0
+        tensors["weight_scale"][5, 1] *= -1.0
+        x = seeded(70, 330, seed=3).to(dtype)
+        tile = Tile(64, 64, 64, 1, 1, splits=splits)  # 128 outputs of a thread
+        y = product(x, tensors, scheme, tile)
+        # Each ratio of two scales, and the product with it, is within 8 units in the last place; see docs/numerics.md.
+        weight = reference.dequantize_weight(tensors, scheme, 330).double()
+        expected = x.double() @ weight.T
+        bound = (2 * 330 + 64 + 16 * 11) * 2.0**-24 * (x.double().abs() @ weight.abs().T)
+        assert bool(((y.double() - expected).abs() <= bound).all())
+        assert bool((y[:, 0] == 0).all())
+
     def test_gemm_w4a16_rows_apart_and_not_a_number() -> None:
         scheme = scheme_of("symmetric", 32)
         tensors = reference.quantize_weight(seeded(9, 70), scheme)

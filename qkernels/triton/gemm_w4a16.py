@@ -57,6 +57,7 @@ def _gemm_kernel(
     CODEBOOK: tl.constexpr,
     BIAS: tl.constexpr,
     SPLITS: tl.constexpr,  # y is float32 [SPLITS, M, N] where there are several
+    UNITS: tl.constexpr,  # one sum over all of K in units of the scale of the group at hand; symmetric codes
     FEW: tl.constexpr,  # fewer tokens than a block has
 ):
     program = tl.program_id(0)
@@ -80,6 +81,8 @@ def _gemm_kernel(
     group_places = channel_rows * scale_stride
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     total = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
+    if UNITS:
+        unit = tl.full((BLOCK_N,), 1.0, dtype=tl.float32)
     if SPLITS > 1:
         PART: tl.constexpr = tl.cdiv(K, SPLITS * BLOCK_K) * BLOCK_K
         first_k = split * PART
@@ -98,6 +101,16 @@ def _gemm_kernel(
             x = tl.load(x_block + k + x_places, mask=there[:, None] & (ks[None, :] + k < K), other=0.0)
             codes = tl.load(weight_block + k // 2 + weight_places, mask=2 * pairs[None, :] + k < K, other=0)
         group = group_block + k // GROUP
+        mask = 0x000F000F
+        bits = exponents
+        if UNITS:
+            # The sums so far in units of this group's scale. Where that is zero the units stay, and codes are 8.
+            scale = tl.load(scale_ptr + group + group_places).to(tl.float32)
+            keep = scale != 0
+            total = total * tl.where(keep, unit / tl.where(keep, scale, 1.0), 1.0)[:, None]
+            unit = tl.where(keep, scale, unit)
+            mask = tl.where(keep, 0x000F000F, 0)[:, None]
+            bits = tl.where(keep, exponents, exponents | 0x00080008)[:, None]
         if CODEBOOK:
             if dtype == tl.float32:
                 wide = codes.to(tl.int32)
@@ -106,12 +119,12 @@ def _gemm_kernel(
                 w = halves(tl.load(book_ptr + codes.to(tl.int32))).to(dtype, bitcast=True)
         elif ZERO_POINT:
             zero = tl.load(zero_ptr + group + group_places).to(tl.float32).to(dtype)
-            w = nibbles_to_float(codes, zero[:, None], exponents, None, dtype)
+            w = nibbles_to_float(codes, zero[:, None], mask, bits, None, dtype)
         elif MINIMUM:
-            w = nibbles_to_float(codes, 0, exponents, 0, dtype)
+            w = nibbles_to_float(codes, 0, mask, bits, 0, dtype)
         else:
-            w = nibbles_to_float(codes, 0, exponents, 8, dtype)
-        if GROUP >= K:
+            w = nibbles_to_float(codes, 0, mask, bits, 8, dtype)
+        if GROUP >= K or UNITS:
             total = tl.dot(w, tl.trans(x), total, input_precision="ieee")
         else:
             part = tl.dot(w, tl.trans(x), input_precision="ieee")
@@ -119,7 +132,9 @@ def _gemm_kernel(
             if MINIMUM:
                 sums = tl.load(sums_ptr + k // BLOCK_K * M + first_m + token_rows)
                 total += tl.load(min_ptr + group + group_places).to(tl.float32)[:, None] * sums[None, :]
-    if GROUP >= K:
+    if UNITS:
+        total = total * unit[:, None]
+    elif GROUP >= K:
         total = total * tl.load(scale_ptr + group_block + group_places).to(tl.float32)[:, None]
         if MINIMUM:
             sums = tl.load(sums_ptr + first_m + token_rows, mask=token_rows < tl.where(split == 0, M, 0), other=0.0)
@@ -138,12 +153,19 @@ def block_for(features: int, group: int, most: int = 128) -> int:
     return next((size for size in (128, 64, 32) if size <= most and (group >= features or group % size == 0)), 0)
 
 
+MOST_SUMS = 64
+"""Outputs of a thread from which on there are no registers for the sums of a group beside those over all of K."""
+
 ENOUGH_PROGRAMS = 132
 """More of them than this keep a large GPU busy; else narrower tiles are better (measured on an H200)."""
 
 
-def tile_for(rows: int, channels: int) -> Tile:
-    """The tile for a product (measured on an H200)."""
+def tile_for(rows: int, channels: int, *, one_sum: bool = True) -> Tile:
+    """The tile for a product (measured on an H200).
+
+    Args:
+        one_sum: one sum over all of K will do, in units of scales that change or of one that does not.
+    """
     if rows <= 16:
         return Tile(16, 32, 128, 2, 8)
     if rows <= 32:
@@ -208,8 +230,12 @@ def gemm_w4a16(
         )
         return by_terms(x, product, bias, out.dtype)
     x = short_rows(x)
-    tile = tile_for(rows, channels) if tile is None else tile
+    symmetric = weight_zero_point is None and weight_min is None and codebook is None
+    # Ratios of two scales in float16, other than zero, are below 2**41: no sum overflows.
+    units = symmetric and scales.dtype == torch.float16 and group < features and x.dtype != torch.float32
+    tile = tile_for(rows, channels, one_sum=units or group >= features) if tile is None else tile
     size = block_for(features, group, tile.k)
+    units = units and tile.m * tile.n > MOST_SUMS * 32 * tile.warps
     book = scales
     if codebook is not None:
         book = codebook if x.dtype == torch.float32 else _pairs(codebook, x.dtype)
@@ -242,6 +268,7 @@ def gemm_w4a16(
         CODEBOOK=codebook is not None,
         BIAS=bias is not None,
         SPLITS=tile.splits,
+        UNITS=units,
         FEW=rows < tile.m,
         num_warps=tile.warps,
         num_stages=tile.depth(size * (tile.m * x.element_size() + tile.n // 2), shared_bytes(x.device)),

@@ -36,12 +36,13 @@ def quarters(word):  # noqa: ANN201
 
 
 @triton.jit
-def nibbles_to_float(codes, zero, exponents, ZERO: tl.constexpr, dtype: tl.constexpr):  # noqa: ANN201
+def nibbles_to_float(codes, zero, mask, bits, ZERO: tl.constexpr, dtype: tl.constexpr):  # noqa: ANN201
     """uint8 ``[R, C]`` of two codes each as ``code - zero`` in ``dtype [R, 2 * C]``.
 
     Args:
         zero: ``[R, 1]`` in ``dtype``, integers up to 255; not looked at where ZERO is not None.
-        exponents: :func:`exponents_of` the dtype.
+        mask: what remains of two codes, one in each half of a word: 0x000F000F, or 0 for none; int or ``[R, 1]``.
+        bits: what is set: :func:`exponents_of` the dtype, and the codes instead of those that do not remain; likewise.
         ZERO: the zero point of all rows.
     """
     if dtype == tl.float32:
@@ -54,7 +55,7 @@ def nibbles_to_float(codes, zero, exponents, ZERO: tl.constexpr, dtype: tl.const
     else:
         # Codes of a pair 12 bits further apart: one in each half.
         base: tl.constexpr = 128.0 if dtype == tl.bfloat16 else 1024.0
-        pair = ((codes.to(tl.int32) * 0x1001) & 0x000F000F) | exponents
+        pair = ((codes.to(tl.int32) * 0x1001) & mask) | bits
         values = halves(pair).to(dtype, bitcast=True)
         if ZERO is None:
             values = (values - base).to(dtype) - zero
