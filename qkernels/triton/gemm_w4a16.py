@@ -102,7 +102,10 @@ def _gemm_kernel(
             codes = tl.load(weight_block + k // 2 + weight_places, mask=2 * pairs[None, :] + k < K, other=0)
         group = group_block + k // GROUP
         mask = 0x000F000F
-        bits = exponents
+        if BLOCK_N < 64:  # mma.sync: codes loaded byte by byte, which Triton does where bits are a constant, are faster
+            bits = 0x43004300 if dtype == tl.bfloat16 else 0x64006400
+        else:
+            bits = exponents
         if UNITS:
             # The sums so far in units of this group's scale. Where that is zero the units stay, and codes are 8.
             scale = tl.load(scale_ptr + group + group_places).to(tl.float32)
@@ -170,7 +173,8 @@ def tile_for(rows: int, channels: int, *, one_sum: bool = True) -> Tile:
         return Tile(16, 32, 128, 2, 8)
     if rows <= 32:
         return Tile(32, 64, 128, 4, 6)
-    wide = [Tile(64, 64, 128, 4, 4)] if rows <= 64 else [Tile(128, 64, 128, 4, 3), Tile(64, 64, 128, 4, 4)]
+    wide = [Tile(128, 128, 128, 8, 3), Tile(128, 64, 128, 4, 2)] if rows > 64 else []
+    wide.append(Tile(64, 64, 128, 4, 4))
     return next((tile for tile in wide if tile.programs(rows, channels) > ENOUGH_PROGRAMS), Tile(32, 64, 128, 4, 6))
 
 
