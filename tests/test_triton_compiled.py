@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -32,11 +34,9 @@ KERNELS: dict[str, tuple[Any, dict[str, object]]] = {
             "ZERO_POINT": False,
             "MINIMUM": False,
             "CODEBOOK": False,
-            "SPLITS": 1,
-            "UNITS": True,
         },
     ),
-    "w8a16": (gemm_w8a16, {"weight_ptr": "*i16", "scale_ptr": "*fp32", "PAIRS": True, "SPLITS": 1}),
+    "w8a16": (gemm_w8a16, {"weight_ptr": "*i16", "scale_ptr": "*fp32", "PAIRS": True}),
     "w4a8": (
         gemm_w4a8,
         {
@@ -54,7 +54,6 @@ KERNELS: dict[str, tuple[Any, dict[str, object]]] = {
 POINTERS = {
     "x_ptr": "*bf16",
     "q_ptr": "*i8",
-    "y_ptr": "*bf16",
     "bias_ptr": "*fp32",
     "x_scale_ptr": "*fp32",
     "x_zero_point_ptr": "*i32",
@@ -73,11 +72,13 @@ def compiled(name: str, capability: int, tile: Tile) -> Any:
     given = {
         **POINTERS,
         **options,
+        "y_ptr": "*bf16" if tile.splits == 1 else "*fp32",
         "K": 4096,
         "BLOCK_M": tile.m,
         "BLOCK_N": tile.n,
         "BLOCK_K": tile.k,
         "GROUP_M": tile.group,
+        "SPLITS": tile.splits,
         "BIAS": True,
         "FEW": False,
     }
@@ -101,17 +102,28 @@ def compiled(name: str, capability: int, tile: Tile) -> Any:
     )
 
 
-def widest(name: str) -> Tile:
-    """The tile of a product that is large in every direction."""
-    tile: Tile = KERNELS[name][0].tile_for(4096, 14336)
+def tile_of(name: str, rows: int, channels: int, features: int) -> Tile:
+    """The tile of a product."""
+    module = KERNELS[name][0]
+    tile: Tile = module.tile_for(rows, channels) if name == "w4a8" else module.tile_for(rows, channels, features)
     return tile
 
 
-@pytest.mark.parametrize("name", KERNELS)
-@pytest.mark.parametrize("rows", [1, 64, 4096])
-def test_tiles_fit_where_shared_memory_is_least(name: str, rows: int) -> None:
-    tile = KERNELS[name][0].tile_for(rows, 14336)
-    assert compiled(name, 86, tile).metadata.shared <= SHARED[86], tile
+def tiles(name: str) -> list[Tile]:
+    """Every tile of products small and large; two programs that share K stand for more."""
+    shapes = itertools.product((1, 16, 32, 64, 128, 256, 1024, 4096), ((1024, 512), (4096, 14336), (14336, 4096)))
+    found = (tile_of(name, rows, *sizes) for rows, sizes in shapes)
+    return list(dict.fromkeys(replace(tile, splits=min(tile.splits, 2)) for tile in found))
+
+
+def widest(name: str) -> Tile:
+    """The tile of a product that is large in every direction."""
+    return tile_of(name, 4096, 14336, 4096)
+
+
+@pytest.mark.parametrize(("name", "tile"), [(name, tile) for name in KERNELS for tile in tiles(name)])
+def test_tiles_fit_where_shared_memory_is_least(name: str, tile: Tile) -> None:
+    assert compiled(name, 86, tile).metadata.shared <= SHARED[86]
 
 
 @pytest.mark.parametrize("capability", [80, 90])

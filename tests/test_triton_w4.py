@@ -14,7 +14,7 @@ import torch
 from helpers import W4_KINDS, run_in_interpreter, seeded
 from torch import Tensor
 
-from qkernels import reference
+from qkernels import cuda_slices, reference
 from qkernels.scheme import Scheme
 
 pytest.importorskip("triton")
@@ -30,7 +30,8 @@ if DEVICE.type == "cpu" and not INTERPRETED:
 else:
     pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
 
-    from qkernels.triton.gemm_w4a16 import gemm_w4a16
+    from qkernels.triton.dequantize import dequantize_w4
+    from qkernels.triton.gemm_w4a16 import SLICED_ROWS, block_for, gemm_w4a16, tile_for
     from qkernels.triton.tiles import Tile
 
     SMALL = Tile(16, 16, 128, 4, 2)
@@ -38,7 +39,12 @@ else:
     INPUTS = (torch.float32, torch.float16) if INTERPRETED else (torch.float32, torch.float16, torch.bfloat16)
 
     def product(
-        x: Tensor, tensors: dict[str, Tensor], scheme: Scheme, tile: Tile | None = SMALL, bias: Tensor | None = None
+        x: Tensor,
+        tensors: dict[str, Tensor],
+        scheme: Scheme,
+        tile: Tile | None = SMALL,
+        bias: Tensor | None = None,
+        out_dtype: torch.dtype = torch.float32,
     ) -> Tensor:
         at = {name: tensor.to(DEVICE) for name, tensor in tensors.items()}
         return gemm_w4a16(
@@ -50,7 +56,7 @@ else:
             weight_zero_point=at.get("weight_zero_point"),
             weight_min=at.get("weight_min"),
             codebook=None if scheme.codebook is None else torch.tensor(scheme.codebook, device=DEVICE),
-            out_dtype=torch.float32,
+            out_dtype=out_dtype,
             tile=tile,
         ).cpu()
 
@@ -93,11 +99,13 @@ else:
         scheme = scheme_of(kind, group)
         tensors = reference.quantize_weight(seeded(20, 330), scheme)
         bias, x = seeded(20, seed=2), seeded(3, 330, seed=3).to(dtype)
-        for splits in (2, 3, 16):  # 16: more than there are blocks
+        for splits in (2, 4, 8):  # 8: more than there are blocks
             tile = replace(SMALL, k=64, splits=splits)
             y = product(x, tensors, scheme, tile, bias)
             assert_within_bound(y, x, tensors, scheme, bias)
             assert torch.equal(product(x, tensors, scheme, tile, bias), y)
+        tensors, x = reference.quantize_weight(seeded(20, 3), scheme), x[:, :3]  # fewer of k than programs
+        assert_within_bound(product(x, tensors, scheme, replace(SMALL, splits=8), bias), x, tensors, scheme, bias)
 
     @pytest.mark.parametrize("dtype", INPUTS)
     def test_gemm_w4a16_codes_and_zero_points_at_their_limits(dtype: torch.dtype) -> None:
@@ -109,27 +117,81 @@ else:
         assert_within_bound(product(x, tensors, scheme), x, tensors, scheme)
 
     @pytest.mark.parametrize("dtype", INPUTS)
-    @pytest.mark.parametrize("splits", [1, 2])
-    def test_gemm_w4a16_sums_in_units_of_scales(dtype: torch.dtype, splits: int) -> None:
-        scheme = scheme_of("symmetric", 32)
-        tensors = reference.quantize_weight(seeded(40, 330), scheme)
-        assert tensors["weight_scale"].dtype == torch.float16
-        tensors["weight_scale"][0] = 0.0  # everywhere
-        tensors["weight_scale"][1, ::2] = 0.0
-        tensors["weight_scale"][2, -1] = 0.0
-        tensors["weight_scale"][3, 0] = 0.0
-        tensors["weight_scale"][4, ::3] = 2.0**-24  # the smallest there is, and the largest
-        tensors["weight_scale"][4, 1::3] = 65504.0
-        tensors["weight_scale"][5, 1] *= -1.0
-        x = seeded(70, 330, seed=3).to(dtype)
-        tile = Tile(64, 64, 64, 1, 1, splits=splits)  # 128 outputs of a thread
-        y = product(x, tensors, scheme, tile)
-        # Each ratio of two scales, and the product with it, is within 8 units in the last place; see docs/numerics.md.
-        weight = reference.dequantize_weight(tensors, scheme, 330).double()
-        expected = x.double() @ weight.T
-        bound = (2 * 330 + 64 + 16 * 11) * 2.0**-24 * (x.double().abs() @ weight.abs().T)
+    @pytest.mark.parametrize(("n", "k"), [(37, 1), (5, 33), (40, 200), (16, 391)])
+    @pytest.mark.parametrize("group", [None, 32, 128])
+    @pytest.mark.parametrize("kind", W4_KINDS)
+    def test_dequantize_w4(kind: str, group: int | None, n: int, k: int, dtype: torch.dtype) -> None:
+        scheme = scheme_of(kind, group)
+        tensors = reference.quantize_weight(seeded(n, k, seed=n), scheme)
+        at = {name: tensor.to(DEVICE).view(n, -1) for name, tensor in tensors.items()}
+        out = torch.full((n, k), float("nan"), dtype=dtype, device=DEVICE)
+        length = k if group is None else min(group, k)
+        done = dequantize_w4(
+            at["weight"],
+            at["weight_scale"],
+            at.get("weight_zero_point"),
+            at.get("weight_min"),
+            None if scheme.codebook is None else torch.tensor(scheme.codebook, device=DEVICE),
+            out,
+            group=length,
+            block=block_for(k, length),
+        )
+        assert done is out
+        assert torch.equal(out.cpu(), reference.dequantize_weight(tensors, scheme, k).to(dtype))
+
+    @pytest.mark.parametrize("group", [None, 32])
+    @pytest.mark.parametrize("kind", W4_KINDS)
+    def test_gemm_w4a16_of_many_rows_by_slices(kind: str, group: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+        k, n = 100, 300
+        monkeypatch.setattr(cuda_slices, "_SLICE_BYTES", 1)  # slices of 128 rows, the last one of 44
+        scheme = scheme_of(kind, group)
+        tensors = reference.quantize_weight(seeded(n, k), scheme)
+        bias, x = seeded(n, seed=2), seeded(SLICED_ROWS, 2 * k, seed=3).to(torch.float16)[:, :k]
+        y = product(x, tensors, scheme, None, bias, torch.float16)
+        # The weight, the bias and the output are rounded to float16 once each.
+        weight = reference.dequantize_weight(tensors, scheme, k).to(torch.float16).double()
+        expected = x.double() @ weight.T + bias.to(torch.float16).double()
+        size = x.double().abs() @ weight.abs().T + 1
+        bound = 2.0**-11 * expected.abs() + (k + 4) * 2.0**-23 * size + 2.0**-24
         assert bool(((y.double() - expected).abs() <= bound).all())
-        assert bool((y[:, 0] == 0).all())
+
+    def test_gemm_w4a16_slices_where_nothing_is_rounded_that_was_not(monkeypatch: pytest.MonkeyPatch) -> None:
+        calls: list[int] = []
+
+        def by_slices(x: Tensor, channels: int, *rest: object) -> Tensor:
+            calls.append(x.shape[0])
+            return x.new_zeros(x.shape[0], channels)
+
+        monkeypatch.setattr("qkernels.triton.gemm_w4a16.by_slices", by_slices)
+        scheme = scheme_of("symmetric", 32)
+        tensors = reference.quantize_weight(seeded(4, 32), scheme)
+        x = seeded(SLICED_ROWS, 32, seed=3)
+        half = x.to(torch.float16)
+        product(x, tensors, scheme, None)  # three terms of float32, and outputs in float32, stay exact
+        product(half, tensors, scheme, None, None, torch.float32)
+        product(half, tensors, scheme, SMALL, None, torch.float16)
+        product(half[1:], tensors, scheme, None, None, torch.float16)
+        assert not calls
+        product(half, tensors, scheme, None, None, torch.float16)
+        assert calls == [SLICED_ROWS]
+
+    def test_tile_for_shares_k_where_programs_are_few() -> None:
+        cases = {
+            (1, 14336, 4096): (16, 64, 4),
+            (16, 4096, 14336): (16, 64, 8),
+            (16, 64, 4096): (16, 64, 4),
+            (1, 64, 512): (16, 64, 1),
+            (1, 65536, 8192): (16, 64, 1),
+            (17, 4096, 4096): (32, 64, 4),
+            (64, 8192, 8192): (64, 64, 2),
+            (64, 14336, 4096): (64, 64, 1),
+            (65, 4096, 2048): (128, 64, 2),
+            (65, 4096, 2047): (128, 64, 1),
+            (256, 14336, 4096): (128, 128, 1),
+        }
+        for shape, wanted in cases.items():
+            tile = tile_for(*shape)
+            assert (tile.m, tile.n, tile.splits) == wanted, shape
 
     def test_gemm_w4a16_rows_apart_and_not_a_number() -> None:
         scheme = scheme_of("symmetric", 32)

@@ -95,5 +95,6 @@ def dequantize_w4(
         MINIMUM=minimum is not None,
         CODEBOOK=codebook is not None,
         num_warps=4,
+        enable_fp_fusion=False,  # the product with a scale rounds before a minimum is added
     )
     return out

@@ -18,14 +18,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..cuda_slices import by_terms
+from ..cuda_slices import by_slices, by_terms
+from .dequantize import dequantize_w4
 from .group_sums import group_sums
 from .raster import grouped_tile
 from .splits import add_splits
 from .tiles import Tile, shared_bytes, short_rows
-from .unpack import exponents_of, halves, nibbles_to_float
+from .unpack import halves, nibbles_to_float
 
-__all__ = ["block_for", "gemm_w4a16", "tile_for"]
+__all__ = ["SLICED_ROWS", "block_for", "gemm_w4a16", "tile_for"]
 
 
 @triton.jit
@@ -45,7 +46,6 @@ def _gemm_kernel(
     weight_stride,
     scale_stride,
     y_stride,
-    exponents,
     K: tl.constexpr,  # a layer's own: one compilation per layer shape, and a loop whose length is known
     GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -57,7 +57,6 @@ def _gemm_kernel(
     CODEBOOK: tl.constexpr,
     BIAS: tl.constexpr,
     SPLITS: tl.constexpr,  # y is float32 [SPLITS, M, N] where there are several
-    UNITS: tl.constexpr,  # one sum over all of K in units of the scale of the group at hand; symmetric codes
     FEW: tl.constexpr,  # fewer tokens than a block has
 ):
     program = tl.program_id(0)
@@ -81,8 +80,6 @@ def _gemm_kernel(
     group_places = channel_rows * scale_stride
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     total = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
-    if UNITS:
-        unit = tl.full((BLOCK_N,), 1.0, dtype=tl.float32)
     if SPLITS > 1:
         PART: tl.constexpr = tl.cdiv(K, SPLITS * BLOCK_K) * BLOCK_K
         first_k = split * PART
@@ -101,19 +98,6 @@ def _gemm_kernel(
             x = tl.load(x_block + k + x_places, mask=there[:, None] & (ks[None, :] + k < K), other=0.0)
             codes = tl.load(weight_block + k // 2 + weight_places, mask=2 * pairs[None, :] + k < K, other=0)
         group = group_block + k // GROUP
-        mask = 0x000F000F
-        if BLOCK_N < 64:  # mma.sync: codes loaded byte by byte, which Triton does where bits are a constant, are faster
-            bits = 0x43004300 if dtype == tl.bfloat16 else 0x64006400
-        else:
-            bits = exponents
-        if UNITS:
-            # The sums so far in units of this group's scale. Where that is zero the units stay, and codes are 8.
-            scale = tl.load(scale_ptr + group + group_places).to(tl.float32)
-            keep = scale != 0
-            total = total * tl.where(keep, unit / tl.where(keep, scale, 1.0), 1.0)[:, None]
-            unit = tl.where(keep, scale, unit)
-            mask = tl.where(keep, 0x000F000F, 0)[:, None]
-            bits = tl.where(keep, exponents, exponents | 0x00080008)[:, None]
         if CODEBOOK:
             if dtype == tl.float32:
                 wide = codes.to(tl.int32)
@@ -122,12 +106,12 @@ def _gemm_kernel(
                 w = halves(tl.load(book_ptr + codes.to(tl.int32))).to(dtype, bitcast=True)
         elif ZERO_POINT:
             zero = tl.load(zero_ptr + group + group_places).to(tl.float32).to(dtype)
-            w = nibbles_to_float(codes, zero[:, None], mask, bits, None, dtype)
+            w = nibbles_to_float(codes, zero[:, None], None, dtype)
         elif MINIMUM:
-            w = nibbles_to_float(codes, 0, mask, bits, 0, dtype)
+            w = nibbles_to_float(codes, 0, 0, dtype)
         else:
-            w = nibbles_to_float(codes, 0, mask, bits, 8, dtype)
-        if GROUP >= K or UNITS:
+            w = nibbles_to_float(codes, 0, 8, dtype)
+        if GROUP >= K:
             total = tl.dot(w, tl.trans(x), total, input_precision="ieee")
         else:
             part = tl.dot(w, tl.trans(x), input_precision="ieee")
@@ -135,9 +119,7 @@ def _gemm_kernel(
             if MINIMUM:
                 sums = tl.load(sums_ptr + k // BLOCK_K * M + first_m + token_rows)
                 total += tl.load(min_ptr + group + group_places).to(tl.float32)[:, None] * sums[None, :]
-    if UNITS:
-        total = total * unit[:, None]
-    elif GROUP >= K:
+    if GROUP >= K:
         total = total * tl.load(scale_ptr + group_block + group_places).to(tl.float32)[:, None]
         if MINIMUM:
             sums = tl.load(sums_ptr + first_m + token_rows, mask=token_rows < tl.where(split == 0, M, 0), other=0.0)
@@ -156,26 +138,24 @@ def block_for(features: int, group: int, most: int = 128) -> int:
     return next((size for size in (128, 64, 32) if size <= most and (group >= features or group % size == 0)), 0)
 
 
-MOST_SUMS = 64
-"""Outputs of a thread from which on there are no registers for the sums of a group beside those over all of K."""
+SLICED_ROWS = 512
+"""As many rows of 16-bit values or more: the weight is dequantized in slices (measured on an H200)."""
 
-ENOUGH_PROGRAMS = 132
+ENOUGH_PROGRAMS = 100
 """More of them than this keep a large GPU busy; else narrower tiles are better (measured on an H200)."""
 
 
-def tile_for(rows: int, channels: int, *, one_sum: bool = True) -> Tile:
-    """The tile for a product (measured on an H200).
-
-    Args:
-        one_sum: one sum over all of K will do, in units of scales that change or of one that does not.
-    """
+def tile_for(rows: int, channels: int, features: int) -> Tile:
+    """The tile for a product (measured on an H200)."""
     if rows <= 16:
-        return Tile(16, 32, 128, 2, 8)
-    if rows <= 32:
-        return Tile(32, 64, 128, 4, 6)
-    wide = [Tile(128, 128, 128, 8, 3), Tile(128, 64, 128, 4, 2)] if rows > 64 else []
-    wide.append(Tile(64, 64, 128, 4, 4))
-    return next((tile for tile in wide if tile.programs(rows, channels) > ENOUGH_PROGRAMS), Tile(32, 64, 128, 4, 6))
+        return Tile(16, 64, 128, 4, 5).sharing(rows, channels, features, most=8, programs=900)
+    if rows <= 64:
+        narrow = Tile(32, 64, 128, 4, 6) if rows <= 32 else Tile(64, 64, 128, 4, 4)
+        return narrow.sharing(rows, channels, features, most=4, programs=264)
+    wide = Tile(128, 128, 128, 8, 3)
+    if wide.programs(rows, channels) > ENOUGH_PROGRAMS:
+        return wide
+    return Tile(128, 64, 128, 4, 3).sharing(rows, channels, features, most=2, programs=4 * ENOUGH_PROGRAMS)
 
 
 def _pairs(codebook: Tensor, dtype: torch.dtype) -> Tensor:
@@ -199,6 +179,10 @@ def gemm_w4a16(
 ) -> Tensor:
     """:func:`qkernels.reference.linear_w4a16` of ``x [M, K]``, within the rounding of float32 sums.
 
+    From :data:`SLICED_ROWS` rows of 16-bit ``x`` on, where outputs have its dtype and no tile is given, the weight is
+    dequantized slice by slice, rounded once to the dtype of ``x``, and multiplied by the vendor's library, which is
+    faster there; the bias is rounded to that dtype as well.
+
     Args:
         x: float32, bfloat16 or float16, rows of contiguous values.
         weight: uint8 ``[N, ceil(K / 2)]`` contiguous; weight_scale: ``[N]`` or ``[N, G]``; bias: float32 ``[N]``.
@@ -216,9 +200,9 @@ def gemm_w4a16(
     group = features if group_size is None else min(group_size, features)
     if not block_for(features, group):
         raise ValueError(f"group_size: expected a multiple of 32, or at least {features}, got {group_size}")
-    out = torch.empty((rows, channels), dtype=out_dtype or x.dtype, device=x.device)
+    out_dtype = out_dtype or x.dtype
     if not rows or not channels:
-        return out
+        return torch.empty((rows, channels), dtype=out_dtype, device=x.device)
     scales = weight_scale.view(channels, -1)
     if x.dtype == torch.float32 and x.device.type != "cpu":  # in the interpreter there is no bfloat16
         product = functools.partial(
@@ -232,14 +216,28 @@ def gemm_w4a16(
             out_dtype=torch.float32,
             tile=tile,
         )
-        return by_terms(x, product, bias, out.dtype)
+        return by_terms(x, product, bias, out_dtype)
     x = short_rows(x)
-    symmetric = weight_zero_point is None and weight_min is None and codebook is None
-    # Ratios of two scales in float16, other than zero, are below 2**41: no sum overflows.
-    units = symmetric and scales.dtype == torch.float16 and group < features and x.dtype != torch.float32
-    tile = tile_for(rows, channels, one_sum=units or group >= features) if tile is None else tile
+    # Outputs of another dtype, the sums of terms of float32 inputs among them, must not be rounded to that of x.
+    if tile is None and rows >= SLICED_ROWS and features and x.dtype == out_dtype != torch.float32:
+
+        def dequantize(first: int, count: int, to: Tensor) -> None:
+            there = slice(first, first + count)
+            dequantize_w4(
+                weight[there],
+                scales[there],
+                None if weight_zero_point is None else weight_zero_point.view(channels, -1)[there],
+                None if weight_min is None else weight_min.view(channels, -1)[there],
+                codebook,
+                to,
+                group=group,
+                block=block_for(features, group),
+            )
+
+        return by_slices(x, channels, dequantize, bias, out_dtype)
+    out = torch.empty((rows, channels), dtype=out_dtype, device=x.device)
+    tile = tile_for(rows, channels, features) if tile is None else tile
     size = block_for(features, group, tile.k)
-    units = units and tile.m * tile.n > MOST_SUMS * 32 * tile.warps
     book = scales
     if codebook is not None:
         book = codebook if x.dtype == torch.float32 else _pairs(codebook, x.dtype)
@@ -260,7 +258,6 @@ def gemm_w4a16(
         weight.stride(0),
         scales.stride(0),
         out.stride(0),
-        exponents_of(x.dtype),
         K=features,
         GROUP=max(1, group),
         BLOCK_M=tile.m,
@@ -272,7 +269,6 @@ def gemm_w4a16(
         CODEBOOK=codebook is not None,
         BIAS=bias is not None,
         SPLITS=tile.splits,
-        UNITS=units,
         FEW=rows < tile.m,
         num_warps=tile.warps,
         num_stages=tile.depth(size * (tile.m * x.element_size() + tile.n // 2), shared_bytes(x.device)),

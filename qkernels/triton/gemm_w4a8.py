@@ -11,6 +11,8 @@ are unpacked (see :mod:`.gemm_w4a16`).  ``enable_fp_fusion=False``: no multiplic
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
@@ -193,8 +195,11 @@ def tile_for(rows: int, channels: int) -> Tile:
         return Tile(16, 32, 128, 2, 8)
     if rows <= 32:
         return Tile(32, 64, 128, 4, 6)
-    wide = Tile(128, 64, 128, 4, 3)
-    return wide if rows > 64 and wide.programs(rows, channels) > ENOUGH_PROGRAMS else Tile(64, 64, 128, 4, 4)
+    wide, narrow = Tile(128, 64, 128, 4, 3), Tile(64, 64, 128, 4, 4)
+    if rows > 64:
+        return wide if wide.programs(rows, channels) > ENOUGH_PROGRAMS else narrow
+    # Two programs to a multiprocessor: fewer stages leave room for both.
+    return replace(narrow, stages=3) if narrow.programs(rows, channels) >= 200 else narrow
 
 
 def gemm_w4a8(

@@ -91,19 +91,26 @@ def _gemm_kernel(
     tl.store(to, tl.trans(total.to(y_ptr.dtype.element_ty)), mask=there[:, None] & channel_mask[None, :])
 
 
-ENOUGH_PROGRAMS = 132
-"""More of them than this keep a large GPU busy; else narrower tiles are better (measured on an H200)."""
+ENOUGH_PROGRAMS = 100
+"""As many keep a large GPU busy; of fewer, narrower tiles are better (measured on an H200)."""
 
 
-def tile_for(rows: int, channels: int) -> Tile:
+def tile_for(rows: int, channels: int, features: int) -> Tile:
     """The tile for a product (measured on an H200)."""
     if rows <= 16:
-        return Tile(16, 32, 128, 2, 8)
+        wide = Tile(16, 64, 128, 4, 5)
+        if wide.programs(rows, channels) >= 2 * ENOUGH_PROGRAMS:
+            return wide
+        return Tile(16, 32, 128, 2, 8).sharing(rows, channels, features, most=4, programs=512)
     if rows <= 32:
-        return Tile(32, 64, 128, 4, 6)
-    narrow = Tile(64, 64, 128, 4, 4)
-    wide = [Tile(256, 128, 64, 8, 3), Tile(128, 64, 64, 4, 4)] if rows > 64 else []
-    return next((tile for tile in wide if tile.programs(rows, channels) > ENOUGH_PROGRAMS), narrow)
+        return Tile(32, 64, 128, 4, 6).sharing(rows, channels, features, most=4, programs=264)
+    if rows > 64:
+        wide = Tile(128, 128, 128, 8, 3) if rows <= 128 else Tile(256, 128, 64, 8, 3)
+        if wide.programs(rows, channels) >= ENOUGH_PROGRAMS:
+            return wide
+    if rows <= 128:
+        return Tile(64, 64, 128, 4, 4).sharing(rows, channels, features, most=4, programs=264)
+    return Tile(128, 64, 64, 4, 4).sharing(rows, channels, features, most=2, programs=264)
 
 
 def gemm_w8a16(
@@ -133,7 +140,7 @@ def gemm_w8a16(
         )
         return by_terms(x, product, bias, out.dtype)
     x = short_rows(x)
-    tile = tile_for(rows, channels) if tile is None else tile
+    tile = tile_for(rows, channels, features) if tile is None else tile
     pairs = x.dtype != torch.float32 and features % 2 == 0 and weight.data_ptr() % 2 == 0
     if pairs:
         weight = weight.view(torch.int16)

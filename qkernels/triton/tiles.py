@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -34,6 +34,16 @@ class Tile:
     def programs(self, rows: int, channels: int) -> int:
         """Blocks of the output, each a program's."""
         return int(triton.cdiv(rows, self.m) * triton.cdiv(channels, self.n))
+
+    def sharing(self, rows: int, channels: int, features: int, *, most: int, programs: int) -> Tile:
+        """The tile whose blocks are shared by as many programs as do not leave a large GPU idle.
+
+        Args:
+            most: of them, a power of two; that many where each is left 1024 of ``features`` or more.
+            programs: as many in all, at most, unless there are more blocks.
+        """
+        splits = min(most, features // 1024, programs // self.programs(rows, channels))
+        return replace(self, splits=1 << max(0, splits.bit_length() - 1))
 
     def depth(self, stage_bytes: int, available: int) -> int:
         """Stages of ``stage_bytes`` that fit into ``available`` bytes of shared memory: up to :attr:`stages`."""

@@ -3,22 +3,15 @@
 Everything is arithmetic on words of 32 bits that hold the codes of neighbouring k, so that a word comes out as the
 register of an operand that the tensor cores take: neither shared memory nor a permutation lies between.  A 16-bit
 float with the bits ``0x4300 + c`` (bfloat16) or ``0x6400 + c`` (float16) is ``128 + c`` or ``1024 + c`` exactly, for c
-below 128 or 1024; subtracting what is too much is exact as well.  For codes of 4 bits these bits are an argument of the
-kernel, :func:`exponents_of`: an instruction that masks a word and sets bits of it takes one constant, not two.
+below 128 or 1024; subtracting what is too much is exact as well.
 """
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 
-__all__ = ["bytes_to_float", "exponents_of", "halves", "nibbles_to_float", "nibbles_to_int8", "quarters"]
-
-
-def exponents_of(dtype: torch.dtype) -> int:
-    """The bits of 128 in bfloat16, or of 1024 in float16, in both halves of a word; 0 for float32."""
-    return {torch.bfloat16: 0x43004300, torch.float16: 0x64006400}.get(dtype, 0)
+__all__ = ["bytes_to_float", "halves", "nibbles_to_float", "nibbles_to_int8", "quarters"]
 
 
 @triton.jit
@@ -36,13 +29,11 @@ def quarters(word):  # noqa: ANN201
 
 
 @triton.jit
-def nibbles_to_float(codes, zero, mask, bits, ZERO: tl.constexpr, dtype: tl.constexpr):  # noqa: ANN201
+def nibbles_to_float(codes, zero, ZERO: tl.constexpr, dtype: tl.constexpr):  # noqa: ANN201
     """uint8 ``[R, C]`` of two codes each as ``code - zero`` in ``dtype [R, 2 * C]``.
 
     Args:
         zero: ``[R, 1]`` in ``dtype``, integers up to 255; not looked at where ZERO is not None.
-        mask: what remains of two codes, one in each half of a word: 0x000F000F, or 0 for none; int or ``[R, 1]``.
-        bits: what is set: :func:`exponents_of` the dtype, and the codes instead of those that do not remain; likewise.
         ZERO: the zero point of all rows.
     """
     if dtype == tl.float32:
@@ -55,7 +46,8 @@ def nibbles_to_float(codes, zero, mask, bits, ZERO: tl.constexpr, dtype: tl.cons
     else:
         # Codes of a pair 12 bits further apart: one in each half.
         base: tl.constexpr = 128.0 if dtype == tl.bfloat16 else 1024.0
-        pair = ((codes.to(tl.int32) * 0x1001) & mask) | bits
+        exponents: tl.constexpr = 0x43004300 if dtype == tl.bfloat16 else 0x64006400
+        pair = ((codes.to(tl.int32) * 0x1001) & 0x000F000F) | exponents
         values = halves(pair).to(dtype, bitcast=True)
         if ZERO is None:
             values = (values - base).to(dtype) - zero
