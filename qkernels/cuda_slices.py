@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-__all__ = ["aligned_rows", "by_slices", "split_float32"]
+__all__ = ["aligned_rows", "by_slices", "by_terms", "split_float32"]
 
 _SLICE_BYTES = 32 << 20
 """Of a weight that is dequantized at one time: all that is ever there twice."""
@@ -28,6 +28,13 @@ def split_float32(x: Tensor) -> Tensor:
     rest = torch.where(x.isinf(), 0.0, x - high)
     middle = (rest.view(torch.int32) & -65536).view(torch.float32)
     return torch.cat((high, middle, rest - middle)).to(torch.bfloat16)
+
+
+def by_terms(x: Tensor, product: Callable[[Tensor], Tensor], bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+    """``product`` of float32 ``x [M, K]``, from that of its three terms ``[3 * M, K]`` in float32; plus ``bias``."""
+    terms = product(split_float32(x.contiguous())).view(3, x.shape[0], -1)
+    y = (terms[2] + terms[1]) + terms[0]
+    return (y if bias is None else y + bias).to(out_dtype)
 
 
 def aligned_rows(x: Tensor) -> Tensor:

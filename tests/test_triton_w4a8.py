@@ -41,17 +41,18 @@ else:
 
     from qkernels.triton.gemm_w4a8 import gemm_w4a8
     from qkernels.triton.quantize import quantize_rows
+    from qkernels.triton.tiles import Tile
 
     KINDS = {name: options for name, options in W4_KINDS.items() if name != "codebook"}
     OUTPUTS = (torch.float32,) if INTERPRETED else DTYPES  # the interpreter truncates where it should round
-    SMALL = (16, 16) if INTERPRETED else None
+    SMALL = Tile(16, 16, 128, 4, 2) if INTERPRETED else None
 
     def scheme_of(kind: str, group: int | None, *, symmetric: bool) -> Scheme:
         options = {} if group is None else {"weight_granularity": "per_group", "group_size": group}
         return Scheme(4, activation_symmetric=symmetric, **options, **KINDS[kind])  # type: ignore[arg-type]
 
     def product(
-        x: Tensor, tensors: dict[str, Tensor], scheme: Scheme, out_dtype: torch.dtype, block: tuple[int, int] | None
+        x: Tensor, tensors: dict[str, Tensor], scheme: Scheme, out_dtype: torch.dtype, tile: Tile | None
     ) -> Tensor:
         at = {name: tensor.to(DEVICE) for name, tensor in tensors.items()}
         q, scale, zero = quantize_rows(x.to(DEVICE), symmetric=scheme.activation_symmetric)
@@ -66,7 +67,7 @@ else:
             weight_zero_point=at.get("weight_zero_point"),
             weight_min=at.get("weight_min"),
             out_dtype=out_dtype,
-            block=block,
+            tile=tile,
         )
 
     @pytest.mark.parametrize("symmetric", [True, False])
@@ -100,6 +101,33 @@ else:
         x = hazard_rows(k)
         wanted = reference.linear(x, tensors, scheme, k, torch.float32)
         assert_bits_equal(product(x, tensors, scheme, torch.float32, SMALL), wanted)
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_gemm_w4a8_odd_addresses_and_rows_apart(kind: str) -> None:
+        n, k = 20, 256
+        scheme = scheme_of(kind, 64, symmetric=False)
+        tensors = reference.quantize_weight(seeded(n, k), scheme)
+        x = seeded(3, k, seed=5)
+        wanted = reference.linear(x, tensors, scheme, k, torch.float32)
+        at = {name: tensor.to(DEVICE) for name, tensor in tensors.items()}
+        q, scale, zero = quantize_rows(x.to(DEVICE), symmetric=False)
+        codes = torch.zeros(n * k // 2 + 1, dtype=torch.uint8, device=DEVICE)
+        codes[1:] = at["weight"].flatten()
+        apart = torch.zeros(6, k + 3, dtype=torch.int8, device=DEVICE)
+        apart[::2, 1 : k + 1] = q
+        for weight in (codes[1:].view(n, k // 2), at["weight"]):  # at an odd address no four codes are loaded together
+            y = gemm_w4a8(
+                apart[::2, 1 : k + 1],
+                scale,
+                zero,
+                weight,
+                at["weight_scale"],
+                group_size=64,
+                weight_zero_point=at.get("weight_zero_point"),
+                weight_min=at.get("weight_min"),
+                tile=SMALL,
+            )
+            assert_bits_equal(y, wanted)
 
     def test_gemm_w4a8_says_which_groups_it_takes() -> None:
         q, weight = (

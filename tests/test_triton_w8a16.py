@@ -38,7 +38,8 @@ if DEVICE.type == "cpu" and not INTERPRETED:
 else:
     pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
 
-    from qkernels.triton.gemm_w8a16 import gemm_w8a16
+    from qkernels.triton.gemm_w8a16 import gemm_w8a16, tile_for
+    from qkernels.triton.tiles import Tile
 
     # The interpreter truncates float32 to bfloat16: fp16 and fp32 inputs and fp32 outputs there.
     INPUTS = (torch.float32, torch.float16) if INTERPRETED else (torch.float32, torch.float16, torch.bfloat16)
@@ -59,13 +60,62 @@ else:
                 scale.to(DEVICE),
                 None if shift is None else shift.to(DEVICE),
                 out_dtype=torch.float32,
-                block=(16, 16) if INTERPRETED else None,
+                tile=Tile(16, 16, 64, 4, 2) if INTERPRETED else None,
             ).cpu()
             wide = weight.double() * scale.double()[:, None]
             expected = x.double() @ wide.T + (0.0 if shift is None else shift.double())
             bound = (k + 4) * 2.0**-24 * (x.double().abs() @ wide.abs().T) + 2.0**-23 * (expected.abs() + 1)
             off = (y.double() - expected).abs()
             assert bool((off <= bound).all()), f"{m}x{n}x{k}: up to {(off / bound).max()} of the bound"
+
+    @pytest.mark.parametrize("dtype", INPUTS)
+    @pytest.mark.parametrize("k", [3, 330])  # fewer than programs; no multiple of a block
+    def test_gemm_w8a16_odd_addresses_and_programs_that_share_k(dtype: torch.dtype, k: int) -> None:
+        n = 20
+        codes = torch.randint(-128, 128, (n * k + 1,), dtype=torch.int8, generator=torch.Generator().manual_seed(3))
+        codes[1:9], codes[9:17] = -128, 127
+        scale, shift = seeded(n, seed=2).abs() + 0.01, seeded(n, seed=4)
+        x = seeded(6, 2 * k, seed=5).to(dtype)[::2, :k]
+        weight = codes[1:].view(n, k)  # bytes at an odd address: no two codes are loaded together
+        wide = weight.double() * scale.double()[:, None]
+        expected = x.double() @ wide.T + shift.double()
+        bound = (k + 4) * 2.0**-24 * (x.double().abs() @ wide.abs().T) + 2.0**-23 * (expected.abs() + 1)
+        at = codes.to(DEVICE)[1:].view(n, k)
+        for weights in (at, at.clone()):
+            for splits in (1, 2, 4, 16):
+                tile = Tile(16, 16, 64, 4, 2, splits=splits)
+                calls = [
+                    gemm_w8a16(
+                        x.to(DEVICE),
+                        weights,
+                        scale.to(DEVICE),
+                        shift.to(DEVICE),
+                        out_dtype=torch.float32,
+                        tile=tile,
+                    )
+                    for _ in range(2)
+                ]
+                assert bool(((calls[0].cpu().double() - expected).abs() <= bound).all())
+                assert torch.equal(*calls)
+
+    def test_tile_for_shares_k_where_programs_are_few() -> None:
+        cases = {
+            (1, 14336, 4096): (16, 64, 1),
+            (16, 4096, 14336): (16, 32, 4),
+            (16, 8192, 8192): (16, 32, 2),
+            (1, 64, 512): (16, 32, 1),
+            (17, 4096, 4096): (32, 64, 4),
+            (64, 8192, 8192): (64, 64, 2),
+            (128, 14336, 4096): (128, 128, 1),
+            (128, 4096, 4096): (64, 64, 2),
+            (256, 14336, 4096): (256, 128, 1),
+            (256, 4096, 4096): (128, 64, 2),
+            (256, 4096, 2047): (128, 64, 1),
+            (384, 4096, 4096): (128, 64, 1),
+        }
+        for shape, wanted in cases.items():
+            tile = tile_for(*shape)
+            assert (tile.m, tile.n, tile.splits) == wanted, shape
 
     @pytest.mark.skipif(DEVICE.type == "cpu", reason="layers of the kernel live on a GPU")
     def test_layer_compiled_and_differentiated() -> None:

@@ -26,7 +26,6 @@ from qkernels.scheme import Scheme
 
 __all__ = ["ProblemW4"]
 
-MOST_ROWS_OF_TRITON = 256
 NORM_STEP = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-18}
 """Of the norm of the output, how far W4A16 may be off."""
 
@@ -65,7 +64,7 @@ class ProblemW4:
                 lambda index: cuda_w4.gemm_w4a8(q, scale, weights[index % count], None, self.dtype),
             )
             yield from self._portable_w4a8(q, scale)
-        elif not triton.available() and self.m <= MOST_ROWS_OF_TRITON:
+        elif not triton.available():
             from qkernels.triton.gemm_w4a16 import gemm_w4a16
 
             group = self.scheme.resolve_group_size(self.k)

@@ -4,12 +4,14 @@
     total     = total + float(d_g) * scale[n, g]   (+ min[n, g] * float(sum of q[m, k] - x_zero[m])),   g = 0, 1, ...
     y [M, N]  = round(total * x_scale[m] + bias[n])
 
-A program owns BLOCK_M tokens x BLOCK_N channels and walks K in blocks that lie in one group.  A byte holds the codes of
-an even and an odd k, which are interleaved in registers on their way to ``tl.dot``.  ``enable_fp_fusion=False``: no
-multiplication and addition are contracted.
+A program owns BLOCK_M tokens x BLOCK_N channels, computes their product transposed, ``w @ q^T``, and walks K in blocks
+that lie in one group.  Transposed, the weight is the operand that the tensor cores take from registers, where its codes
+are unpacked (see :mod:`.gemm_w4a16`).  ``enable_fp_fusion=False``: no multiplication and addition are contracted.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 import triton
@@ -17,44 +19,51 @@ import triton.language as tl
 from torch import Tensor
 
 from .gemm_w4a16 import block_for
+from .group_sums import group_sums
 from .raster import grouped_tile
+from .tiles import Tile, shared_bytes, short_rows
+from .unpack import nibbles_to_int8
 
-__all__ = ["gemm_w4a8"]
+__all__ = ["gemm_w4a8", "tile_for"]
 
 
 @triton.jit
 def _step(
     acc,
-    sums,
     weight_sums,
     q_block,
+    q_places,
     weight_block,
-    zero,
+    weight_places,
+    zeros,
+    there,
     k,
     end,
     BLOCK_K: tl.constexpr,
+    CODES: tl.constexpr,
     MASKED: tl.constexpr,
     SHIFTED: tl.constexpr,
-    MINIMUM: tl.constexpr,
+    FEW: tl.constexpr,
 ):
     """One block of k, up to ``end``, into the sums of its group."""
     ks = k + tl.arange(0, BLOCK_K)
-    pairs = k // 2 + tl.arange(0, BLOCK_K // 2)
     if MASKED:
-        q = tl.load(q_block + ks[None, :], mask=ks[None, :] < end, other=0)
-        codes = tl.load(weight_block + pairs[None, :], mask=2 * pairs[None, :] < end, other=0)
+        words = k // CODES + tl.arange(0, BLOCK_K // CODES)
+        q = tl.load(q_block + k + q_places, mask=there & (ks[None, :] < end), other=0)
+        codes = tl.load(weight_block + k // CODES + weight_places, mask=CODES * words[None, :] < end, other=0)
     else:
-        q = tl.load(q_block + ks[None, :])
-        codes = tl.load(weight_block + pairs[None, :])
-    w = tl.interleave((codes & 15).to(tl.int8), (codes >> 4).to(tl.int8)) - zero[:, None]
-    acc = tl.dot(q, tl.trans(w), acc, out_dtype=tl.int32)
+        if FEW:
+            q = tl.load(q_block + k + q_places, mask=there, other=0)
+        else:
+            q = tl.load(q_block + k + q_places)
+        codes = tl.load(weight_block + k // CODES + weight_places)
+    w = nibbles_to_int8(codes, zeros, CODES == 4)
+    acc = tl.dot(w, tl.trans(q), acc, out_dtype=tl.int32)
     if SHIFTED:  # q - x_zero = stored - shift: what the shift adds
         if MASKED:
             w = tl.where(ks[None, :] < end, w, 0)
         weight_sums += tl.sum(w.to(tl.int32), axis=1)
-    if MINIMUM:
-        sums += tl.sum(q.to(tl.int32), axis=1)
-    return acc, sums, weight_sums
+    return acc, weight_sums
 
 
 @triton.jit
@@ -63,6 +72,7 @@ def _gemm_kernel(
     weight_ptr,
     x_scale_ptr,
     x_zero_point_ptr,
+    sums_ptr,  # of q over groups of k
     scale_ptr,
     zero_ptr,
     min_ptr,
@@ -80,82 +90,116 @@ def _gemm_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
+    CODES: tl.constexpr,  # of a word of the weight: four in int16, two in uint8
     SHIFTED: tl.constexpr,
     ZERO_POINT: tl.constexpr,
     MINIMUM: tl.constexpr,
     BIAS: tl.constexpr,
+    FEW: tl.constexpr,  # fewer tokens than a block has
 ):
     program = tl.program_id(0)
     tile_m, tile_n = grouped_tile(program, tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
-    tokens = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    channels = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    token_mask = tokens < M
+    first_m = tile_m * BLOCK_M
+    first_n = tile_n * BLOCK_N
+    tokens = first_m + tl.arange(0, BLOCK_M)
+    channels = first_n + tl.arange(0, BLOCK_N)
+    there = (tokens < M)[:, None]
     channel_mask = channels < N
-    # Rows outside wrap around to rows that exist: what they give is not stored.
-    channel_rows = (channels % N).to(tl.int64)
-    q_block = q_ptr + (tokens % M).to(tl.int64)[:, None] * q_stride
-    weight_block = weight_ptr + channel_rows[:, None] * weight_stride
+    # Rows outside are the last one there is: what they give is not stored. Where they are most of a block, they are
+    # not loaded either. 64 bits for a block's first element, 32 from there on: addresses are much of the arithmetic.
+    token_rows = tl.minimum(tokens, M - 1)
+    channel_rows = tl.minimum(tl.arange(0, BLOCK_N), N - 1 - first_n)
+    q_block = q_ptr + first_m.to(tl.int64) * q_stride
+    q_places = (token_rows - first_m)[:, None] * q_stride + tl.arange(0, BLOCK_K)[None, :]
+    weight_block = weight_ptr + first_n.to(tl.int64) * weight_stride
+    weight_places = channel_rows[:, None] * weight_stride + tl.arange(0, BLOCK_K // CODES)[None, :]
+    group_block = first_n.to(tl.int64) * scale_stride
+    group_places = channel_rows * scale_stride
     if SHIFTED:
-        shift = tl.load(x_zero_point_ptr + tokens, mask=token_mask, other=0) - 128
-    total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        shift = tl.load(x_zero_point_ptr + token_rows) - 128
+    total = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
     for g in range(tl.cdiv(K, GROUP)):
         first = g * GROUP
-        place = channel_rows * scale_stride + g
+        # A zero point in each byte of a word.
         if ZERO_POINT:
-            zero = tl.load(zero_ptr + place).to(tl.int8)
+            zeros = tl.load(zero_ptr + group_block + g + group_places).to(tl.int32)[:, None] * 0x01010101
         elif MINIMUM:
-            zero = tl.zeros((BLOCK_N,), dtype=tl.int8)
+            zeros = 0
         else:
-            zero = tl.full((BLOCK_N,), 8, dtype=tl.int8)
-        acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32)
-        sums = tl.zeros((BLOCK_M,), dtype=tl.int32)
+            zeros = 0x08080808
+        acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.int32)
         weight_sums = tl.zeros((BLOCK_N,), dtype=tl.int32)
         if GROUP == BLOCK_K:
-            acc, sums, weight_sums = _step(
+            acc, weight_sums = _step(
                 acc,
-                sums,
                 weight_sums,
                 q_block,
+                q_places,
                 weight_block,
-                zero,
+                weight_places,
+                zeros,
+                there,
                 first,
                 K,
                 BLOCK_K,
+                CODES,
                 K % BLOCK_K != 0,
                 SHIFTED,
-                MINIMUM,
+                FEW,
             )
         else:
             end = tl.minimum(first + GROUP, K)
             for k in range(first, end, BLOCK_K):
-                acc, sums, weight_sums = _step(
+                acc, weight_sums = _step(
                     acc,
-                    sums,
                     weight_sums,
                     q_block,
+                    q_places,
                     weight_block,
-                    zero,
+                    weight_places,
+                    zeros,
+                    there,
                     k,
                     end,
                     BLOCK_K,
+                    CODES,
                     K % BLOCK_K != 0 or GROUP % BLOCK_K != 0,
                     SHIFTED,
-                    MINIMUM,
+                    FEW,
                 )
         if SHIFTED:
-            acc = acc - shift[:, None] * weight_sums[None, :]
-        scale = tl.load(scale_ptr + place).to(tl.float32)
-        total = total + acc.to(tl.float32) * scale[None, :]
+            acc = acc - weight_sums[:, None] * shift[None, :]
+        scale = tl.load(scale_ptr + group_block + g + group_places).to(tl.float32)
+        total = total + acc.to(tl.float32) * scale[:, None]
         if MINIMUM:
+            sums = tl.load(sums_ptr + g * M + token_rows)
             if SHIFTED:
                 sums = sums - shift * (tl.minimum(first + GROUP, K) - first)
-            low = tl.load(min_ptr + place).to(tl.float32)
-            total = total + low[None, :] * sums.to(tl.float32)[:, None]
-    y = total * tl.load(x_scale_ptr + tokens, mask=token_mask, other=0.0)[:, None]
+            low = tl.load(min_ptr + group_block + g + group_places).to(tl.float32)
+            total = total + low[:, None] * sums.to(tl.float32)[None, :]
+    y = total * tl.load(x_scale_ptr + token_rows)[None, :]
     if BIAS:
-        y = y + tl.load(bias_ptr + channels, mask=channel_mask, other=0.0)[None, :]
+        y = y + tl.load(bias_ptr + channels, mask=channel_mask, other=0.0)[:, None]
     to = y_ptr + tokens.to(tl.int64)[:, None] * y_stride + channels[None, :]
-    tl.store(to, y.to(y_ptr.dtype.element_ty), mask=token_mask[:, None] & channel_mask[None, :])
+    mask = there & channel_mask[None, :]
+    tl.store(to, tl.trans(y.to(y_ptr.dtype.element_ty)), mask=mask)
+
+
+ENOUGH_PROGRAMS = 132
+"""More of them than this keep a large GPU busy; else narrower tiles are better (measured on an H200)."""
+
+
+def tile_for(rows: int, channels: int) -> Tile:
+    """The tile for a product (measured on an H200)."""
+    if rows <= 16:
+        return Tile(16, 32, 128, 2, 8)
+    if rows <= 32:
+        return Tile(32, 64, 128, 4, 6)
+    wide, narrow = Tile(128, 64, 128, 4, 3), Tile(64, 64, 128, 4, 4)
+    if rows > 64:
+        return wide if wide.programs(rows, channels) > ENOUGH_PROGRAMS else narrow
+    # Two programs to a multiprocessor: fewer stages leave room for both.
+    return replace(narrow, stages=3) if narrow.programs(rows, channels) >= 200 else narrow
 
 
 def gemm_w4a8(
@@ -170,7 +214,7 @@ def gemm_w4a8(
     weight_zero_point: Tensor | None = None,
     weight_min: Tensor | None = None,
     out_dtype: torch.dtype = torch.float32,
-    block: tuple[int, int] | None = None,
+    tile: Tile | None = None,
 ) -> Tensor:
     """:func:`qkernels.reference.linear_w4a8` of quantized rows, asymmetric codes as ``q - 128``.
 
@@ -179,7 +223,8 @@ def gemm_w4a8(
         weight: uint8 ``[N, ceil(K / 2)]``; weight_scale: ``[N]`` or ``[N, G]``; bias: float32 ``[N]``.
         group_size: a multiple of 32, or None (one group).
         weight_zero_point (at most 128), weight_min: shaped like weight_scale, at most one; neither: zero point 8.
-        block: tokens and channels of a program; None: as many tokens as there are up to 128, and 64 or 128 channels.
+        tile: None: :func:`tile_for`. A smaller block of k is taken where one group needs it, fewer stages where the
+            device has less shared memory.
 
     Raises:
         ValueError: no block of k fits the group size.
@@ -187,22 +232,24 @@ def gemm_w4a8(
     rows, features = q.shape
     channels = weight.shape[0]
     group = features if group_size is None else min(group_size, features)
-    size = block_for(features, group)
+    tile = tile_for(rows, channels) if tile is None else tile
+    size = block_for(features, group, tile.k)
     if not size:
         raise ValueError(f"group_size: expected a multiple of 32, or at least {features}, got {group_size}")
     out = torch.empty((rows, channels), dtype=out_dtype, device=q.device)
     if not rows or not channels:
         return out
     weight, scales = weight.contiguous(), weight_scale.contiguous().view(channels, -1)
-    if block is None:
-        tokens = max(16, min(128, triton.next_power_of_2(rows)))
-        lean = x_zero_point is None and weight_min is None  # no sums beside the products: registers for wide tiles
-        block = (tokens, 128 if tokens > 32 and lean else 64)
-    _gemm_kernel[(triton.cdiv(rows, block[0]) * triton.cdiv(channels, block[1]),)](
+    q = short_rows(q)
+    quads = features % 4 == 0 and weight.data_ptr() % 2 == 0
+    if quads:
+        weight = weight.view(torch.int16)
+    _gemm_kernel[(tile.programs(rows, channels),)](
         q,
         weight,
         x_scale,
         x_scale if x_zero_point is None else x_zero_point,
+        x_scale if weight_min is None else group_sums(q, group),
         scales,
         weight if weight_zero_point is None else weight_zero_point.contiguous(),
         scales if weight_min is None else weight_min.contiguous(),
@@ -216,16 +263,18 @@ def gemm_w4a8(
         out.stride(0),
         K=features,
         GROUP=group,
-        BLOCK_M=block[0],
-        BLOCK_N=block[1],
+        BLOCK_M=tile.m,
+        BLOCK_N=tile.n,
         BLOCK_K=size,
-        GROUP_M=8,
+        GROUP_M=tile.group,
+        CODES=4 if quads else 2,
         SHIFTED=x_zero_point is not None,
         ZERO_POINT=weight_zero_point is not None,
         MINIMUM=weight_min is not None,
         BIAS=bias is not None,
-        num_warps=8 if block[0] >= 128 else 4,
-        num_stages=3,
+        FEW=rows < tile.m,
+        num_warps=tile.warps,
+        num_stages=tile.depth(size * (tile.m + tile.n // 2), shared_bytes(q.device)),
         enable_fp_fusion=False,
     )
     return out

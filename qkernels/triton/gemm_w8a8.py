@@ -9,7 +9,7 @@ into ``tl.dot``, which needs no copy for it.  ``enable_fp_fusion=False``: no ste
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 import triton
@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .raster import grouped_tile
+from .tiles import Tile
 
 __all__ = ["Tile", "gemm_w8a8", "tile_for"]
 
@@ -79,22 +80,6 @@ def _gemm_kernel(
         y = y + tl.load(bias_ptr + channels, mask=channel_mask, other=0.0)[None, :]
     place = y_ptr + tokens.to(tl.int64)[:, None] * y_stride + channels[None, :]
     tl.store(place, y.to(y_ptr.dtype.element_ty), mask=token_mask[:, None] & channel_mask[None, :])
-
-
-@dataclass(frozen=True)
-class Tile:
-    """Launch shape of the kernel: tokens, channels and k of a block, warps, pipeline stages; token tiles of a group."""
-
-    m: int
-    n: int
-    k: int
-    warps: int
-    stages: int
-    group: int = 8
-
-    def programs(self, rows: int, channels: int) -> int:
-        """Blocks of the output, each a program's."""
-        return int(triton.cdiv(rows, self.m) * triton.cdiv(channels, self.n))
 
 
 WIDE_TILES = (Tile(128, 128, 128, 4, 3), Tile(64, 128, 128, 4, 4), Tile(64, 64, 128, 4, 5))
