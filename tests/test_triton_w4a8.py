@@ -39,7 +39,7 @@ if DEVICE.type == "cpu" and not INTERPRETED:
 else:
     pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
 
-    from qkernels.triton.gemm_w4a8 import gemm_w4a8
+    from qkernels.triton.gemm_w4a8 import gemm_w4a8, tile_for
     from qkernels.triton.quantize import quantize_rows
     from qkernels.triton.tiles import Tile
 
@@ -137,6 +137,11 @@ else:
         ones = torch.ones(2, 3, device=DEVICE)
         with pytest.raises(ValueError, match="group_size"):
             gemm_w4a8(q, ones[0, :1], None, weight, ones, group_size=40)
+
+    def test_tile_for_keeps_fewer_stages_where_two_programs_share_a_multiprocessor() -> None:
+        stages = {(64, 14336): 3, (64, 12737): 3, (64, 12736): 4, (64, 8192): 4, (128, 4096): 4}
+        for shape, wanted in stages.items():
+            assert (tile_for(*shape).m, tile_for(*shape).stages) == (64, wanted), shape
 
     @pytest.mark.skipif(DEVICE.type == "cpu", reason="layers of the kernel live on a GPU")
     @pytest.mark.parametrize("symmetric", [True, False])
