@@ -255,6 +255,49 @@ def test_quantize_columns_over_rows_and_blocks(
     _assert_same(quantize(x, **kind, **where), x, {**kind, **where}, DTYPES)
 
 
+@pytest.mark.parametrize("kind", KINDS[:4], ids=_name)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(5, 7, 2048), (2, 3, 2600), (67, 8200), (130, 3, 2047)])
+def test_quantize_long_runs_and_whole_rows(
+    isa: str, threads: int, kind: dict[str, Any], dtype: torch.dtype, shape: tuple[int, ...]
+) -> None:
+    """Granules written while the next is read, in both directions; rows wider than one block of columns."""
+    x = seeded(*shape).to(dtype)
+    x[-1, 0, ...] = 90.0  # the largest of its channel in the last run
+    x[0, 2].view(-1)[-1] = -80.0  # and in the last element of the first
+    where = {"granularity": "channel", "axis": 1}
+    _assert_same(quantize(x, **kind, **where), x, {**kind, **where}, DTYPES)
+    x[0, 1].view(-1)[-1], x[-1, 0].view(-1)[0] = math.nan, -math.inf
+    _assert_same(quantize(x, **kind, **where), x, {**kind, **where}, DTYPES)
+    arguments = {**kind, **where, "scale": 0.37, "zero_point": None if kind["symmetric"] else 3}
+    _assert_same(quantize(x, **arguments), x, arguments, DTYPES)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=_name)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("k", [1023, 1024, 1090, 4096])
+def test_quantize_long_rows(isa: str, threads: int, kind: dict[str, Any], dtype: torch.dtype, k: int) -> None:
+    x = seeded(19, k).to(dtype)
+    x[4, -1], x[5, 512], x[18, 0] = 60.0, -70.0, math.inf  # last of a row, first of a piece
+    x[7], x[9, 700] = 0.0, math.nan
+    for where in ({"granularity": "token"}, {"granularity": "group", "group_size": 1024}):
+        _assert_same(quantize(x, **kind, **where), x, {**kind, **where}, DTYPES)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=_name)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [32, 64, 128])
+def test_quantize_every_group_of_a_vector(isa: str, kind: dict[str, Any], dtype: torch.dtype, size: int) -> None:
+    """Each lane of a vector of groups has its own extremes, at every place within a group."""
+    x = torch.full((64, size), 0.5)
+    groups = torch.arange(64)
+    x[groups, (groups * 7) % size] = torch.where(groups % 2 == 0, 1.0, -1.0) * (groups + 2.0)
+    x = torch.cat([x, x.flip(1), seeded(23, size)]).to(dtype)
+    _assert_same(quantize(x, **kind), x, kind, DTYPES)
+    x[70, size - 1], x[3, 0] = math.nan, -math.inf  # one group of a vector alone is marked
+    _assert_same(quantize(x, **kind), x, kind, DTYPES)
+
+
 @given(
     rows=st.integers(0, 5),
     k=st.integers(0, 70),

@@ -13,21 +13,24 @@
 namespace qk {
 namespace {
 
-// The strided case: pieces of rows long enough to be read and written as streams, so that a block of them stays in the
-// last-level cache for the second pass, of which a virtual machine may have a small part (Zen 3: 4 MB at 4096 rows take
-// 13.3 ms, 8 MB 15.7, 1 MB 19, whole rows twice from memory 16). Prefetchers follow no piece into the next row.
-constexpr int64_t kMinPiece = 1 << 10, kMaxPiece = 8 << 10, kBlock = 4 << 20;  // bytes
-constexpr int64_t kColumns = 2048;  // most of a block
-constexpr int kRowsAtOnce = 8, kRowsAhead = 4;
-// Contiguous granules are taken in batches, whose second pass finds them in L1 or L2. Arithmetic takes about as long as
-// memory where halves or short groups come in: then batches are short, and the second pass asks for the next one.
-// Elsewhere long batches without that are faster (Zen 3: 91 % of the bandwidth after 77 %, and 57 % where it was
-// needed).
+// The strided case: columns of a block, over all rows twice. Pieces of rows of 2 KB and more keep a block of 4 MB in
+// the last-level cache for the second pass, of which a virtual machine may have a small part. Narrower ones would take
+// longer than whole rows, or nearly, twice from memory: no prefetcher follows what is written in such pieces (Zen 3,
+// 4096 x 8192 in bf16: 10 to 12 ms after 8 to 9).
+constexpr int64_t kMinPiece = 2 << 10, kLongPiece = 8 << 10, kWholePiece = 32 << 10, kBlock = 4 << 20;  // bytes
+constexpr int64_t kColumns = 8192;  // most of a block
+constexpr int kRowsAtOnce = 4, kRowsAhead = 4;  // of the first pass
+constexpr int64_t kRowsInOrder = 64;  // of the second, which begins with the last ones
+constexpr int64_t kLongRun = 2048;  // elements; channels of such runs are taken one by one
+// What the second pass asks for in advance: x, and levels of pieces (elements).
+constexpr int64_t kAheadBytes = 4096, kPieceAheadBytes = 2048, kLevelsAhead = 1024;
+// Contiguous granules of other sizes are taken in batches, whose second pass finds them in L1 and asks for the next
+// one.
 constexpr int kBatch = 256;
-constexpr int64_t kShortBatch = 4096, kLongBatch = 16384, kMaxAhead = 32 << 10;  // elements
-constexpr int64_t kLongGranule = 64;  // elements
-constexpr int64_t kBackward =
-    64 << 10;  // elements; a long granule's second pass runs from its end, which is still near
+constexpr int64_t kBatchElements = 4096;
+constexpr int64_t kLongGranule = 1024, kPieceElements = 512;  // even
+// Elements; the second pass of one contiguous granule runs from its end, which is still near.
+constexpr int64_t kBackward = 64 << 10;
 constexpr int kMaxSplit = 64;  // threads that share one contiguous granule
 constexpr int64_t kMinSplit = 64 << 10;  // elements of a contiguous granule worth sharing
 
@@ -50,19 +53,21 @@ class Quantize {
       for (int64_t c = 0; c < p_.channels; ++c) shared_row(c, threads < kMaxSplit ? threads : kMaxSplit);
     } else if (p_.outer == 1) {
       parallel(threads, [&](int thread, int team) { rows(thread, team); });
+    } else if (p_.inner >= kLongRun) {
+      parallel(threads, [&](int thread, int team) { strided(share(p_.channels, thread, team)); });
     } else {
       const int64_t fair = round_up(ceil_div(p_.channels * p_.inner, threads), kAlign), near = kBlock / p_.outer;
-      const int64_t piece = (near < kMinPiece || near > kMaxPiece ? kMaxPiece : near) / kBytes / kAlign * kAlign;
+      const int64_t bytes = near < kMinPiece    ? kWholePiece
+                            : near < kLongPiece ? near
+                                                : kLongPiece,
+                    piece = bytes / kBytes / kAlign * kAlign;
       const int64_t most = piece < kColumns ? piece : kColumns, width = fair < most ? fair : most;
       const int64_t per_block = p_.inner < width ? width / p_.inner : 1, blocks = ceil_div(p_.channels, per_block);
       parallel(threads, [&](int thread, int team) {
         const Range range = share(blocks, thread, team);
         for (int64_t b = range.begin; b < range.end; ++b) {
           const int64_t c0 = b * per_block, count = p_.channels - c0 < per_block ? p_.channels - c0 : per_block;
-          if (p_.inner <= kColumns)
-            columns(c0, count);
-          else
-            strided(c0);
+          columns(c0, count);
         }
       });
     }
@@ -145,13 +150,10 @@ class Quantize {
     publish(b.scale, b.zero_point, granule, count);
   }
 
-  // `count` granules of neighbouring elements each, x and q at the first; kSize of them, or `given` where that is 0.
-  template <bool kNibbles, bool kRange, int kSize>
-  void dynamic_granules(const void* x, uint8_t* q, int64_t given, int64_t granule, int64_t count) const {
-    const int64_t size = kSize > 0 ? kSize : given;
-    const bool streams = D == DType::kF32 && size >= kLongGranule;
-    const int64_t fit = (streams ? kLongBatch : kShortBatch) / size, most = fit < 1 ? 1 : fit < kBatch ? fit : kBatch;
-    const int64_t ahead = !streams && most * size <= kMaxAhead ? most * size : 0;
+  // `count` granules of neighbouring elements each, x and q at the first.
+  template <bool kNibbles, bool kRange>
+  void batches_of_granules(const void* x, uint8_t* q, int64_t size, int64_t granule, int64_t count) const {
+    const int64_t fit = kBatchElements / size, most = fit < 1 ? 1 : fit < kBatch ? fit : kBatch, ahead = most * size;
     Batch batch;
     for (int64_t done = 0; done < count; done += most) {
       const int n = static_cast<int>(count - done < most ? count - done : most);
@@ -171,18 +173,98 @@ class Quantize {
     }
   }
 
+  // Long granules: while the levels of one are written, piece by piece, statistics of the next are taken from memory.
+  // Each has `runs` of `size` elements, `pitch` elements apart, and every other one goes through them backward: what
+  // was read last is still near.
+  template <bool kNibbles, bool kRange>
+  void long_granules(const char* x, uint8_t* q, int64_t size, int64_t runs, int64_t pitch, int64_t granule,
+                     int64_t count) const {
+    if (count == 0) return;
+    const int64_t step = size * kBytes, ahead = size + kPieceAheadBytes / kBytes;
+    Stats now;
+    for (int64_t r = 0; r < runs; ++r) now.merge(G::template stats<kRange>(x + r * pitch * kBytes, nullptr, 0, size));
+    for (int64_t g = 0; g < count; ++g, x += step, q += kNibbles ? size / 2 : size) {
+      const Params params = kRange ? asymmetric_params(now, bits_) : symmetric_params(now, bits_);
+      publish(params, granule + g);
+      Stats next;
+      for (int64_t turn = 0; turn < runs; ++turn) {
+        const int64_t r = g % 2 ? turn : runs - 1 - turn;
+        const char* from = x + r * pitch * kBytes;
+        for (int64_t begin = 0; begin < size; begin += kPieceElements) {
+          const int64_t end = size - begin < kPieceElements ? size : begin + kPieceElements;
+          emit_as<kNibbles, false>(from, begin, end, params, now.finite(), ahead, q + r * pitch);
+          if (g + 1 < count) next.merge(G::template stats<kRange>(from + step, nullptr, begin, end));
+        }
+      }
+      now = next;
+    }
+  }
+
+  // Short granules, a lane each: their statistics become parameters, and those levels, while they are in L1.
+  template <bool kNibbles, bool kRange, int kSize>
+  void lanes_of_granules(const char* x, uint8_t* q, int64_t granule, int64_t count) const {
+    using I = typename V::I;
+    constexpr int kW = V::kLanes, kCodes = kNibbles ? kSize / 2 : kSize, kBits = kNibbles ? 4 : 8, kStep = 4 * kW;
+    const Levels levels = levels_;  // copies: stores of bytes might change members
+    const typename G::template Store<kNibbles> store(levels);
+    float* const scales = p_.scale;
+    int32_t* const zero_points = p_.zero_point;
+    const I offset = V::set_i(levels.offset), shifted = V::set_i(levels.offset + store.shift),
+            only_shift = V::set_words(levels.offset + store.shift);
+    alignas(kAlign) float inv[kW];
+    alignas(kAlign) int32_t zero_point[kW], shift[kW];
+    for (int64_t g = granule; g < granule + count; g += kW, x += kW * kSize * kBytes, q += kW * kCodes) {
+      I most[kW], least[kW];
+      for (int i = 0; i < kW; ++i) G::template see_all<kRange, kSize>(x + i * kSize * kBytes, most[i], least[i]);
+      auto absmax = V::template reduce_each_unsigned<D>(most);
+      auto p = LaneParams<V>::symmetric(absmax, kBits);
+      if constexpr (kRange) {
+        const auto hi = absmax, low = V::template reduce_each_unsigned<D>(least);
+        absmax = V::as_f(V::max_i(V::abs_bits(hi), V::abs_bits(low)));
+        p = LaneParams<V>::asymmetric(absmax, V::min(low, V::set(0.0f)), hi, kBits);
+        V::store_i(shift, V::add_i(p.zero_point, shifted));
+      }
+      V::store_f(scales + g, p.scale);
+      if (zero_points) V::store_i(zero_points + g, V::add_i(p.zero_point, offset));
+      V::store_f(inv, p.inv);
+      if (kSize % kStep == 0 && V::reduce_max_i(V::as_i(absmax)) < kInfBits) {
+        for (int i = 0; i < kW; ++i) {
+          const char* at = x + i * kSize * kBytes;
+          const auto inverse = V::set(inv[i]);
+          const I words = kRange ? V::set_words(shift[i]) : only_shift;
+          for (int j = 0; j < kSize; j += kStep) {
+            for (int line = 0; line < kStep * kBytes; line += kAlign)
+              __builtin_prefetch(at + j * kBytes + kAheadBytes + line, 0, 2);
+            typename V::F v[4];
+            V::template load4<D>(at, j, v);
+            const auto level = [&](int k) QK_INLINE { return V::round_i(V::mul(v[k], inverse)); };
+            store.template put<D>(q + i * kCodes + j / (kNibbles ? 2 : 1), level(0), level(1), level(2), level(3),
+                                  words);
+          }
+        }
+      } else {
+        V::store_i(zero_point, p.zero_point);
+        for (int i = 0; i < kW; ++i)
+          emit_as<kNibbles, false>(x + i * kSize * kBytes, 0, kSize, {scales[g + i], inv[i], zero_point[i]},
+                                   scales[g + i] == scales[g + i], kAheadBytes / kBytes, q + i * kCodes);
+      }
+    }
+  }
+
   template <bool kNibbles, bool kRange>
   void dynamic_granules(const void* x, uint8_t* q, int64_t size, int64_t granule, int64_t count) const {
-    switch (size) {
-      case 32:
-        return dynamic_granules<kNibbles, kRange, 32>(x, q, size, granule, count);
-      case 64:
-        return dynamic_granules<kNibbles, kRange, 64>(x, q, size, granule, count);
-      case 128:
-        return dynamic_granules<kNibbles, kRange, 128>(x, q, size, granule, count);
-      default:
-        return dynamic_granules<kNibbles, kRange, 0>(x, q, size, granule, count);
+    const char* at = static_cast<const char*>(x);
+    if (size >= kLongGranule) return long_granules<kNibbles, kRange>(at, q, size, 1, size, granule, count);
+    int64_t done = 0;
+    if constexpr (V::kLanes > 1) {
+      const int64_t whole = count / V::kLanes * V::kLanes;
+      done = size == 32 || size == 64 || size == 128 ? whole : 0;
+      if (size == 32) lanes_of_granules<kNibbles, kRange, 32>(at, q, granule, whole);
+      if (size == 64) lanes_of_granules<kNibbles, kRange, 64>(at, q, granule, whole);
+      if (size == 128) lanes_of_granules<kNibbles, kRange, 128>(at, q, granule, whole);
     }
+    batches_of_granules<kNibbles, kRange>(at + done * size * kBytes, q + done * size / (kNibbles ? 2 : 1), size,
+                                          granule + done, count - done);
   }
 
   // Granules in the order of memory; size is even for nibbles, or there is one.
@@ -244,14 +326,22 @@ class Quantize {
     });
   }
 
-  // One channel whose runs along inner are long.
-  void strided(int64_t c) const {
-    Stats s;
-    for (int64_t o = 0; o < p_.outer; ++o) s.merge(stats(x_at((o * p_.channels + c) * p_.inner), 0, p_.inner));
-    const Params result = params(s, c);
-    for (int64_t o = 0; o < p_.outer; ++o) {
-      const int64_t at = (o * p_.channels + c) * p_.inner;
-      emit(x_at(at), 0, p_.inner, result, s.finite(), q_at(at));
+  // Channels whose runs along inner are long.
+  void strided(Range channels) const {
+    const int64_t pitch = p_.channels * p_.inner, at = channels.begin * p_.inner, count = channels.end - channels.begin;
+    if (!p_.is_static) {
+      const char* x = static_cast<const char*>(x_at(at));
+      return p_.symmetric ? long_granules<false, false>(x, q_at(at), p_.inner, p_.outer, pitch, channels.begin, count)
+                          : long_granules<false, true>(x, q_at(at), p_.inner, p_.outer, pitch, channels.begin, count);
+    }
+    for (int64_t c = channels.begin; c < channels.end; ++c) {
+      Stats s;
+      for (int64_t o = 0; o < p_.outer; ++o) s.merge(stats(x_at(o * pitch + c * p_.inner), 0, p_.inner));
+      const Params result = params(s, c);
+      for (int64_t o = p_.outer; o-- > 0;) {  // the run that was read last first
+        const int64_t run = o * pitch + c * p_.inner;
+        emit(x_at(run), 0, p_.inner, result, s.finite(), q_at(run));
+      }
     }
   }
 
@@ -277,7 +367,7 @@ class Quantize {
         auto most = V::template load_raw<D>(b.most + j), least = V::template load_raw<D>(b.least + j);
         for (int r = 0; r < count; ++r) {
           G::template see<kRange>(x + r * pitch + j, most, least);
-          if (j % kAlign < kRegister) __builtin_prefetch(x + (r + kRowsAtOnce) * pitch + j);
+          if (j % kAlign < kRegister) __builtin_prefetch(x + (r + kRowsAhead) * pitch + j);
         }
         V::template store_raw<D>(b.most + j, most);
         if constexpr (kRange) V::template store_raw<D>(b.least + j, least);
@@ -347,7 +437,6 @@ class Quantize {
     Block b;
     range ? see_columns<true>(b, at, width) : see_columns<false>(b, at, width);
     const bool clamps = !params_of_columns(b, c0, count, range) || p_.is_static;
-    const bool flips = levels_.hi + levels_.offset > 127;
     float *lo = b.lo, *hi = b.hi;
     for (int64_t j = 0; j < width; ++j) {
       // Both bounds zero give q = 0 even for NaN: min and max return their second operand when the first is NaN.
@@ -356,39 +445,51 @@ class Quantize {
       hi[j] = finite ? static_cast<float>(levels_.hi - b.zero_point[j]) : 0.0f;
       b.zero_point[j] += levels_.offset;
     }
-    const int32_t packed_shift = flips ? -128 : 0;  // of levels that are moved by their offset
+    const typename G::template Store<false> store(levels_);
     const auto scaled = [&](const void* x, int64_t j) {
       return V::mul(V::template load<D>(x, j), V::load_f(b.inv + j));
     };
     const auto clamp = [&](auto v, int64_t j) {
       return V::add_i(V::round_i(V::min(V::max(v, V::load_f(lo + j)), V::load_f(hi + j))), V::load_i(b.zero_point + j));
     };
-    for (int64_t o = 0; o < p_.outer; ++o) {
-      const char* x = static_cast<const char*>(x_at(o * pitch + at));
-      uint8_t* q = q_at(o * pitch + at);
-      int64_t j = 0;
-      const auto whole_steps = [&](const auto& level, int32_t shift) {
-        for (; j + 4 * kW <= width; j += 4 * kW) {
-          if (j % kAlign == 0) __builtin_prefetch(q + kRowsAhead * pitch + j, 1);
-          for (int line = 0; line < 4 * kW * kBytes; line += kAlign)
-            __builtin_prefetch(x + (kRowsAhead * pitch + j) * kBytes + line);
-          V::store_packed(q + j, level(j), level(j + kW), level(j + 2 * kW), level(j + 3 * kW), shift,
-                          flips ? 0x80 : 0);
+    // From the rows that were read last, a few at a time in the order of memory; what comes kAheadBytes later is asked
+    // for.
+    const int64_t ahead = kAheadBytes / kBytes, cut = width > ahead ? (width - ahead) / kAlign * kAlign : 0;
+    const int64_t ahead_rows = width > ahead ? 1 : ceil_div(ahead, width), later = ahead_rows * pitch - cut;
+    const bool pieces = width < pitch && width < kWholePiece / kBytes;
+    for (int64_t turn = ceil_div(p_.outer, kRowsInOrder) * kRowsInOrder; turn > 0; turn -= kRowsInOrder)
+      for (int64_t o = turn - kRowsInOrder; o < turn && o < p_.outer; ++o) {
+        const char* x = static_cast<const char*>(x_at(o * pitch + at));
+        uint8_t* q = q_at(o * pitch + at);
+        int64_t j = 0;
+        const auto whole_steps = [&](const auto& level, int32_t shift) QK_INLINE {
+          const auto words = V::set_words(shift + store.shift);
+          const auto until = [&](int64_t end, int64_t distance) QK_INLINE {
+            for (; j + 4 * kW <= end; j += 4 * kW) {
+              for (int line = 0; line < 4 * kW * kBytes; line += kAlign)
+                __builtin_prefetch(x + (j + distance) * kBytes + line, 0, 2);
+              if (pieces && j % kAlign == 0)
+                __builtin_prefetch(q + j + (j + kLevelsAhead < width ? 0 : pitch - width) + kLevelsAhead, 1);
+              store.template put<DType::kF32>(q + j, level(j), level(j + kW), level(j + 2 * kW), level(j + 3 * kW),
+                                              words);
+            }
+          };
+          until(cut, ahead);
+          until(width, later);
+        };
+        if (clamps)
+          whole_steps([&](int64_t i) QK_INLINE { return clamp(scaled(x, i), i); }, 0);
+        else if (p_.symmetric)
+          whole_steps([&](int64_t i) QK_INLINE { return V::round_i(scaled(x, i)); }, levels_.offset);
+        else
+          whole_steps(
+              [&](int64_t i) QK_INLINE { return V::add_i(V::round_i(scaled(x, i)), V::load_i(b.zero_point + i)); }, 0);
+        for (; j + kW <= width; j += kW) V::store_low8(q + j, clamp(scaled(x, j), j));
+        if (j < width) {
+          const int n = static_cast<int>(width - j);
+          V::store_low8_part(q + j, clamp(V::mul(V::template load_part<D>(x, j, n), V::load_f(b.inv + j)), j), n);
         }
-      };
-      if (clamps)
-        whole_steps([&](int64_t i) { return clamp(scaled(x, i), i); }, packed_shift);
-      else if (p_.symmetric)
-        whole_steps([&](int64_t i) { return V::round_i(scaled(x, i)); }, levels_.offset + packed_shift);
-      else
-        whole_steps([&](int64_t i) { return V::add_i(V::round_i(scaled(x, i)), V::load_i(b.zero_point + i)); },
-                    packed_shift);
-      for (; j + kW <= width; j += kW) V::store_low8(q + j, clamp(scaled(x, j), j));
-      if (j < width) {
-        const int n = static_cast<int>(width - j);
-        V::store_low8_part(q + j, clamp(V::mul(V::template load_part<D>(x, j, n), V::load_f(b.inv + j)), j), n);
       }
-    }
   }
 
   const QuantizeArgs& p_;

@@ -11,6 +11,7 @@
 #pragma once
 
 #include <cstring>
+#include <type_traits>
 
 #include "../args.h"
 #include "../layout.h"
@@ -120,6 +121,7 @@ template <class V, DType D>
 struct Granule {
   using F = typename V::F;
   using I = typename V::I;
+  static constexpr int kBytes = D == DType::kF32 ? 4 : 2;
 
   static F value(const void* x, const float* smooth, int64_t i) {
     const F v = V::template load<D>(x, i);
@@ -143,6 +145,15 @@ struct Granule {
     }
   }
 
+  // The same of kSize elements, whole registers of them, into maxima of their own.
+  template <bool kRange, int kSize>
+  QK_INLINE static void see_all(const char* x, I& most, I& least) {
+    constexpr int kRegister = V::template kRawBytes<D>;
+    static_assert(kSize * kBytes % kRegister == 0, "see_all: a part of a register");
+    most = least = V::set_i(0);
+    for (int i = 0; i < kSize * kBytes; i += kRegister) see<kRange>(x + i, most, least);
+  }
+
   // Statistics of x[begin, end). The range is left at zero unless asked for.
   template <bool kRange>
   static Stats stats(const void* x, const float* smooth, int64_t begin, int64_t end) {
@@ -151,6 +162,25 @@ struct Granule {
     }
     return stats_of_values<kRange>(x, smooth, begin, end);
   }
+
+  // How four vectors of levels are stored: as nibbles, or as int8 whose top bit is flipped where levels go beyond it.
+  // What is added to them is their zero point, their offset and `shift`.
+  template <bool kNibbles>
+  struct Store {
+    explicit Store(const Levels& levels)
+        : shift(!kNibbles && levels.hi + levels.offset > 127 ? -128 : 0), flip_(V::set_bytes(shift)) {}
+    template <DType kOrder>
+    QK_INLINE void put(uint8_t* out, I a, I b, I c, I d, I words) const {
+      if constexpr (kNibbles)
+        V::template store_nibbles<kOrder>(out, a, b, c, d, words);
+      else
+        V::template store_packed<kOrder>(out, a, b, c, d, words, flip_);
+    }
+    const int32_t shift;
+
+   private:
+    const I flip_;
+  };
 
   // out[i] = low byte of clamp(rne(x[i] * inv), q_lo - zp, q_hi - zp) + zp + offset, for i in [begin, end); with
   // kNibbles two of them a byte. The bounds are integers, so clamping before the rounding is the same as after it, and
@@ -165,30 +195,39 @@ struct Granule {
     constexpr int kW = V::kLanes, kStep = 4 * kW;
     const F inv = V::set(p.inv);
     const int32_t shift = p.zero_point + levels.offset;
-    const bool flips = levels.hi + levels.offset > 127;
-    const int32_t packed_shift = flips ? shift - 128 : shift;
-    const uint8_t flip = flips ? 0x80 : 0;
+    const Store<kNibbles> store(levels);
+    const I packed_shift = V::set_words(shift + store.shift);
     const auto clamp = [&](F v) {
       const F lo = V::set(static_cast<float>(levels.lo - p.zero_point)),
               hi = V::set(static_cast<float>(levels.hi - p.zero_point));
       return V::min(V::max(v, lo), hi);
     };
-    const auto level = [&](int64_t at) {
-      const F v = V::mul(value(x, smooth, at), inv);
-      return V::round_i(kClamps ? clamp(v) : v);
-    };
     int64_t i = begin;
-    for (; i + kStep <= end; i += kStep) {
-      if (ahead) {
-        const char* next = static_cast<const char*>(x) + (i + ahead) * kBytes;
-        for (int line = 0; line < kStep * kBytes; line += kAlign) __builtin_prefetch(next + line, 0, 2);
+    const auto steps = [&](auto is_smooth) QK_INLINE {
+      constexpr bool kSmooth = decltype(is_smooth)::value;
+      constexpr DType kOrder = kSmooth ? DType::kF32 : D;
+      for (; i + kStep <= end; i += kStep) {
+        if (ahead) {
+          const char* next = static_cast<const char*>(x) + (i + ahead) * kBytes;
+          for (int line = 0; line < kStep * kBytes; line += kAlign) __builtin_prefetch(next + line, 0, 2);
+        }
+        F v[4];
+        if constexpr (kSmooth)
+          for (int j = 0; j < 4; ++j) v[j] = value(x, smooth, i + j * kW);
+        else
+          V::template load4<D>(x, i, v);
+        const auto level = [&](int j) QK_INLINE {
+          const F scaled = V::mul(v[j], inv);
+          return V::round_i(kClamps ? clamp(scaled) : scaled);
+        };
+        store.template put<kOrder>(out + (i - begin) / (kNibbles ? 2 : 1), level(0), level(1), level(2), level(3),
+                                   packed_shift);
       }
-      if constexpr (kNibbles)
-        V::store_nibbles(out + (i - begin) / 2, level(i), level(i + kW), level(i + 2 * kW), level(i + 3 * kW), shift);
-      else
-        V::store_packed(out + (i - begin), level(i), level(i + kW), level(i + 2 * kW), level(i + 3 * kW), packed_shift,
-                        flip);
-    }
+    };
+    if (smooth)
+      steps(std::true_type());
+    else
+      steps(std::false_type());
     if (i == end) return;
     uint8_t stage[kStep];
     const int64_t done = i, rest = end - i;
@@ -204,8 +243,6 @@ struct Granule {
   }
 
  private:
-  static constexpr int kBytes = D == DType::kF32 ? 4 : 2;
-
   template <bool kRange>
   QK_INLINE static Stats stats_of_bits(const char* x, int64_t n) {
     constexpr int kRegister = V::template kRawBytes<D>;

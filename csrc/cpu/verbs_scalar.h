@@ -144,14 +144,23 @@ struct ScalarVerbs {
 
   static void store_low8(uint8_t* p, I v) { *p = static_cast<uint8_t>(v); }
   static void store_low8_part(uint8_t* p, I v, int) { *p = static_cast<uint8_t>(v); }
-  static void store_packed(uint8_t* p, I a, I b, I c, I d, int32_t shift, uint8_t flip) {
+  // See verbs_ymm.h.
+  static I set_words(int32_t v) { return v; }
+  static I set_bytes(int32_t v) { return v; }
+  template <DType D>
+  static void load4(const void* p, int64_t i, F (&v)[4]) {
+    for (int vector = 0; vector < 4; ++vector) v[vector] = load<D>(p, i + vector);
+  }
+  template <DType D>
+  static void store_packed(uint8_t* p, I a, I b, I c, I d, I shift, I flip) {
     const I lanes[4] = {a + shift, b + shift, c + shift, d + shift};
     for (int i = 0; i < 4; ++i) {
       const I v = lanes[i] < -128 ? -128 : lanes[i] > 127 ? 127 : lanes[i];
-      p[i] = static_cast<uint8_t>(static_cast<uint8_t>(v) ^ flip);
+      p[i] = static_cast<uint8_t>(v ^ flip);
     }
   }
-  static void store_nibbles(uint8_t* p, I a, I b, I c, I d, int32_t shift) {
+  template <DType D>
+  static void store_nibbles(uint8_t* p, I a, I b, I c, I d, I shift) {
     const I lanes[4] = {a + shift, b + shift, c + shift, d + shift};
     for (int i = 0; i < 2; ++i) {
       const I low = lanes[2 * i] > 15 ? 15 : lanes[2 * i], high = lanes[2 * i + 1] > 15 ? 15 : lanes[2 * i + 1];

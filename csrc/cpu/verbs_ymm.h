@@ -98,6 +98,27 @@ struct YmmVerbs {
     }
   }
 
+  // The same of each of eight registers: two of them become one by turns, their halves side by side.
+  template <DType D>
+  static F reduce_each_unsigned(const I* v) {
+    const auto by_64 = [](I a, I b) {
+      return max_unsigned<D>(_mm256_unpacklo_epi64(a, b), _mm256_unpackhi_epi64(a, b));
+    };
+    const auto by_32 = [](I a, I b) {
+      return max_unsigned<D>(_mm256_unpacklo_epi32(a, b), _mm256_unpackhi_epi32(a, b));
+    };
+    if constexpr (D == DType::kF32) {
+      const I a = by_64(by_32(v[0], v[1]), by_32(v[2], v[3])), b = by_64(by_32(v[4], v[5]), by_32(v[6], v[7]));
+      return as_f(max_unsigned<D>(_mm256_permute2x128_si256(a, b, 0x20), _mm256_permute2x128_si256(a, b, 0x31)));
+    } else {
+      const auto by_16 = [](I a, I b) {
+        return max_unsigned<D>(_mm256_unpacklo_epi16(a, b), _mm256_unpackhi_epi16(a, b));
+      };
+      const I all = by_64(by_32(by_16(v[0], v[1]), by_16(v[2], v[3])), by_32(by_16(v[4], v[5]), by_16(v[6], v[7])));
+      return widen<D>(_mm_max_epu16(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1)));
+    }
+  }
+
   // Lanes below n.
   static I mask(int n) { return _mm256_cmpgt_epi32(set_i(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)); }
   static F load_f(const float* p) { return _mm256_loadu_ps(p); }
@@ -186,23 +207,55 @@ struct YmmVerbs {
     const int64_t bytes = low8(v);
     std::memcpy(p, &bytes, static_cast<size_t>(n));
   }
-  // Words of two vectors, saturated, plus shift; interleaved by 128 bits.
-  static I words(I a, I b, int32_t shift) {
-    return _mm256_add_epi16(_mm256_packs_epi32(a, b), _mm256_set1_epi16(static_cast<int16_t>(shift)));
+  static I set_words(int32_t v) { return _mm256_set1_epi16(static_cast<int16_t>(v)); }
+  static I set_bytes(int32_t v) { return _mm256_set1_epi8(static_cast<char>(v)); }
+  // Words of two vectors, saturated, plus shift, words too; interleaved by 128 bits.
+  static I words(I a, I b, I shift) { return _mm256_add_epi16(_mm256_packs_epi32(a, b), shift); }
+  // Four vectors of elements from i on, in an order that stores of the same D undo: halves are widened where they lie,
+  // the even ones of sixteen and the odd ones, which spares bf16 two shuffles a vector.
+  template <DType D>
+  static void load4(const void* p, int64_t i, F (&v)[4]) {
+    if constexpr (D == DType::kBF16) {
+      for (int pair = 0; pair < 4; pair += 2) {
+        const I halves = load_raw<D>(static_cast<const uint16_t*>(p) + i + 8 * pair);
+        v[pair] = as_f(_mm256_slli_epi32(halves, 16));
+        v[pair + 1] = as_f(_mm256_and_si256(halves, set_i(static_cast<int32_t>(0xFFFF0000))));
+      }
+    } else {
+      for (int vector = 0; vector < 4; ++vector) v[vector] = load<D>(p, i + 8 * vector);
+    }
   }
-  // 32 lanes of four vectors plus shift as int8, saturated; every bit of flip is inverted in each byte. Neither the
-  // lanes' values nor the shift may be beyond 2^14.
-  static void store_packed(uint8_t* p, I a, I b, I c, I d, int32_t shift, uint8_t flip) {
+  // 32 lanes of four vectors, in the order of load4<D>, plus shift (words) as int8, saturated; every bit of flip
+  // (bytes) is inverted. Neither the lanes' values nor the shift may be beyond 2^14.
+  template <DType D>
+  static void store_packed(uint8_t* p, I a, I b, I c, I d, I shift, I flip) {
     const I bytes = _mm256_packs_epi16(words(a, b, shift), words(c, d, shift));
-    const I sorted = _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
-    store_i(reinterpret_cast<int32_t*>(p), _mm256_xor_si256(sorted, _mm256_set1_epi8(static_cast<char>(flip))));
+    if constexpr (D == DType::kBF16) {
+      const I order = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15));
+      const I sorted = _mm256_permute4x64_epi64(_mm256_shuffle_epi8(bytes, order), 0xD8);
+      store_i(reinterpret_cast<int32_t*>(p), _mm256_xor_si256(sorted, flip));
+    } else {
+      const I sorted = _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+      store_i(reinterpret_cast<int32_t*>(p), _mm256_xor_si256(sorted, flip));
+    }
   }
   // The same with values from 0 on, of which those above 15 become 15, as 16 bytes: the even lane in the low nibble.
-  static void store_nibbles(uint8_t* p, I a, I b, I c, I d, int32_t shift) {
-    const I bytes = _mm256_min_epu8(_mm256_packus_epi16(words(a, b, shift), words(c, d, shift)), _mm256_set1_epi8(15));
-    const I pairs = _mm256_maddubs_epi16(bytes, _mm256_set1_epi16(0x1001));  // low + 16 * high
+  template <DType D>
+  static void store_nibbles(uint8_t* p, I a, I b, I c, I d, I shift) {
+    I pairs;  // low + 16 * high
+    __m128i order;
+    if constexpr (D == DType::kBF16) {
+      const I most = _mm256_set1_epi16(15);
+      const I even = _mm256_min_epi16(words(a, c, shift), most), odd = _mm256_min_epi16(words(b, d, shift), most);
+      pairs = _mm256_or_si256(even, _mm256_slli_epi16(odd, 4));
+      order = _mm_setr_epi8(0, 1, 2, 3, 8, 9, 10, 11, 4, 5, 6, 7, 12, 13, 14, 15);
+    } else {
+      const I bytes =
+          _mm256_min_epu8(_mm256_packus_epi16(words(a, b, shift), words(c, d, shift)), _mm256_set1_epi8(15));
+      pairs = _mm256_maddubs_epi16(bytes, _mm256_set1_epi16(0x1001));
+      order = _mm_setr_epi8(0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15);
+    }
     const __m128i packed = _mm_packus_epi16(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256(pairs, 1));
-    const __m128i order = _mm_setr_epi8(0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15);
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_shuffle_epi8(packed, order));
   }
   // The values that 32 codes of 4 bits, the even one in the low nibble, stand for: 16 halves.

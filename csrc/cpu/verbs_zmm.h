@@ -79,6 +79,16 @@ struct ZmmVerbs {
     }
   }
 
+  // The same of each of sixteen registers, whose halves need no more room.
+  template <DType D>
+  static F reduce_each_unsigned(const I* v) {
+    __m256i half[16];
+    for (int i = 0; i < 16; ++i)
+      half[i] = YmmVerbs::max_unsigned<D>(_mm512_castsi512_si256(v[i]), _mm512_extracti64x4_epi64(v[i], 1));
+    const F low = _mm512_castps256_ps512(YmmVerbs::reduce_each_unsigned<D>(half));
+    return _mm512_insertf32x8(low, YmmVerbs::reduce_each_unsigned<D>(half + 8), 1);
+  }
+
   static __mmask16 mask(int n) { return static_cast<__mmask16>((1u << n) - 1u); }  // lanes below n
   static F load_f(const float* p) { return _mm512_loadu_ps(p); }
   static F load_f_part(const float* p, int n) { return _mm512_maskz_loadu_ps(mask(n), p); }
@@ -139,18 +149,25 @@ struct ZmmVerbs {
   // The low byte of each lane.
   static void store_low8(uint8_t* p, I v) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(v)); }
   static void store_low8_part(uint8_t* p, I v, int n) { _mm512_mask_cvtepi32_storeu_epi8(p, mask(n), v); }
-  // Words of two vectors, saturated, plus shift; interleaved by 128 bits.
-  static I words(I a, I b, int32_t shift) {
-    return _mm512_add_epi16(_mm512_packs_epi32(a, b), _mm512_set1_epi16(static_cast<int16_t>(shift)));
+  static I set_words(int32_t v) { return _mm512_set1_epi16(static_cast<int16_t>(v)); }
+  static I set_bytes(int32_t v) { return _mm512_set1_epi8(static_cast<char>(v)); }
+  // Words of two vectors, saturated, plus shift, words too; interleaved by 128 bits.
+  static I words(I a, I b, I shift) { return _mm512_add_epi16(_mm512_packs_epi32(a, b), shift); }
+  // See verbs_ymm.h.
+  template <DType D>
+  static void load4(const void* p, int64_t i, F (&v)[4]) {
+    for (int vector = 0; vector < 4; ++vector) v[vector] = load<D>(p, i + 16 * vector);
   }
   // 64 lanes of four vectors, see verbs_ymm.h.
   static I bytes_order() { return _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15); }
-  static void store_packed(uint8_t* p, I a, I b, I c, I d, int32_t shift, uint8_t flip) {
+  template <DType D>
+  static void store_packed(uint8_t* p, I a, I b, I c, I d, I shift, I flip) {
     const I bytes = _mm512_packs_epi16(words(a, b, shift), words(c, d, shift));
     const I sorted = _mm512_permutexvar_epi32(bytes_order(), bytes);
-    _mm512_storeu_si512(p, _mm512_xor_si512(sorted, _mm512_set1_epi8(static_cast<char>(flip))));
+    _mm512_storeu_si512(p, _mm512_xor_si512(sorted, flip));
   }
-  static void store_nibbles(uint8_t* p, I a, I b, I c, I d, int32_t shift) {
+  template <DType D>
+  static void store_nibbles(uint8_t* p, I a, I b, I c, I d, I shift) {
     const I bytes = _mm512_min_epu8(_mm512_packus_epi16(words(a, b, shift), words(c, d, shift)), _mm512_set1_epi8(15));
     const I pairs = _mm512_maddubs_epi16(_mm512_permutexvar_epi32(bytes_order(), bytes), _mm512_set1_epi16(0x1001));
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi16_epi8(pairs));
