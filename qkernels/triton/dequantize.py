@@ -40,18 +40,19 @@ def _dequantize_kernel(
     k = tl.program_id(1) * BLOCK_K
     pairs = k // 2 + tl.arange(0, BLOCK_K // 2)
     ks = k + tl.arange(0, BLOCK_K)
-    rows = channels.to(tl.int64)
-    mask = there[:, None] & (2 * pairs < K)[None, :]
+    # Rows outside are the last one there is; what they give is not stored.
+    rows = tl.minimum(channels, N - 1).to(tl.int64)
+    mask = (2 * pairs < K)[None, :]
     codes = tl.load(weight_ptr + rows[:, None] * weight_stride + pairs[None, :], mask=mask, other=0).to(tl.int32)
     q = tl.interleave(codes & 15, codes >> 4)
     place = rows * scale_stride + k // GROUP
-    scale = tl.load(scale_ptr + place, mask=there, other=0.0).to(tl.float32)[:, None]
+    scale = tl.load(scale_ptr + place).to(tl.float32)[:, None]
     if CODEBOOK:
         w = tl.load(book_ptr + q) * scale
     elif ZERO_POINT:
-        w = (q - tl.load(zero_ptr + place, mask=there, other=0).to(tl.int32)[:, None]).to(tl.float32) * scale
+        w = (q.to(tl.float32) - tl.load(zero_ptr + place).to(tl.float32)[:, None]) * scale
     elif MINIMUM:
-        w = q.to(tl.float32) * scale + tl.load(min_ptr + place, mask=there, other=0.0).to(tl.float32)[:, None]
+        w = q.to(tl.float32) * scale + tl.load(min_ptr + place).to(tl.float32)[:, None]
     else:
         w = (q - 8).to(tl.float32) * scale
     to = out_ptr + rows[:, None] * K + ks[None, :]
