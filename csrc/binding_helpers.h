@@ -52,17 +52,24 @@ void run_released(bool release, const Call& call) {
   call();
 }
 
-// Asks for huge pages where a kernel is about to write `bytes` at `at`, if they are so many that the allocator takes
-// them from the system anew each time (glibc: 32 MB and more): a page at a time, the system clears them in four times
-// as long, which can be longer than the kernel takes. A hint: where it is not heeded, nothing else changes.
-inline void expect_output([[maybe_unused]] void* at, [[maybe_unused]] int64_t bytes) {
+constexpr int64_t kHugePage = int64_t(2) << 20;
+
+// Asks for huge pages where they fit into the `bytes` at `at`, which hold one at least. A hint: where it is not heeded,
+// nothing else changes.
+inline void ask_for_huge_pages([[maybe_unused]] void* at, [[maybe_unused]] int64_t bytes) {
 #ifdef MADV_HUGEPAGE
-  constexpr int64_t kFresh = int64_t(32) << 20, kHuge = int64_t(2) << 20;
-  if (bytes < kFresh) return;
-  const auto begin = round_up(static_cast<int64_t>(reinterpret_cast<uintptr_t>(at)), kHuge);
-  const auto end = (static_cast<int64_t>(reinterpret_cast<uintptr_t>(at)) + bytes) / kHuge * kHuge;
+  const auto begin = round_up(static_cast<int64_t>(reinterpret_cast<uintptr_t>(at)), kHugePage);
+  const auto end = (static_cast<int64_t>(reinterpret_cast<uintptr_t>(at)) + bytes) / kHugePage * kHugePage;
   madvise(reinterpret_cast<void*>(begin), static_cast<size_t>(end - begin), MADV_HUGEPAGE);
 #endif
+}
+
+// Does so where a kernel is about to write `bytes` at `at`, if they are so many that the allocator takes them from the
+// system anew each time (glibc: 32 MB and more): a page at a time, the system clears them in four times as long, which
+// can be longer than the kernel takes.
+inline void expect_output(void* at, int64_t bytes) {
+  constexpr int64_t kFresh = int64_t(32) << 20;
+  if (bytes >= kFresh) ask_for_huge_pages(at, bytes);
 }
 // The same for m rows of a layer's output.
 template <class Args>
@@ -77,7 +84,6 @@ inline void note(const char* op, const char* isa) { (last_kernel = op).append(".
 // Workspace of the calling thread; grows and is kept, so that a forward pass allocates nothing. From 2 MB on in huge
 // pages: AMX tiles of a product walk through more small ones than the processor remembers.
 inline uint8_t* scratch(int64_t bytes) {
-  constexpr int64_t kHuge = int64_t(2) << 20;
   struct Free {
     std::align_val_t alignment;
     void operator()(uint8_t* p) const { ::operator delete(p, alignment); }
@@ -87,13 +93,11 @@ inline uint8_t* scratch(int64_t bytes) {
   if (bytes > capacity) {
     buffer.reset();
     capacity = 0;
-    const int64_t unit = bytes < kHuge ? kAlign : kHuge, size = round_up(bytes, unit);
+    const int64_t unit = bytes < kHugePage ? kAlign : kHugePage, size = round_up(bytes, unit);
     const std::align_val_t alignment{static_cast<size_t>(unit)};
     buffer = {static_cast<uint8_t*>(::operator new(static_cast<size_t>(size), alignment)), Free{alignment}};
     capacity = size;
-#ifdef MADV_HUGEPAGE
-    if (unit == kHuge) madvise(buffer.get(), static_cast<size_t>(size), MADV_HUGEPAGE);
-#endif
+    if (unit == kHugePage) ask_for_huge_pages(buffer.get(), size);
   }
   return buffer.get();
 }

@@ -20,7 +20,7 @@ from torch import Tensor
 from .checks import DTYPE_CODES
 from .cuda import _address, _cuda, _on, _stream, capability, overlaps, quantize_rows
 from .cuda_rows import Codes, RowGrid
-from .cuda_slices import aligned_rows, by_slices, split_float32
+from .cuda_slices import aligned_rows, by_slices, by_terms
 from .packed import codebook_tensor
 from .scheme import Scheme
 
@@ -302,10 +302,8 @@ def linear_w4a16(
         return _by_slices(flat.contiguous(), weight, bias, out_dtype).view(shape)
     if flat.dtype != torch.float32:
         return gemm_w4a16(flat, weight, bias, out_dtype, dependent=dependent).view(shape)
-    terms = gemm_w4a16(split_float32(flat.contiguous()), weight, None, torch.float32, dependent=dependent)
-    terms = terms.view(3, rows, channels)
-    y = (terms[2] + terms[1]) + terms[0]
-    return (y if bias is None else y + bias).to(out_dtype).view(shape)
+    product = functools.partial(gemm_w4a16, weight=weight, bias=None, out_dtype=torch.float32, dependent=dependent)
+    return by_terms(flat, product, bias, out_dtype).view(shape)
 
 
 # -- W4A8 -------------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from ._library import plus_residual, vmap_rows
 from .checks import DTYPE_CODES, check_input, check_out_dtype
 from .cpu_packed import PreparedPacked
 from .cuda import _address, _cuda, _on, _stream
-from .cuda_slices import aligned_rows, by_slices, split_float32
+from .cuda_slices import aligned_rows, by_slices, by_terms
 from .eager import is_plain
 from .packed import PackedLayer, check_resident
 from .prepared import effective_weight, scheme_from_key
@@ -169,9 +169,11 @@ def linear_w8a16(
         return by_slices(flat.contiguous(), channels, dequantize, bias, out_dtype).view(shape)
     if flat.dtype != torch.float32:
         return gemm_w8a16(flat, packed, scale, bias, out_dtype).view(shape)
-    terms = gemm_w8a16(split_float32(flat.contiguous()), packed, scale, None, torch.float32).view(3, rows, channels)
-    y = (terms[2] + terms[1]) + terms[0]
-    return (y if bias is None else y + bias).to(out_dtype).view(shape)
+
+    def product(terms: Tensor) -> Tensor:
+        return gemm_w8a16(terms, packed, scale, None, torch.float32)
+
+    return by_terms(flat, product, bias, out_dtype).view(shape)
 
 
 # -- layers -----------------------------------------------------------------------------------------------------------

@@ -168,8 +168,8 @@ struct Thread {
   uint32_t matrix;  // of few tokens: bytes from those of a stage on to the row that this thread names to ldmatrix
   __device__ __forceinline__ Thread(int warps, bool phases)
       : lane(static_cast<int>(ptx::keep(threadIdx.x & 31))),
-        warp(__shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x >> 5), 0) % warps),
-        phase(phases ? __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x >> 5), 0) / warps : 0),
+        warp(static_cast<int>(ptx::uniform(threadIdx.x >> 5)) % warps),
+        phase(phases ? static_cast<int>(ptx::uniform(threadIdx.x >> 5)) / warps : 0),
         channel(static_cast<int>(ptx::keep(warp * kW4Rows + (lane >> 2)))),
         codes(ptx::keep(warp * kW4BlockBytes + lane * 16)),
         matrix(ptx::keep((lane & 7) * 128 + (((lane >> 3) ^ (lane & 7)) << 4))) {}

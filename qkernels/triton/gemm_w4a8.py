@@ -21,7 +21,7 @@ from torch import Tensor
 from .gemm_w4a16 import block_for
 from .group_sums import group_sums
 from .raster import grouped_tile
-from .tiles import Tile, shared_bytes, short_rows
+from .tiles import ENOUGH_INT8_PROGRAMS, Tile, shared_bytes, short_rows
 from .unpack import nibbles_to_int8
 
 __all__ = ["gemm_w4a8", "tile_for"]
@@ -185,10 +185,6 @@ def _gemm_kernel(
     tl.store(to, tl.trans(y.to(y_ptr.dtype.element_ty)), mask=mask)
 
 
-ENOUGH_PROGRAMS = 132
-"""More of them than this keep a large GPU busy; else narrower tiles are better (measured on an H200)."""
-
-
 def tile_for(rows: int, channels: int) -> Tile:
     """The tile for a product (measured on an H200)."""
     if rows <= 16:
@@ -197,7 +193,7 @@ def tile_for(rows: int, channels: int) -> Tile:
         return Tile(32, 64, 128, 4, 6)
     wide, narrow = Tile(128, 64, 128, 4, 3), Tile(64, 64, 128, 4, 4)
     if rows > 64:
-        return wide if wide.programs(rows, channels) > ENOUGH_PROGRAMS else narrow
+        return wide if wide.programs(rows, channels) > ENOUGH_INT8_PROGRAMS else narrow
     # Two programs to a multiprocessor: fewer stages leave room for both.
     return replace(narrow, stages=3) if narrow.programs(rows, channels) >= 200 else narrow
 

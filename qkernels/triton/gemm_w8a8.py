@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .raster import grouped_tile
-from .tiles import Tile
+from .tiles import ENOUGH_INT8_PROGRAMS, Tile
 
 __all__ = ["Tile", "gemm_w8a8", "tile_for"]
 
@@ -86,9 +86,6 @@ WIDE_TILES = (Tile(128, 128, 128, 4, 3), Tile(64, 128, 128, 4, 4), Tile(64, 64, 
 """Widest first. Triton waits for each product of int8 before it goes on, which only another program of the
 multiprocessor hides: at most 96 KB of stages each."""
 
-ENOUGH_PROGRAMS = 132
-"""More of them than this keep a large GPU busy; else narrower tiles are better (measured on an H200)."""
-
 MANY_ROWS = 2048
 """From here on larger groups of token tiles, whose channels are read from memory less often."""
 
@@ -101,7 +98,7 @@ def tile_for(rows: int, channels: int) -> Tile:
         return Tile(32, 64, 256, 4, 4)
     if rows <= 64:
         return Tile(64, 64, 128, 4, 5)
-    tiles = [tile for tile in WIDE_TILES if tile.programs(rows, channels) > ENOUGH_PROGRAMS]
+    tiles = [tile for tile in WIDE_TILES if tile.programs(rows, channels) > ENOUGH_INT8_PROGRAMS]
     tile = tiles[0] if tiles else WIDE_TILES[-1]
     return replace(tile, group=16) if rows >= MANY_ROWS else tile
 

@@ -9,10 +9,13 @@ import torch
 import triton
 from torch import Tensor
 
-__all__ = ["PORTABLE_BYTES", "Tile", "shared_bytes", "short_rows"]
+__all__ = ["ENOUGH_INT8_PROGRAMS", "PORTABLE_BYTES", "Tile", "shared_bytes", "short_rows"]
 
 PORTABLE_BYTES = 99 << 10
 """Shared memory that a program may have on every GPU since compute capability 8.0; 8.6 and 8.9 have no more."""
+
+ENOUGH_INT8_PROGRAMS = 132
+"""More of int8 products keep a large GPU busy; of fewer, narrower tiles are better (measured on an H200)."""
 
 LONGEST_ROW = 1 << 22
 """Elements from row to row: 256 rows of them are counted in 32 bits."""
