@@ -173,7 +173,7 @@ its own, from the graph's memory.
 """
 
 
-def _workspace(device: torch.device, stream: int, counters: int, floats: int) -> tuple[int, int]:
+def workspace(device: torch.device, stream: int, counters: int, floats: int) -> tuple[int, int]:
     """Addresses of at least so many counters and partial sums."""
     index = device.index or 0
     key = (index, stream, _cuda.capture_id(stream) if stream else 0)  # the legacy stream cannot be captured
@@ -194,7 +194,13 @@ def _workspace(device: torch.device, stream: int, counters: int, floats: int) ->
 
 @functools.lru_cache(maxsize=4096)
 def _plan(
-    activation_bits: int | None, rows: int, weight: tuple[int, ...], kind: int, index: int, shifted: bool = False
+    activation_bits: int | None,
+    rows: int,
+    weight: tuple[int, ...],
+    kind: int,
+    index: int,
+    *,
+    shifted: bool = False,
 ) -> Plan:
     """What the module would do.
 
@@ -243,7 +249,7 @@ def gemm_w4a16(
             DTYPE_CODES[out_dtype],
             channels,
             plan,
-            *_workspace(device, stream, *plan[4:]),
+            *workspace(device, stream, *plan[4:]),
             dependent,
             stream,
         )
@@ -332,7 +338,7 @@ def gemm_w4a8(
     out = torch.empty((rows, channels), dtype=out_dtype, device=device)
     if rows:
         if plan is None:
-            plan = _plan(8, rows, weight[7:10], _kind(weight), device.index or 0, x_zero_point is not None)
+            plan = _plan(8, rows, weight[7:10], _kind(weight), device.index or 0, shifted=x_zero_point is not None)
         with _on(device):
             _cuda.gemm_w4a8(
                 weight,

@@ -3,12 +3,14 @@
 Both read the packed weight of the W8A8 kernels (:func:`qkernels.cuda.pack_w8`), so that one resident table serves an
 embedding and its head in either scheme.
 
-    up to FUSED_ROWS rows    the fused kernel: the weight streamed once, products of 16-bit values, float32 sums
-    above                    dequantized in slices and multiplied by the vendor's library
+    up to fused_rows() rows    the fused kernel: products of 16-bit values, float32 sums, scaled once
+    above                      dequantized in slices and multiplied by the vendor's library
 """
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -19,25 +21,33 @@ from . import cuda, cuda_w4_layer
 from ._library import plus_residual, vmap_rows
 from .checks import DTYPE_CODES, check_input, check_out_dtype
 from .cpu_packed import PreparedPacked
-from .cuda import _address, _cuda, _on, _stream
+from .cuda import _address, _cuda, _on, _stream, capability, settle
 from .cuda_slices import aligned_rows, by_slices, by_terms
+from .cuda_w4 import Plan, workspace
 from .eager import is_plain
 from .packed import PackedLayer, check_resident
 from .prepared import effective_weight, scheme_from_key
 from .scheme import Scheme
 
 __all__ = [
-    "FUSED_ROWS",
     "PreparedCudaW8A16",
     "embedding_w8",
+    "fused_rows",
     "gather_w8",
     "gemm_w8a16",
     "linear_w8a16",
     "register_operators",
 ]
 
-FUSED_ROWS = 64
-"""Up to here the fused kernel runs."""
+FUSED_ROWS, FUSED_ROWS_SM90 = 64, 2048
+"""Where :func:`fused_rows` ends, for the kernel of mma.sync and that of wgmma (measured on an H200)."""
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan(rows: int, channels: int, features: int, index: int) -> Plan:
+    """What the module would do."""
+    sms = torch.cuda.get_device_properties(index).multi_processor_count
+    return _cuda.plan_w8a16(rows, channels, features, capability(index), sms)
 
 
 # -- kernels ----------------------------------------------------------------------------------------------------------
@@ -103,22 +113,24 @@ def gemm_w8a16(
     bias: Tensor | None,
     out_dtype: torch.dtype,
     *,
-    blocks: int | None = None,
+    plan: Plan | None = None,
+    dependent: bool = False,
 ) -> Tensor:
     """The fused product of 16-bit ``x [M, K]``, M >= 1.
 
     Args:
         packed: as :func:`qkernels.cuda.pack_w8` packs it; scale: float32 ``[N]``; bias: float32 ``[N]``.
-        blocks: of 16 channels for a CTA, 1 or 2; None: the module's own choice.
+        plan: None: the module's own choice.
+        dependent: the launch may fetch weights while the kernel before it ends; that one must not write them.
     """
     x = aligned_rows(x)
     rows, features = x.shape
     channels, device = scale.numel(), x.device
     out = torch.empty((rows, channels), dtype=out_dtype, device=device)
-    if blocks is None:
-        sms = torch.cuda.get_device_properties(device).multi_processor_count
-        blocks = _cuda.select_w8a16(rows, channels, sms)
+    if plan is None:
+        plan = _plan(rows, channels, features, device.index or 0)
     with _on(device):
+        stream = _stream(device)
         _cuda.gemm_w8a16(
             x.data_ptr(),
             DTYPE_CODES[x.dtype],
@@ -132,10 +144,19 @@ def gemm_w8a16(
             out.data_ptr(),
             DTYPE_CODES[out_dtype],
             channels,
-            blocks,
-            _stream(device),
+            plan,
+            *workspace(device, stream, *plan[4:]),
+            dependent,
+            stream,
         )
     return out
+
+
+def fused_rows(index: int, dtype: torch.dtype) -> float:
+    """Up to so many rows of that dtype the fused kernel runs on a device: it is faster than dequantizing first."""
+    if capability(index) == 90 and _cuda.has_sm90a():
+        return math.inf if dtype == torch.float32 else FUSED_ROWS_SM90  # three products, but of 16 bits
+    return FUSED_ROWS
 
 
 def linear_w8a16(
@@ -146,6 +167,8 @@ def linear_w8a16(
     inv_smooth: Tensor | None,
     features: int,
     out_dtype: torch.dtype,
+    *,
+    dependent: bool = False,
 ) -> Tensor:
     """``x [..., K]`` times a packed weight, plus bias, in fp32 sums.
 
@@ -153,6 +176,7 @@ def linear_w8a16(
         x: float32, bfloat16 or float16.  The kernel multiplies 16-bit values, which hold every code exactly: float32,
             or what smoothing makes, goes in as three bfloat16 terms, without loss.
         scale, bias: float32 ``[N]``; inv_smooth: float32 ``[K]``.
+        dependent: the launch may fetch weights while the kernel before it ends; that one must not write them.
     """
     channels = scale.numel()
     flat = x.reshape(-1, features)
@@ -161,17 +185,17 @@ def linear_w8a16(
         return torch.empty(shape, dtype=out_dtype, device=x.device)
     if inv_smooth is not None:
         flat = flat.to(torch.float32) * inv_smooth
-    if rows > FUSED_ROWS:
+    if rows > fused_rows(x.device.index or 0, flat.dtype):
 
         def dequantize(first: int, count: int, out: Tensor) -> Tensor:
             return gather_w8(packed, scale, features, out, first=first)
 
         return by_slices(flat.contiguous(), channels, dequantize, bias, out_dtype).view(shape)
     if flat.dtype != torch.float32:
-        return gemm_w8a16(flat, packed, scale, bias, out_dtype).view(shape)
+        return gemm_w8a16(flat, packed, scale, bias, out_dtype, dependent=dependent).view(shape)
 
     def product(terms: Tensor) -> Tensor:
-        return gemm_w8a16(terms, packed, scale, None, torch.float32)
+        return gemm_w8a16(terms, packed, scale, None, torch.float32, dependent=dependent)
 
     return by_terms(flat, product, bias, out_dtype).view(shape)
 
@@ -198,6 +222,7 @@ class PreparedCudaW8A16(PackedLayer):
     def pack(cls, canonical: Mapping[str, Tensor], scheme: Scheme, in_features: int) -> dict[str, Tensor]:
         """See the base class."""
         packed, _ = cuda.pack_w8(canonical["weight"].contiguous())
+        settle(packed.device)
         return {"packed": packed, "packed_scale": canonical["weight_scale"]}
 
     def unpack(self) -> dict[str, Tensor]:
@@ -226,9 +251,15 @@ class PreparedCudaW8A16(PackedLayer):
                 and packed.data_ptr() % 16 == 0
             ):
                 bias, smooth = tensors.get("bias"), tensors.get("inv_smooth")
-                y = linear_w8a16(x, packed, tensors["packed_scale"], bias, smooth, features, x.dtype)
+                y = linear_w8a16(
+                    x, packed, tensors["packed_scale"], bias, smooth, features, x.dtype, dependent=True
+                )
                 return self.finished(y)
         return self.around(x)
+
+    def moved(self) -> None:
+        """Wait for the copies."""
+        settle(self.device)
 
     def load(self, canonical: Mapping[str, Tensor]) -> None:
         """Packs into the resident memory."""
@@ -238,6 +269,7 @@ class PreparedCudaW8A16(PackedLayer):
                     cuda.pack_w8(tensor.detach().to(self.device).contiguous(), self.tensors["packed"])
                 else:
                     self.tensors["packed_scale" if name == "weight_scale" else name].copy_(tensor)
+        settle(self.device)
 
 
 # -- operators --------------------------------------------------------------------------------------------------------

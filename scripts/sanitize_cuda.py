@@ -35,6 +35,9 @@ PHASED_TILES = {
 }
 """Of 4-bit weights by wgmma: tokens, phases (``csrc/cuda/w4.h``); the latter by the bits of activations."""
 
+PHASED_TILES_W8A16 = [(8, 2), (16, 2), (64, 2), (16, 4), (32, 4), (8, 8), (16, 8)]
+"""The same of 8-bit weights under floating-point activations."""
+
 CLUSTERS = 24
 """That take a tile each, or share them all."""
 
@@ -47,7 +50,7 @@ def run_kernels(k: int) -> None:
     import torch
     from torch import Tensor
 
-    from qkernels import cuda, cuda_w4, ops, reference, row_ops
+    from qkernels import cuda, cuda_w4, cuda_w8a16, ops, reference, row_ops
     from qkernels.scheme import Scheme
 
     generator = torch.Generator().manual_seed(0)
@@ -101,7 +104,7 @@ def run_kernels(k: int) -> None:
     for config in configs:
         got = cuda.gemm_w8a8(codes, scales, None, layer, out_dtype=torch.float32, config=config)
         check(f"gemm_w8a8 {config}", got, wanted)
-    presets = [Scheme.from_preset(preset) for preset in ("w8a8", "w4a8", "w4a16")]
+    presets = [Scheme.from_preset(preset) for preset in ("w8a8", "w4a8", "w4a16", "w8a16")]
     for scheme in (*presets, presets[1].replace(activation_symmetric=False)):
         tensors = reference.quantize_weight(w, scheme)
         prepared = ops.prepare(tensors, scheme, k, device="cuda")
@@ -115,15 +118,23 @@ def run_kernels(k: int) -> None:
                 reference.linear(wide, tensors, scheme, k),
                 bound,
             )
-            weight = cuda_w4.describe(prepared.tensors, scheme, n, k) if scheme.weight_bits == 4 else None
-            if weight and configs[-1][0] == 2 and rows == 70:  # every tile of wgmma, shared ones where there are any
-                phased = PHASED_TILES[16 if scheme.weight_only else 8] if k >= PHASED_FEATURES else []
-                for tokens, phases in TILES + phased:
+            bits = scheme.weight_bits, scheme.activation_bits
+            if bits != (8, 8) and configs[-1][0] == 2 and rows == 70:  # every tile of wgmma, shared ones among them
+                weight = cuda_w4.describe(prepared.tensors, scheme, n, k) if bits[0] == 4 else ()
+                phased = PHASED_TILES_W8A16 if bits[0] == 8 else PHASED_TILES[16 if scheme.weight_only else 8]
+                for tokens, phases in TILES + (phased if k >= PHASED_FEATURES else []):
                     name = f"{scheme.name}, tiles of {tokens}, {phases} phases"
                     wanted = reference.linear(wide, tensors, scheme, k)
                     if scheme.weight_only:
                         room = (1024, 2 * CLUSTERS * 2 * 128 * tokens) if phases == 1 else (0, 0)
                         plan = (1, tokens, phases, CLUSTERS, *room)
+                    if bits[0] == 8:
+                        own = prepared.tensors
+                        y = cuda_w8a16.gemm_w8a16(
+                            wide.to("cuda"), own["packed"], own["packed_scale"], None, torch.bfloat16, plan=plan
+                        )
+                        check(name, y, wanted, bound)
+                    elif scheme.weight_only:
                         y = cuda_w4.gemm_w4a16(wide.to("cuda"), weight, None, torch.bfloat16, plan=plan)
                         check(name, y, wanted, bound)
                     elif scheme.activation_symmetric and tokens < 256:

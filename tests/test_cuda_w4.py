@@ -133,7 +133,7 @@ def test_w4a8_with_zero_points_is_planned_for_mma_and_says_so(
         monkeypatch.setattr(module, "capability", lambda index: capability)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(multi_processor_count=132))
     plan = cuda_w4._plan.__wrapped__
-    assert plan(8, 5, (264, 1100, 128), 1, 0, True) == (True, 5, 264, 1100, 128, 1, asked, 132)
+    assert plan(8, 5, (264, 1100, 128), 1, 0, shifted=True) == (True, 5, 264, 1100, 128, 1, asked, 132)
     assert plan(8, 5, (264, 1100, 128), 1, 0) == (True, 5, 264, 1100, 128, 1, capability, 132)
     symmetric, shifted = (scheme_of("symmetric", 128, activation_bits=8, symmetric=s) for s in (True, False))
     assert ("mma.sync" in cuda_w4.wgmma_objection(shifted, capability)) == (capability == 90)

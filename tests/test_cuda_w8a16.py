@@ -13,6 +13,7 @@ bias, and at the end the output.
 from __future__ import annotations
 
 import copy
+import itertools
 import subprocess
 import sys
 
@@ -22,7 +23,7 @@ from helpers import DTYPES, assert_bits_equal, assert_compiled_and_differentiate
 from torch import Tensor, nn
 
 from qkernels import cuda, cuda_w8a16, ops, reference
-from qkernels.cuda_w8a16 import FUSED_ROWS, PreparedCudaW8A16
+from qkernels.cuda_w8a16 import PreparedCudaW8A16, fused_rows
 from qkernels.nn import QuantEmbedding, QuantLinear
 from qkernels.scheme import Scheme
 
@@ -33,6 +34,9 @@ gpu = [
 ]
 STEP = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 SCHEME = Scheme.from_preset("w8a16")
+TILES = [(tokens, 1) for tokens in (8, 16, 32, 64, 128, 256)]
+TILES += [(8, 2), (16, 2), (64, 2), (16, 4), (32, 4), (8, 8), (16, 8)]
+"""Of the wgmma kernel: tokens, phases (``w8a16_has_tile``)."""
 SHAPES = [(8, 64), (1, 1), (203, 1000), (136, 333), (576, 1536)]
 
 
@@ -64,8 +68,9 @@ def assert_close(y: Tensor, x: Tensor, tensors: dict[str, Tensor]) -> None:
     wide = wide.double()
     expected, reach = wide @ weight.T, wide.abs() @ weight.abs().T
     bound = (4 * k + 64) * 2.0**-24 * reach
-    if x.shape[0] > FUSED_ROWS:
-        bound = bound + STEP[torch.float32 if "inv_smooth" in at else x.dtype] * reach
+    summed = torch.float32 if "inv_smooth" in at else x.dtype
+    if x.shape[0] > fused_rows(torch.cuda.current_device(), summed):
+        bound = bound + STEP[summed] * reach
         bound = bound + STEP[x.dtype] * (expected.abs() + at["bias"].abs() if "bias" in at else expected.abs())
     if "bias" in at:
         expected = expected + at["bias"].double()
@@ -89,11 +94,21 @@ def test_w8a16_kernels_say_what_they_leave_alone() -> None:
 
 
 @pytest.mark.skipif(cuda._cuda is None, reason="this installation was built without the CUDA module")
-def test_w8a16_wide_blocks_leave_work_for_every_multiprocessor() -> None:
-    for rows in (1, 8, 9, 64):
-        for channels in (1, 4096, 14336, 28672, 128256):
-            if cuda._cuda.select_w8a16(rows, channels, 132) == 2:
-                assert channels // 32 >= 132
+def test_w8a16_plans_are_of_instances() -> None:
+    for rows, channels, features in itertools.product(
+        (1, 8, 9, 16, 17, 64, 129, 2048), (1, 576, 4096, 14336, 128256), (1, 500, 1000, 1024, 14336)
+    ):
+        kernel, tokens, blocks, _, counters, floats = cuda._cuda.plan_w8a16(rows, channels, features, 89, 132)
+        assert (kernel, counters, floats) == (0, 0, 0)
+        assert tokens in (8, 16, 32)
+        assert blocks == 1 or channels // 32 >= 132  # wide ones leave work for every multiprocessor
+        if cuda._cuda.has_sm90a():
+            kernel, tokens, phases, ctas, counters, floats = cuda._cuda.plan_w8a16(rows, channels, features, 90, 132)
+            assert kernel == 1
+            assert (tokens, phases) in TILES
+            assert phases == 1 or (features > 896 and not counters)
+            assert ctas >= 1
+            assert (counters > 0) == (floats > 0)
 
 
 # -- products ---------------------------------------------------------------------------------------------------------
@@ -109,24 +124,48 @@ class TestW8A16:
         for n, k in SHAPES:
             tensors = canonical(n, k, bias=n != 136)
             prepared = on_gpu(tensors, k)
-            for rows in (1, 2, 7, 8, 9, 16, 17, 33, 64, 65, 130):
+            for rows in (1, 2, 7, 8, 9, 16, 17, 33, 64, 65, 130, 700, 2049):
                 x = seeded(rows, k, seed=rows).to(dtype)
                 assert_close(prepared.run(x.to("cuda")), x, tensors)
 
-    @pytest.mark.parametrize("blocks", [1, 2])
+    @pytest.mark.parametrize("plan", [(0, 8, 1), (0, 8, 2), *((1, *tile) for tile in TILES)])
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-    def test_both_widths_of_block(self, blocks: int, dtype: torch.dtype) -> None:
-        for n, k in [(24, 100), (203, 1000), (4096, 4096)]:
+    def test_every_tile_of_every_size(self, plan: tuple[int, int, int], dtype: torch.dtype) -> None:
+        kernel, _, phases = plan
+        if kernel == 1 and not (cuda.capability(0) == 90 and cuda._cuda.has_sm90a()):
+            pytest.skip("no wgmma here")
+        for n, k in [(24, 1100), (203, 1032), (712, 4096)]:
             tensors = canonical(n, k)
+            tensors["weight"][0], tensors["weight"][n // 2] = -128, 127
             at = {name: tensor.to("cuda") for name, tensor in tensors.items()}
             packed, _ = cuda.pack_w8(at["weight"])
-            for rows in (1, 9, 20, 64, 100):
+            weight = reference.dequantize_weight(at, SCHEME, k).double()
+            shares = (1, 3, 7) if kernel == 1 and phases == 1 else (1,)
+            for rows, ctas in itertools.product((1, 9, 33, 64, 300), shares):
                 x = seeded(rows, k, seed=rows).to("cuda", dtype)
-                y = cuda_w8a16.gemm_w8a16(x, packed, at["weight_scale"], at["bias"], torch.float32, blocks=blocks)
-                weight = reference.dequantize_weight(at, SCHEME, k).double()
+                room = (4096, 1 << 21) if ctas > 1 else (0, 0)
+                y = cuda_w8a16.gemm_w8a16(
+                    x, packed, at["weight_scale"], at["bias"], torch.float32, plan=(*plan, ctas, *room)
+                )
                 expected = x.double() @ weight.T + at["bias"].double()
                 bound = (4 * k + 64) * 2.0**-24 * (x.double().abs() @ weight.abs().T) + 2.0**-23 * expected.abs() + 1e-7
-                assert bool(((y.double() - expected).abs() <= bound).all()), f"{n}x{k}, {rows} rows"
+                assert bool(((y.double() - expected).abs() <= bound).all()), f"{n}x{k}, {rows} rows, {ctas} CTAs"
+
+    def test_plans_that_fit_nothing_are_refused(self) -> None:
+        if not (cuda.capability(0) == 90 and cuda._cuda.has_sm90a()):
+            pytest.skip("no wgmma here")
+        tensors = {name: tensor.to("cuda") for name, tensor in canonical(64, 256).items()}
+        packed, _ = cuda.pack_w8(tensors["weight"])
+        x = seeded(3, 256).to("cuda", torch.bfloat16)
+        for plan, message in [
+            ((1, 512, 1, 1, 0, 0), "no instance"),
+            ((1, 128, 2, 1, 0, 0), "no instance"),
+            ((1, 8, 8, 1, 0, 0), "8 slabs"),
+            ((1, 8, 1, 0, 0, 0), "cluster"),
+            ((0, 8, 3, 1, 0, 0), "1 or 2 blocks"),
+        ]:
+            with pytest.raises(ValueError, match=message):
+                cuda_w8a16.gemm_w8a16(x, packed, tensors["weight_scale"], None, torch.float32, plan=plan)
 
     def test_integers_are_exact(self) -> None:
         # Every partial sum is an integer below 2**24: any order of summation gives the same bits.

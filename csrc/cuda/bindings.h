@@ -7,12 +7,17 @@
 #include <cstdint>
 
 #include "binding_helpers.h"
+#include "w4.h"
 
 namespace qk::cuda {
 
 using Address = uintptr_t;
 
 inline cudaStream_t stream_of(Address stream) { return reinterpret_cast<cudaStream_t>(stream); }
+
+// A W4Plan in Python: (kernel, tokens, phases, ctas, counters, partial sums).
+W4Plan plan_of(const pybind11::tuple& v);
+pybind11::tuple tuple_of(const W4Plan& p);
 
 void bind_w4(pybind11::module_& m);  // 4-bit weights
 void bind_w8a16(pybind11::module_& m);  // 8-bit weights, floating-point activations

@@ -46,7 +46,8 @@ W4Weight weight_of(const py::tuple& v) {
   return w;
 }
 
-// (kernel, tokens, phases, ctas, counters, partial sums), as `plan` makes it.
+}  // namespace
+
 W4Plan plan_of(const py::tuple& v) {
   QK_CHECK_EQ(v.size(), size_t{6});
   const int kernel = v[0].cast<int>();
@@ -58,12 +59,17 @@ W4Plan plan_of(const py::tuple& v) {
   return p;
 }
 
+py::tuple tuple_of(const W4Plan& p) {
+  return py::make_tuple(static_cast<int>(p.kernel), p.tokens, p.phases, p.ctas, p.counters, p.partial_floats);
+}
+
+namespace {
+
 py::tuple plan(bool bytes, int64_t m, int64_t n, int64_t k, int64_t group, int kind, int capability, int sms) {
   QK_CHECK_GE(kind, 0);
   QK_CHECK_LE(kind, 2);
   const auto as = static_cast<W4Kind>(kind);
-  const W4Plan p = bytes ? plan_w4a8(m, n, k, group, as, capability, sms) : plan_w4a16(m, n, k, as, capability, sms);
-  return py::make_tuple(static_cast<int>(p.kernel), p.tokens, p.phases, p.ctas, p.counters, p.partial_floats);
+  return tuple_of(bytes ? plan_w4a8(m, n, k, group, as, capability, sms) : plan_w4a16(m, n, k, as, capability, sms));
 }
 
 void gemm_w4a16_at(const py::tuple& weight, Address x, int x_dtype, int64_t m, int64_t x_stride, Address bias,

@@ -17,7 +17,8 @@ void check_sizes(Address packed, int64_t n, int64_t k) {
 }
 
 void gemm_at(Address x, int x_dtype, int64_t m, int64_t x_stride, Address packed, Address weight_scale, Address bias,
-             int64_t n, int64_t k, Address y, int y_dtype, int64_t y_stride, int blocks, Address stream) {
+             int64_t n, int64_t k, Address y, int y_dtype, int64_t y_stride, const py::tuple& plan, Address counters,
+             Address partials, bool dependent, Address stream) {
   check_sizes(packed, n, k);
   QK_CHECK_GE(m, 0);
   QK_CHECK_LE(m * n, int64_t{1} << 37);  // a grid of tiles of at least 128
@@ -29,7 +30,8 @@ void gemm_at(Address x, int x_dtype, int64_t m, int64_t x_stride, Address packed
   a.bias = pointer<const float>(bias);
   a.m = static_cast<int32_t>(m), a.n = static_cast<int32_t>(n), a.k = static_cast<int32_t>(k);
   a.y = pointer<void>(y), a.y_dtype = dtype(y_dtype), a.y_stride = y_stride;
-  gemm_w8a16(a, blocks, stream_of(stream));
+  a.counters = pointer<int32_t>(counters), a.partials = pointer<float>(partials);
+  gemm_w8a16(a, plan_of(plan), dependent, stream_of(stream));
 }
 
 void gather_at(Address table, bool packed, Address scale, int64_t n, int64_t k, Address ids, bool wide_ids,
@@ -47,10 +49,16 @@ void gather_at(Address table, bool packed, Address scale, int64_t n, int64_t k, 
 }  // namespace
 
 void bind_w8a16(py::module_& m) {
-  m.def("select_w8a16", &select_w8a16, py::arg("m"), py::arg("n"), py::arg("sms"));
+  m.def(
+      "plan_w8a16",
+      [](int64_t rows, int64_t n, int64_t k, int capability, int sms) {
+        return tuple_of(plan_w8a16(rows, n, k, capability, sms));
+      },
+      py::arg("m"), py::arg("n"), py::arg("k"), py::arg("capability"), py::arg("sms"));
   m.def("gemm_w8a16", &gemm_at, py::arg("x"), py::arg("x_dtype"), py::arg("m"), py::arg("x_stride"), py::arg("packed"),
         py::arg("weight_scale"), py::arg("bias"), py::arg("n"), py::arg("k"), py::arg("y"), py::arg("y_dtype"),
-        py::arg("y_stride"), py::arg("blocks"), py::arg("stream"));
+        py::arg("y_stride"), py::arg("plan"), py::arg("counters"), py::arg("partials"), py::arg("dependent"),
+        py::arg("stream"));
   m.def("gather_w8", &gather_at, py::arg("table"), py::arg("packed"), py::arg("scale"), py::arg("n"), py::arg("k"),
         py::arg("ids"), py::arg("wide_ids"), py::arg("first"), py::arg("count"), py::arg("out"), py::arg("out_dtype"),
         py::arg("stream"));

@@ -1,7 +1,9 @@
-// Which kernel runs a product of 4-bit weights: architecture and shape selection, nothing else.
+// Which kernel runs a product of 4-bit weights, or of 8-bit ones under floating-point activations: architecture and
+// shape selection, nothing else.
 #include "host.h"
 #include "launch.h"
 #include "launch_w4.h"
+#include "w8a16.h"
 
 namespace qk::cuda {
 namespace {
@@ -22,6 +24,9 @@ constexpr Tile kByteTiles[] = {{16, 4, 0.198, 1.84, 0},
                                {32, 1, 0.308, 3.18, 0},
                                {64, 1, 0.412, 3.59, 0},
                                {128, 1, 0.623, 4.5, 0}};
+constexpr Tile kByteCodeTiles[] = {{16, 4, 0.238, 0.5, 0},     {32, 4, 0.308, 1.25, 0},    {64, 2, 0.376, 1.07, 0},
+                                   {32, 1, 0.527, 1.51, 6.62}, {64, 1, 0.613, 2.24, 7.45}, {128, 1, 0.843, 1.23, 10.8},
+                                   {256, 1, 1.53, 0.15, 26.2}};
 constexpr int kUnevenSlabs = 1900;  // that idle places could take, worth the meeting of those who share
 constexpr int kFew = 16;  // tokens, whose tiles wait for weights alone
 
@@ -70,11 +75,10 @@ W4Plan plan_few(bool bytes, int64_t m, int64_t n, int64_t k, W4Kind kind, bool p
   return finished(plan, w, !bytes && plan.phases == 1 && (!enough || uneven));
 }
 
-// Phases need the groups of 8-bit activations to lie within a slab (`within`).
-W4Plan plan_wgmma(bool bytes, int64_t m, int64_t n, int64_t k, W4Kind kind, bool within, int sms) {
-  const bool minimum = kind == W4Kind::kMinimum;
-  const bool phases = kind == W4Kind::kZeroPoint && w4_slabs(k) >= 8 && (within || !bytes);
-  if (m <= kFew) return plan_few(bytes, m, n, k, kind, phases, sms);
+// The cheapest of the tiles that `has` admits.
+template <size_t kCount, typename Has>
+W4Plan plan_many(const Tile (&tiles)[kCount], bool bytes, int64_t m, int64_t n, int64_t k, bool minimum, int sms,
+                 const Has& has) {
   W4Plan best = {};
   double least = 0.0;
   const auto consider = [&](const Tile& tile, bool shared) {
@@ -86,19 +90,24 @@ W4Plan plan_wgmma(bool bytes, int64_t m, int64_t n, int64_t k, W4Kind kind, bool
     const double cost = waves * double(w4_slabs(k)) * tile.slab + tile.launch + (shared ? tile.sharing : 0.0);
     if (least == 0.0 || cost < least) least = cost, best = finished(plan, w, shared);
   };
-  const auto consider_all = [&](const auto& tiles) {
-    for (const Tile& tile : tiles) {
-      if ((tile.phases > 1 && !phases) || !w4_has_tile(bytes, kind, tile.tokens, tile.phases)) continue;
-      consider(tile, false);
-      if (tile.sharing > 0.0) consider(tile, true);
-    }
-  };
-  if (bytes) {
-    consider_all(kByteTiles);
-  } else {
-    consider_all(kHalfTiles);
+  for (const Tile& tile : tiles) {
+    if (!has(tile)) continue;
+    consider(tile, false);
+    if (tile.sharing > 0.0) consider(tile, true);
   }
   return best;
+}
+
+// Phases need the groups of 8-bit activations to lie within a slab (`within`).
+W4Plan plan_wgmma(bool bytes, int64_t m, int64_t n, int64_t k, W4Kind kind, bool within, int sms) {
+  const bool minimum = kind == W4Kind::kMinimum;
+  const bool phases = kind == W4Kind::kZeroPoint && w4_slabs(k) >= 8 && (within || !bytes);
+  if (m <= kFew) return plan_few(bytes, m, n, k, kind, phases, sms);
+  const auto has = [&](const Tile& tile) {
+    return (phases || tile.phases == 1) && w4_has_tile(bytes, kind, tile.tokens, tile.phases);
+  };
+  return bytes ? plan_many(kByteTiles, bytes, m, n, k, minimum, sms, has)
+               : plan_many(kHalfTiles, bytes, m, n, k, minimum, sms, has);
 }
 
 }  // namespace
@@ -138,6 +147,23 @@ W4Plan plan_w4a8(int64_t m, int64_t n, int64_t k, int64_t group, W4Kind kind, in
   return plan;
 }
 
+// mma.sync: wide blocks halve how often activations are read, where they leave enough CTAs: one to a multiprocessor
+// where there are many tokens, else four.
+W4Plan plan_w8a16(int64_t m, int64_t n, int64_t k, int capability, int sms) {
+  W4Plan plan = {};
+  if (capability != 90 || !has_sm90a()) {
+    plan.kernel = W4Kernel::kMma;
+    plan.tokens = m <= 8 ? 8 : m <= 16 ? 16 : 32;
+    plan.phases = n >= int64_t(m > 8 ? 32 : 128) * sms ? 2 : 1;
+    return plan;
+  }
+  const bool phases = w4_slabs(k) >= 8;
+  if (m <= kFew) return plan_few(false, m, n, k, W4Kind::kZeroPoint, phases, sms);
+  return plan_many(kByteCodeTiles, false, m, n, k, false, sms, [&](const Tile& tile) {
+    return (phases || tile.phases == 1) && w8a16_has_tile(tile.tokens, tile.phases);
+  });
+}
+
 void gemm_w4a16(const GemmW4A16Args& args, const W4Plan& plan, bool dependent, cudaStream_t stream) {
   if (args.m == 0) return;
   if (plan.kernel == W4Kernel::kMma) return gemm_w4a16_mma(args, plan, dependent, stream);
@@ -145,6 +171,16 @@ void gemm_w4a16(const GemmW4A16Args& args, const W4Plan& plan, bool dependent, c
   return gemm_w4a16_sm90(args, plan, dependent, stream);
 #else
   throw std::invalid_argument("gemm_w4a16: the wgmma kernel is not in this build");
+#endif
+}
+
+void gemm_w8a16(const GemmW8A16Args& args, const W4Plan& plan, bool dependent, cudaStream_t stream) {
+  if (args.m == 0 || args.n == 0) return;
+  if (plan.kernel == W4Kernel::kMma) return gemm_w8a16_mma(args, plan.phases, stream);
+#ifdef QK_CUDA_SM90A
+  return gemm_w8a16_sm90(args, plan, dependent, stream);
+#else
+  throw std::invalid_argument("gemm_w8a16: the wgmma kernel is not in this build");
 #endif
 }
 

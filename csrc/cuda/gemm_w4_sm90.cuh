@@ -1,4 +1,5 @@
-// Products of 4-bit weights by wgmma with the weights in registers, for 16-bit and for 8-bit activations. sm_90a.
+// Products of 4-bit weights by wgmma with the weights in registers, for 16-bit and for 8-bit activations, and of 8-bit
+// weights for 16-bit ones. sm_90a.
 //
 // Channels are the 64-row wgmma operand, tokens the n operand. A CTA owns 128 channels x kTokens tokens, two consumer
 // warpgroups of 64 channels each, and walks K in slabs of 128 (w4.h) through a ring of stages, which producers (one
@@ -26,6 +27,10 @@
 // tokens ("wide"), kept by the tensor cores for all of K in units of the scale of the group at hand, and multiplied by
 // the ratio of two scales between groups: one set of registers serves twice the tokens.
 //
+// 8-bit weights, under 16-bit activations: bytes in the order of channels (w8a8.h), which a thread reads two at a time
+// from where wgmma's register operand has them, as far as registers go half a slab ahead. Their scales are of channels,
+// so the tensor cores keep one set of sums for all of K, and products follow one another without a pause.
+//
 // Up to 16 tokens ("few"), whose products are over before the next ones begin: the same fragments by mma.sync, in two
 // chains of sums. It takes 35 cycles for a product where wgmma takes 90, and no descriptors; nothing else is different.
 //
@@ -41,70 +46,14 @@
 // waits.
 #pragma once
 
+#include "copies_w4_sm90.cuh"
 #include "host.h"
 #include "launch.h"
 #include "share_w4_sm90.cuh"
 #include "tensor_map.h"
-#include "tile_w4_sm90.cuh"
 
 namespace qk::cuda {
 namespace {
-
-// Where the producer finds a tile's codes and group values: worked out once for each run of slabs, since one lane
-// starts all copies of a CTA, and what it computes for each delays them.
-template <typename S>
-struct PackedSource {
-  const uint8_t *codes, *scale, *second;  // of the next slab; of group 0; minima or zero points, or nullptr
-  int64_t step;  // bytes from one slab's codes to those of this producer's next one
-  uint32_t channels;  // of the tile that are stored; the others keep what the stage held, and what they give is dropped
-  uint32_t bytes;  // of a slab and its tokens
-
-  __device__ __forceinline__ PackedSource(const Job& job, int channel0, int slab) {
-    const W4Weight& w = job.weight;
-    const GroupRows& r = job.groups;
-    channels = static_cast<uint32_t>(max(0, min(S::kChannels, r.width - channel0)));
-    step = int64_t(job.blocks_n) * kW4BlockBytes * S::kProducers;
-    codes = w.packed + int64_t(slab) * job.blocks_n * kW4BlockBytes + int64_t(channel0 / kW4Rows) * kW4BlockBytes;
-    scale = static_cast<const uint8_t*>(w.scale) + int64_t(channel0) * r.value_bytes;
-    second = S::kMinimum                 ? static_cast<const uint8_t*>(w.minimum) + int64_t(channel0) * r.value_bytes
-             : S::kZeros && w.zero_point ? w.zero_point + channel0
-                                         : nullptr;
-    const uint32_t row_bytes = r.value_bytes + (second ? second_bytes(r) : 0);
-    bytes = job.box_rows * S::kCluster * S::kRowBytes + channels * (kW4SlabK / 2 + (row_bytes << r.row_shift));
-  }
-  static __device__ __forceinline__ uint32_t second_bytes(const GroupRows& r) {
-    return S::kMinimum ? r.value_bytes : 1;
-  }
-
-  // Starts the copies of the next slab, which is `slab`, but for its tokens; `bar` expects those as well.
-  __device__ __forceinline__ void load(const Job& job, int slab, uint32_t target, uint32_t bar, uint64_t policy) {
-    ptx::mbarrier_arrive_expect_tx(bar, bytes);
-    if (channels == 0) return;
-    ptx::bulk_load(target, codes, channels * (kW4SlabK / 2), bar, policy);
-    codes += step;
-    const GroupRows& r = job.groups;
-    uint32_t row = target + S::kChannels * (kW4SlabK / 2);
-    int k = slab * kW4SlabK;
-#pragma unroll 1
-    for (int p = 0; p < 1 << r.row_shift; ++p, row += r.row_bytes, k += kW4SlabK >> r.row_shift) {
-      const uint32_t at = group_of(r, min(k, job.weight.k - 1)) * static_cast<uint32_t>(r.pitch);
-      ptx::bulk_load(row, scale + at * r.value_bytes, channels * r.value_bytes, bar, ptx::kEvictNormal);
-      if ((S::kMinimum || S::kZeros) && second) {
-        ptx::bulk_load(row + S::kChannels * r.value_bytes, second + at * second_bytes(r), channels * second_bytes(r),
-                       bar, ptx::kEvictNormal);
-      }
-    }
-  }
-};
-
-// The place in the ring of stages.
-struct Ring {
-  int stage = 0;
-  uint32_t parity = 0;
-  __device__ __forceinline__ void advance(int stages, int by = 1) {
-    if ((stage += by) >= stages) stage -= stages, parity ^= 1;
-  }
-};
 
 template <typename S>
 __global__ void __launch_bounds__(S::kThreads, S::kPerSm)
@@ -206,7 +155,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kPerSm)
     __syncwarp();
   } else {
     if constexpr (S::kMovesRegisters) ptx::registers_increase<S::kConsumerRegisters>();
-    const Thread t(S::kWarps, S::kPhases > 1);
+    const Thread t(S::kWarps, S::kPhases > 1, S::kBits);
     const uint32_t packed_offset = ptx::keep(packed_base - ptx::smem_u32(shared));
     const auto packed_at = [&](int stage) { return shared + packed_offset + stage * job.packed_bytes; };
     const uint32_t full_here = ptx::keep(full);
@@ -214,6 +163,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kPerSm)
     Sums<S> sums;
     uint32_t even[S::kFragments], odd[S::kFragments];  // halves of a slab
     uint4 odd_codes;
+    [[maybe_unused]] EarlyBytes<S> early;
     Walk<S> walk(job);
     // Of a phase: every kPhases-th slab of the only tile.
     int left = S::kPhases == 1 ? walk.slabs(job) : max(0, (job.slabs - t.phase + S::kPhases - 1) / S::kPhases);
@@ -224,6 +174,15 @@ __global__ void __launch_bounds__(S::kThreads, S::kPerSm)
     float scale[2];  // of wide sums
     int group_left;  // rows until the end of the group, counted for integers alone
 
+    const auto release = [&](int stage) {
+      __syncwarp();  // everybody has read codes and scales
+      if (S::kCluster > 1) {
+        if (t.lane < S::kCluster) ptx::mbarrier_arrive_there(empty_there + 8 * stage);
+      } else if (t.lane == 0) {
+        ptx::mbarrier_arrive(empty_there + 8 * stage);
+      }
+    };
+
     // One slab whose groups have 1 << kShift rows. Its even half is unpacked, and so is the next one's when it ends.
     // What takes long, waiting for the next stage and reading from shared memory, happens behind products.
     // kEach: groups end with each row, and there are no rows of padding.
@@ -231,7 +190,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kPerSm)
       constexpr int kShift = decltype(fixed)::value, kRows = 1 << kShift, kPerRow = S::kSteps >> kShift;
       constexpr bool kEach = decltype(each)::value;
       const uint8_t* packed = packed_at(ring.stage);
-      const uint8_t* rows = packed + S::kChannels * (kW4SlabK / 2);
+      const uint8_t* rows = packed + S::kChannels * S::kCodeBytes;
       uint32_t tokens = base + ring.stage * S::kTokenBytes;
       if (S::kFew) tokens += t.matrix;
       if (S::kUniform) tokens = ptx::uniform(tokens);
@@ -284,7 +243,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kPerSm)
         if constexpr (S::kWide) {
           f = load_factors<S>(
               job, t,
-              row + 1 < kRows ? rows + (row + 1) * job.groups.row_bytes : next_packed + S::kChannels * (kW4SlabK / 2));
+              row + 1 < kRows ? rows + (row + 1) * job.groups.row_bytes : next_packed + S::kChannels * S::kCodeBytes);
         }
         if (!S::kFew) ptx::wgmma_wait<0>();
         if constexpr (S::kWide) {
@@ -304,25 +263,54 @@ __global__ void __launch_bounds__(S::kThreads, S::kPerSm)
         }
         if (!kEach && !S::kRelays && ends) group_left = job.group_rows;
       }
-      __syncwarp();  // everybody has read codes and scales
-      if (S::kCluster > 1) {
-        if (t.lane < S::kCluster) ptx::mbarrier_arrive_there(empty_there + 8 * own);
-      } else if (t.lane == 0) {
-        ptx::mbarrier_arrive(empty_there + 8 * own);
+      release(own);
+    };
+
+    // One slab whose products add to what there is (kOneSum). Those of its odd half are still under way when it ends,
+    // so that the next slab, or the end of the tile, gives its stage back.
+    const auto release_before = [&](int stage) { release(stage - S::kPhases + (stage < S::kPhases ? job.stages : 0)); };
+    const auto slab_of_one_sum = [&](auto slab) {
+      uint32_t tokens = base + ring.stage * S::kTokenBytes;
+      if (S::kFew) tokens += t.matrix;
+      if (S::kUniform) tokens = ptx::uniform(tokens);
+      const int own = ring.stage;
+      const uint32_t own_parity = ring.parity;
+      ring.advance(job.stages, S::kPhases);
+      const int next = --left > 0 ? ring.stage : own;
+      const uint32_t next_parity = left > 0 ? ring.parity : own_parity;
+      const bool first = slab == s.first + t.phase;
+      multiply<S, 0, S::kSteps / 2, S::kSteps>(even, tokens, first, sums);
+      if constexpr (!S::kFew) {
+        ptx::wgmma_wait<1>();  // all but these
+        if (!first) release_before(own);
       }
+      unpack_bytes<S>(t, packed_at(own), 1, early, odd);
+      multiply<S, S::kSteps / 2, S::kSteps / 2, S::kSteps>(odd, tokens, false, sums);
+      ptx::mbarrier_wait(full_here + 8 * next, next_parity);
+      load_early<S>(t, packed_at(next), 0, early);
+      if constexpr (!S::kFew) ptx::wgmma_wait<1>();  // the even half may be overwritten
+      unpack_bytes<S>(t, packed_at(next), 0, early, even);
+      load_early<S>(t, packed_at(next), 1, early);
+      if (S::kFew) release(own);
     };
 
     ptx::grid_dependency_wait();
     if (left > 0) {
       ptx::mbarrier_wait(full_here + 8 * ring.stage, 0);
       const uint8_t* packed = packed_at(ring.stage);
-      if (!S::kWide) odd_codes = load_codes(t, packed, 1);
+      if constexpr (S::kOneSum) {
+        load_early<S>(t, packed, 0, early);
+        unpack_bytes<S>(t, packed, 0, early, even);
+        load_early<S>(t, packed, 1, early);
+      }
+      if (!S::kWide && !S::kOneSum) odd_codes = load_codes(t, packed, 1);
       const auto unpack_first = [&](auto fixed) {
         constexpr int kShift = decltype(fixed)::value;
         unpack_half<S, kShift>(job, t, packed, load_codes(t, packed, 0), book, 0, even);
         if (S::kApart) unpack_half<S, kShift>(job, t, packed, odd_codes, book, 1, odd);
       };
-      if (job.groups.row_shift == 0) {
+      if constexpr (S::kOneSum) {
+      } else if (job.groups.row_shift == 0) {
         unpack_first(std::integral_constant<int, 0>());
       } else if (job.groups.row_shift == 1) {
         unpack_first(std::integral_constant<int, 1>());
@@ -330,16 +318,20 @@ __global__ void __launch_bounds__(S::kThreads, S::kPerSm)
         unpack_first(std::integral_constant<int, 2>());
       }
       if constexpr (S::kWide) {
-        const Factors f = load_factors<S>(job, t, packed + S::kChannels * (kW4SlabK / 2));
+        const Factors f = load_factors<S>(job, t, packed + S::kChannels * S::kCodeBytes);
 #pragma unroll
         for (int e = 0; e < 2; ++e) scale[e] = live_or(f.scale[e], 1.0f);
       }
       if (S::kTurns && group == 1) ptx::named_barrier_arrive(kTurnBarrier, S::kConsumers);
     }
     while (walk.next(job, s)) {
-      if constexpr (!S::kWide) {
+      if constexpr (!S::kWide && (S::kFew || !S::kOneSum)) {
 #pragma unroll
         for (int i = 0; i < S::kValues; ++i) sums.total[i] = 0.0f;
+      }
+      if constexpr (S::kFew && S::kOneSum) {
+#pragma unroll
+        for (int i = 0; i < S::kValues; ++i) sums.odd[i] = 0.0f;
       }
       group_left = job.group_rows - (s.first << job.groups.row_shift) % job.group_rows;
       if (S::kRelays && t.phase == S::kPhases - 1) relay.start();
@@ -349,7 +341,20 @@ __global__ void __launch_bounds__(S::kThreads, S::kPerSm)
       };
       constexpr std::true_type kYes = {};
       constexpr std::false_type kNo = {};
-      if (job.groups.row_shift == 0) {
+      if constexpr (S::kOneSum) {
+        int slab = s.first + t.phase;
+#pragma unroll 1
+        do {
+          slab_of_one_sum(slab);
+        } while ((slab += S::kPhases) < s.last);
+        if constexpr (S::kFew) {
+#pragma unroll
+          for (int i = 0; i < S::kValues; ++i) sums.total[i] += sums.odd[i];
+        } else {
+          ptx::wgmma_wait<0>();
+          release_before(ring.stage);
+        }
+      } else if (job.groups.row_shift == 0) {
         if (!S::kBytes || S::kRelays || job.group_rows == 1) {
           run_slabs(std::integral_constant<int, 0>(), kYes);
         } else {
@@ -380,6 +385,15 @@ __global__ void __launch_bounds__(S::kThreads, S::kPerSm)
   }
 }
 
+// Throws where a plan does not fit K.
+inline void check_walk(const char* name, int64_t k, const W4Plan& plan) {
+  const auto refuse = [&](const std::string& what) { throw std::invalid_argument(std::string(name) + ": " + what); };
+  if (w4_slabs(k) < plan.phases) {
+    refuse("expected K of " + std::to_string(plan.phases) + " slabs or more, got K = " + std::to_string(k));
+  }
+  if (plan.ctas < 1) refuse("expected at least 1 cluster, got " + std::to_string(plan.ctas));
+}
+
 // Throws where no instance has the plan's tile, or where it cannot serve the weight.
 inline void check_tile(const char* name, bool bytes, const W4Weight& w, const W4Plan& plan) {
   const auto refuse = [&](const std::string& what) { throw std::invalid_argument(std::string(name) + ": " + what); };
@@ -390,10 +404,7 @@ inline void check_tile(const char* name, bool bytes, const W4Weight& w, const W4
   if (bytes && plan.phases > 1 && !(w.group < w.k && kW4SlabK % w.group == 0)) {
     refuse("expected groups of 32, 64 or 128 for phases, got groups of " + std::to_string(w.group));
   }
-  if (w4_slabs(w.k) < plan.phases) {
-    refuse("expected K of " + std::to_string(plan.phases) + " slabs or more, got K = " + std::to_string(w.k));
-  }
-  if (plan.ctas < 1) refuse("expected at least 1 cluster, got " + std::to_string(plan.ctas));
+  check_walk(name, w.k, plan);
   if (plan.counters > 0 && (bytes || plan.phases > 1)) refuse("expected whole tiles, got shared ones");
 }
 
@@ -402,9 +413,7 @@ template <typename S>
 void run_shape(Job job, const void* x, int64_t x_stride, const W4Plan& plan, bool dependent, const char* name,
                cudaStream_t stream) {
   const W4Weight& w = job.weight;
-  job.groups = make_group_rows(w, S::kChannels);
   job.slabs = static_cast<int32_t>(w4_slabs(w.k));
-  job.blocks_n = w.blocks;
   job.tiles_m = static_cast<int32_t>(blocks(job.e.m, S::kTokens));
   job.tiles_n = static_cast<int32_t>(blocks(w.n, S::kChannels * S::kCluster));
   const int64_t tiles = int64_t(job.tiles_m) * job.tiles_n;
@@ -413,14 +422,22 @@ void run_shape(Job job, const void* x, int64_t x_stride, const W4Plan& plan, boo
   job.whole = static_cast<int32_t>(plan.counters > 0 ? w4_whole_tiles(tiles, job.clusters) : tiles);
   const int64_t units = (tiles - job.whole) * job.slabs;
   job.run = static_cast<int32_t>(units / job.clusters), job.longer = static_cast<int32_t>(units % job.clusters);
-  const int64_t groups = (int64_t(w.k) + w.group - 1) / w.group;
-  if (groups * job.groups.pitch * job.groups.value_bytes > 0xffffffffll) {
-    throw std::invalid_argument("expected less than 4 GiB of scales");
+  if constexpr (S::kBits == 8) {
+    job.groups.width = static_cast<int32_t>(packed_rows(w.n));
+    job.slab_bytes = packed_rows(w.n) * kSlabK;
+    job.packed_bytes = S::kChannels * kSlabK;
+  } else {
+    job.groups = make_group_rows(w, S::kChannels);
+    job.slab_bytes = int64_t(w.blocks) * kW4BlockBytes;
+    const int64_t groups = (int64_t(w.k) + w.group - 1) / w.group;
+    if (groups * job.groups.pitch * job.groups.value_bytes > 0xffffffffll) {
+      throw std::invalid_argument("expected less than 4 GiB of scales");
+    }
+    job.packed_bytes = S::kChannels * S::kCodeBytes + (job.groups.row_bytes << job.groups.row_shift);
+    const int row_k = kW4SlabK >> job.groups.row_shift;
+    job.rows = static_cast<int32_t>(blocks(w.k, row_k));
+    job.group_rows = w.group >= w.k ? job.rows + 1 : w.group / row_k;
   }
-  job.packed_bytes = S::kChannels * (kW4SlabK / 2) + (job.groups.row_bytes << job.groups.row_shift);
-  const int row_k = kW4SlabK >> job.groups.row_shift;
-  job.rows = static_cast<int32_t>(blocks(w.k, row_k));
-  job.group_rows = w.group >= w.k ? job.rows + 1 : w.group / row_k;
   constexpr int kSharedBytes = (S::kPerSm == 1 ? 224 : 110) * 1024 - (S::kExchange > 1 ? S::kExchange * 16 : 0);
   job.stages = (kSharedBytes - kAlignment) / (job.packed_bytes + S::kTokenBytes);
   if (job.stages > kMostStages) job.stages = kMostStages;

@@ -181,14 +181,9 @@ void run_blocks(const GemmW8A16Args& args, int32_t blocks, cudaStream_t stream) 
 
 }  // namespace
 
-// Wide blocks halve how often activations are read, where they leave enough CTAs: one to a multiprocessor where there
-// are many tokens, else four.
-int32_t select_w8a16(int64_t m, int64_t n, int sms) { return n >= int64_t(m > 8 ? 32 : 128) * sms ? 2 : 1; }
-
-void gemm_w8a16(const GemmW8A16Args& args, int32_t blocks, cudaStream_t stream) {
-  if (args.m == 0 || args.n == 0) return;
+void gemm_w8a16_mma(const GemmW8A16Args& args, int32_t blocks, cudaStream_t stream) {
   if ((blocks != 1 && blocks != 2) || args.x_dtype == DType::kF32) {
-    throw std::invalid_argument("gemm_w8a16: expected 16-bit activations and 1 or 2 blocks, got dtype " +
+    throw std::invalid_argument("gemm_w8a16_mma: expected 16-bit activations and 1 or 2 blocks, got dtype " +
                                 std::to_string(static_cast<int>(args.x_dtype)) + " and " + std::to_string(blocks));
   }
   return args.x_dtype == DType::kBF16 ? run_blocks<__nv_bfloat16>(args, blocks, stream)

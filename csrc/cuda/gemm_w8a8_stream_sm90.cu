@@ -134,11 +134,19 @@ __global__ void __launch_bounds__(kThreads, S::kPerSm)
       __syncwarp();
       if (clustered) ptx::cluster_wait();
       if (lane == 0) {
-        for (int i = ahead; i < count; ++i) {
+        // The next kernel fills its stages where there is room, and memory is never idle. Where two CTAs share a
+        // multiprocessor, or copies of tokens come to as much as weights, it would take from what this one still needs.
+        const int early = S::kPerSm == 1 && S::kTokens <= 64 ? max(ahead, count / 2) : count;
+        int i = ahead;
+        for (; i < early; ++i) {
           wait_empty(i);
           load(i);
         }
         ptx::grid_launch_dependents();
+        for (; i < count; ++i) {
+          wait_empty(i);
+          load(i);
+        }
       }
     } else {
       const int slice = S::kTokens / c.share;  // tokens this CTA fetches, a lane for each box

@@ -1,4 +1,4 @@
-// 4-bit codes as pairs of 16-bit floats. Per word of eight codes (w4.h, kHalf) and register r of its fragment:
+// Codes as pairs of 16-bit floats. Of 4 bits: per word of eight (w4.h, kHalf) and register r of its fragment
 //
 //     (word >> 4r) & 0x000f000f | 0x43004300      two bf16 of 128 + q        (fp16: 0x6400, 1024 + q)
 //     - (128 + zero_point)                        exact: q - zero_point      (one packed subtraction)
@@ -67,6 +67,16 @@ __device__ __forceinline__ uint32_t pair_of(uint32_t word, int r, uint32_t facto
 __device__ __forceinline__ uint32_t pair_of(uint32_t word, int r, const uint32_t* book) {
   const uint32_t two = (word >> (4 * r)) & 0x000f000fu;
   return book[(two | two >> 12) & 0xffu];
+}
+
+// Two signed bytes. bf16: 0x43 over seven bits is 128 + their value, and 0x4380 is 256, so the sign bit chooses what is
+// subtracted. fp16: 0x64 over eight bits is 1024 + their value, here offset by 128. Exact.
+__device__ __forceinline__ uint32_t pair_of_bytes(__nv_bfloat16, uint32_t bytes) {
+  const uint32_t wide = __byte_perm(bytes, 0x43434343u, 0x4140);
+  return subtract(__nv_bfloat16(), wide & 0xff7fff7fu, wide & 0xff80ff80u);
+}
+__device__ __forceinline__ uint32_t pair_of_bytes(__half, uint32_t bytes) {
+  return subtract(__half(), __byte_perm(bytes ^ 0x8080u, 0x64646464u, 0x4140), 0x64806480u);
 }
 
 // Fills that table by `threads` threads of a block.

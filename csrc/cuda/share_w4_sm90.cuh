@@ -161,6 +161,11 @@ __device__ __forceinline__ void store_tile(const Job& job, int m0, int n0, const
   const Epilogue& e = job.e;
   const float low = e.bias && n < e.n ? __ldg(e.bias + n) : -0.0f;
   const float high = e.bias && n + 8 < e.n ? __ldg(e.bias + n + 8) : -0.0f;
+  [[maybe_unused]] float low_scale, high_scale;
+  if constexpr (S::kBits == 8) {
+    low_scale = n < e.n ? __ldg(e.weight_scale + n) : 0.0f;
+    high_scale = n + 8 < e.n ? __ldg(e.weight_scale + n + 8) : 0.0f;
+  }
   // All at once: each alone would take as long.
   [[maybe_unused]] float x_scale[S::kBytes ? kTokens / 8 : 1][2];
   if constexpr (S::kBytes) {
@@ -175,6 +180,7 @@ __device__ __forceinline__ void store_tile(const Job& job, int m0, int n0, const
     for (int c = 0; c < 4; ++c) {
       float y = total[4 * j + c];
       if constexpr (S::kBytes) y = __fmul_rn(y, x_scale[j][c & 1]);
+      if constexpr (S::kBits == 8) y = __fmul_rn(y, c < 2 ? low_scale : high_scale);
       v[c] = __fadd_rn(y, c < 2 ? low : high);
     }
   });

@@ -25,7 +25,9 @@ constexpr int kTileGroup = 16;  // token tiles walked before the next channels
 // kZeros_: zero points are read, where there are any, and scales may be of fp32. Else zero points are 8, and scales
 // fp16 unless there are minima or a codebook.
 // kPhases_: groups of warps that take the slabs of a tile in turns (gemm_w4_sm90.cuh).
-template <typename T_, int kTokens_, W4Kind kKind_, bool kZeros_, int kCluster_, int kPhases_>
+// kBits_: of a code. Bytes are multiplied by 16-bit activations; they lie in K slabs (w8a8.h), their scales are of
+// channels.
+template <typename T_, int kTokens_, W4Kind kKind_, bool kZeros_, int kCluster_, int kPhases_, int kBits_ = 4>
 struct Shape {
   using T = T_;
   static constexpr bool kBytes = std::is_same<T, int8_t>::value;
@@ -37,8 +39,11 @@ struct Shape {
   // By mma.sync: wgmma's products wait 90 cycles for one another, and few tokens hide nothing of it.
   static constexpr bool kFew = kTokens <= 16;
   // Room for one set of sums alone: they are of all of K, in units of the scale that they are multiplied by next.
-  static constexpr bool kWide = kTokens == 256;
+  static constexpr bool kWide = kTokens == 256 && kBits_ == 4;
   static_assert(!kWide || (!kBytes && !kMinimum), "a single sum of floats");
+  static constexpr int kBits = kBits_, kCodeBytes = kW4SlabK * kBits / 8;  // of a channel in a slab
+  static constexpr bool kOneSum = kBits == 8;  // the products of all of K add to the same sums, and that is all
+  static_assert(!kOneSum || !kBytes, "codes of 8 bits are multiplied as floats");
   static constexpr bool kPlain = kKind == W4Kind::kZeroPoint && !kZeros;
   // Integer products are 16 times the true ones (operands_w4a8.cuh).
   static constexpr bool kSixteenfold = kBytes && kPlain;
@@ -53,10 +58,13 @@ struct Shape {
   static constexpr int kPart = kTokens / kCluster;  // tokens that a CTA of the cluster fetches
   static_assert(kPart % 8 == 0, "whole swizzle atoms");
   static constexpr int kSteps = kRowBytes / 32;  // products of a slab
+  // Steps of half a slab whose 8-bit codes are read from shared memory half a slab ahead, as far as registers go (a
+  // tenth of the time of 32 to 128 tokens on an H200); a single token waits for memory alone.
+  static constexpr int kEarlySteps = kTokens == 8 || kTokens == 256 ? 0 : kSteps / 2;
   static constexpr int kFragments = kSteps / 2 * 4;  // registers of half a slab
   static constexpr int kValues = kTokens / 2;  // sums of a thread
   // Warps: what one lane computes and waits for between its copies would limit small tiles.
-  static constexpr int kProducers = kPhases >= 4 ? 4 : kWide ? 1 : 2;  // three stages are all that fit
+  static constexpr int kProducers = kPhases >= 4 ? 4 : kTokens == 256 ? 1 : 2;  // two or three stages fit
   // Few tokens leave registers for two CTAs, which hide each other's latency. With more, the producer's registers go to
   // the consumers, and it is a whole warpgroup since setmaxnreg works on those: 168 a thread at launch, or 96 beside
   // four warpgroups of consumers.
@@ -75,7 +83,7 @@ struct Shape {
   static constexpr int kParts = kPhases < kQuads ? kPhases : kQuads, kPartTokens = kTokens / kParts;
   // The warpgroups take turns to start a slab's products, lest they finish, and leave the tensor cores idle, together.
   // Bytes of 64 tokens are over too soon for it (2 % slower so on an H200).
-  static constexpr bool kTurns = kTokens >= (kBytes ? 128 : 64) && kPhases == 1;
+  static constexpr bool kTurns = kTokens >= (kBytes ? 128 : 64) && kPhases == 1 && !kOneSum;
   // An instruction with a register operand waits for the one before it, so products hold a warp up. Where sums of
   // integers take as long to add up, nothing comes between the products of a row: one warpgroup is in its products
   // while the other unpacks and adds.
@@ -93,10 +101,11 @@ struct Shape {
 };
 
 struct Job {
-  W4Weight weight;
+  W4Weight weight;  // of 8-bit codes: packed, n and k alone; their scales are the epilogue's
   Epilogue e;
   GroupRows groups;
-  int32_t slabs, blocks_n;
+  int64_t slab_bytes;  // from one slab of codes to the next
+  int32_t slabs;
   int32_t tiles_m, tiles_n, whole;  // tiles of a cluster; those done whole, the first ones
   int32_t clusters, run, longer;  // shared slabs of a cluster; the first `longer` have one more
   int32_t stages, packed_bytes;  // of a stage: codes, then rows of scales
@@ -125,7 +134,11 @@ template <typename S>
 struct Walk {
   int tile, unit;
   static __device__ __forceinline__ int cluster() { return static_cast<int>(blockIdx.x) / S::kCluster; }
-  static __device__ __forceinline__ int end(const Job& job) { return begin_of(job, cluster() + 1); }
+  static __device__ __forceinline__ int end(const Job& job) {
+    const int here =
+        S::kTokens == 256 && S::kOneSum ? ptx::block_x() / S::kCluster : cluster();  // no register to keep it in
+    return begin_of(job, here + 1);
+  }
   __device__ __forceinline__ explicit Walk(const Job& job) : tile(cluster()), unit(begin_of(job, cluster())) {}
   __device__ __forceinline__ int slabs(const Job& job) const {
     const int tiles = tile < job.whole ? (job.whole - tile - 1) / job.clusters + 1 : 0;
@@ -164,14 +177,15 @@ struct Thread {
   int lane, warp;  // warp of the channels
   int phase;
   int channel;  // of the tile: the first of its two, the other is 8 further
-  uint32_t codes;  // bytes from the stage's codes on to this thread's
+  uint32_t codes;  // bytes from the stage's codes on to this thread's; of 8 bits, see load_bytes
   uint32_t matrix;  // of few tokens: bytes from those of a stage on to the row that this thread names to ldmatrix
-  __device__ __forceinline__ Thread(int warps, bool phases)
+  __device__ __forceinline__ Thread(int warps, bool phases, int bits)
       : lane(static_cast<int>(ptx::keep(threadIdx.x & 31))),
         warp(static_cast<int>(ptx::uniform(threadIdx.x >> 5)) % warps),
         phase(phases ? static_cast<int>(ptx::uniform(threadIdx.x >> 5)) / warps : 0),
         channel(static_cast<int>(ptx::keep(warp * kW4Rows + (lane >> 2)))),
-        codes(ptx::keep(warp * kW4BlockBytes + lane * 16)),
+        codes(ptx::keep(bits == 4 ? warp * kW4BlockBytes + lane * 16
+                                  : channel * kSlabK + ((lane >> 2) << 4) + (lane & 3) * 2)),
         matrix(ptx::keep((lane & 7) * 128 + (((lane >> 3) ^ (lane & 7)) << 4))) {}
 };
 
@@ -198,7 +212,7 @@ __device__ __forceinline__ void unpack_half(const Job& job, const Thread& t, con
   for (int part = 0; part < 2; ++part) {  // 32 k
     uint32_t zero[2] = {S::kMinimum ? 0u : 8u, S::kMinimum ? 0u : 8u};  // of channels g and g + 8
     const uint8_t* row =
-        packed + S::kChannels * (kW4SlabK / 2) + ((2 * half + part) >> (2 - kShift)) * job.groups.row_bytes;
+        packed + S::kChannels * S::kCodeBytes + ((2 * half + part) >> (2 - kShift)) * job.groups.row_bytes;
     if (S::kZeros && job.weight.zero_point) {
       const uint8_t* zeros = row + S::kChannels * job.groups.value_bytes;
       zero[0] = zeros[t.channel], zero[1] = zeros[t.channel + 8];
@@ -254,6 +268,38 @@ __device__ __forceinline__ void unpack_half(const Job& job, const Thread& t, con
   }
 }
 
+// Two of this thread's 8-bit codes: those of register r of the fragment of step s of a slab. The 16 k of a step are one
+// chunk of a row, which the number of the row in its atom swizzles: the same for both rows, and added to the thread's
+// offset by XOR.
+__device__ __forceinline__ uint32_t load_bytes(const Thread& t, const uint8_t* packed, int s, int r) {
+  const uint8_t* at = packed + (t.codes ^ (s << 4)) + (r & 1) * kAtomRows * kSlabK + (r >> 1) * 8;
+  return *reinterpret_cast<const uint16_t*>(at);
+}
+// Of half a slab, those that are read early.
+template <typename S>
+using EarlyBytes = uint32_t[S::kEarlySteps > 0 ? S::kEarlySteps : 1][4];
+template <typename S>
+__device__ __forceinline__ void load_early(const Thread& t, const uint8_t* packed, int half, EarlyBytes<S>& codes) {
+#pragma unroll
+  for (int s = 0; s < S::kEarlySteps; ++s) {
+#pragma unroll
+    for (int r = 0; r < 4; ++r) codes[s][r] = load_bytes(t, packed, S::kSteps / 2 * half + s, r);
+  }
+}
+// All of it as fragments.
+template <typename S>
+__device__ __forceinline__ void unpack_bytes(const Thread& t, const uint8_t* packed, int half,
+                                             const EarlyBytes<S>& codes, uint32_t (&f)[S::kFragments]) {
+#pragma unroll
+  for (int s = 0; s < S::kSteps / 2; ++s) {
+#pragma unroll
+    for (int r = 0; r < 4; ++r) {
+      f[4 * s + r] = pair_of_bytes(
+          typename S::T(), s < S::kEarlySteps ? codes[s][r] : load_bytes(t, packed, S::kSteps / 2 * half + s, r));
+    }
+  }
+}
+
 // A register of ones as the activations' operand.
 template <typename T>
 struct OnesOf {
@@ -266,7 +312,7 @@ struct OnesOf<int8_t> {
 
 template <typename S>
 struct Sums {
-  typename S::Sum part[S::kWide ? 1 : S::kValues];  // since the last scale
+  typename S::Sum part[S::kWide || S::kOneSum ? 1 : S::kValues];  // since the last scale
   typename S::Sum odd[S::kFew ? S::kValues : 1];  // of every other step, of few tokens: two chains of products
   typename S::Sum tokens[S::kMinimum ? S::kValues : 1];  // of the activations alone
   float total[S::kValues];
@@ -287,10 +333,12 @@ __device__ __forceinline__ void multiply_few(const uint32_t* f, uint32_t tokens,
   constexpr uint32_t kOne = OnesOf<T>::kValue;
   const uint32_t ones[4] = {kOne, kOne, kOne, kOne};
   uint32_t b[S::kTokens / 8][4];  // of two steps
+  typename S::Sum* even = sums.part;
+  if constexpr (S::kOneSum) even = sums.total;
 #pragma unroll
   for (int step = kFirst; step < kFirst + kCount; ++step) {
     const int of_row = step % kPerRow, pair = step / 2;
-    if (of_row == 0 && !(S::kBytes && !fresh)) {
+    if (of_row == 0 && !S::kOneSum && !(S::kBytes && !fresh)) {
 #pragma unroll
       for (int i = 0; i < S::kValues; ++i) sums.part[i] = 0;
       if constexpr (S::kMinimum) {
@@ -298,7 +346,7 @@ __device__ __forceinline__ void multiply_few(const uint32_t* f, uint32_t tokens,
         for (int i = 0; i < S::kValues; ++i) sums.tokens[i] = 0;
       }
     }
-    if (of_row == 1) {
+    if (of_row == 1 && !S::kOneSum) {
 #pragma unroll
       for (int i = 0; i < S::kValues; ++i) sums.odd[i] = 0;
     }
@@ -309,10 +357,10 @@ __device__ __forceinline__ void multiply_few(const uint32_t* f, uint32_t tokens,
       if (step == kFirst || step % 2 == 0) {
         ptx::ldmatrix_x4(b[j], (tokens ^ (pair % 2 * 64)) + pair / 2 * S::kTokens * 128 + j * 1024);
       }
-      multiply_few(T(), (of_row % 2 ? sums.odd : sums.part) + 4 * j, a, b[j] + step % 2 * 2);
+      multiply_few(T(), (of_row % 2 ? sums.odd : even) + 4 * j, a, b[j] + step % 2 * 2);
       if constexpr (S::kMinimum) multiply_few(T(), sums.tokens + 4 * j, ones, b[j] + step % 2 * 2);
     }
-    if (kPerRow > 1 && of_row == kPerRow - 1) {
+    if (kPerRow > 1 && of_row == kPerRow - 1 && !S::kOneSum) {
 #pragma unroll
       for (int i = 0; i < S::kValues; ++i) sums.part[i] += sums.odd[i];
     }
@@ -320,7 +368,7 @@ __device__ __forceinline__ void multiply_few(const uint32_t* f, uint32_t tokens,
 }
 
 // Starts the products of k-steps kFirst ... kFirst + kCount - 1 of a slab, whose fragments are f. Sums begin anew with
-// each row of scales, of kPerRow steps, but integers only if `fresh`; wide ones only with a `fresh` slab.
+// each row of scales, of kPerRow steps, but integers only if `fresh`; those of all of K only with a `fresh` slab.
 template <typename S, int kFirst, int kCount, int kPerRow>
 __device__ __forceinline__ void multiply(const uint32_t* f, uint32_t tokens, bool fresh, Sums<S>& sums) {
   if constexpr (S::kFew) return multiply_few<S, kFirst, kCount, kPerRow>(f, tokens, fresh, sums);
@@ -331,7 +379,7 @@ __device__ __forceinline__ void multiply(const uint32_t* f, uint32_t tokens, boo
   for (int s = 0; s < kCount; ++s) {
     const int step = kFirst + s;
     const uint64_t b = ptx::wgmma_descriptor(tokens + step / 4 * S::kTokens * 128) + 2 * (step % 4);
-    if constexpr (S::kWide) {
+    if constexpr (S::kWide || S::kOneSum) {
       WgmmaRegisters<typename S::T, S::kTokens>::run(sums.total, f + 4 * s, b, step > 0 || !fresh);
     } else {
       const int accumulate = step % kPerRow != 0 || (S::kBytes && !fresh);

@@ -4,6 +4,7 @@
 
 #include <cuda_runtime.h>
 
+#include "w4.h"
 #include "w8a8.h"
 
 namespace qk::cuda {
@@ -20,11 +21,21 @@ struct GemmW8A16Args {
   void* y;
   DType y_dtype;
   int64_t y_stride;
+  int32_t* counters;  // as W4Plan says
+  float* partials;
 };
 
-// `blocks` of 16 channels per CTA: 1 or 2.
-int32_t select_w8a16(int64_t m, int64_t n, int sms);
-void gemm_w8a16(const GemmW8A16Args& args, int32_t blocks, cudaStream_t stream);
+// The instances of kWgmma.
+constexpr bool w8a16_has_tile(int tokens, int phases) {
+  if ((tokens == 8 && phases == 4) || (tokens == 128 && phases == 2)) return false;
+  return w4_has_tile(false, W4Kind::kZeroPoint, tokens, phases);
+}
+
+// Plans as those of 4-bit weights. kMma: `phases` is the blocks of 16 channels of a CTA, 1 or 2.
+W4Plan plan_w8a16(int64_t m, int64_t n, int64_t k, int capability, int sms);
+void gemm_w8a16(const GemmW8A16Args& args, const W4Plan& plan, bool dependent, cudaStream_t stream);
+void gemm_w8a16_mma(const GemmW8A16Args& args, int32_t blocks, cudaStream_t stream);
+void gemm_w8a16_sm90(const GemmW8A16Args& args, const W4Plan& plan, bool dependent, cudaStream_t stream);
 
 // out [count, K] = round(scale[row] * table[row, :]), row = ids[i], or first + i where ids is nullptr. Ids outside the
 // table stop the kernel with an assertion, as torch's own lookups do.

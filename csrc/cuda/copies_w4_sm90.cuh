@@ -1,0 +1,68 @@
+// What producers of gemm_w4_sm90.cuh do: a tile's codes and group values on their way to a ring of stages.
+#pragma once
+
+#include "tile_w4_sm90.cuh"
+
+namespace qk::cuda {
+namespace {
+
+// Where the producer finds a tile's codes and group values: worked out once for each run of slabs, since one lane
+// starts all copies of a CTA, and what it computes for each delays them.
+template <typename S>
+struct PackedSource {
+  const uint8_t *codes, *scale, *second;  // of the next slab; of group 0; minima or zero points, or nullptr
+  int64_t step;  // bytes from one slab's codes to those of this producer's next one
+  uint32_t channels;  // of the tile that are stored; the others keep what the stage held, and what they give is dropped
+  uint32_t bytes;  // of a slab and its tokens
+
+  __device__ __forceinline__ PackedSource(const Job& job, int channel0, int slab) {
+    const W4Weight& w = job.weight;
+    const GroupRows& r = job.groups;
+    channels = static_cast<uint32_t>(max(0, min(S::kChannels, r.width - channel0)));
+    step = job.slab_bytes * S::kProducers;
+    codes = w.packed + slab * job.slab_bytes + int64_t(channel0) * S::kCodeBytes;
+    scale = static_cast<const uint8_t*>(w.scale) + int64_t(channel0) * r.value_bytes;
+    second = S::kMinimum                 ? static_cast<const uint8_t*>(w.minimum) + int64_t(channel0) * r.value_bytes
+             : S::kZeros && w.zero_point ? w.zero_point + channel0
+                                         : nullptr;
+    const uint32_t row_bytes = r.value_bytes + (second ? second_bytes(r) : 0);
+    bytes = job.box_rows * S::kCluster * S::kRowBytes +
+            channels * (S::kCodeBytes + (S::kBits == 4 ? row_bytes << r.row_shift : 0));
+  }
+  static __device__ __forceinline__ uint32_t second_bytes(const GroupRows& r) {
+    return S::kMinimum ? r.value_bytes : 1;
+  }
+
+  // Starts the copies of the next slab, which is `slab`, but for its tokens; `bar` expects those as well.
+  __device__ __forceinline__ void load(const Job& job, int slab, uint32_t target, uint32_t bar, uint64_t policy) {
+    ptx::mbarrier_arrive_expect_tx(bar, bytes);
+    if (channels == 0) return;
+    ptx::bulk_load(target, codes, channels * S::kCodeBytes, bar, policy);
+    codes += step;
+    if constexpr (S::kBits == 8) return;
+    const GroupRows& r = job.groups;
+    uint32_t row = target + S::kChannels * S::kCodeBytes;
+    int k = slab * kW4SlabK;
+#pragma unroll 1
+    for (int p = 0; p < 1 << r.row_shift; ++p, row += r.row_bytes, k += kW4SlabK >> r.row_shift) {
+      const uint32_t at = group_of(r, min(k, job.weight.k - 1)) * static_cast<uint32_t>(r.pitch);
+      ptx::bulk_load(row, scale + at * r.value_bytes, channels * r.value_bytes, bar, ptx::kEvictNormal);
+      if ((S::kMinimum || S::kZeros) && second) {
+        ptx::bulk_load(row + S::kChannels * r.value_bytes, second + at * second_bytes(r), channels * second_bytes(r),
+                       bar, ptx::kEvictNormal);
+      }
+    }
+  }
+};
+
+// The place in the ring of stages.
+struct Ring {
+  int stage = 0;
+  uint32_t parity = 0;
+  __device__ __forceinline__ void advance(int stages, int by = 1) {
+    if ((stage += by) >= stages) stage -= stages, parity ^= 1;
+  }
+};
+
+}  // namespace
+}  // namespace qk::cuda
