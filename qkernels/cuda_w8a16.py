@@ -251,9 +251,7 @@ class PreparedCudaW8A16(PackedLayer):
                 and packed.data_ptr() % 16 == 0
             ):
                 bias, smooth = tensors.get("bias"), tensors.get("inv_smooth")
-                y = linear_w8a16(
-                    x, packed, tensors["packed_scale"], bias, smooth, features, x.dtype, dependent=True
-                )
+                y = linear_w8a16(x, packed, tensors["packed_scale"], bias, smooth, features, x.dtype, dependent=True)
                 return self.finished(y)
         return self.around(x)
 
