@@ -66,6 +66,9 @@ BLOCK_BYTES = 1024
 ORDERS = {None: 0, 8: 1}
 """``W4Order`` of ``csrc/cuda/w4.h``, by the bits of activations."""
 
+_BOOK_BYTES = 64
+"""From the entries of a codebook to each of their terms (:func:`qkernels.packed.codebook_tensor`)."""
+
 Weight = tuple[int, ...]
 """Addresses of packed, scale, zero point, minimum and codebook; scale dtype code; order; N, K, group; blocks from slab
 to slab."""
@@ -308,7 +311,16 @@ def linear_w4a16(
         return _by_slices(flat.contiguous(), weight, bias, out_dtype).view(shape)
     if flat.dtype != torch.float32:
         return gemm_w4a16(flat, weight, bias, out_dtype, dependent=dependent).view(shape)
-    product = functools.partial(gemm_w4a16, weight=weight, bias=None, out_dtype=torch.float32, dependent=dependent)
+
+    def product(terms: Tensor) -> Tensor:
+        # A codebook's entries go in as terms too: the kernel would round them to the dtype of its inputs.
+        books = [weight[4] + i * _BOOK_BYTES for i in (1, 2, 3)] if weight[4] else [0]
+        y = [
+            gemm_w4a16(terms, (*weight[:4], book, *weight[5:]), None, torch.float32, dependent=dependent)
+            for book in books
+        ]
+        return y[0] if len(y) == 1 else (y[2] + y[1]) + y[0]
+
     return by_terms(flat, product, bias, out_dtype).view(shape)
 
 

@@ -10,6 +10,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from .cuda_slices import split_float32
 from .prepared import Prepared
 from .scheme import Scheme
 
@@ -47,8 +48,10 @@ def check_resident(
 
 @functools.cache
 def codebook_tensor(entries: tuple[float, ...], device: torch.device) -> Tensor:
-    """Float32 ``[16]``, kept for good: kernels borrow its address."""
-    return torch.tensor(entries, dtype=torch.float32).to(device)
+    """Float32 ``[4, 16]``, kept for good, since kernels borrow its address: the entries, and three terms of bfloat16
+    values each that add up to them (:func:`qkernels.cuda_slices.split_float32`)."""
+    book = torch.tensor(entries, dtype=torch.float32)[None]
+    return torch.cat((book, split_float32(book).to(torch.float32))).to(device)
 
 
 class PackedLayer(Prepared):

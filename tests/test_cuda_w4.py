@@ -7,8 +7,8 @@ times x in float64.  With u = 2**-24, per output:
 
 (each of K products and additions rounds once, in any order; sums that go from the units of a group's scale to those of
 the next, every 32 k at most, are off by less than 16 u each time; 64 covers scales, offsets, the bias and the split of
-fp32 inputs), plus half a step of what is rounded to 16 bits: a codebook's entries, in products of many rows the weight
-and the bias, and at the end the output.
+fp32 inputs), plus half a step of what is rounded to 16 bits: a codebook's entries under 16-bit inputs, in products of
+many rows the weight and the bias, and at the end the output.
 """
 
 from __future__ import annotations
@@ -53,13 +53,12 @@ def assert_close(
     expected = wide @ weight.T
     reach = wide.abs() @ (8 * scale.abs() + weight.abs()).double().T
     bound = (2.5 * k + 64) * 2.0**-24 * reach
-    narrow = torch.bfloat16 if x.dtype == torch.float32 or "inv_smooth" in at else x.dtype
     terms = 3 if x.dtype == torch.float32 or "inv_smooth" in at else 1
     minima = scheme.weight_zero == "float"
     most = cuda_w4.fused_rows(torch.cuda.current_device(), minima=minima)
     fused = fused and terms * x.shape[0] <= most
-    if scheme.codebook is not None and fused:
-        bound = bound + STEP[narrow] * (wide.abs() @ weight.abs().T)
+    if scheme.codebook is not None and fused and terms == 1:
+        bound = bound + STEP[x.dtype] * (wide.abs() @ weight.abs().T)
     if not fused:
         bound = bound + STEP[torch.float32 if "inv_smooth" in at else x.dtype] * (wide.abs() @ weight.abs().T)
         bound = bound + STEP[x.dtype] * (expected.abs() + at["bias"].abs() if "bias" in at else expected.abs())

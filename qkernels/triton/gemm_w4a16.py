@@ -6,7 +6,7 @@ A program owns BLOCK_M tokens x BLOCK_N channels, computes their product transpo
 that lie in one group.  Transposed, the weight is the operand that the tensor cores take from registers (wgmma on
 compute capability 9.0), where its codes are unpacked, while ``x`` goes from memory to shared memory and into the
 product as it is.  Codes less their zero point are exact in the dtype of ``x``; a block's sum is multiplied by its scale
-in float32.  Only a codebook's entries are rounded, to that dtype.
+in float32.  Only a codebook's entries are rounded, to that dtype, where inputs are of 16 bits.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..cuda_slices import by_slices, by_terms
+from ..cuda_slices import by_slices, by_terms, split_float32
 from .dequantize import dequantize_w4
 from .group_sums import group_sums
 from .raster import grouped_tile
@@ -212,11 +212,18 @@ def gemm_w4a16(
             group_size=group_size,
             weight_zero_point=weight_zero_point,
             weight_min=weight_min,
-            codebook=codebook,
             out_dtype=torch.float32,
             tile=tile,
         )
-        return by_terms(x, product, bias, out_dtype)
+        if codebook is None:
+            return by_terms(x, product, bias, out_dtype)
+        books = split_float32(codebook[None]).to(torch.float32)  # else its entries would be rounded to bfloat16
+
+        def over_books(terms: Tensor) -> Tensor:
+            high, middle, low = (product(terms, codebook=book) for book in books)
+            return (low + middle) + high
+
+        return by_terms(x, over_books, bias, out_dtype)
     x = short_rows(x)
     # Outputs of another dtype, the sums of terms of float32 inputs among them, must not be rounded to that of x.
     if tile is None and rows >= SLICED_ROWS and features and x.dtype == out_dtype != torch.float32:

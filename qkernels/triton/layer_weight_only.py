@@ -97,7 +97,7 @@ def _linear(
             group_size=scheme.resolve_group_size(features),
             weight_zero_point=None if zero_point is None else zero_point.contiguous(),
             weight_min=None if low is None else low.contiguous(),
-            codebook=None if scheme.codebook is None else codebook_tensor(scheme.codebook, x.device),
+            codebook=None if scheme.codebook is None else codebook_tensor(scheme.codebook, x.device)[0],
             out_dtype=dtype,
         )
     return y.view(*x.shape[:-1], weight.shape[0])
