@@ -25,6 +25,7 @@ from .cuda import _address, _cuda, _on, _stream, capability, settle
 from .cuda_slices import aligned_rows, by_slices, by_terms
 from .cuda_w4 import Plan, workspace
 from .eager import is_plain
+from .joint import Joinable, Rows
 from .packed import PackedLayer, check_resident
 from .prepared import effective_weight, scheme_from_key
 from .scheme import Scheme
@@ -66,7 +67,8 @@ def gather_w8(
     """Rows of an 8-bit table as floats: ``out[i] = scale[row] * table[row]``, ``row = ids[i]`` or ``first + i``.
 
     Args:
-        table: int8, packed by :func:`qkernels.cuda.pack_w8` or, with ``packed=False``, ``[N, K]`` contiguous.
+        table: int8, packed by :func:`qkernels.cuda.pack_w8` (among others too, see :func:`qkernels.cuda.slab_rows`) or,
+            with ``packed=False``, ``[N, K]`` contiguous.
         scale: float32 ``[N]``.
         out: contiguous, ``ids.numel()`` rows (or any number of them) of ``features`` values; returned.
         ids: int32 or int64, contiguous.  One outside the table stops the kernel with an assertion, as torch's own
@@ -77,6 +79,7 @@ def gather_w8(
         _cuda.gather_w8(
             table.data_ptr(),
             packed,
+            cuda.slab_rows(table, scale.numel()) if packed else 0,
             scale.data_ptr(),
             scale.numel(),
             features,
@@ -137,6 +140,7 @@ def gemm_w8a16(
             rows,
             x.stride(0),
             packed.data_ptr(),
+            cuda.slab_rows(packed, channels),
             scale.data_ptr(),
             _address(bias),
             channels,
@@ -203,8 +207,10 @@ def linear_w8a16(
 # -- layers -----------------------------------------------------------------------------------------------------------
 
 
-class PreparedCudaW8A16(PackedLayer):
+class PreparedCudaW8A16(Joinable, PackedLayer):
     """8-bit weights per output channel under floating-point activations on a GPU, by the CUDA kernels."""
+
+    granule = cuda.ATOM_ROWS
 
     @classmethod
     def objection(cls, scheme: Scheme, in_features: int, out_features: int, device: torch.device) -> str:
@@ -259,12 +265,21 @@ class PreparedCudaW8A16(PackedLayer):
         """Wait for the copies."""
         settle(self.device)
 
+    def rows_of(self, name: str, tensor: Tensor) -> Rows | None:
+        """See :class:`qkernels.joint.Joinable`."""
+        if name == "packed":
+            return Rows(tensor.reshape(-(-self.in_features // cuda.SLAB_K), -1, cuda.SLAB_K), 1)
+        return Rows(tensor, 0) if name in ("packed_scale", "bias") else None
+
     def load(self, canonical: Mapping[str, Tensor]) -> None:
         """Packs into the resident memory."""
         with torch.no_grad():
             for name, tensor in canonical.items():
                 if name == "weight":
-                    cuda.pack_w8(tensor.detach().to(self.device).contiguous(), self.tensors["packed"])
+                    weight, own = tensor.detach().to(self.device).contiguous(), self.tensors["packed"]
+                    packed, _ = cuda.pack_w8(weight, own if own.is_contiguous() else None)
+                    if packed is not own:
+                        own.copy_(packed.view(own.shape))
                 else:
                     self.tensors["packed_scale" if name == "weight_scale" else name].copy_(tensor)
         settle(self.device)

@@ -355,8 +355,9 @@ class _Family:
 
 def _groupable(prepared: Prepared) -> bool:
     """Whether layers of a kind run as one: here, or once they are on a GPU."""
-    four_bits = isinstance(prepared, PreparedPacked) and prepared.scheme.weight_bits == 4
-    return four_bits or type(prepared) is PreparedW8A8 or isinstance(prepared, Joinable)
+    scheme, packed = prepared.scheme, isinstance(prepared, PreparedPacked)
+    joined_there = packed and (scheme.weight_bits == 4 or scheme.weight_granularity == "per_channel")
+    return joined_there or type(prepared) is PreparedW8A8 or isinstance(prepared, Joinable)
 
 
 def _replaceable(kind: type) -> bool:

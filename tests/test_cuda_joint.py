@@ -11,13 +11,15 @@ import pytest
 import torch
 from helpers import assert_bits_equal, seeded
 from test_cuda_w4 import assert_close
+from test_cuda_w8a16 import assert_close as assert_close_w8
 from torch import nn
 from toys import Block, K, close
 
 import qkernels as qk
-from qkernels import cuda, cuda_w4, ops
+from qkernels import cuda, cuda_w4, cuda_w8a16, ops
 from qkernels.cuda_w4_layer import PreparedCudaW4
 from qkernels.cuda_w8a8 import PreparedCudaW8A8
+from qkernels.cuda_w8a16 import PreparedCudaW8A16
 from qkernels.joint import join, separate
 from qkernels.nn import QuantLinear
 
@@ -36,6 +38,7 @@ SCHEMES = {
     "w4a8 minimum": W4A8.replace(weight_symmetric=False, weight_zero="float"),
     "w4a16": W4A16,
     "w4a16 zero points": W4A16.replace(weight_symmetric=False, group_size=32),
+    "w8a16": qk.Scheme.from_preset("w8a16"),
 }
 ROWS = (1, 5, 8, 16, 17, 33, 64, 65, 150, 330)
 
@@ -92,20 +95,20 @@ def test_slabs_of_a_joined_weight_are_told_apart() -> None:
     assert cuda_w4.blocks_of(packed[:, 2:6].flatten(), scale.flatten(), 51) == 4
 
 
-@pytest.mark.parametrize("kind", [PreparedCudaW8A8, PreparedCudaW4])
+@pytest.mark.parametrize("kind", [PreparedCudaW8A8, PreparedCudaW4, PreparedCudaW8A16])
 def test_layers_join_by_rows(kind: type, monkeypatch: pytest.MonkeyPatch) -> None:
     """The layout of the CUDA layers, by torch alone: packed bytes that stand for themselves."""
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    scheme, features, sizes = (qk.Scheme() if kind is PreparedCudaW8A8 else W4A8), 300, (48, 16, 37)
+    scheme, features, sizes = (W4A8 if kind is PreparedCudaW4 else qk.Scheme()), 300, (48, 16, 37)
     layers = []
     for rows in sizes:
-        step, row = (cuda.ATOM_ROWS, 128) if kind is PreparedCudaW8A8 else (cuda_w4.BLOCK_ROWS, 64)
+        step, row = (cuda_w4.BLOCK_ROWS, 64) if kind is PreparedCudaW4 else (cuda.ATOM_ROWS, 128)
         wide = -(-rows // step) * step
         tensors = {"packed": torch.randint(0, 100, (3 * wide * row,), dtype=torch.int8), "bias": torch.rand(rows)}
         if kind is PreparedCudaW8A8:
             tensors |= {"colsum": torch.randint(0, 9, (rows,)), "weight_scale": torch.rand(rows)}
         else:
-            tensors |= {"packed_scale": torch.rand(3 * wide)}
+            tensors |= {"packed_scale": torch.rand(3 * wide if kind is PreparedCudaW4 else rows)}
         layers.append(kind(tensors, scheme, features, rows))
     before = [{name: tensor.clone() for name, tensor in layer.tensors.items()} for layer in layers]
     joint = join(layers)
@@ -115,7 +118,7 @@ def test_layers_join_by_rows(kind: type, monkeypatch: pytest.MonkeyPatch) -> Non
         for name, tensor in layer.tensors.items():
             assert torch.equal(tensor.flatten(), old[name]), name
             assert tensor.untyped_storage().data_ptr() == joint.whole.tensors[name].untyped_storage().data_ptr()
-    if kind is PreparedCudaW8A8:
+    if kind is not PreparedCudaW4:
         for rows, layer in zip((48, 16, 37, 101), (*layers, joint.whole), strict=True):
             assert cuda.slab_rows(layer.tensors["packed"], rows) == 104
     else:
@@ -153,7 +156,10 @@ class TestJoint:
             for layer in (model.q, model.k, model.v):
                 part = y[:, first : first + layer.out_features]
                 tensors = {name: tensor.cpu() for name, tensor in layer.canonical().items()}
-                assert_close(part, x.cpu(), tensors, scheme, k)
+                if scheme.weight_bits == 8:
+                    assert_close_w8(part, x.cpu(), tensors)
+                else:
+                    assert_close(part, x.cpu(), tensors, scheme, k)
                 first += layer.out_features
 
     @pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
@@ -176,7 +182,7 @@ class TestJoint:
 
     @pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
     def test_every_kernel_of_w8a8_reads_a_weight_among_others(self, scheme: qk.Scheme) -> None:
-        if scheme.weight_bits != 8:
+        if scheme.weight_bits != 8 or scheme.weight_only:
             pytest.skip("test_every_tile_of_w4a8 and the numbers of rows above")
         model, alone = pair((272, 144, 203), 1000, scheme)
         configs = [(0, 16, 1, 1, 0, 0), (0, 64, 1, 1, 0, 0), (0, 128, 1, 1, 0, 0)]
@@ -262,7 +268,7 @@ class TestJoint:
                     assert tensor.untyped_storage().nbytes() == tensor.nbytes
             assert_bits_equal(back(x), alone(x))
 
-    @pytest.mark.parametrize("scheme", ["w8a8", "w4a8", "w4a16"])
+    @pytest.mark.parametrize("scheme", ["w8a8", "w4a8", "w4a16", "w8a16"])
     def test_converted_on_the_cpu_joined_on_the_gpu(self, scheme: str) -> None:
         torch.manual_seed(0)
         model = Attention((48, 16, 130), 256).eval()
@@ -273,11 +279,11 @@ class TestJoint:
         model.to(torch.bfloat16)
         assert model.q._group[0].joined
 
-    @pytest.mark.parametrize("scheme", ["w8a8", "w4a8", "w4a16"])
+    @pytest.mark.parametrize("scheme", ["w8a8", "w4a8", "w4a16", "w8a16"])
     def test_one_launch_for_all(self, scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
         """Counted at the module; a graph, streams, and a compiled model."""
         model, alone = pair((48, 16, 130), 256, qk.Scheme.from_preset(scheme))
-        module = cuda if scheme == "w8a8" else cuda_w4
+        module = {"w8a8": cuda, "w8a16": cuda_w8a16}.get(scheme, cuda_w4)
         counted = Counted(module._cuda)
         x = seeded(7, 256).to("cuda", torch.bfloat16)
         with torch.inference_mode():
@@ -305,7 +311,7 @@ class TestJoint:
                 assert_bits_equal(result, wanted)
         with torch.no_grad():
             compiled = torch.compile(model, fullgraph=True)(x)
-            if scheme == "w4a16":
+            if scheme in ("w4a16", "w8a16"):
                 assert close(compiled.float(), alone(x).float())
             else:
                 assert_bits_equal(compiled, alone(x))
@@ -323,7 +329,7 @@ class TestJoint:
                 assert k.untyped_storage().data_ptr() != q.untyped_storage().data_ptr()
                 assert_bits_equal(k, wanted)
 
-    @pytest.mark.parametrize("scheme", ["w8a8", "w4a8", "w4a16"])
+    @pytest.mark.parametrize("scheme", ["w8a8", "w4a8", "w4a16", "w8a16"])
     def test_a_block_with_norms_and_gates(self, scheme: str) -> None:
         torch.manual_seed(0)
         model = nn.Sequential(Block(), Block()).eval()

@@ -19,15 +19,16 @@ constexpr int kChunk = 16;  // codes of a thread
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads) gather_kernel(GatherW8Args a, bool aligned) {
-  const int64_t chunks = (int64_t(a.k) + kChunk - 1) / kChunk, total = a.count * chunks, rows = packed_rows(a.n);
+  const int64_t chunks = (int64_t(a.k) + kChunk - 1) / kChunk, total = a.count * chunks;
   for (int64_t at = int64_t(blockIdx.x) * kThreads + threadIdx.x; at < total; at += int64_t(gridDim.x) * kThreads) {
     const int64_t i = at / chunks;
     const int c = static_cast<int>(at % chunks), k = c * kChunk;
     int64_t row = a.first + i;
     if (a.ids) row = a.wide_ids ? static_cast<const int64_t*>(a.ids)[i] : static_cast<const int32_t*>(a.ids)[i];
     assert(row >= 0 && row < a.n && "embedding: id outside the table");
-    const int8_t* source = a.packed ? a.table + (int64_t(c >> 3) * rows + row) * kSlabK + (((c & 7) ^ (row & 7)) << 4)
-                                    : a.table + row * a.k + k;
+    const int8_t* source = a.packed
+                               ? a.table + (int64_t(c >> 3) * a.slab_rows + row) * kSlabK + (((c & 7) ^ (row & 7)) << 4)
+                               : a.table + row * a.k + k;
     const float scale = __ldg(a.scale + row);
     T* to = static_cast<T*>(a.out) + i * a.k + k;
     union {

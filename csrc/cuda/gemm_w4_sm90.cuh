@@ -424,7 +424,6 @@ void run_shape(Job job, const void* x, int64_t x_stride, const W4Plan& plan, boo
   job.run = static_cast<int32_t>(units / job.clusters), job.longer = static_cast<int32_t>(units % job.clusters);
   if constexpr (S::kBits == 8) {
     job.groups.width = static_cast<int32_t>(packed_rows(w.n));
-    job.slab_bytes = packed_rows(w.n) * kSlabK;
     job.packed_bytes = S::kChannels * kSlabK;
   } else {
     job.groups = make_group_rows(w, S::kChannels);

@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks == 1 ? 2 : 1) gemm_w8a16_ker
   float acc[kBlocks][kTokenBlocks][4] = {};
 
   const int8_t* base = a.packed + (int64_t(n0) + g) * kSlabK;
-  const int64_t slab_bytes = int64_t(rows) * kSlabK;
+  const int64_t slab_bytes = a.slab_rows * kSlabK;
   const auto fetch = [&](Weights(&w)[kBlocks], int slab) {
 #pragma unroll
     for (int i = 0; i < kBlocks; ++i) {

@@ -42,6 +42,7 @@ void gemm_w8a16_sm90(const GemmW8A16Args& args, const W4Plan& plan, bool depende
   Job job = {};
   job.weight.packed = reinterpret_cast<const uint8_t*>(args.packed);
   job.weight.n = args.n, job.weight.k = args.k;
+  job.slab_bytes = args.slab_rows * kSlabK;
   job.e = make_store(args.y, args.y_dtype, args.y_stride, args.m, args.n);
   job.e.weight_scale = args.weight_scale, job.e.bias = args.bias;
   job.counters = args.counters, job.partials = args.partials;

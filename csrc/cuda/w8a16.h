@@ -15,6 +15,7 @@ struct GemmW8A16Args {
   DType x_dtype;  // kBF16 or kF16
   int64_t x_stride;  // elements between rows, a multiple of 8; x is 16-byte aligned
   const int8_t* packed;  // K slabs, 128-byte aligned
+  int64_t slab_rows;  // from one slab to the next: packed_rows(n), or more
   const float* weight_scale;  // [N]
   const float* bias;  // [N] or nullptr
   int32_t m, n, k;
@@ -42,6 +43,7 @@ void gemm_w8a16_sm90(const GemmW8A16Args& args, const W4Plan& plan, bool depende
 struct GatherW8Args {
   const int8_t* table;
   bool packed;  // K slabs, 128-byte aligned; else [N, K] as it is
+  int64_t slab_rows;  // of K slabs: as above
   const float* scale;  // [N]
   int32_t n, k;
   const void* ids;  // int32 or int64 [count], or nullptr
