@@ -45,7 +45,7 @@ inline __m256i broadcast4(const uint8_t* p) {
 struct Avx2 : YmmVerbs {
   static constexpr const char* kIsa = "avx2";
   static constexpr int kTileM = 4, kTileN = 16, kOffset = 0, kSliceK = 512;
-  static constexpr int kDepthAlign = 8, kMaxBlockTiles = 16, kDirectRows = 1, kDirectTiles = 1;
+  static constexpr int kDepthAlign = 8, kMaxBlockTiles = 16, kDirectRows = 2, kDirectTiles = 1;
   static constexpr bool kFusesGroups = true, kPrefetchesSlices = false, kFinishesTiles = false, kWidens = true;
   static constexpr int64_t kBlockBytes = 384 << 10, kWideBlockBytes = 1536 << 10;
   static constexpr int kWideTileM = 4, kWideSliceK = 512, kWideBlockTiles = 32;
@@ -399,8 +399,7 @@ struct Avx2 : YmmVerbs {
     }
   }
 
-  QK_NOINLINE static void tile4_direct(int /*rows: 1*/, const uint8_t* a, int64_t /*lda*/, const uint8_t* packed,
-                                       int64_t lines, int32_t* c) {
+  QK_NOINLINE static void direct_one(const uint8_t* a, const uint8_t* packed, int64_t lines, int32_t* c) {
     const __m256i nibble = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1), zero = _mm256_setzero_si256();
     __builtin_memset(c, 0, sizeof(int32_t) * kBlockN);
     for (int64_t l = 0; l < lines;) {
@@ -433,6 +432,50 @@ struct Avx2 : YmmVerbs {
       widen(48, c6);
       widen(56, c7);
     }
+  }
+
+  // Two rows, 16 columns at a time: a group's lines stay in L1 meanwhile. From three rows on a panel is as fast.
+  QK_NOINLINE static void direct_two(const uint8_t* a, int64_t lda, const uint8_t* packed, int64_t lines, int32_t* c) {
+    const __m256i nibble = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
+    __builtin_memset(c, 0, sizeof(int32_t) * 2 * kBlockN);
+    for (int j = 0; j < kBlockN; j += kTileN) {
+      const uint8_t *x = a, *w = packed + j * kPackK;
+      for (int64_t l = 0; l < lines; l += kCodeSteps / 2) {
+        const uint8_t* end = w + (lines - l < kCodeSteps / 2 ? lines - l : kCodeSteps / 2) * kBlockN * kPackK;
+        __m256i c00, c01, c10, c11;
+        c00 = c01 = c10 = c11 = _mm256_setzero_si256();
+        for (; w < end; w += kBlockN * kPackK, x += 2 * kPackK) {
+          __builtin_prefetch(w + kRowAhead);
+          const __m256i w0 = _mm256_load_si256(reinterpret_cast<const __m256i*>(w)),
+                        w1 = _mm256_load_si256(reinterpret_cast<const __m256i*>(w + 32));
+          const __m256i low0 = _mm256_and_si256(w0, nibble), low1 = _mm256_and_si256(w1, nibble),
+                        high0 = _mm256_and_si256(_mm256_srli_epi16(w0, 4), nibble),
+                        high1 = _mm256_and_si256(_mm256_srli_epi16(w1, 4), nibble);
+          const auto row = [&](const uint8_t* xr, __m256i& x0, __m256i& x1) __attribute__((always_inline)) {
+            const __m256i v = broadcast4(xr), u = broadcast4(xr + kPackK);
+            x0 = _mm256_add_epi16(x0, _mm256_maddubs_epi16(low0, v));
+            x1 = _mm256_add_epi16(x1, _mm256_maddubs_epi16(low1, v));
+            x0 = _mm256_add_epi16(x0, _mm256_maddubs_epi16(high0, u));
+            x1 = _mm256_add_epi16(x1, _mm256_maddubs_epi16(high1, u));
+          };
+          row(x, c00, c01);
+          row(x + lda, c10, c11);
+        }
+        const auto widen = [&](int r, __m256i x0, __m256i x1) __attribute__((always_inline)) {
+          int32_t* sum = c + r * kBlockN + j;
+          store_i(sum, add_i(load_i(sum), _mm256_madd_epi16(x0, ones)));
+          store_i(sum + 8, add_i(load_i(sum + 8), _mm256_madd_epi16(x1, ones)));
+        };
+        widen(0, c00, c01);
+        widen(1, c10, c11);
+      }
+    }
+  }
+  static void tile4_direct(int rows, const uint8_t* a, int64_t lda, const uint8_t* packed, int64_t lines, int32_t* c) {
+    if (rows == 1)
+      direct_one(a, packed, lines, c);
+    else
+      direct_two(a, lda, packed, lines, c);
   }
 };
 
