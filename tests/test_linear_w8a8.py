@@ -85,7 +85,7 @@ def test_linear_w8a8_row_tails(isa, threads, m):
         check(H.seeded(m, k, seed=m), tensors(n, k, seed=m), Scheme(), isa)
 
 
-@pytest.mark.parametrize("m", (2, 3, 5, 6, 7, 13, 40))
+@pytest.mark.parametrize("m", (2, 3, 5, 6, 7, 13, 14, 40))
 def test_linear_w8a8_row_tails_of_deep_weights(isa, threads, m):
     for n, k, scheme in ((65, 2047, Scheme()), (65, 2048, ASYMMETRIC), (20, 2571, Scheme())):
         check(H.seeded(m, k, seed=m), tensors(n, k, scheme, seed=m), scheme, isa)
@@ -97,7 +97,7 @@ def test_linear_w8a8_last_chunk_of_one_row(isa, threads):
 
 @pytest.mark.parametrize("k", (1, 2, 3, 4, 5, 7, 8, 15, 16, 31, 32, 63, 64, 65, 66, 67, 127, 128, 129, 191, 300, 1025))
 def test_linear_w8a8_depth_tails(isa, k):
-    for m, scheme in ((1, Scheme()), (7, ASYMMETRIC)):
+    for m, scheme in ((1, Scheme()), (7, ASYMMETRIC), (11, Scheme())):
         check(H.seeded(m, k, seed=k), tensors(67, k, scheme, seed=k), scheme, isa)
 
 
@@ -135,7 +135,7 @@ def test_linear_w8a8_any_shape(isa, m, n, k, dtype, scheme, bias, smooth, worker
 @pytest.mark.parametrize("k", (256, 1000, 4096, 65_536))
 def test_linear_w8a8_extreme_values_do_not_saturate(isa, k):
     sign = torch.where(torch.arange(k) % 2 == 0, 1.0, -1.0)
-    x = torch.stack([torch.ones(k), -torch.ones(k), sign, -sign])
+    x = torch.stack([torch.ones(k), -torch.ones(k), sign, -sign]).repeat(4, 1)  # enough rows for every kind of kernel
     weight = torch.stack([torch.full((k,), 127.0), torch.full((k,), -127.0), sign * 127, -sign * 127]).to(torch.int8)
     made = {"weight": weight, "weight_scale": torch.ones(4)}
     for scheme in (Scheme(), ASYMMETRIC):
@@ -159,6 +159,7 @@ def test_linear_w8a8_foreign_minus_128(isa, scheme):
     check(x, made, scheme, isa)
     for rows in (1, 3, 6):
         check(x[:rows], made, scheme, isa)
+    check(x.repeat(3, 1), made, scheme, isa)
 
 
 @pytest.mark.parametrize("symmetric", (True, False))

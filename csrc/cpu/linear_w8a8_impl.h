@@ -14,10 +14,12 @@
 //   tile(rows, ...)   c [rows, kTileN] (+)= a [rows, 4 * steps] * b, b being a slice of the packed superblock
 //   tile_one(...)     the same for one row and all 64 columns: M = 1 reads the weights as one sequential stream
 //   kWidens           whether both operands are widened to 16 bits first, from wide_rows(k) rows on; and then
-//     kWideTileM, kWideSliceK, kWideBlockBytes   take the place of kTileM, kSliceK and kBlockBytes
-//     widen_row(...)                             a row of activations: bytes to words
-//     widen_panel(...)                           a slice of a superblock's weights, once for all row tiles of a block
-//     wide_tile(...)                             as tile, over those
+//     kWideTileM, kWideSliceK, kWideBlockBytes, kWideBlockTiles   take the place of kTileM, kSliceK, kBlockBytes and
+//                                                                 kMaxBlockTiles
+//     widen_row(...)      a row of activations: bytes to words, the rows of a tile side by side; returns what its sums
+//                         have too much, negated
+//     widen_panel(...)    a slice of a superblock's weights, once for all row tiles of a block; and the same of columns
+//     wide_tile(...)      as tile, over those
 //
 // Order of the loops (rows of a chunk are quantized first, then a barrier):
 //
@@ -50,7 +52,7 @@ bool is_wide(int64_t m, int64_t k) {
   return false;
 }
 
-// Bytes of a quantized row. A widened one is quantized into its upper half first.
+// Bytes of a quantized row.
 template <class V>
 int64_t w8a8_row_bytes(int64_t m, int64_t k) {
   return is_wide<V>(m, k) ? 2 * row_bytes(k) : row_bytes(k);
@@ -75,7 +77,12 @@ class LinearW8A8 {
   void run() const {
     for_row_chunks<V>(
         p_.m, superblocks_ * kBlockN, p_.k, stride_, p_.scratch, p_.threads,
-        [this](int64_t row, Range range, uint8_t* q, RowScale* scales) { quantize_rows(row, range, q, scales); },
+        [this](int64_t row, Range range, uint8_t* q, RowScale* scales) {
+          if constexpr (V::kWidens) {
+            if (wide_) return widen_rows(row, range, q, scales);
+          }
+          quantize_rows(row, range, q, scales);
+        },
         [this](int64_t row, int64_t rows, const uint8_t* q, const RowScale* scales, int thread, int team) {
           gemm(row, rows, q, scales, thread, team);
         });
@@ -85,15 +92,32 @@ class LinearW8A8 {
   // ---- activations -------------------------------------------------------------------------------------------
 
   void quantize_rows(int64_t row, Range range, uint8_t* q, RowScale* scales) const {
+    for (int64_t r = range.begin; r < range.end; ++r) scales[r] = quantize_one(row + r, q + r * stride_);
+  }
+
+  // Rows of a tile side by side; what their sums have too much behind them.
+  void widen_rows(int64_t row, Range range, uint8_t* q, RowScale* scales) const {
+    const int64_t k = padded_k(p_.k);
+    alignas(kAlign) uint8_t bytes[kMaxK + kRowPad];
     for (int64_t r = range.begin; r < range.end; ++r) {
-      uint8_t* out = q + r * stride_ + (wide_ ? row_bytes(p_.k) : 0);
-      scales[r] = p_.xq ? copy_row(row + r, out) : quantize_row<V>(p_.act, row + r, p_.k, V::kOffset, out);
-      // What meets zero weights: any value would do.
-      std::memset(out + p_.k, 0, static_cast<size_t>(row_bytes(p_.k) - p_.k));
-      if constexpr (V::kWidens) {
-        if (wide_) V::widen_row(out, row_bytes(p_.k), q + r * stride_);
-      }
+      const int64_t place = r % V::kWideTileM;
+      uint8_t* tile = q + (r - place) * stride_;
+      scales[r] = quantize_one(row + r, bytes);
+      row_less(tile)[place] = V::widen_row(bytes, k, tile + place * 2 * kPackK);
     }
+  }
+  int32_t* row_less(uint8_t* tile) const {
+    return reinterpret_cast<int32_t*>(tile + V::kWideTileM * 2 * padded_k(p_.k));
+  }
+  const int32_t* row_less(const uint8_t* tile) const {
+    return reinterpret_cast<const int32_t*>(tile + V::kWideTileM * 2 * padded_k(p_.k));
+  }
+
+  RowScale quantize_one(int64_t r, uint8_t* out) const {
+    const RowScale scale = p_.xq ? copy_row(r, out) : quantize_row<V>(p_.act, r, p_.k, V::kOffset, out);
+    // What meets zero weights: any value would do.
+    std::memset(out + p_.k, 0, static_cast<size_t>(row_bytes(p_.k) - p_.k));
+    return scale;
   }
 
   RowScale copy_row(int64_t r, uint8_t* out) const {
@@ -123,7 +147,11 @@ class LinearW8A8 {
   // row tiles, whether there is more to come in the block).
   template <class Body>
   void share_out(int64_t tiles, int64_t block_tiles, int thread, int team, const Body& body) const {
-    block_tiles = block_tiles < 1 ? 1 : block_tiles > V::kMaxBlockTiles ? V::kMaxBlockTiles : block_tiles;
+    int64_t most_tiles = V::kMaxBlockTiles;
+    if constexpr (V::kWidens) {
+      if (wide_) most_tiles = V::kWideBlockTiles;
+    }
+    block_tiles = block_tiles < 1 ? 1 : block_tiles > most_tiles ? most_tiles : block_tiles;
     const int64_t blocks = ceil_div(tiles, block_tiles);
     for (int64_t b = 0; b < blocks; ++b) {
       const Range block = share(tiles, static_cast<int>(b), static_cast<int>(blocks));
@@ -187,7 +215,7 @@ class LinearW8A8 {
     const Columns columns = columns_of(w, nb, rows, copies);
     const int8_t* weights = w.packed + n0 * padded_k(p_.k);
     if constexpr (V::kWidens) {
-      if (wide_) return wide_slices(row, rows, tiles, range, q, scales, columns, weights, n0);
+      if (wide_) return wide_slices(row, rows, range, q, scales, columns, weights, n0);
     }
     if (rows == 1) {
       alignas(kAlign) int32_t sums[kBlockN];
@@ -224,13 +252,14 @@ class LinearW8A8 {
   }
 
   // The same order of loops over widened operands.
-  void wide_slices(int64_t row, int64_t rows, int64_t tiles, Range range, const uint8_t* q, const RowScale* scales,
+  void wide_slices(int64_t row, int64_t rows, Range range, const uint8_t* q, const RowScale* scales,
                    const Columns& columns, const int8_t* weights, int64_t n0) const {
     alignas(kAlign) int16_t panel[V::kWideSliceK * kBlockN];
-    alignas(kAlign) int32_t sums[V::kMaxBlockTiles * V::kWideTileM * kBlockN];
+    alignas(kAlign) int32_t less[kBlockN], sums[V::kWideBlockTiles * V::kWideTileM * kBlockN];
     for (int64_t k0 = 0; k0 < p_.k; k0 += V::kWideSliceK) {
-      const int64_t depth = p_.k - k0 < V::kWideSliceK ? p_.k - k0 : V::kWideSliceK, steps = ceil_div(depth, kPackK);
-      V::widen_panel(weights + k0 * kBlockN, steps, panel);
+      const int64_t depth = p_.k - k0 < V::kWideSliceK ? p_.k - k0 : V::kWideSliceK;
+      const int64_t steps = round_up(depth, V::kDepthAlign) / kPackK;
+      V::widen_panel(weights + k0 * kBlockN, steps, panel, less);
       // The next slice, or the first one of the next superblock, comes to L2 piece by piece meanwhile. Few tiles would
       // not hide that.
       const int64_t pieces = (range.end - range.begin) * (kBlockN / V::kTileN);
@@ -239,12 +268,14 @@ class LinearW8A8 {
       int32_t* c = sums;
       for (int j = 0; j < columns.count; j += V::kTileN) {
         for (int64_t t = range.begin; t < range.end; ++t) {
-          const Range tile_rows = share(rows, static_cast<int>(t), static_cast<int>(tiles));
+          const int64_t first = t * V::kWideTileM;
+          const Range tile_rows{first, rows - first < V::kWideTileM ? rows : first + V::kWideTileM};
+          const uint8_t* tile = q + first * stride_;
           for (int64_t i = 0; i < piece; i += kAlign) __builtin_prefetch(ahead + i, 0, 2);
           ahead += piece;
           if (k0 + depth >= p_.k) prefetch(row, tile_rows, *columns.member, n0 + j, V::kTileN);
-          V::wide_tile(static_cast<int>(tile_rows.end - tile_rows.begin), q + tile_rows.begin * stride_ + 2 * k0,
-                       stride_, panel + j * steps * kPackK, steps, c, k0 > 0);
+          V::wide_tile(static_cast<int>(tile_rows.end - first), tile + V::kWideTileM * 2 * k0,
+                       panel + j * steps * kPackK, steps, less + j, k0 > 0 ? nullptr : row_less(tile), c);
           if (k0 + depth >= p_.k) epilogue<V::kTileN>(row, tile_rows, scales, c, columns, n0, j);
           if (p_.k > V::kWideSliceK) c += V::kWideTileM * V::kTileN;
         }

@@ -29,11 +29,18 @@ inline int64_t chunk_rows(int64_t m, int64_t k) {
   return m < rows ? m : rows;
 }
 
+// Rows that memory is set aside for: whole tiles where a tile's rows lie side by side.
+template <class V>
+int64_t chunk_room(int64_t m, int64_t k) {
+  if constexpr (V::kWidens) return round_up(chunk_rows(m, k), V::kWideTileM);
+  return chunk_rows(m, k);
+}
+
 // stride: bytes of a quantized row. A tile may read (and ignore) up to kTileM - 1 rows past the last one.
 template <class V>
 int64_t row_chunks_bytes(int64_t m, int64_t k, int64_t stride, int threads) {
   const int64_t copies = m <= kRedundantRows ? threads : 1;
-  return copies * chunk_rows(m, k) * (stride + static_cast<int64_t>(sizeof(RowScale))) + V::kTileM * stride;
+  return copies * chunk_room<V>(m, k) * (stride + static_cast<int64_t>(sizeof(RowScale))) + V::kTileM * stride;
 }
 
 // Calls quantize(row, range, q, scales), which fills rows of q for rows row + range of the input, and then, when all
@@ -44,13 +51,13 @@ void for_row_chunks(int64_t m, int64_t n, int64_t k, int64_t stride, uint8_t* sc
   if (m == 0 || n == 0) return;
   const int64_t work = m * round_up(n, kBlockN) * padded_k(k) / kMinMacsPerThread;
   const int threads = work < most_threads ? static_cast<int>(work < 1 ? 1 : work) : most_threads;
-  const int64_t chunk = chunk_rows(m, k);
+  const int64_t chunk = chunk_rows(m, k), room = chunk_room<V>(m, k);
   const bool redundant = m <= kRedundantRows;
   parallel(threads, [&](int thread, int team) {
     const typename V::Session session;
     const int64_t copies = redundant ? threads : 1, copy = redundant ? thread : 0;
-    uint8_t* q = scratch + copy * chunk * stride;
-    RowScale* scales = reinterpret_cast<RowScale*>(scratch + copies * chunk * stride) + copy * chunk;
+    uint8_t* q = scratch + copy * room * stride;
+    RowScale* scales = reinterpret_cast<RowScale*>(scratch + copies * room * stride) + copy * room;
     for (int64_t row = 0; row < m; row += chunk) {
       const int64_t rows = m - row < chunk ? m - row : chunk;
       if (redundant) {
