@@ -21,6 +21,7 @@ from .checks import DTYPE_CODES, check_input, check_out_dtype
 from .cpu_packed import PreparedPacked
 from .cuda import _address, _cuda, _on, _stream
 from .cuda_slices import aligned_rows, by_slices, by_terms
+from .deferred import Deferred, HandsOn
 from .eager import is_plain
 from .packed import PackedLayer, check_resident
 from .prepared import effective_weight, scheme_from_key
@@ -179,7 +180,7 @@ def linear_w8a16(
 # -- layers -----------------------------------------------------------------------------------------------------------
 
 
-class PreparedCudaW8A16(PackedLayer):
+class PreparedCudaW8A16(HandsOn, PackedLayer):
     """8-bit weights per output channel under floating-point activations on a GPU, by the CUDA kernels."""
 
     @classmethod
@@ -213,6 +214,8 @@ class PreparedCudaW8A16(PackedLayer):
 
     def run(self, x: Tensor) -> Tensor:
         """See :meth:`Prepared.run`.  Plain eager calls go straight to the binding."""
+        if isinstance(x, Deferred):
+            x = x.value()
         if is_plain(x) and x.is_cuda:
             tensors, features = self.tensors, self.in_features
             packed = tensors["packed"]
@@ -229,6 +232,10 @@ class PreparedCudaW8A16(PackedLayer):
                 y = linear_w8a16(x, packed, tensors["packed_scale"], bias, smooth, features, x.dtype)
                 return self.finished(y)
         return self.around(x)
+
+    def takes_floats(self) -> bool:
+        """See :meth:`Prepared.takes_floats`."""
+        return True
 
     def load(self, canonical: Mapping[str, Tensor]) -> None:
         """Packs into the resident memory."""
