@@ -1,4 +1,4 @@
-"""The fused half of the reference: rows that are normalized, or go through an activation, before they are quantized.
+"""The fused half of the reference: rows that are normalized, or go through an activation, before they are rounded.
 
 Statistics are defined without an order: sums in float64, rounded to float32 once.  Everything after them is float32,
 each step rounded once:
@@ -9,8 +9,9 @@ each step rounded once:
     activation   y = f(x) * up                                 f in float64, rounded once
 
 ``y`` is not rounded to the dtype of ``x``: :func:`qkernels.reference.quantize_activations` takes it from there,
-smoothing included.  A row whose sum of squares leaves float32 is one of NaN.  A kernel sums in float32 in an order of
-its own: ``rstd`` within 2^-18, activations within 2^-20 |x|; its codes follow the contract for the ``y`` it has.
+smoothing included; where Linears read floats, the result is ``y.to(x.dtype)``.  A row whose sum of squares leaves
+float32 is one of NaN.  A kernel sums in float32 in an order of its own: ``rstd`` within 2^-18, activations within
+2^-20 |x|; its codes follow the contract for the ``y`` it has.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""Calls of the CUDA quantizers that compute a row before they round it: norms, with a residual, and activations.
+"""Calls of the CUDA kernels that compute a row before they round it: norms, with a residual, and activations.
 
-Definitions in :mod:`qkernels._fused`, kernels in ``csrc/cuda/quantize_norm.cu`` and ``quantize_activation.cu``.  As in
-:mod:`qkernels.cuda`: on torch's current stream of the tensors' device, nothing is synchronised, calls can be captured.
+They round to 8 bits on a grid, or to the dtype of the input.  Definitions in :mod:`qkernels._fused`, kernels in
+``csrc/cuda/quantize_norm.cu`` and ``quantize_activation.cu``.  As in :mod:`qkernels.cuda`: on torch's current stream of
+the tensors' device, nothing is synchronised, calls can be captured.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from . import cuda
 from .checks import DTYPE_CODES, row_stride
 from .epilogues import EPILOGUES
 
-__all__ = ["Codes", "RowGrid", "quantize_activation", "quantize_norm"]
+__all__ = ["Codes", "RowGrid", "activate", "normalize", "quantize_activation", "quantize_norm"]
 
 
 class RowGrid(NamedTuple):
@@ -25,6 +26,10 @@ class RowGrid(NamedTuple):
     scale: Tensor | None = None
     zero_point: Tensor | None = None
     inv_smooth: Tensor | None = None
+
+
+_Addresses = tuple[int, int, int, int, int, int, int, bool]
+"""Of codes and of the grid they are on, as the module takes them."""
 
 
 class Codes(NamedTuple):
@@ -64,6 +69,44 @@ def quantize_norm(
     Returns:
         Codes of the rows, and ``x + residual`` in the dtype and shape of ``x`` (None without a residual).
     """
+    codes, addresses = _outputs(x, grid, for_gemm)
+    return codes, _norm(x, weight, bias, eps, layer, residual, for_gemm, addresses)
+
+
+def normalize(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    *,
+    layer: bool,
+    residual: Tensor | None = None,
+    for_gemm: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """A norm of ``x + residual``, rounded once.
+
+    Args:
+        x, residual, weight, bias, layer: as in :func:`quantize_norm`.
+        for_gemm: what follows may fetch weights at once: those of layers, which no kernel still writes.
+
+    Returns:
+        The norm, and ``x + residual`` (None without a residual), both contiguous in the dtype and shape of ``x``.
+    """
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    return y, _norm(x, weight, bias, eps, layer, residual, for_gemm, y)
+
+
+def _norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    layer: bool,
+    residual: Tensor | None,
+    for_gemm: bool,
+    target: Tensor | _Addresses,
+) -> Tensor | None:
+    """The norm, to a tensor or to codes; the sum, if there is one."""
     x, step = _rows(x)
     total, residual_step = None, 0
     if residual is not None:
@@ -74,17 +117,16 @@ def quantize_norm(
     if wide:
         weight = None if weight is None else weight.to(torch.float32)
         bias = None if bias is None else bias.to(torch.float32)
-    codes, addresses = _outputs(x, grid, for_gemm)
-    if codes.scale.numel():
+    if x.numel():
         features = x.shape[-1]
         with cuda._on(x.device):
             cuda._cuda.quantize_norm(
                 x.data_ptr(),
                 DTYPE_CODES[x.dtype],
-                codes.scale.numel(),
+                x.numel() // features,
                 features,
                 step,
-                addresses,
+                *_target(target),
                 layer,
                 eps,
                 cuda._address(residual),
@@ -97,7 +139,7 @@ def quantize_norm(
                 for_gemm,
                 cuda._stream(x.device),
             )
-    return codes, total
+    return total
 
 
 def quantize_activation(
@@ -110,20 +152,40 @@ def quantize_activation(
         activation: name of an epilogue, or None.
         for_gemm: as in :func:`quantize_norm`.
     """
+    codes, addresses = _outputs(x, grid, for_gemm)
+    _activation(x, activation, up, for_gemm, addresses)
+    return codes
+
+
+def activate(x: Tensor, activation: str | None, up: Tensor | None, *, for_gemm: bool = False) -> Tensor:
+    """``activation(x) * up``, rounded once: contiguous, in the dtype and shape of ``x``.
+
+    Args:
+        x, up, activation: as in :func:`quantize_activation`.
+        for_gemm: as in :func:`normalize`.
+    """
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    _activation(x, activation, up, for_gemm, y)
+    return y
+
+
+def _activation(
+    x: Tensor, activation: str | None, up: Tensor | None, for_gemm: bool, target: Tensor | _Addresses
+) -> None:
+    """The product, to a tensor or to codes."""
     x, step = _rows(x)
     up_step = 0
     if up is not None:
         up, up_step = _rows(up)
-    codes, addresses = _outputs(x, grid, for_gemm)
-    if codes.scale.numel():
+    if x.numel():
         with cuda._on(x.device):
             cuda._cuda.quantize_activation(
                 x.data_ptr(),
                 DTYPE_CODES[x.dtype],
-                codes.scale.numel(),
+                x.numel() // x.shape[-1],
                 x.shape[-1],
                 step,
-                addresses,
+                *_target(target),
                 0 if activation is None else EPILOGUES[activation],
                 cuda._address(up),
                 up_step,
@@ -131,7 +193,11 @@ def quantize_activation(
                 for_gemm,
                 cuda._stream(x.device),
             )
-    return codes
+
+
+def _target(target: Tensor | _Addresses) -> tuple[_Addresses | tuple[()], int]:
+    """Where rows go, as the module takes it: the addresses of codes, or that of a tensor."""
+    return ((), target.data_ptr()) if isinstance(target, Tensor) else (target, 0)
 
 
 def _rows(x: Tensor) -> tuple[Tensor, int]:
@@ -145,7 +211,7 @@ def _rows(x: Tensor) -> tuple[Tensor, int]:
     return x, step
 
 
-def _outputs(x: Tensor, grid: RowGrid, for_gemm: bool) -> tuple[Codes, tuple[int, int, int, int, int, int, int, bool]]:
+def _outputs(x: Tensor, grid: RowGrid, for_gemm: bool) -> tuple[Codes, _Addresses]:
     """Room for the codes of ``x [..., K]``, and the addresses that the module takes."""
     features = x.shape[-1]
     rows, stride = x.numel() // features, features

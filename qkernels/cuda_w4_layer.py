@@ -173,6 +173,10 @@ class PreparedCudaW4(TakesIntegers, Joinable, PackedLayer):
             return None
         return _grid(self.tensors, self.scheme)
 
+    def takes_floats(self) -> bool:
+        """See :meth:`Prepared.takes_floats`."""
+        return self.scheme.weight_only
+
     def product_of(self, codes: Codes, out_dtype: torch.dtype) -> Tensor:
         """See the base class."""
         weight = describe(self.tensors, self.scheme, self.out_features, self.in_features)

@@ -24,6 +24,7 @@ from .cpu_packed import PreparedPacked
 from .cuda import _address, _cuda, _on, _stream, capability, settle
 from .cuda_slices import aligned_rows, by_slices, by_terms
 from .cuda_w4 import Plan, workspace
+from .deferred import Deferred, HandsOn
 from .eager import is_plain
 from .joint import Joinable, Rows
 from .packed import PackedLayer, check_resident
@@ -207,7 +208,7 @@ def linear_w8a16(
 # -- layers -----------------------------------------------------------------------------------------------------------
 
 
-class PreparedCudaW8A16(Joinable, PackedLayer):
+class PreparedCudaW8A16(HandsOn, Joinable, PackedLayer):
     """8-bit weights per output channel under floating-point activations on a GPU, by the CUDA kernels."""
 
     granule = cuda.ATOM_ROWS
@@ -244,6 +245,8 @@ class PreparedCudaW8A16(Joinable, PackedLayer):
 
     def run(self, x: Tensor) -> Tensor:
         """See :meth:`Prepared.run`.  Plain eager calls go straight to the binding."""
+        if isinstance(x, Deferred):
+            x = x.value()
         if is_plain(x) and x.is_cuda:
             tensors, features = self.tensors, self.in_features
             packed = tensors["packed"]
@@ -270,6 +273,10 @@ class PreparedCudaW8A16(Joinable, PackedLayer):
         if name == "packed":
             return Rows(tensor.reshape(-(-self.in_features // cuda.SLAB_K), -1, cuda.SLAB_K), 1)
         return Rows(tensor, 0) if name in ("packed_scale", "bias") else None
+
+    def takes_floats(self) -> bool:
+        """See :meth:`Prepared.takes_floats`."""
+        return True
 
     def load(self, canonical: Mapping[str, Tensor]) -> None:
         """Packs into the resident memory."""

@@ -2,9 +2,9 @@
 
 On a GPU a norm, or an activation, can quantize its output in the pass that computes it (:mod:`qkernels.cuda_rows`).
 What it returns then is a :class:`QuantizedInput`: the Linears it is meant for take the integers; to everybody else it
-is an ordinary tensor, computed at the first operation on it by the module's own code.  A sum that such a norm reads may
-wait for it too, as a :class:`PendingSum`.  :mod:`qkernels.fuse` decides where, from the code of the parents; a
-:class:`Handoff` ties the two ends together.
+is an ordinary tensor, computed at the first operation on it by the module's own code.  Where the Linears multiply
+floats it is an ordinary tensor for all.  A sum that such a norm reads may wait for it too, as a :class:`PendingSum`.
+:mod:`qkernels.fuse` decides where, from the code of the parents; a :class:`Handoff` ties the two ends together.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from .cuda_rows import Codes, RowGrid, quantize_activation
+from .cuda_rows import Codes, RowGrid, activate, quantize_activation
 from .eager import is_plain
 from .epilogues import apply_epilogue
 from .prepared import Prepared
@@ -27,7 +27,16 @@ from .views import METADATA, writes
 if TYPE_CHECKING:
     from .linear import QuantLinear
 
-__all__ = ["Deferred", "Handoff", "PendingSum", "QuantizedInput", "TakesIntegers", "hand_activation", "hand_term"]
+__all__ = [
+    "Deferred",
+    "Handoff",
+    "HandsOn",
+    "PendingSum",
+    "QuantizedInput",
+    "TakesIntegers",
+    "hand_activation",
+    "hand_term",
+]
 
 
 class Handoff:
@@ -45,19 +54,32 @@ class Handoff:
         return Handoff, ()
 
     def join(self, layer: QuantLinear) -> None:
-        """Make ``layer`` the one whose grid inputs are quantized on."""
+        """Make ``layer`` the one that says what inputs are rounded to."""
         self._reader = weakref.ref(layer)
 
     def leave(self) -> None:
-        """From now on nobody reads integers."""
+        """From now on nobody reads."""
         self._reader = None
 
     def grid(self, x: Tensor) -> RowGrid | None:
         """How the reader quantizes an input like ``x [..., K]``; None where it does not, or not where ``x`` is."""
+        prepared = self._prepared_for(x)
+        return None if prepared is None else prepared.input_grid()
+
+    def floats(self, x: Tensor) -> bool:
+        """Whether the reader multiplies floats where ``x [..., K]`` is, and the kernels there compute its input."""
+        prepared = self._prepared_for(x)
+        return prepared is not None and prepared.takes_floats()
+
+    def serves(self, x: Tensor) -> bool:
+        """Whether a kernel computes the reader's input from one like ``x [..., K]``, whatever it rounds to."""
+        return self.grid(x) is not None or self.floats(x)
+
+    def _prepared_for(self, x: Tensor) -> Prepared | None:
         reader = None if self._reader is None else self._reader()
         if reader is None or reader.in_features != x.shape[-1] or reader._prepared.device != x.device:
             return None
-        return reader._prepared.input_grid() if x.numel() else None
+        return reader._prepared if x.numel() else None
 
     def same(self, a: Tensor | None, b: Tensor | None) -> bool:
         """Whether two of the readers' tensors are equal.  Compared once; while a graph is captured, not at all."""
@@ -172,9 +194,20 @@ class QuantizedInput(Deferred):
         return None
 
 
-class TakesIntegers(Prepared):
-    """A layer whose kernel multiplies 8-bit integers: it takes them where they come ready, and its activation makes
-    those of the next layer."""
+class HandsOn(Prepared):
+    """A layer whose activation makes the input of the next one."""
+
+    def finished(self, y: Tensor) -> Tensor:
+        """See :meth:`Prepared.finished`; the next Linear may get it as integers, or with the product before it."""
+        if self.epilogue is not None and self.feeds is not None:
+            handed = hand_activation(y, self.epilogue, *self.feeds)
+            if handed is not None:
+                return handed
+        return super().finished(y)
+
+
+class TakesIntegers(HandsOn):
+    """A layer whose kernel multiplies 8-bit integers, and takes them where they come ready."""
 
     @abstractmethod
     def product_of(self, codes: Codes, out_dtype: torch.dtype) -> Tensor:
@@ -187,14 +220,6 @@ class TakesIntegers(Prepared):
             return None
         return self.finished(self.product_of(codes, x.dtype).view(*x.shape[:-1], self.out_features))
 
-    def finished(self, y: Tensor) -> Tensor:
-        """See :meth:`Prepared.finished`; the next Linear may get it as integers."""
-        if self.epilogue is not None and self.feeds is not None:
-            handed = hand_activation(y, self.epilogue, *self.feeds)
-            if handed is not None:
-                return handed
-        return super().finished(y)
-
 
 class _HeldActivation(Deferred):
     """``activation(y)`` that waits for the product with another tensor."""
@@ -205,17 +230,20 @@ class _HeldActivation(Deferred):
 
 
 def hand_activation(y: Tensor, name: str, handoff: Handoff, gated: bool) -> Tensor | None:
-    """``activation(y)`` on its way to a Linear that reads it as integers; None where it cannot go that way.
+    """``activation(y)`` on its way to a Linear that reads it as integers, or times something else; None where it cannot
+    go that way.
 
     Args:
         y: ``[..., K]``, nobody else's.
         name: of the epilogue.
         gated: what the Linear reads is its product with another tensor.
     """
-    grid = handoff.grid(y) if is_plain(y) else None
-    if grid is None:
+    if not is_plain(y):
         return None
-    if not gated:
+    grid = handoff.grid(y)
+    if grid is None and not (gated and handoff.floats(y)):
+        return None
+    if grid is not None and not gated:
         codes = quantize_activation(y, name, None, grid, for_gemm=True)
         return QuantizedInput.of(y, lambda: apply_epilogue(y, name), codes, grid, handoff)
     held = _HeldActivation(y, lambda: apply_epilogue(y, name))
@@ -232,7 +260,7 @@ def _product(a: Any, b: Any) -> Tensor | None:
         return None
     grid = held._handoff.grid(inner)
     if grid is None:
-        return None
+        return activate(inner, name, up, for_gemm=True) if held._handoff.floats(inner) else None
     codes = quantize_activation(inner, name, up, grid, for_gemm=True)
     build = unchanged(up, lambda: held.value() * up)
     return QuantizedInput.of(inner, build, codes, grid, held._handoff)
@@ -271,7 +299,7 @@ class PendingSum(Deferred):
 def hand_term(y: Tensor, handoff: Handoff) -> Tensor:
     """A Linear's output ``y [..., N]``, nobody else's, ready to be a term of what a norm reads next; ``y`` itself where
     the norm would not take it."""
-    if not is_plain(y) or handoff.grid(y) is None:
+    if not is_plain(y) or not handoff.serves(y):
         return y
     term = _Term(y, lambda: y)
     term._value, term._seen, term._handoff = y, version(y), handoff
@@ -289,7 +317,7 @@ def _sum(a: Any, b: Any) -> Tensor | None:
         return None
     if other.shape != y.shape or other.dtype != y.dtype or other.device != y.device:
         return None
-    if term._handoff.grid(y) is None:
+    if not term._handoff.serves(y):
         return None
     return PendingSum.of(y, other)
 

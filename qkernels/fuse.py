@@ -2,8 +2,8 @@
 
 Activation modules are applied inside the Linear before them; Linears that read one input run as one product (see
 :mod:`qkernels.groups`); residuals are added inside the Linear (see :mod:`qkernels.residuals`); on a GPU, norms and
-activations quantize their output in the pass that computes it, where Linears of 8-bit inputs alone read it
-(:mod:`qkernels.norms`, :mod:`qkernels.deferred`).
+activations quantize their output in the pass that computes it, where Linears of 8-bit inputs alone read it, and norms
+and gated activations are one kernel, where weight-only Linears do (:mod:`qkernels.norms`, :mod:`qkernels.deferred`).
 
 An activation is fused where the parent's own ``forward``, traced with every child as a leaf, calls the quantized Linear
 once, hands its output to the activation and to nothing else, and calls the activation once.  The Linear gets the
@@ -83,7 +83,7 @@ class _Read(NamedTuple):
 
 def fuse_(model: nn.Module, *, on_failure: OnFailure | None = None) -> dict[str, str]:
     """Apply activations and add residuals in the quantized Linears before them, join Linears that read one input, and
-    let norms and activations hand integers to the Linears behind them on a GPU; in place.
+    let norms and activations hand integers, or what one kernel computes, to the Linears behind them on a GPU; in place.
 
     Args:
         model: looked through as a whole.
@@ -129,23 +129,31 @@ def fuse_(model: nn.Module, *, on_failure: OnFailure | None = None) -> dict[str,
             note(layer, f"runs with {others}" if shared.joined or type(layer._prepared) is PreparedW8A8 else "")
     for parent, linear, activation, name, gated in pairs:
         layer, reader = parent._modules[linear], parent._modules.get(name or "")
-        if isinstance(layer, QuantLinear) and isinstance(reader, QuantLinear) and family.takes_codes(reader):
+        if not isinstance(layer, QuantLinear) or not isinstance(reader, QuantLinear):
+            continue
+        if family.takes_codes(reader) or (gated and family.takes_floats(reader)):
             layer.feed((_join(reader), gated))
-            note(reader, _words(reader, activation))
+            note(reader, _words(reader, activation, "product"))
     for module, norm, layers, added in reads:
         if layers[0]._reads is None:
             module.__dict__["forward"] = NormHandoff(module, norm, _join(layers[0]))
+            adds = added is not None and added._adds is None
             for layer in layers:
-                note(layer, _words(layer, family.names[id(module)].rpartition(".")[2]))
-            if added is not None and added._adds is None:
+                source = family.names[id(module)].rpartition(".")[2]
+                note(layer, _words(layer, source, "residual" if adds else ""))
+            if added is not None and adds:
                 added._adds = layers[0]._reads
-                if layers[0]._device().type == "cuda":
+                if _words(layers[0], ""):
                     note(added, f"added by {family.names[id(module)]}")
     return done
 
 
-def _words(reader: QuantLinear, source: str) -> str:
-    """What the report says of a Linear whose input may come as integers; nothing where no kernel makes them."""
+def _words(reader: QuantLinear, source: str, beside: str = "") -> str:
+    """What the report says of a Linear whose input comes from a kernel, which takes ``beside`` into ``source``; nothing
+    where no kernel makes it."""
+    if reader.scheme.weight_only:
+        pass_of = f"{source} and {beside}" if beside else source
+        return f"{pass_of} in one pass" if reader._prepared.takes_floats() else ""
     return f"reads {source} as integers" if reader._device().type == "cuda" else ""
 
 
@@ -278,10 +286,11 @@ class _Family:
                 continue
             norm = norm_of(child)
             readers = None if norm is None else linears_behind(parent, name, lambda m: isinstance(m, QuantLinear))
-            layers = [m for m in readers or () if isinstance(m, QuantLinear) and self.takes_codes(m)]
-            if norm is None or readers is None or len(layers) != len(readers):
+            layers = [m for m in readers or () if isinstance(m, QuantLinear)]
+            if norm is None or not layers:
                 continue
-            if all(quantize_alike(layers[0], layer) for layer in layers[1:]):
+            alike = all(map(self.takes_codes, layers)) and all(quantize_alike(layers[0], m) for m in layers[1:])
+            if alike or all(map(self.takes_floats, layers)):
                 added = linear_added_before(parent, name, self._before(parent), lambda m: isinstance(m, QuantLinear))
                 if not isinstance(added, QuantLinear) or type(added) is not QuantLinear or not self._separable(added):
                     added = None
@@ -299,17 +308,20 @@ class _Family:
         return None
 
     def takes_codes(self, child: QuantLinear) -> bool:
-        """Whether a Linear multiplies 8-bit inputs by 4-bit weights, or by 8-bit ones per channel, and nothing hands it
+        """Whether a Linear multiplies 8-bit inputs by weights that the CUDA kernels serve, and nothing hands it
         integers yet."""
+        return child.scheme.activation_bits == 8 and self._takes_rows(child)
+
+    def takes_floats(self, child: QuantLinear) -> bool:
+        """Whether a Linear multiplies floats by weights that the CUDA kernels serve, and no kernel was chosen for its
+        input yet."""
+        return child.scheme.weight_only and self._takes_rows(child)
+
+    def _takes_rows(self, child: QuantLinear) -> bool:
+        """Whether a Linear has 4-bit weights, or 8-bit ones per channel, and its input is nobody's business yet."""
         scheme = child.scheme
         weights = scheme.weight_bits == 4 or (scheme.weight_bits, scheme.weight_granularity) == (8, "per_channel")
-        return (
-            weights
-            and scheme.activation_bits == 8
-            and type(child) is QuantLinear
-            and child._reads is None
-            and self._in_one_place(child)
-        )
+        return weights and type(child) is QuantLinear and child._reads is None and self._in_one_place(child)
 
     def sum(self, parent: nn.Module, grouped: list[QuantLinear]) -> Sum | None:
         """How ``parent`` adds a residual to the output of a child that can add it itself."""

@@ -1,7 +1,7 @@
-"""Norms whose output only quantized Linears read: on a GPU they hand over integers.
+"""Norms whose output only quantized Linears read: on a GPU one kernel computes it, as integers where they take those.
 
 Nothing is replaced in the model: a norm keeps its class, its parameters and its name, and gets a ``forward`` of its own
-(:class:`NormHandoff`), which computes what the class does wherever the integers would not serve.
+(:class:`NormHandoff`), which computes what the class does wherever that kernel would not serve.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch.nn.modules import module as torch_module
 
 from . import reference
 from .checks import DTYPE_CODES
-from .cuda_rows import quantize_norm
+from .cuda_rows import normalize, quantize_norm
 from .deferred import Deferred, Handoff, PendingSum, QuantizedInput, unchanged
 from .eager import is_plain
 
@@ -64,7 +64,7 @@ def _computes_rms(module: nn.Module, weight: Tensor, eps: float) -> bool:
 
 
 class NormHandoff:
-    """The ``forward`` of a norm whose output Linears read as integers.
+    """The ``forward`` of a norm whose output quantized Linears alone read.
 
     Args:
         module: the norm; it keeps this object in its ``__dict__``.
@@ -78,7 +78,7 @@ class NormHandoff:
         self._handoff = handoff
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """What the class of the norm computes, as integers where it can be."""
+        """What the class of the norm computes, as integers or by one kernel where it can be."""
         module = self._module
         if len(args) == 1 and not kwargs and not _is_dynamo_compiling():
             handed = self._handed(args[0])
@@ -102,14 +102,17 @@ class NormHandoff:
                 return None
             if factor.requires_grad and torch.is_grad_enabled():
                 return None
-        grid = self._handoff.grid(x)
-        if grid is None:
+        (layer, eps), grid = self._norm, self._handoff.grid(x)
+        if grid is not None:
+            codes, total = quantize_norm(x, weight, bias, eps, grid, layer=layer, residual=residual, for_gemm=True)
+        elif self._handoff.floats(x):
+            y, total = normalize(x, weight, bias, eps, layer=layer, residual=residual, for_gemm=True)
+        else:
             return None
-        codes, total = quantize_norm(
-            x, weight, bias, self._norm.eps, grid, layer=self._norm.layer, residual=residual, for_gemm=True
-        )
         if total is not None and isinstance(waiting, PendingSum):
             waiting.formed(total)
             x = total
+        if grid is None:
+            return y
         build = unchanged(x, lambda: type(module).forward(module, x))
         return QuantizedInput.of(x, build, codes, grid, self._handoff)

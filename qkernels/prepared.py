@@ -183,6 +183,10 @@ class Prepared(ABC):
         """How inputs are quantized, if the kernel takes inputs that are integers already (``qkernels.deferred``)."""
         return None
 
+    def takes_floats(self) -> bool:
+        """Whether the inputs stay floats, on a device whose kernels (:mod:`qkernels.cuda_rows`) can compute them."""
+        return False
+
     def finished(self, y: Tensor) -> Tensor:
         """The output of a kernel that does not fuse, through the epilogue in torch's own words."""
         return y if self.epilogue is None else apply_epilogue(y, self.epilogue)

@@ -50,7 +50,7 @@ def run_kernels(k: int) -> None:
     import torch
     from torch import Tensor
 
-    from qkernels import cuda, cuda_w4, cuda_w8a16, ops, reference, row_ops
+    from qkernels import cuda, cuda_rows, cuda_w4, cuda_w8a16, ops, reference, row_ops
     from qkernels.scheme import Scheme
 
     generator = torch.Generator().manual_seed(0)
@@ -87,6 +87,11 @@ def run_kernels(k: int) -> None:
             check(f"layer_norm_quantize K={width}", got[0], y, 0.01)
             y = reference.quantize_activations(reference.activated(x, "silu", up))[0]
             check(f"activation_quantize K={width}", row_ops.activation_quantize(a, "silu", b)[0], y, 0.01)
+            values, summed = cuda_rows.normalize(a, w, w, 1e-5, layer=True, residual=b)
+            check(f"normalize K={width}, sum", summed, total)
+            check(f"normalize K={width}", values, reference.layer_norm(total, weight, weight, 1e-5), 0.01)
+            y = reference.activated(x, "silu", up)
+            check(f"activate K={width}", cuda_rows.activate(a, "silu", b), y, 0.01)
 
     m, n = 70, 130
     x, w = random(m, k), random(n, k)

@@ -10,6 +10,7 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,32 @@ def assert_bits_equal(actual: Tensor, expected: Tensor, what: str = "result") ->
             f"{what}: {len(wrong)} of {a.numel()} elements differ; first at {at}: "
             f"{actual.detach().cpu()[at].item()!r}, expected {expected.detach().cpu()[at].item()!r}"
         )
+
+
+def assert_steady_on_gpu(call: Callable[[], Sequence[Tensor]], refill: Callable[[int], object], turns: int) -> None:
+    """A call gives the same bits in a CUDA graph, replayed over inputs that ``refill`` writes, and on two streams in
+    turn."""
+    call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = call()
+    for seed in range(3):
+        refill(seed)
+        graph.replay()
+        for ours, theirs in zip(captured, call(), strict=True):
+            assert_bits_equal(ours, theirs)
+    wanted = call()
+    streams = [torch.cuda.Stream(), torch.cuda.Stream()]
+    torch.cuda.synchronize()
+    results = []
+    for turn in range(turns):
+        with torch.cuda.stream(streams[turn % 2]):
+            results.append(call())
+    torch.cuda.synchronize()
+    for result in results:
+        for ours, theirs in zip(result, wanted, strict=True):
+            assert_bits_equal(ours, theirs)
 
 
 # -- inputs ---------------------------------------------------------------------------------------------------

@@ -254,8 +254,9 @@ def test_readers_with_weights_of_several_kinds_quantize_alike(stand_in: None) ->
     assert Integers.taken == 5
 
 
-def test_layers_that_multiply_floats_read_none() -> None:
-    for scheme in ("w4a16", "w8a16", qk.Scheme(weight_granularity="per_group", group_size=16), qk.Scheme(3)):
+def test_layers_that_these_kernels_do_not_serve_read_none() -> None:
+    groups = qk.Scheme(weight_granularity="per_group", group_size=16)
+    for scheme in (groups, groups.replace(activation_bits=None), qk.Scheme(3), qk.Scheme(3, activation_bits=None)):
         model = Block().eval()
         qk.quantize_(model, scheme, exclude=())
         assert handing(model) == []

@@ -125,14 +125,16 @@ def test_terms_are_found_in_the_source(kind: type, second: str | None, first: st
     assert linear_added_before(two, "first", None, linear) is None
 
 
+@pytest.mark.parametrize("scheme", ["w8a8", "w4a16"])
 @pytest.mark.parametrize("name", ["llama", "qwen2", "mistral"])
-def test_terms_are_found_in_transformers(name: str) -> None:
+def test_terms_are_found_in_transformers(name: str, scheme: str) -> None:
     transformers = pytest.importorskip("transformers")
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = transformers.AutoConfig.for_model(name, **sizes, num_key_value_heads=2, vocab_size=40)
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
-    qk.quantize_(model, "w8a8")
+    qk.quantize_(model, scheme)
     one, two = model.model.layers
+    assert one.mlp.gate_proj._feeds == (one.mlp.down_proj._reads, True)
     assert one.self_attn.o_proj._adds is one.post_attention_layernorm.forward._handoff
     assert one.mlp.down_proj._adds is two.input_layernorm.forward._handoff
     assert two.mlp.down_proj._adds is None
@@ -271,10 +273,9 @@ def test_no_sum_waits_where_no_kernel_takes_it() -> None:
     assert "added" not in (report["0.attention.o"].reason or "")
     with torch.no_grad():
         assert type(model[0].attention(X)[0]) is Tensor
-    for scheme in ("w4a16", "w8a16"):
-        other = nn.Sequential(Block(), Block()).eval()
-        qk.quantize_(other, scheme, exclude=())
-        assert other[0].attention.o._adds is None
+    other = nn.Sequential(Block(), Block()).eval()
+    qk.quantize_(other, qk.Scheme(3), exclude=())
+    assert other[0].attention.o._adds is None
 
 
 # -- copies, and the way back -----------------------------------------------------------------------------------------

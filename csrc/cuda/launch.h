@@ -32,13 +32,16 @@ struct QuantizeRowsArgs {
 constexpr int64_t kSettledRows = 64;
 
 // Rows that are computed before they are quantized; `codes` says where they go, its `x`, `x_dtype` and `x_stride` what
-// is read first. What is written keeps the dtype of x, what is beside it may have its own.
+// is read first. What is written keeps the dtype of x, what is beside it may have its own. With `y` the rows themselves
+// are written, rounded to the dtype of x once, and no codes: of `codes` only x and its kin, m, k, dependent and settled
+// count.
 
 // Norms of total = x + residual, rounded to the dtype of x (of x itself where there is no residual):
 //   rms:    total * rstd * weight                  rstd = 1 / sqrt(mean(total^2) + eps)
 //   layer:  (total - mean) * rstd * weight + bias  rstd = 1 / sqrt(mean((total - mean)^2) + eps)
 struct QuantizeNormArgs {
   QuantizeRowsArgs codes;
+  void* y;  // [M, K], contiguous, no part of what is read; nullptr: codes
   bool layer;
   float eps;
   const void* residual;  // [M, K] in the dtype of x, or nullptr
@@ -53,6 +56,7 @@ struct QuantizeNormArgs {
 enum class Activation : int32_t { kNone = 0, kRelu = 1, kGelu = 2, kGeluTanh = 3, kSilu = 4 };
 struct QuantizeActivationArgs {
   QuantizeRowsArgs codes;
+  void* y;  // as above
   Activation activation;
   const void* up;  // [M, K] in the dtype of x, or nullptr
   int64_t up_stride;  // elements between rows

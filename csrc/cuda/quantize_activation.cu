@@ -1,14 +1,14 @@
 // An activation, the product with a second tensor, and quantization of rows in one pass: what stands before the last
-// Linear of a feed-forward block.
+// Linear of a feed-forward block. Or without the quantization.
 //
 //   y[m, k] = activation(x[m, k]) * up[m, k]                           SiLU, GELU (erf, tanh), ReLU; up may be absent
-//   y' = y * inv_smooth; scale, zero point and codes of y' as in quantize_rows
+//   y' = y * inv_smooth; scale, zero point and codes of y' as in quantize_rows; or y, rounded to the dtype of x
 //
 // Both inputs are read once; products stay in registers in fp32 (rows.cuh). SiLU and the GELU by tanh are x / (1 +
 // exp(-z)), with z = x and z = 2 sqrt(2 / pi) (x + 0.044715 x^3); the other GELU is x / 2 (1 + erf(x / sqrt 2)). Each
 // is within 2^-21 |x| of the true value.
 //
-// Limit: 3 bytes of traffic per 16-bit value, 5 with a second tensor.
+// Limit: 3 bytes of traffic per 16-bit value, 5 with a second tensor; 4 and 6 where y is written.
 #include "rows.cuh"
 
 namespace qk::cuda {
@@ -68,7 +68,7 @@ __global__ void __launch_bounds__(kVectors <= 2 ? kManyThreads : kMostThreads)
       for (int j = 0; j < kVector; ++j) v[i][j] = __fmul_rn(v[i][j], u[j]);
     }
   }
-  quantize_row<kVectors>(a, row, v);
+  finish_row<T, kVectors>(a, n.y, row, v);
 }
 
 // Any length, any alignment; the row is read and computed twice.
@@ -78,10 +78,25 @@ __global__ void __launch_bounds__(1024) quantize_activation_scalar_kernel(const 
   const int64_t row = blockIdx.x;
   const T* x = static_cast<const T*>(n.codes.x) + row * n.codes.x_stride;
   const T* up = static_cast<const T*>(n.up) + row * n.up_stride;
-  quantize_row_again(n.codes, row, [&](int64_t k) {
+  finish_row_again<T>(n.codes, n.y, row, [&](int64_t k) {
     const float v = activated(widen(x[k]), n.activation);
     return kGated ? __fmul_rn(v, widen(up[k])) : v;
   });
+}
+
+// Values that are not quantized need no CTA that sees a whole row: few rows become more and shorter ones, so that more
+// multiprocessors load them.
+QuantizeActivationArgs in_pieces(QuantizeActivationArgs n) {
+  QuantizeRowsArgs& a = n.codes;
+  const bool contiguous = a.m == 1 || (a.x_stride == a.k && (!n.up || n.up_stride == a.k));
+  if (!n.y || !contiguous || a.m >= multiprocessors()) return n;
+  for (const int64_t piece : {1024, 512, 256}) {
+    if (a.k % piece) continue;
+    a.m *= a.k / piece;
+    a.k = a.x_stride = n.up_stride = piece;
+    break;
+  }
+  return n;
 }
 
 template <typename T, bool kGated>
@@ -89,7 +104,7 @@ void run(const QuantizeActivationArgs& n, cudaStream_t stream) {
   const char* name = "quantize_activation";
   constexpr int64_t kShort = kManyThreads * 2 * kVector;
   constexpr int64_t kLongest = sizeof(T) == 2 ? kMostThreads * 8 * kVector : kShort;  // fp32 takes twice the registers
-  if (!vectors_fit(n.codes, kLongest) || n.up_stride % kVector || !aligned_to(n.up, 16)) {
+  if (!vectors_fit(n.codes, kLongest) || n.up_stride % kVector || !aligned_to(n.up, 16) || !aligned_to(n.y, 16)) {
     return launch(quantize_activation_scalar_kernel<T, kGated>, shape_of_scalars(n.codes), stream, name, n);
   }
   if constexpr (kLongest > kShort) {
@@ -105,7 +120,7 @@ void run(const QuantizeActivationArgs& n, cudaStream_t stream) {
 
 template <typename T>
 void run(const QuantizeActivationArgs& n, cudaStream_t stream) {
-  return n.up ? run<T, true>(n, stream) : run<T, false>(n, stream);
+  return n.up ? run<T, true>(in_pieces(n), stream) : run<T, false>(in_pieces(n), stream);
 }
 
 }  // namespace

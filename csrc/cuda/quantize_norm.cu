@@ -1,18 +1,17 @@
-// Normalization and quantization of rows in one pass, with the addition of a residual before it:
+// Normalization and quantization of rows in one pass, with the addition of a residual before it; or without the
+// quantization:
 //
 //   total[m, k] = round(x[m, k] + residual[m, k])                      written where there is a residual
 //   rms:    y = (total * rstd) * weight                                rstd = 1 / sqrt(mean(total^2) + eps)
 //   layer:  y = ((total - mean) * rstd) * weight + bias                rstd = 1 / sqrt(mean((total - mean)^2) + eps)
-//   y' = y * inv_smooth; scale, zero point and codes of y' as in quantize_rows
+//   y' = y * inv_smooth; scale, zero point and codes of y' as in quantize_rows; or y, rounded to the dtype of x
 //
 // A row is read once and stays in registers in fp32 (rows.cuh). Sums run over pairs within a vector of 8, over the
 // vectors of a thread, over the lanes of a warp and over the warps: at most 16 roundings deep, so rstd is within 2^-20
 // of the true one (2^-18 for rows longer than 16,384 or not aligned, which are read again and whose threads add up to
 // K / 1024 values in turn). A sum of squares that is not finite in fp32 makes the row one of NaN.
 //
-// Limit: 3 bytes of traffic per 16-bit value, 7 with a residual.
-#include <type_traits>
-
+// Limit: 3 bytes of traffic per 16-bit value, 7 with a residual; 4 and 8 where y is written.
 #include "rows.cuh"
 
 namespace qk::cuda {
@@ -58,18 +57,6 @@ __device__ __forceinline__ void load_parameters(const void* p, bool wide, int64_
   raw.widened(v);
 }
 
-template <typename T>
-__device__ __forceinline__ void store_total(T* p, const float (&v)[kVector]) {
-  if constexpr (sizeof(T) == 4) {
-    reinterpret_cast<float4*>(p)[0] = make_float4(v[0], v[1], v[2], v[3]);
-    reinterpret_cast<float4*>(p)[1] = make_float4(v[4], v[5], v[6], v[7]);
-  } else {
-    constexpr DType kType = std::is_same<T, __half>::value ? DType::kF16 : DType::kBF16;
-    *reinterpret_cast<uint4*>(p) = make_uint4(pack_pair(kType, v[0], v[1]), pack_pair(kType, v[2], v[3]),
-                                              pack_pair(kType, v[4], v[5]), pack_pair(kType, v[6], v[7]));
-  }
-}
-
 template <typename T, int kVectors, bool kLayer>
 __global__ void __launch_bounds__(kManyThreads) quantize_norm_kernel(const QuantizeNormArgs n) {
   __shared__ float squares_of[kWarps], sums_of[kWarps];
@@ -107,7 +94,7 @@ __global__ void __launch_bounds__(kManyThreads) quantize_norm_kernel(const Quant
       raw[i].widened(r);
 #pragma unroll
       for (int j = 0; j < kVector; ++j) v[i][j] = rounded_sum<T>(v[i][j], r[j]);
-      store_total(total + k, v[i]);
+      store_values(total + k, v[i]);
     }
   }
   if (kLayer) {
@@ -150,7 +137,7 @@ __global__ void __launch_bounds__(kManyThreads) quantize_norm_kernel(const Quant
       for (int j = 0; j < kVector; ++j) v[i][j] = __fadd_rn(v[i][j], b[j]);
     }
   }
-  quantize_row<kVectors>(a, row, v);
+  finish_row<T, kVectors>(a, n.y, row, v);
 }
 
 // Any length, any alignment; the row is read several times.
@@ -185,7 +172,7 @@ __global__ void __launch_bounds__(1024) quantize_norm_scalar_kernel(const Quanti
   const auto parameter = [&](const void* p, int64_t k) {
     return n.wide_factors ? static_cast<const float*>(p)[k] : widen(static_cast<const T*>(p)[k]);
   };
-  quantize_row_again(a, row, [&](int64_t k) {
+  finish_row_again<T>(a, n.y, row, [&](int64_t k) {
     float v = total(k);
     if (kLayer) v = __fsub_rn(v, mean);
     v = __fmul_rn(v, rstd);
@@ -200,7 +187,7 @@ void run(const QuantizeNormArgs& n, cudaStream_t stream) {
   const char* name = "quantize_norm";
   const bool vectors = vectors_fit(n.codes, kManyThreads * 2 * kVector) && n.residual_stride % kVector == 0 &&
                        aligned_to(n.residual, 16) && aligned_to(n.total, 16) && aligned_to(n.weight, 16) &&
-                       aligned_to(n.bias, 16);
+                       aligned_to(n.bias, 16) && aligned_to(n.y, 16);
   if (!vectors) {
     return launch(quantize_norm_scalar_kernel<T, kLayer>, shape_of_scalars(n.codes), stream, name, n);
   }

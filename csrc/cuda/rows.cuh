@@ -1,10 +1,12 @@
-// Rows that become 8-bit codes: what the quantizers that keep a row in registers share.
+// Rows that become 8-bit codes, or stay floats: what the kernels that keep a row in registers share.
 //
 //     one CTA per row (blockDim.y = 1), or one warp per row (blockDim.x = 32, several rows to a CTA)
 //     thread t holds kVectors vectors of 8 values; vector i lies at k = (i * blockDim.x + t) * 8
 //
 // so a warp reads 512 contiguous bytes of 16-bit values and writes 256.
 #pragma once
+
+#include <type_traits>
 
 #include "host.h"
 #include "launch.h"
@@ -120,11 +122,24 @@ __device__ __forceinline__ void load_factors(const float* p, float (&v)[kVector]
   v[0] = a.x, v[1] = a.y, v[2] = a.z, v[3] = a.w, v[4] = b.x, v[5] = b.y, v[6] = b.z, v[7] = b.w;
 }
 
+// Eight values at `p`, aligned, each rounded once.
+template <typename T>
+__device__ __forceinline__ void store_values(T* p, const float (&v)[kVector]) {
+  if constexpr (sizeof(T) == 4) {
+    reinterpret_cast<float4*>(p)[0] = make_float4(v[0], v[1], v[2], v[3]);
+    reinterpret_cast<float4*>(p)[1] = make_float4(v[4], v[5], v[6], v[7]);
+  } else {
+    constexpr DType kType = std::is_same<T, __half>::value ? DType::kF16 : DType::kBF16;
+    *reinterpret_cast<uint4*>(p) = make_uint4(pack_pair(kType, v[0], v[1]), pack_pair(kType, v[2], v[3]),
+                                              pack_pair(kType, v[4], v[5]), pack_pair(kType, v[6], v[7]));
+  }
+}
+
 __device__ __forceinline__ uint32_t pack_bytes(int32_t a, int32_t b, int32_t c, int32_t d) {
   return __byte_perm(__byte_perm(a, b, 0x0040), __byte_perm(c, d, 0x0040), 0x5410);
 }
 
-// ---- Rows that were computed: fp32 values in registers to codes ----------------------------------------------------
+// ---- Rows that were computed: fp32 values in registers to codes, or to the type of x -------------------------------
 
 // The fp32 values of a row, vector i of thread t as drawn above; what lies beyond K is 0.
 template <int kVectors>
@@ -199,6 +214,25 @@ __device__ __forceinline__ void quantize_row_again(const QuantizeRowsArgs& a, in
   } else {
     store_row_again<true>(a, row, value);
   }
+}
+
+// The end of a kernel that computes rows: themselves at `y` where that is given, else their codes.
+template <typename T, int kVectors>
+__device__ __forceinline__ void finish_row(const QuantizeRowsArgs& a, void* y, int64_t row, Row<kVectors>& v) {
+  if (!y) return quantize_row<kVectors>(a, row, v);
+#pragma unroll
+  for (int i = 0; i < kVectors; ++i) {
+    const int k = (i * blockDim.x + threadIdx.x) * kVector;
+    if (k >= a.k) break;
+    store_values(static_cast<T*>(y) + row * a.k + k, v[i]);
+  }
+}
+
+template <typename T, typename Value>
+__device__ __forceinline__ void finish_row_again(const QuantizeRowsArgs& a, void* y, int64_t row, const Value& value) {
+  if (!y) return quantize_row_again(a, row, value);
+  T* out = static_cast<T*>(y) + row * a.k;
+  for (int64_t k = threadIdx.x; k < a.k; k += blockDim.x) out[k] = narrow<T>(value(k));
 }
 
 // ---- Launches ------------------------------------------------------------------------------------------------------

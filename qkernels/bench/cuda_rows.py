@@ -6,11 +6,14 @@
     layer norm               3 bytes
     silu * up                the product of two tensors, 5 bytes
     gelu                     by the error function, 3 bytes
+    residual + rms norm, values   not quantized, as weight-only Linears read it: 8 bytes
+    silu * up, values        the same of the product, 6 bytes
     torch: rms norm, quantize     the parts: torch's norm and our quantizer
     torch: silu * up, quantize    the same of the product
 
 Every row's limit is its bytes over the copy bandwidth.  Inputs rotate through more memory than the L2 holds.  A kernel
-is timed once its scales lie within 2^-16 of the reference's and its codes within one.
+is timed once its scales lie within 2^-16 of the reference's and its codes within one, its values within 2^-16 of its
+row's largest and one rounding.
 """
 
 from __future__ import annotations
@@ -23,13 +26,19 @@ from torch import Tensor
 from torch.nn import functional
 
 from qkernels import cuda, reference
-from qkernels.cuda_rows import RowGrid, quantize_activation, quantize_norm
+from qkernels.cuda_rows import RowGrid, activate, normalize, quantize_activation, quantize_norm
 from qkernels.scheme import Scheme
 
 __all__ = ["ProblemRows"]
 
 _EPS = 1e-5
-_BYTES = {"residual + rms norm": (3, 1), "silu * up": (2, 1), "torch: silu * up, quantize": (2, 1)}
+_BYTES = {
+    "residual + rms norm": (3, 1),
+    "silu * up": (2, 1),
+    "residual + rms norm, values": (4, 0),
+    "silu * up, values": (3, 0),
+    "torch: silu * up, quantize": (2, 1),
+}
 """Values read or written in the dtype of the input, and in int8, per value; (1, 1) for all others."""
 
 
@@ -50,7 +59,7 @@ class ProblemRows:
     def bytes_of(self, contender: str) -> float:
         """What has to move."""
         wide, codes = _BYTES.get(contender, (1, 1))
-        return self.m * self.k * (wide * self.dtype.itemsize + codes) + 4.0 * self.m
+        return self.m * self.k * (wide * self.dtype.itemsize + codes) + 4.0 * self.m * codes
 
     def contenders(self) -> Iterator[tuple[str, bool, Callable[[int], object]]]:
         """(name, ours, call) of everyone who can take this problem."""
@@ -63,6 +72,14 @@ class ProblemRows:
                 x, weight, bias if layer else None, _EPS, grid, layer=layer, residual=beside if residual else None
             )[0]
 
+        def values(index: int) -> Tensor:
+            x, beside = pairs[index % count]
+            return normalize(x, weight, None, _EPS, layer=False, residual=beside)[0]
+
+        def product(index: int) -> Tensor:
+            x, up = pairs[index % count]
+            return activate(x, "silu", up)
+
         def activation(index: int, name: str, gated: bool) -> Any:
             x, up = pairs[index % count]
             return quantize_activation(x, name, up if gated else None, grid)
@@ -73,6 +90,8 @@ class ProblemRows:
         yield "layer norm", True, lambda index: norm(index, layer=True)
         yield "silu * up", True, lambda index: activation(index, "silu", True)
         yield "gelu", True, lambda index: activation(index, "gelu", False)
+        yield "residual + rms norm, values", True, values
+        yield "silu * up, values", True, product
         yield (
             "torch: rms norm, quantize",
             False,
@@ -88,6 +107,11 @@ class ProblemRows:
         """Whether the result over the first input is the reference's, in the sense of the file's head."""
         x, beside = self.pairs[0]
         result: Any = call(0)
+        if isinstance(result, Tensor):
+            silu = reference.activated(x, "silu", beside)
+            y = silu if "silu" in name else reference.rms_norm(reference.add_residual(x, beside), self.weight, _EPS)
+            slack = y.abs().amax(-1, keepdim=True) * 2.0**-16 + y.abs() * torch.finfo(self.dtype).eps
+            return bool(((result.float() - y).abs() <= slack).all())
         if name == "rms norm":
             y = reference.rms_norm(x, self.weight, _EPS)
         elif name == "residual + rms norm":
