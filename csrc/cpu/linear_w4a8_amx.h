@@ -22,7 +22,10 @@ class LinearW4A8Amx : PanelsW4A8Amx<V> {
   using Panels = PanelsW4A8Amx<V>;
 
   using Panels::scratch_bytes;
-  explicit LinearW4A8Amx(const LinearW4A8Args& args) : Panels(args) {}
+  explicit LinearW4A8Amx(const LinearW4A8Args& args)
+      : Panels(args),
+        streams_(is_streamed(args.m, args.n, args.y_dtype, args.threads) &&
+                 has_whole_lines(args.y, args.y_dtype, args.y_stride)) {}
 
   void run() const {
     for_row_chunks<V>(
@@ -109,8 +112,12 @@ class LinearW4A8Amx : PanelsW4A8Amx<V> {
   }
   QK_NOINLINE void finish(const Pending& p, int64_t from, int64_t to) const {
     if (p_.n - p.n0 < kPairRows || p_.function != Activation::kNone || p_.residual.rows) {
-      for (int64_t r = from; r < to; ++r)
-        this->finish_row(p.row + r, p.scales[r].scale, p.totals + r * kPairRows, p.n0, kPairRows);
+      for (int64_t r = from; r < to; ++r) {
+        if (streams_)
+          this->template finish_row<true>(p.row + r, p.scales[r].scale, p.totals + r * kPairRows, p.n0, kPairRows);
+        else
+          this->finish_row(p.row + r, p.scales[r].scale, p.totals + r * kPairRows, p.n0, kPairRows);
+      }
       return;
     }
     switch (p_.y_dtype) {
@@ -136,8 +143,12 @@ class LinearW4A8Amx : PanelsW4A8Amx<V> {
         v = V::add(v, b0);
         w = V::add(w, b1);
       }
-      V::template store<D>(p_.y, y, v);
-      V::template store<D>(p_.y, y + 16, w);
+      if (streams_) {
+        V::template stream<D>(p_.y, y, v, w);
+      } else {
+        V::template store<D>(p_.y, y, v);
+        V::template store<D>(p_.y, y + 16, w);
+      }
     }
   }
   template <bool kPlain>
@@ -378,6 +389,7 @@ class LinearW4A8Amx : PanelsW4A8Amx<V> {
       const Range block = share(tiles, static_cast<int>(u / superblocks), static_cast<int>(blocks));
       superblock<kPlain>(u % superblocks, row, rows, block, q, scales, u + 1 < mine.end, team > 1, ws);
     }
+    if (streams_) V::stream_fence();
   }
 
   template <bool kPlain>
@@ -446,6 +458,8 @@ class LinearW4A8Amx : PanelsW4A8Amx<V> {
     for (int64_t r = block.begin * kPairRows; r < end; ++r)
       this->finish_row(row + r, scales[r].scale, ws.totals[0][0], n0, kBlockN);
   }
+
+  const bool streams_;  // y, past the caches
 };
 
 }  // namespace

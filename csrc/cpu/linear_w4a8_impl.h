@@ -27,6 +27,7 @@
 #include "activation.h"
 #include "quantize_rows.h"
 #include "row_chunks.h"
+#include "store_row.h"
 #include "threads.h"
 
 namespace qk {
@@ -264,34 +265,31 @@ class LinearW4A8 {
     }
   }
 
-  // Columns [n0, n0 + columns) of y, as far as there are any.
+  // Columns [n0, n0 + columns) of y, as far as there are any. kStreams: see store_row.h.
+  template <bool kStreams = false>
   void finish_row(int64_t row, float scale, const float* totals, int64_t n0, int64_t columns) const {
     switch (p_.y_dtype) {
       case DType::kF32:
-        return finish_row_as<DType::kF32>(row, scale, totals, n0, columns);
+        return finish_row_as<DType::kF32, kStreams>(row, scale, totals, n0, columns);
       case DType::kBF16:
-        return finish_row_as<DType::kBF16>(row, scale, totals, n0, columns);
+        return finish_row_as<DType::kBF16, kStreams>(row, scale, totals, n0, columns);
       default:
-        return finish_row_as<DType::kF16>(row, scale, totals, n0, columns);
+        return finish_row_as<DType::kF16, kStreams>(row, scale, totals, n0, columns);
     }
   }
 
-  template <DType D>
+  template <DType D, bool kStreams>
   void finish_row_as(int64_t row, float scale, const float* totals, int64_t n0, int64_t columns) const {
     const int64_t y = row * p_.y_stride + n0, residual = row * p_.residual.stride + n0;
     const int width = static_cast<int>(p_.n - n0 < columns ? p_.n - n0 : columns);
     const F scale_x = V::set(scale);
-    for (int i = 0; i < width; i += V::kLanes) {
-      const int n = width - i < V::kLanes ? width - i : V::kLanes;
+    store_row<V, D, kStreams>(p_.y, y, width, [&](int i, int n) QK_INLINE {
       F v = V::mul(V::load_f(totals + i), scale_x);
       if (p_.bias) v = V::add(v, n == V::kLanes ? V::load_f(p_.bias + n0 + i) : V::load_f_part(p_.bias + n0 + i, n));
       if (p_.function != Activation::kNone) v = Activations<V>::apply(p_.function, v);
       if (p_.residual.rows) v = plus_residual<V, D>(p_.residual, residual + i, n, v);
-      if (n == V::kLanes)
-        V::template store<D>(p_.y, y + i, v);
-      else
-        V::template store_part<D>(p_.y, y + i, v, n);
-    }
+      return v;
+    });
   }
 
   const LinearW4A8Args& p_;

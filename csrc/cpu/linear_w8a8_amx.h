@@ -15,7 +15,10 @@ class LinearW8A8Amx : LinearW8A8<V> {
  public:
   using Base = LinearW8A8<V>;
 
-  LinearW8A8Amx(const LinearW8A8Args* members, int count) : Base(members, count), padded_(padded_k(members->k)) {}
+  LinearW8A8Amx(const LinearW8A8Args* members, int count)
+      : Base(members, count),
+        padded_(padded_k(members->k)),
+        streams_(is_streamed(p_.m, this->superblocks_ * kBlockN, p_.y_dtype, p_.threads)) {}
 
   static int64_t scratch_bytes(int64_t m, int64_t k, int threads) {
     return row_chunks_bytes<V>(m, k, tile_stride(m, k, 0), threads);
@@ -50,12 +53,16 @@ class LinearW8A8Amx : LinearW8A8<V> {
     Columns columns;
     int64_t n0 = 0;
     int j = 0;
+    bool streams = false;
   };
 
   QK_NOINLINE void finish(Pending& pending, int64_t count, int64_t row, const RowScale* scales) const {
     const int64_t next = pending.next, end = next + count < pending.end ? next + count : pending.end;
-    this->template epilogue<kPairRows>(row, {next, end}, scales, pending.c + (next - pending.begin) * kPairRows,
-                                       pending.columns, pending.n0, pending.j);
+    const int32_t* c = pending.c + (next - pending.begin) * kPairRows;
+    if (pending.streams)
+      this->template epilogue<kPairRows, true>(row, {next, end}, scales, c, pending.columns, pending.n0, pending.j);
+    else
+      this->template epilogue<kPairRows>(row, {next, end}, scales, c, pending.columns, pending.n0, pending.j);
     pending.next = end;
   }
 
@@ -105,6 +112,7 @@ class LinearW8A8Amx : LinearW8A8<V> {
                     [&](const LinearW8A8Args& w, int64_t nb, Range range, bool more) {
                       Columns columns = this->columns_of(w, nb, rows, copies[visits++ % 2]);
                       if (p_.act.symmetric) columns.shared = nullptr;  // all zero
+                      const bool streams = streams_ && has_whole_lines(w.y, w.y_dtype, w.y_stride);
                       const int8_t* weights = w.packed + nb * kBlockN * padded_;
                       meanwhile.ahead = weights + kBlockN * padded_;
                       // Few tiles would be held up by so many requests.
@@ -124,7 +132,7 @@ class LinearW8A8Amx : LinearW8A8<V> {
                               block<2>(a, b, depth, c, s0 > 0, row, scales, meanwhile);
                             else
                               block<1>(a, b, depth, c, s0 > 0, row, scales, meanwhile);
-                            if (last) pending = {first, first + count, first, c, columns, nb * kBlockN, j};
+                            if (last) pending = {first, first + count, first, c, columns, nb * kBlockN, j, streams};
                             if (steps > kSliceSteps)
                               c += kPairSums;  // otherwise one block's worth of L1 serves them all
                           }
@@ -132,9 +140,11 @@ class LinearW8A8Amx : LinearW8A8<V> {
                       }
                     });
     if (pending.next < pending.end) finish(pending, kPairRows, row, scales);
+    if (streams_) V::stream_fence();
   }
 
   const int64_t padded_;
+  const bool streams_;  // y, past the caches, where its lines allow it
 };
 
 }  // namespace

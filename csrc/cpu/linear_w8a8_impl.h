@@ -40,6 +40,7 @@
 #include "activation.h"
 #include "quantize_rows.h"
 #include "row_chunks.h"
+#include "store_row.h"
 #include "threads.h"
 
 namespace qk {
@@ -341,40 +342,39 @@ class LinearW8A8 {
       prefetch_residual(w.residual, w.y_dtype, (row + r) * w.residual.stride + column, columns);
   }
 
-  // Columns [j, j + kPitch) of the superblock; c has kPitch columns.
-  template <int kPitch>
+  // Columns [j, j + kPitch) of the superblock; c has kPitch columns. kStreams: see store_row.h.
+  template <int kPitch, bool kStreams = false>
   void epilogue(int64_t row, Range rows, const RowScale* scales, const int32_t* c, const Columns& columns, int64_t n0,
                 int j) const {
     if (columns.member->function == Activation::kNone)
-      epilogue_of<false>(row, rows, scales, c, kPitch, columns, n0, j);
+      epilogue_of<false, kStreams>(row, rows, scales, c, kPitch, columns, n0, j);
     else
-      epilogue_of<true>(row, rows, scales, c, kPitch, columns, n0, j);
+      epilogue_of<true, kStreams>(row, rows, scales, c, kPitch, columns, n0, j);
   }
 
-  template <bool kActivates>
+  template <bool kActivates, bool kStreams>
   void epilogue_of(int64_t row, Range rows, const RowScale* scales, const int32_t* c, int pitch, const Columns& columns,
                    int64_t n0, int j) const {
     switch (columns.member->y_dtype) {
       case DType::kF32:
-        return epilogue_as<DType::kF32, kActivates>(row, rows, scales, c, pitch, columns, n0, j);
+        return epilogue_as<DType::kF32, kActivates, kStreams>(row, rows, scales, c, pitch, columns, n0, j);
       case DType::kBF16:
-        return epilogue_as<DType::kBF16, kActivates>(row, rows, scales, c, pitch, columns, n0, j);
+        return epilogue_as<DType::kBF16, kActivates, kStreams>(row, rows, scales, c, pitch, columns, n0, j);
       default:
-        return epilogue_as<DType::kF16, kActivates>(row, rows, scales, c, pitch, columns, n0, j);
+        return epilogue_as<DType::kF16, kActivates, kStreams>(row, rows, scales, c, pitch, columns, n0, j);
     }
   }
 
-  template <DType D, bool kActivates>
+  template <DType D, bool kActivates, bool kStreams>
   void epilogue_as(int64_t row, Range rows, const RowScale* scales, const int32_t* c, int pitch, const Columns& columns,
                    int64_t n0, int j) const {
-    constexpr int kW = V::kLanes;
     const LinearW8A8Args& w = *columns.member;
     const int width = columns.count - j < pitch ? columns.count - j : pitch;
     for (int64_t r = rows.begin; r < rows.end; ++r, c += pitch) {
       const auto scale_x = V::set(scales[r].scale);
       const auto zero_point = V::set_i(scales[r].zero_point);
       const int64_t y = (row + r) * w.y_stride + n0 + j, residual = (row + r) * w.residual.stride + n0 + j;
-      for (int i = 0; i < width; i += kW) {
+      store_row<V, D, kStreams>(w.y, y, width, [&](int i, int lanes) QK_INLINE {
         const int at = j + i;
         auto sum = V::load_i(c + i);
         if (columns.shared)
@@ -384,13 +384,9 @@ class LinearW8A8 {
         auto v = V::mul(V::mul(V::to_f(sum), scale_x), V::load_f(columns.scale + at));
         if (columns.bias) v = V::add(v, V::load_f(columns.bias + at));
         if constexpr (kActivates) v = Activations<V>::apply(w.function, v);
-        const int lanes = width - i < kW ? width - i : kW;
         if (w.residual.rows) v = plus_residual<V, D>(w.residual, residual + i, lanes, v);
-        if (lanes == kW)
-          V::template store<D>(w.y, y + i, v);
-        else
-          V::template store_part<D>(w.y, y + i, v, lanes);
-      }
+        return v;
+      });
     }
   }
 

@@ -133,6 +133,18 @@ struct ZmmVerbs {
     else
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(static_cast<uint16_t*>(p) + i), narrow<D>(v));
   }
+  // Lanes [i, i + 32), whole lines, past the caches. Other threads see them after a fence.
+  template <DType D>
+  static void stream(void* p, int64_t i, F a, F b) {
+    if constexpr (D == DType::kF32) {
+      _mm512_stream_ps(static_cast<float*>(p) + i, a);
+      _mm512_stream_ps(static_cast<float*>(p) + i + 16, b);
+    } else {
+      const I both = _mm512_inserti64x4(_mm512_castsi256_si512(narrow<D>(a)), narrow<D>(b), 1);
+      _mm512_stream_si512(reinterpret_cast<I*>(static_cast<uint16_t*>(p) + i), both);
+    }
+  }
+  static void stream_fence() { _mm_sfence(); }
   template <DType D>
   static void store_numbers(void* p, int64_t i, F a, F b) {
     store<D>(p, i, a);
