@@ -172,7 +172,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kPerSm)
     const Relay<S> relay(exchange);
     Segment s;
     float scale[2];  // of wide sums
-    int group_left;  // rows until the end of the group, counted for integers alone
+    [[maybe_unused]] int group_left;  // rows until the end of the group, counted for integers alone
 
     const auto release = [&](int stage) {
       __syncwarp();  // everybody has read codes and scales
@@ -302,20 +302,20 @@ __global__ void __launch_bounds__(S::kThreads, S::kPerSm)
         load_early<S>(t, packed, 0, early);
         unpack_bytes<S>(t, packed, 0, early, even);
         load_early<S>(t, packed, 1, early);
-      }
-      if (!S::kWide && !S::kOneSum) odd_codes = load_codes(t, packed, 1);
-      const auto unpack_first = [&](auto fixed) {
-        constexpr int kShift = decltype(fixed)::value;
-        unpack_half<S, kShift>(job, t, packed, load_codes(t, packed, 0), book, 0, even);
-        if (S::kApart) unpack_half<S, kShift>(job, t, packed, odd_codes, book, 1, odd);
-      };
-      if constexpr (S::kOneSum) {
-      } else if (job.groups.row_shift == 0) {
-        unpack_first(std::integral_constant<int, 0>());
-      } else if (job.groups.row_shift == 1) {
-        unpack_first(std::integral_constant<int, 1>());
       } else {
-        unpack_first(std::integral_constant<int, 2>());
+        if (!S::kWide) odd_codes = load_codes(t, packed, 1);
+        const auto unpack_first = [&](auto fixed) {
+          constexpr int kShift = decltype(fixed)::value;
+          unpack_half<S, kShift>(job, t, packed, load_codes(t, packed, 0), book, 0, even);
+          if (S::kApart) unpack_half<S, kShift>(job, t, packed, odd_codes, book, 1, odd);
+        };
+        if (job.groups.row_shift == 0) {
+          unpack_first(std::integral_constant<int, 0>());
+        } else if (job.groups.row_shift == 1) {
+          unpack_first(std::integral_constant<int, 1>());
+        } else {
+          unpack_first(std::integral_constant<int, 2>());
+        }
       }
       if constexpr (S::kWide) {
         const Factors f = load_factors<S>(job, t, packed + S::kChannels * S::kCodeBytes);
@@ -333,7 +333,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kPerSm)
 #pragma unroll
         for (int i = 0; i < S::kValues; ++i) sums.odd[i] = 0.0f;
       }
-      group_left = job.group_rows - (s.first << job.groups.row_shift) % job.group_rows;
+      if constexpr (!S::kOneSum) group_left = job.group_rows - (s.first << job.groups.row_shift) % job.group_rows;
       if (S::kRelays && t.phase == S::kPhases - 1) relay.start();
       const auto run_slabs = [&](auto shift, auto each) {
 #pragma unroll 1
