@@ -115,14 +115,7 @@ struct Avx2 : YmmVerbs {
       add(c6, bk + 6);
       add(c7, bk + 7);
     }
-    store_i(c, c0);
-    store_i(c + 8, c1);
-    store_i(c + 16, c2);
-    store_i(c + 24, c3);
-    store_i(c + 32, c4);
-    store_i(c + 40, c5);
-    store_i(c + 48, c6);
-    store_i(c + 56, c7);
+    store_run(c, c0, c1, c2, c3, c4, c5, c6, c7);
   }
 
   QK_NOINLINE static void tile_one(const uint8_t* a, const int8_t* b, int64_t steps, int32_t* c, bool minus128) {
@@ -220,14 +213,7 @@ struct Avx2 : YmmVerbs {
       columns(2, c4, c5);
       columns(3, c6, c7);
     }
-    store_i(less, c0);
-    store_i(less + 8, c1);
-    store_i(less + 16, c2);
-    store_i(less + 24, c3);
-    store_i(less + 32, c4);
-    store_i(less + 40, c5);
-    store_i(less + 48, c6);
-    store_i(less + 56, c7);
+    store_run(less, c0, c1, c2, c3, c4, c5, c6, c7);
   }
 
   // 4 x 16 tile: 8 accumulators, 4 weight registers and 4 for sums of activations and weights, of 16. More rows would

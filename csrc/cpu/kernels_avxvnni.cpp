@@ -97,14 +97,7 @@ struct AvxVnni : YmmVerbs {
       dot4(c6, v, _mm256_load_si256(bk + 6));
       dot4(c7, v, _mm256_load_si256(bk + 7));
     }
-    store_i(c, c0);
-    store_i(c + 8, c1);
-    store_i(c + 16, c2);
-    store_i(c + 24, c3);
-    store_i(c + 32, c4);
-    store_i(c + 40, c5);
-    store_i(c + 48, c6);
-    store_i(c + 56, c7);
+    store_run(c, c0, c1, c2, c3, c4, c5, c6, c7);
   }
 
   template <class W>
@@ -157,14 +150,7 @@ struct AvxVnni : YmmVerbs {
       column(6, c6);
       column(7, c7);
     }
-    store_i(c, c0);
-    store_i(c + 8, c1);
-    store_i(c + 16, c2);
-    store_i(c + 24, c3);
-    store_i(c + 32, c4);
-    store_i(c + 40, c5);
-    store_i(c + 48, c6);
-    store_i(c + 56, c7);
+    store_run(c, c0, c1, c2, c3, c4, c5, c6, c7);
   }
 };
 

@@ -126,6 +126,11 @@ struct YmmVerbs {
   static void store_f(float* p, F v) { _mm256_storeu_ps(p, v); }
   static I load_i(const int32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
   static void store_i(int32_t* p, I v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v); }
+  // One behind the other.
+  template <class... Vectors>
+  static void store_run(int32_t* p, Vectors... v) {
+    ((store_i(p, v), p += 8), ...);
+  }
 
   template <DType D>
   static F widen(__m128i h) {
