@@ -38,7 +38,7 @@ FORMAT_VERSION = 1
 MAX_MANIFEST_BYTES = 256 << 20
 _FLOAT_NAMES = ("float32", "bfloat16", "float16")
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}\.safetensors")
-_SHARED = ("weight", "weight_scale", "weight_zero_point", "weight_min")
+_SHARED = ("weight", "weight_scale", "weight_zero_point", "weight_min", "weight_multiplier")
 
 
 @dataclass(frozen=True)
@@ -267,7 +267,7 @@ def _check_layers(manifest: Manifest) -> None:
 
 def check_values(name: str, suffix: str, tensor: torch.Tensor, scheme: Scheme) -> None:
     """Scales are positive and finite, minima and smoothing factors finite, zero points codes of the scheme (0..255 for
-    activations).
+    activations), multipliers such that weights stay signed bytes.
 
     Raises:
         ValueError: they are not.
@@ -289,3 +289,6 @@ def check_values(name: str, suffix: str, tensor: torch.Tensor, scheme: Scheme) -
         top = scheme.code_range[1] if suffix == "weight_zero_point" else 255
         if not 0 <= low <= high <= top:
             raise ValueError(f"{name}.{suffix}: expected values from 0 to {top}, got {low} to {high}")
+    if suffix == "weight_multiplier" and not 1 <= low <= high <= scheme.largest_multiplier:
+        top = scheme.largest_multiplier
+        raise ValueError(f"{name}.{suffix}: expected values from 1 to {top}, got {low} to {high}")

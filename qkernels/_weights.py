@@ -56,7 +56,8 @@ def weight_grid(w: Tensor, scheme: Scheme) -> dict[str, Tensor]:
         integer zero point  zero inside the range; scale = (hi - lo) / top; zero_point = clamp(rne(-lo / scale), 0, top)
         float minimum       scale = (hi - lo) / top; minimum = lo
 
-    with top = 15, 7, 3 for 4, 3, 2 bits.
+    with top = 15, 7, 3 for 4, 3, 2 bits.  With ``group_scales="int"`` these scales become multiples of one per channel
+    (:func:`integer_scales`), of which zero points are computed, and ``weight_multiplier`` uint8 ``[N, G]`` comes too.
 
     A symmetric group with absmax < 2**-100, or another one whose 1 / scale is not finite, gets scale 1.
 
@@ -74,7 +75,10 @@ def weight_grid(w: Tensor, scheme: Scheme) -> dict[str, Tensor]:
     if scheme.weight_symmetric:
         groups = _groups(wide, scheme, group_size)
         if scheme.codebook is None:
-            scale = rounding.symmetric_grid(groups, bits=scheme.weight_bits).scale
+            measured = rounding.symmetric_grid(groups, bits=scheme.weight_bits)
+            if scheme.group_scales == "int":
+                return integer_scales(measured.scale, measured.live, scheme)
+            scale = measured.scale
         else:
             absmax = groups.abs().amax(-1) if groups.shape[-1] else groups.new_zeros(groups.shape[:-1])
             largest = max(abs(value) for value in scheme.codebook)
@@ -91,7 +95,13 @@ def weight_grid(w: Tensor, scheme: Scheme) -> dict[str, Tensor]:
         hi, lo = hi.clamp(min=0.0), lo.clamp(max=0.0)
     scale = rounding.asymmetric_scale(hi, lo, bits=scheme.weight_bits)
     _check_overflow(scale)
-    scale = torch.where(torch.isfinite(rounding.quotient(1.0, scale)), scale, torch.ones_like(scale))
+    live = torch.isfinite(rounding.quotient(1.0, scale))
+    if scheme.group_scales == "int":
+        tensors = integer_scales(scale, live, scheme)
+        grid = rounding.asymmetric_grid(groups, bits=scheme.weight_bits, measured=group_scale(tensors))
+        zeros = torch.zeros_like(scale) if grid.zero_point is None else grid.zero_point
+        return {**tensors, "weight_zero_point": stored(zeros, torch.uint8)}
+    scale = torch.where(live, scale, torch.ones_like(scale))
     if scheme.weight_zero == "float":
         dtype = rounding.storage_dtype(requested, scale, lo)
         return {"weight_scale": stored(scale, dtype), "weight_min": stored(lo, dtype)}
@@ -102,23 +112,55 @@ def weight_grid(w: Tensor, scheme: Scheme) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
+def integer_scales(scale: Tensor, live: Tensor, scheme: Scheme) -> dict[str, Tensor]:
+    """Scales of groups as whole multiples of one scale per channel.
+
+        weight_scale = max over groups of scale / top
+        weight_multiplier = clamp(rne(scale / weight_scale), 1, top)
+
+    with top = ``scheme.largest_multiplier``; each quotient rounded once.  Groups that are not live (all zeros) count
+    for nothing and get 1; a channel of such groups has scale 1.
+
+    Args:
+        scale: float32 ``[N, G]``, positive where live. live: bool ``[N, G]``.
+
+    Returns:
+        ``weight_scale`` float32 ``[N]`` and ``weight_multiplier`` uint8 ``[N, G]``.
+    """
+    top = scheme.largest_multiplier
+    wide = torch.where(live, scale.to(torch.float32), torch.zeros_like(scale, dtype=torch.float32))
+    largest = wide.amax(1) if wide.shape[1] else wide.new_zeros(len(wide))
+    base = rounding.divide(largest, float(top))
+    # As small as that only where the weights are: nothing is left of a quotient by it.
+    base = torch.where(torch.isfinite(rounding.quotient(1.0, base)), base, torch.ones_like(base))
+    multiplier = torch.round(wide / base.unsqueeze(1)).clamp(1.0, float(top))
+    return {"weight_scale": base.contiguous(), "weight_multiplier": multiplier.to(torch.uint8).contiguous()}
+
+
+def group_scale(tensors: Mapping[str, Tensor]) -> Tensor:
+    """The scales that weights are rounded with, in float32: ``[N]``, or ``[N, G]`` where groups have their own."""
+    scale, multiplier = tensors["weight_scale"].to(torch.float32), tensors.get("weight_multiplier")
+    return scale if multiplier is None else scale.unsqueeze(1) * multiplier.to(torch.float32)
+
+
+@torch.no_grad()
 def round_to_grid(w: Tensor, tensors: Mapping[str, Tensor], scheme: Scheme) -> Tensor:
     """The codes of ``w [N, K]`` on a grid that :func:`weight_grid` (or anybody) made: int32 ``[N, K]``.
 
-    symmetric      q = clamp(rne(w * inv) + zero)      with inv = 1 / weight_scale, zero = scheme.zero_code
+    symmetric      q = clamp(rne(w * inv) + zero)      with inv = 1 / group_scale, zero = scheme.zero_code
     zero point     q = clamp(rne(w * inv) + weight_zero_point)
     float minimum  q = clamp(rne((w - weight_min) * inv))
     code book      q = the entry nearest to w * inv, the first of equals
     """
     wide = rounding.widen(w, "w")
-    scale = tensors["weight_scale"]
+    scale = group_scale(tensors)
     group_size = scheme.resolve_group_size(wide.shape[1]) if scale.dim() == 2 else None
     groups = widen_groups(wide, scale, group_size)
 
     def column(name: str) -> Tensor:
         return tensors[name].to(torch.float32).reshape(*groups.shape[:2], 1)
 
-    inv = rounding.quotient(1.0, column("weight_scale"))
+    inv = rounding.quotient(1.0, scale.reshape(*groups.shape[:2], 1))
     low, high = scheme.code_range
     if scheme.codebook is not None:
         codes = _nearest(groups * inv, scheme.codebook)
@@ -145,7 +187,8 @@ def dequantize_weight(
     """The weight ``[N, in_features]`` that a quantized Linear stands for.
 
     ``scale * (q - zero_point)`` (zero_point 0, 8, 4, 2 for symmetric 8, 4, 3, 2 bits), ``scale * q + minimum``
-    (product rounded, then sum) or ``scale * codebook[q]``, in float32, then one cast.
+    (product rounded, then sum) or ``scale * codebook[q]``, in float32, then one cast; with ``group_scales="int"``
+    ``scale * (multiplier * (q - zero_point))``, of which the part in brackets is a whole number.
 
     Raises:
         TypeError: ``dtype`` is not float32, bfloat16 or float16.
@@ -155,6 +198,9 @@ def dequantize_weight(
     width = scheme.code_bytes(in_features)
     if weight.dim() != 2 or weight.shape[1] != width:
         raise ValueError(f"weight: expected shape [N, {width}], got {list(weight.shape)}")
+    if scheme.group_scales == "int":
+        values = multiplied_codes(tensors, scheme, in_features).to(torch.float32) * scale.to(torch.float32).unsqueeze(1)
+        return values.to(rounding.check_dtype(dtype, "dtype")).contiguous()
     codes = weight if scheme.weight_bits == 8 else rounding.unpack_codes(weight, scheme.weight_bits, in_features)
     group_size = scheme.resolve_group_size(in_features) if scale.dim() == 2 else None
     groups = widen_groups(codes.to(torch.int32), scale, group_size)
@@ -173,6 +219,15 @@ def dequantize_weight(
     else:
         values = groups.to(torch.float32) * wide_scale + column("weight_min").to(torch.float32)
     return rounding.join_groups(values, in_features).to(rounding.check_dtype(dtype, "dtype")).contiguous()
+
+
+def multiplied_codes(tensors: Mapping[str, Tensor], scheme: Scheme, in_features: int) -> Tensor:
+    """``multiplier * (q - zero_point)``, int8 ``[N, in_features]``: weights of ``group_scales="int"`` as 8-bit ones."""
+    multiplier, zero = tensors["weight_multiplier"], tensors.get("weight_zero_point")
+    codes = rounding.unpack_codes(tensors["weight"], scheme.weight_bits, in_features).to(torch.int16)
+    groups = widen_groups(codes, multiplier, scheme.resolve_group_size(in_features))
+    groups = groups - (scheme.zero_code if zero is None else zero.to(torch.int16).unsqueeze(-1))
+    return rounding.join_groups(groups * multiplier.to(torch.int16).unsqueeze(-1), in_features).to(torch.int8)
 
 
 def widen_groups(x: Tensor, weight_scale: Tensor, group_size: int | None) -> Tensor:

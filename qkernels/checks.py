@@ -169,7 +169,11 @@ def canonical_specs(scheme: Scheme, in_features: int, out_features: int) -> dict
         scales = (out_features, -(-in_features // size))
         # float16 becomes float32 for the layers whose scales would not survive it.
         scale_dtypes = (torch.float32, torch.float16)
-    specs["weight_scale"] = TensorSpec(scales, scale_dtypes)
+    if scheme.group_scales == "int":
+        specs["weight_scale"] = TensorSpec(rows, (torch.float32,))
+        specs["weight_multiplier"] = TensorSpec(scales, (torch.uint8,))
+    else:
+        specs["weight_scale"] = TensorSpec(scales, scale_dtypes)
     if not scheme.weight_symmetric:
         if scheme.weight_zero == "int":
             specs["weight_zero_point"] = TensorSpec(scales, (torch.uint8,))
@@ -192,7 +196,7 @@ def check_canonical(
 
     Raises:
         ValueError: one is missing, unknown, of the wrong shape or on another device than ``weight``; a static
-            scale is not a positive finite number.
+            scale is not a positive finite number; a multiplier takes weights out of the range of signed bytes.
         TypeError: one is of the wrong dtype.
     """
     specs = canonical_specs(scheme, in_features, out_features)
@@ -220,6 +224,11 @@ def check_canonical(
             stored = stored.to(torch.float32)
         checked[name] = stored.contiguous()
     check_static(checked.get("act_scale"), checked.get("act_zero_point"))
+    multiplier = checked.get("weight_multiplier")
+    if multiplier is not None and multiplier.device.type == "cpu" and multiplier.numel():
+        low, high, top = int(multiplier.min()), int(multiplier.max()), scheme.largest_multiplier
+        if not 1 <= low <= high <= top:
+            raise ValueError(f"weight_multiplier: expected values from 1 to {top}, got {low} to {high}")
     return checked
 
 

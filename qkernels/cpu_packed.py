@@ -115,7 +115,7 @@ def _native(
     features: int,
 ) -> Any:
     """The binding's object for these addresses (0: absent), in the order of ``PreparedPacked.names``."""
-    packed, scale, zero_point, low, bias, _, _, smooth = addresses
+    packed, scale, zero_point, low, _, bias, _, _, smooth = addresses
     group = scheme.resolve_group_size(features)
     if scheme.activation_bits:
         return _C.LinearW4A8(
@@ -158,6 +158,8 @@ class PreparedPacked(PackedLayer):
             return f"no native kernel for scheme {scheme.name}"
         if scheme.weight_bits == 8 and scheme.weight_granularity != "per_channel":
             return f"no native kernel for group-wise 8-bit weights (scheme {scheme.name})"
+        if scheme.group_scales == "int":
+            return f"no native kernel for integer scales of groups (scheme {scheme.name})"
         if device.type not in ("cpu", "meta"):
             return f"no native kernel for device {device.type}"
         if in_features == 0 or out_features == 0:
@@ -220,6 +222,7 @@ class PreparedPacked(PackedLayer):
                 tensors["packed_scale"].data_ptr(),
                 0 if (t := get("packed_zero_point")) is None else t.data_ptr(),
                 0 if (t := get("packed_min")) is None else t.data_ptr(),
+                0 if (t := get("packed_multiplier")) is None else t.data_ptr(),
                 0 if (t := get("bias")) is None else t.data_ptr(),
                 0 if static is None else float(static),
                 0 if (t := get("act_zero_point")) is None else int(t),
@@ -294,6 +297,7 @@ def _linear_packed(
     packed_scale: Tensor,
     packed_zero_point: Tensor | None,
     packed_min: Tensor | None,
+    packed_multiplier: Tensor | None,
     bias: Tensor | None,
     act_scale: Tensor | None,
     act_zero_point: Tensor | None,
@@ -314,7 +318,17 @@ def _linear_packed(
     given = dict(
         zip(
             PreparedPacked.names,
-            (packed, packed_scale, packed_zero_point, packed_min, bias, act_scale, act_zero_point, inv_smooth),
+            (
+                packed,
+                packed_scale,
+                packed_zero_point,
+                packed_min,
+                packed_multiplier,
+                bias,
+                act_scale,
+                act_zero_point,
+                inv_smooth,
+            ),
             strict=True,
         )
     )
@@ -333,11 +347,11 @@ def _linear_packed(
 
 
 def _linear_packed_fake(x: Tensor, *rest: Any) -> Tensor:
-    N, K, out_dtype = rest[9:12]
+    N, K, out_dtype = rest[10:13]
     check_features(x, K, "x")
     check_out_dtype(out_dtype)
-    if len(rest) > 12 and rest[12] is not None:
-        check_residual(rest[12], x, N, out_dtype or x.dtype)
+    if len(rest) > 13 and rest[13] is not None:
+        check_residual(rest[13], x, N, out_dtype or x.dtype)
     return x.new_empty((*x.shape[:-1], N), dtype=out_dtype or x.dtype)
 
 
@@ -346,6 +360,7 @@ def _dequantize_packed(
     packed_scale: Tensor,
     packed_zero_point: Tensor | None,
     packed_min: Tensor | None,
+    packed_multiplier: Tensor | None,
     inv_smooth: Tensor | None,
     scheme: str,
     N: int,
@@ -353,7 +368,7 @@ def _dequantize_packed(
     dtype: torch.dtype,
 ) -> Tensor:
     rule = scheme_from_key(scheme)
-    given = (packed, packed_scale, packed_zero_point, packed_min)
+    given = (packed, packed_scale, packed_zero_point, packed_min, packed_multiplier)
     tensors = _unpack(dict(zip(PreparedPacked.names, given, strict=False)), rule, N, K)
     if inv_smooth is not None:
         tensors["inv_smooth"] = inv_smooth
@@ -366,19 +381,21 @@ def _dequantize_packed_fake(packed: Tensor, *rest: Any) -> Tensor:
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, packed, scale, zero_point, low, _, _, _, smooth, scheme, rows, features, _, residual = inputs
-    ctx.save_for_backward(packed, scale, zero_point, low, smooth)
+    x, packed, scale, zero_point, low, multiplier, _, _, _, smooth, scheme, rows, features, _, residual = inputs
+    ctx.save_for_backward(packed, scale, zero_point, low, multiplier, smooth)
     ctx.layer, ctx.dtype, ctx.has_residual = (scheme, rows, features), x.dtype, residual is not None
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     weight = torch.ops.qkernels.dequantize_packed(*ctx.saved_tensors, *ctx.layer, torch.float32)
-    return (input_gradient(grad, weight, ctx.dtype), *(None,) * 12, grad if ctx.has_residual else None)
+    return (input_gradient(grad, weight, ctx.dtype), *(None,) * 13, grad if ctx.has_residual else None)
 
 
 def register_operators(library: torch.library.Library) -> None:
     """Define ``torch.ops.qkernels.linear_packed`` and ``dequantize_packed``."""
-    packed = "Tensor packed, Tensor packed_scale, Tensor? packed_zero_point, Tensor? packed_min"
+    packed = (
+        "Tensor packed, Tensor packed_scale, Tensor? packed_zero_point, Tensor? packed_min, Tensor? packed_multiplier"
+    )
     library.define(
         f"linear_packed(Tensor x, {packed}, Tensor? bias, Tensor? act_scale, Tensor? act_zero_point, "
         "Tensor? inv_smooth, str scheme, int N, int K, ScalarType? out_dtype, Tensor? residual=None) -> Tensor"

@@ -92,6 +92,8 @@ class PreparedCudaW4(TakesIntegers, Joinable, PackedLayer):
         """What keeps the CUDA kernels from a layer."""
         if device.type != "cuda" or scheme.weight_bits != 4:  # nothing to add to what the other kernels say
             return PreparedPacked.objection(scheme, in_features, out_features, device) or unavailable(device)
+        if scheme.group_scales == "int":
+            return f"no CUDA kernel for integer scales of groups (scheme {scheme.name})"
         if in_features == 0 or out_features == 0:
             return f"no CUDA kernel for an empty weight [{out_features}, {in_features}]"
         if in_features > MAX_FEATURES:
@@ -257,7 +259,7 @@ def dequantize_packed(*rest: Any) -> Tensor:
     """``torch.ops.qkernels.dequantize_packed`` on CUDA tensors."""
     *given, smooth, key, rows, features, dtype = rest
     scheme = scheme_from_key(key)
-    tensors = _checked(dict(zip(PackedLayer.names[:4], given, strict=True)), scheme, rows, features)
+    tensors = _checked(dict(zip(PackedLayer.names[:5], given, strict=True)), scheme, rows, features)
     if smooth is None:
         weight = describe(tensors, scheme, rows, features)
         return dequantize_w4(weight, 0, rows, dtype, cast(Tensor, tensors["packed"]).device)

@@ -343,7 +343,7 @@ def _dequantize_packed(*rest: Any) -> Tensor:
     scheme = scheme_from_key(key)
     if scheme.weight_bits == 4:
         return cuda_w4_layer.dequantize_packed(*rest)
-    tensors: Any = _checked(dict(zip(PackedLayer.names[:4], given, strict=True)), scheme, rows, features)
+    tensors: Any = _checked(dict(zip(PackedLayer.names[:5], given, strict=True)), scheme, rows, features)
     packed, scale = tensors["packed"], tensors["packed_scale"]
     if smooth is None:
         return gather_w8(packed, scale, features, packed.new_empty((rows, features), dtype=dtype))

@@ -175,6 +175,7 @@ def _named(
     weight_scale: Tensor,
     weight_zero_point: Tensor | None,
     weight_min: Tensor | None,
+    weight_multiplier: Tensor | None,
     inv_smooth: Tensor | None,
 ) -> dict[str, Tensor]:
     tensors = {
@@ -182,6 +183,7 @@ def _named(
         "weight_scale": weight_scale,
         "weight_zero_point": weight_zero_point,
         "weight_min": weight_min,
+        "weight_multiplier": weight_multiplier,
         "inv_smooth": inv_smooth,
     }
     return {name: tensor for name, tensor in tensors.items() if tensor is not None}
@@ -193,6 +195,7 @@ def _linear_quantized(
     weight_scale: Tensor,
     weight_zero_point: Tensor | None,
     weight_min: Tensor | None,
+    weight_multiplier: Tensor | None,
     bias: Tensor | None,
     act_scale: Tensor | None,
     act_zero_point: Tensor | None,
@@ -203,7 +206,7 @@ def _linear_quantized(
     residual: Tensor | None = None,
 ) -> Tensor:
     check_input(x, K, weight.device, "x")
-    tensors = _named(weight, weight_scale, weight_zero_point, weight_min, inv_smooth)
+    tensors = _named(weight, weight_scale, weight_zero_point, weight_min, weight_multiplier, inv_smooth)
     extra = {"bias": bias, "act_scale": act_scale, "act_zero_point": act_zero_point}
     tensors.update((name, tensor) for name, tensor in extra.items() if tensor is not None)
     return reference.linear(x, tensors, scheme_from_key(scheme), K, out_dtype or x.dtype, residual).contiguous()
@@ -215,6 +218,7 @@ def _linear_quantized_fake(
     weight_scale: Tensor,
     weight_zero_point: Tensor | None,
     weight_min: Tensor | None,
+    weight_multiplier: Tensor | None,
     bias: Tensor | None,
     act_scale: Tensor | None,
     act_zero_point: Tensor | None,
@@ -233,9 +237,9 @@ def _linear_quantized_fake(
 
 _operator(
     "linear_quantized",
-    "(Tensor x, Tensor weight, Tensor weight_scale, Tensor? weight_zero_point, Tensor? weight_min, Tensor? bias, "
-    "Tensor? act_scale, Tensor? act_zero_point, Tensor? inv_smooth, str scheme, int K, "
-    "ScalarType? out_dtype, Tensor? residual=None) -> Tensor",
+    "(Tensor x, Tensor weight, Tensor weight_scale, Tensor? weight_zero_point, Tensor? weight_min, "
+    "Tensor? weight_multiplier, Tensor? bias, Tensor? act_scale, Tensor? act_zero_point, Tensor? inv_smooth, "
+    "str scheme, int K, ScalarType? out_dtype, Tensor? residual=None) -> Tensor",
     _linear_quantized,
     _linear_quantized_fake,
     key="CompositeExplicitAutograd",
@@ -247,12 +251,13 @@ def _dequantize_quantized(
     weight_scale: Tensor,
     weight_zero_point: Tensor | None,
     weight_min: Tensor | None,
+    weight_multiplier: Tensor | None,
     inv_smooth: Tensor | None,
     scheme: str,
     K: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    tensors = _named(weight, weight_scale, weight_zero_point, weight_min, inv_smooth)
+    tensors = _named(weight, weight_scale, weight_zero_point, weight_min, weight_multiplier, inv_smooth)
     return effective_weight(tensors, scheme_from_key(scheme), K, dtype).contiguous()
 
 
@@ -261,6 +266,7 @@ def _dequantize_quantized_fake(
     weight_scale: Tensor,
     weight_zero_point: Tensor | None,
     weight_min: Tensor | None,
+    weight_multiplier: Tensor | None,
     inv_smooth: Tensor | None,
     scheme: str,
     K: int,
@@ -271,8 +277,8 @@ def _dequantize_quantized_fake(
 
 _operator(
     "dequantize_quantized",
-    "(Tensor weight, Tensor weight_scale, Tensor? weight_zero_point, Tensor? weight_min, Tensor? inv_smooth, "
-    "str scheme, int K, ScalarType dtype) -> Tensor",
+    "(Tensor weight, Tensor weight_scale, Tensor? weight_zero_point, Tensor? weight_min, "
+    "Tensor? weight_multiplier, Tensor? inv_smooth, str scheme, int K, ScalarType dtype) -> Tensor",
     _dequantize_quantized,
     _dequantize_quantized_fake,
     key="CompositeExplicitAutograd",
@@ -295,14 +301,14 @@ def _backward_w8a8(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _setup_quantized(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, scale, zero_point, low, _, _, _, inv_smooth, scheme, K, _, residual = inputs
-    ctx.save_for_backward(weight, scale, zero_point, low, inv_smooth)
+    x, weight, scale, zero_point, low, multiplier, _, _, _, inv_smooth, scheme, K, _, residual = inputs
+    ctx.save_for_backward(weight, scale, zero_point, low, multiplier, inv_smooth)
     ctx.scheme, ctx.features, ctx.dtype, ctx.has_residual = scheme, K, x.dtype, residual is not None
 
 
 def _backward_quantized(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     weight = torch.ops.qkernels.dequantize_quantized(*ctx.saved_tensors, ctx.scheme, ctx.features, torch.float32)
-    return (input_gradient(grad, weight, ctx.dtype), *(None,) * 11, grad if ctx.has_residual else None)
+    return (input_gradient(grad, weight, ctx.dtype), *(None,) * 12, grad if ctx.has_residual else None)
 
 
 for _name, _backward, _setup in (

@@ -16,7 +16,12 @@ from .scheme import Scheme
 
 __all__ = ["GROUPED", "PackedLayer", "check_resident", "codebook_tensor", "group_count"]
 
-GROUPED = {"weight_scale": "packed_scale", "weight_zero_point": "packed_zero_point", "weight_min": "packed_min"}
+GROUPED = {
+    "weight_scale": "packed_scale",
+    "weight_zero_point": "packed_zero_point",
+    "weight_min": "packed_min",
+    "weight_multiplier": "packed_multiplier",
+}
 """What belongs to groups: its canonical name, and that of its resident form."""
 
 
@@ -62,6 +67,7 @@ class PackedLayer(Prepared):
         "packed_scale",
         "packed_zero_point",
         "packed_min",
+        "packed_multiplier",
         "bias",
         "act_scale",
         "act_zero_point",
@@ -105,7 +111,7 @@ class PackedLayer(Prepared):
     def weight_of(self, tensors: Mapping[str, Tensor | None], dtype: torch.dtype) -> Tensor:
         """Through ``torch.ops.qkernels.dequantize_packed``."""
         return torch.ops.qkernels.dequantize_packed(
-            *(tensors.get(name) for name in self.names[:4]),
+            *(tensors.get(name) for name in self.names[:5]),
             tensors.get("inv_smooth"),
             self.scheme_key,
             self.out_features,

@@ -15,6 +15,8 @@ The tensors of a quantized Linear, under the names a state dict gives them:
     weight_scale       float32 [N] per channel; float16 or float32 [N, G] per group, G = ceil(K / group_size)
     weight_zero_point  uint8, shaped like weight_scale: asymmetric with an integer zero point
     weight_min         dtype and shape of weight_scale: asymmetric with a float minimum
+    weight_multiplier  uint8 [N, G]: scales of groups in units of weight_scale, which is float32 [N] then; zero points
+                       are [N, G]
     bias               float32 [N], or absent
     act_scale          float32 [], act_zero_point int32 []: static activations (zero point: asymmetric ones)
     inv_smooth         float32 [K], multiplied into x before anything else; or absent
@@ -33,7 +35,17 @@ from qkernels import _rounding as rounding
 from qkernels._activations import quantize_activations
 from qkernels._fused import ACTIVATIONS, activated, add_residual, layer_norm, rms_norm
 from qkernels._tensors import check_static, dequantize, pack_int4, quantize, unpack_int4
-from qkernels._weights import dequantize_weight, quantize_weight, round_to_grid, weight_codes, weight_grid, widen_groups
+from qkernels._weights import (
+    dequantize_weight,
+    group_scale,
+    integer_scales,
+    multiplied_codes,
+    quantize_weight,
+    round_to_grid,
+    weight_codes,
+    weight_grid,
+    widen_groups,
+)
 from qkernels.checks import check_residual, check_vector
 from qkernels.scheme import MAX_INTEGER_K, Scheme
 
@@ -44,6 +56,8 @@ __all__ = [
     "check_static",
     "dequantize",
     "dequantize_weight",
+    "group_scale",
+    "integer_scales",
     "layer_norm",
     "linear",
     "linear_w4a8",
@@ -52,6 +66,7 @@ __all__ = [
     "linear_w8a8",
     "linear_w8a8_prequantized",
     "linear_w8a16",
+    "multiplied_codes",
     "pack_int4",
     "quantize",
     "quantize_activations",
@@ -378,6 +393,8 @@ def linear(
     if not scheme.activation_dynamic:
         needed = ["act_scale"] if scheme.activation_symmetric else ["act_scale", "act_zero_point"]
         missing += [name for name in needed if name not in tensors]
+    if scheme.group_scales == "int" and "weight_multiplier" not in tensors:
+        missing.append("weight_multiplier")
     if missing:
         raise ValueError(f"tensors: expected {', '.join(missing)} for scheme {scheme.name}, got {sorted(tensors)}")
     weight, scale, bias = tensors["weight"], tensors["weight_scale"], tensors.get("bias")
@@ -404,7 +421,10 @@ def linear(
     static = not scheme.activation_dynamic
     act_scale = tensors["act_scale"] if static else None
     act_zero_point = tensors["act_zero_point"] if static and not scheme.activation_symmetric else None
-    if scheme.weight_bits == 8:
+    if scheme.group_scales == "int":  # the products of 8-bit weights, to the bit
+        _check_weight(x, weight, in_features, scheme.weight_bits)
+        weight, group = multiplied_codes(tensors, scheme, in_features), None
+    if scheme.weight_bits == 8 or scheme.group_scales == "int":
         return linear_w8a8(
             x,
             weight,

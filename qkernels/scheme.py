@@ -50,6 +50,9 @@ class Scheme:
         scale_dtype: dtype the scales are stored in.  None becomes float32 per channel, float16 per group.
             A layer whose group scales would overflow or go subnormal in float16 stores float32 instead.
         codebook: 16 finite values: ``w ~ scale * codebook[q]`` (4 bits, symmetric, weight only).
+        group_scales: "float", or "int": the scale of a group is a whole multiple of its channel's, ``weight_scale *
+            weight_multiplier``, so that the products of all groups add up as integers, as those of 8-bit weights do
+            (4 bits, per_group, integer zero points, 8-bit activations).
         activation_bits: 8, or None for weight-only quantization.
         activation_granularity: "per_token" (dynamic) or "per_tensor" (static).
         activation_dynamic: True: ranges are measured in every call; False: given once, by calibration.
@@ -67,6 +70,7 @@ class Scheme:
     weight_zero: str = "int"
     scale_dtype: torch.dtype | None = None
     codebook: tuple[float, ...] | None = None
+    group_scales: str = "float"
     activation_bits: int | None = 8
     activation_granularity: str = "per_token"
     activation_dynamic: bool = True
@@ -76,6 +80,7 @@ class Scheme:
         _check_choice("weight_bits", self.weight_bits, (8, 4, 3, 2))
         _check_choice("weight_granularity", self.weight_granularity, ("per_channel", "per_group"))
         _check_choice("weight_zero", self.weight_zero, ("int", "float"))
+        _check_choice("group_scales", self.group_scales, ("float", "int"))
         _check_choice("activation_bits", self.activation_bits, (8, None))
         _check_choice("activation_granularity", self.activation_granularity, ("per_token", "per_tensor"))
         for name in ("weight_symmetric", "activation_dynamic", "activation_symmetric"):
@@ -105,16 +110,17 @@ class Scheme:
             raise ValueError(f"group_size: expected a positive multiple of 8 or 'auto', got {size}")
 
     def _check_scale_dtype(self) -> None:
-        per_group = self.weight_granularity == "per_group"
+        of_groups = self.weight_granularity == "per_group" and self.group_scales == "float"
         if self.scale_dtype is None:
-            object.__setattr__(self, "scale_dtype", torch.float16 if per_group else torch.float32)
+            object.__setattr__(self, "scale_dtype", torch.float16 if of_groups else torch.float32)
             return
         if not isinstance(self.scale_dtype, torch.dtype):
             raise TypeError(f"scale_dtype: expected a torch.dtype, got {self.scale_dtype!r}")
-        allowed = (torch.float16, torch.float32) if per_group else (torch.float32,)
+        allowed = (torch.float16, torch.float32) if of_groups else (torch.float32,)
         if self.scale_dtype not in allowed:
             listed = " or ".join(str(dtype) for dtype in allowed)
-            raise ValueError(f"scale_dtype: expected {listed} with {self.weight_granularity}, got {self.scale_dtype}")
+            kind = self.weight_granularity if self.group_scales == "float" else "group_scales='int'"
+            raise ValueError(f"scale_dtype: expected {listed} with {kind}, got {self.scale_dtype}")
 
     def _check_codebook(self) -> None:
         if self.codebook is None:
@@ -142,6 +148,18 @@ class Scheme:
             raise ValueError("weight_symmetric: expected True with weight_bits=8, got False")
         if self.weight_symmetric and self.weight_zero != "int":
             raise ValueError(f"weight_zero: expected 'int' with weight_symmetric=True, got {self.weight_zero!r}")
+        if self.group_scales == "int":
+            for name, wanted in (
+                ("weight_bits", 4),
+                ("weight_granularity", "per_group"),
+                ("weight_zero", "int"),
+                ("codebook", None),
+                ("activation_bits", 8),
+            ):
+                if getattr(self, name) != wanted:
+                    raise ValueError(
+                        f"{name}: expected {wanted!r} with group_scales='int', got {getattr(self, name)!r}"
+                    )
         if self.activation_bits is None:
             for name, default in (
                 ("activation_granularity", "per_token"),
@@ -194,7 +212,9 @@ class Scheme:
             parts.append("asymact")
         if self.weight_granularity == "per_group":
             parts.append("gauto" if self.group_size == "auto" else f"g{self.group_size}")
-            if self.scale_dtype == torch.float32:
+            if self.group_scales == "int":
+                parts.append("intscale")
+            elif self.scale_dtype == torch.float32:
                 parts.append("fp32scale")
         elif self.weight_bits < 8:
             parts.append("perchannel")
@@ -220,6 +240,11 @@ class Scheme:
     def zero_code(self) -> int:
         """The code of zero in a grid around zero: 0 for 8 bits, else the middle of the codes, rounded up."""
         return 0 if self.weight_bits == 8 else 2 ** (self.weight_bits - 1)
+
+    @property
+    def largest_multiplier(self) -> int:
+        """The largest multiplier of ``group_scales="int"``: times any code less its zero point it is a signed byte."""
+        return 127 // (self.zero_code if self.weight_symmetric else self.code_range[1])
 
     def code_bytes(self, in_features: int) -> int:
         """Bytes of the codes of one row of ``in_features`` weights, as they are stored."""
@@ -283,6 +308,7 @@ PRESETS: dict[str, Scheme] = {
     "w8a8_static": Scheme(activation_granularity="per_tensor", activation_dynamic=False),
     "w8a16": Scheme(activation_bits=None),
     "w4a8": Scheme(weight_bits=4, weight_granularity="per_group", group_size="auto"),
+    "w4a8_intscale": Scheme(weight_bits=4, weight_granularity="per_group", group_size="auto", group_scales="int"),
     "w4a16": Scheme(weight_bits=4, weight_granularity="per_group", group_size="auto", activation_bits=None),
     "w3a16": Scheme(weight_bits=3, weight_granularity="per_group", group_size="auto", activation_bits=None),
     "w2a16": Scheme(weight_bits=2, weight_granularity="per_group", group_size="auto", activation_bits=None),

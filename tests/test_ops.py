@@ -77,7 +77,7 @@ def test_dequantize_opcheck():
     args = (packed, made["weight_scale"], None, N, K, torch.float32)
     torch.library.opcheck(torch.ops.qkernels.dequantize_w8.default, args)
     four = canonical(PRESETS["w4a16"])
-    args = (four["weight"], four["weight_scale"], None, None, None, "w4a16", K, torch.bfloat16)
+    args = (four["weight"], four["weight_scale"], None, None, None, None, "w4a16", K, torch.bfloat16)
     torch.library.opcheck(torch.ops.qkernels.dequantize_quantized.default, args)
 
 

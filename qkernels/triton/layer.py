@@ -127,6 +127,8 @@ class PreparedTritonW4A8(_IntegerProduct):
             return PreparedPacked.objection(scheme, in_features, out_features, device) or cuda.unavailable(device)
         if (scheme.weight_bits, scheme.activation_bits) != (4, 8):
             return f"no Triton kernel for scheme {scheme.name}"
+        if scheme.group_scales == "int":
+            return f"no Triton kernel for integer scales of groups (scheme {scheme.name})"
         return unfit(scheme, in_features, out_features) or available()
 
     @property

@@ -110,7 +110,7 @@ def _fake(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, weight, scale, zero_point, low, _, smooth, key, features, _ = inputs
-    ctx.save_for_backward(weight, scale, zero_point, low, smooth)
+    ctx.save_for_backward(weight, scale, zero_point, low, None, smooth)  # no multipliers
     ctx.layer, ctx.dtype = (key, features), x.dtype
 
 
