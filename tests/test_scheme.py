@@ -28,7 +28,7 @@ VALID = [
 
 
 def test_presets_are_what_they_say() -> None:
-    assert set(PRESETS) == {"w8a8", "w8a8_static", "w8a16", "w4a8", "w4a16", "w3a16", "w2a16"}
+    assert set(PRESETS) == {"w8a8", "w8a8_static", "w8a16", "w4a8", "w4a8_intscale", "w4a16", "w3a16", "w2a16"}
     assert Scheme.from_preset("w8a8") == Scheme()
     static = Scheme.from_preset("w8a8_static")
     assert (static.activation_granularity, static.activation_dynamic) == ("per_tensor", False)
