@@ -39,10 +39,13 @@ __all__ = [
     "gemm_w4a16",
     "linear_w4a8",
     "linear_w4a16",
+    "multiplier_objection",
     "pack_groups",
+    "pack_multipliers",
     "pack_w4",
     "product_w4a8",
     "unpack_groups",
+    "unpack_multipliers",
     "unpack_w4",
     "wgmma_objection",
 ]
@@ -70,8 +73,8 @@ _BOOK_BYTES = 64
 """From the entries of a codebook to each of their terms (:func:`qkernels.packed.codebook_tensor`)."""
 
 Weight = tuple[int, ...]
-"""Addresses of packed, scale, zero point, minimum and codebook; scale dtype code; order; N, K, group; blocks from slab
-to slab."""
+"""Addresses of packed, scale (or multipliers), zero point, minimum and codebook; scale dtype code; order; N, K, group;
+blocks from slab to slab; address of the scales of channels beside multipliers."""
 
 Plan = tuple[int, ...]
 """``W4Plan`` of ``csrc/cuda/w4.h``: kernel, tokens of a tile, phases, CTAs, counters, partial sums."""
@@ -120,28 +123,47 @@ def unpack_groups(packed: Tensor, shape: tuple[int, ...]) -> Tensor:
     return wide[:, : shape[0]].t().reshape(shape).contiguous()
 
 
+def pack_multipliers(multiplier: Tensor, zero_point: Tensor | None, zero: int) -> Tensor:
+    """Multipliers ``[N, G]`` and what they make of zero points, uint8 ``[N, G]`` or ``zero`` for all, as the kernels
+    read them (``W4Weight::scale`` of ``csrc/cuda/w4.h``): int16 in the order of :func:`pack_groups`."""
+    wide = multiplier.to(torch.int32)
+    offset = 128 - wide * (zero if zero_point is None else zero_point.to(torch.int32))
+    return pack_groups((wide | offset << 8).to(torch.int16))
+
+
+def unpack_multipliers(packed: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """The multipliers and the zero points, uint8 of that shape."""
+    wide = unpack_groups(packed, shape).to(torch.int32) & 0xFFFF
+    multiplier = wide & 255
+    zero = (128 - (wide >> 8)) // multiplier.clamp(min=1)
+    return multiplier.to(torch.uint8), zero.to(torch.uint8)
+
+
 def describe(tensors: Mapping[str, Tensor | None], scheme: Scheme, rows: int, features: int) -> Weight:
     """What the binding is told of a weight."""
     packed, scale = cast(Tensor, tensors["packed"]), cast(Tensor, tensors["packed_scale"])
+    multiplier = tensors.get("packed_multiplier")
+    of_groups = scale if multiplier is None else multiplier
     book = 0 if scheme.codebook is None else codebook_tensor(scheme.codebook, packed.device).data_ptr()
     return (
         packed.data_ptr(),
-        scale.data_ptr(),
+        of_groups.data_ptr(),
         _address(tensors.get("packed_zero_point")),
         _address(tensors.get("packed_min")),
         book,
-        DTYPE_CODES[scale.dtype],
+        DTYPE_CODES[scale.dtype if multiplier is None else torch.float16],  # its width
         ORDERS[scheme.activation_bits],
         rows,
         features,
         scheme.resolve_group_size(features),
-        blocks_of(packed, scale, rows),
+        blocks_of(packed, of_groups, rows),
+        0 if multiplier is None else scale.data_ptr(),
     )
 
 
 def _kind(weight: Weight) -> int:
     """``W4Kind`` of ``csrc/cuda/w4.h``."""
-    return 2 if weight[4] else 1 if weight[3] else 0
+    return 3 if weight[11] else 2 if weight[4] else 1 if weight[3] else 0
 
 
 def blocks_of(packed: Tensor, scale: Tensor, rows: int) -> int:
@@ -222,6 +244,14 @@ def wgmma_objection(scheme: Scheme, found: int) -> str:
     if found == 90 and _cuda.has_sm90a() and not scheme.weight_only and not scheme.activation_symmetric:
         return "no wgmma kernel for 4-bit weights under asymmetric activations: mma.sync serves them"
     return ""
+
+
+def multiplier_objection(scheme: Scheme, found: int) -> str:
+    """Why no kernel serves integer scales of groups on a device of compute capability ``found``; "" otherwise."""
+    if scheme.group_scales == "float" or (found == 90 and _cuda.has_sm90a() and scheme.activation_symmetric):
+        return ""
+    what = "asymmetric activations" if not scheme.activation_symmetric else f"compute capability {found}"
+    return f"no CUDA kernel for integer scales of groups under {what}: wgmma alone, symmetric activations"
 
 
 def gemm_w4a16(

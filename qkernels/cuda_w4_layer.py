@@ -28,10 +28,13 @@ from .cuda_w4 import (
     describe,
     linear_w4a8,
     linear_w4a16,
+    multiplier_objection,
     pack_groups,
+    pack_multipliers,
     pack_w4,
     product_w4a8,
     unpack_groups,
+    unpack_multipliers,
     unpack_w4,
     wgmma_objection,
 )
@@ -50,6 +53,13 @@ def _canonical(tensors: Mapping[str, Tensor | None], scheme: Scheme, rows: int, 
     codes = cast(Tensor, tensors["packed"])
     canonical = {"weight": unpack_w4(codes, rows, features, ORDERS[scheme.activation_bits])}
     shape = (rows,) if scheme.weight_granularity == "per_channel" else (rows, group_count(scheme, features))
+    if scheme.group_scales == "int":
+        multiplier, zero = unpack_multipliers(cast(Tensor, tensors["packed_multiplier"]), shape)
+        canonical["weight_scale"] = cast(Tensor, tensors["packed_scale"])
+        canonical["weight_multiplier"] = multiplier
+        if not scheme.weight_symmetric:
+            canonical["weight_zero_point"] = zero
+        return canonical
     for name, own in GROUPED.items():
         if (tensor := tensors.get(own)) is not None:
             canonical[name] = unpack_groups(tensor, shape)
@@ -79,6 +89,15 @@ def _grid(tensors: Mapping[str, Tensor | None], scheme: Scheme) -> RowGrid:
     return RowGrid(scheme.activation_symmetric, tensors.get("act_scale"), zero_point, tensors.get("inv_smooth"))
 
 
+def _pack_grid(canonical: Mapping[str, Tensor], scheme: Scheme) -> dict[str, Tensor]:
+    """What belongs to groups, as it is resident."""
+    if scheme.group_scales == "int":
+        zero = canonical.get("weight_zero_point")
+        multiplier = pack_multipliers(canonical["weight_multiplier"], zero, scheme.zero_code)
+        return {"packed_scale": canonical["weight_scale"], "packed_multiplier": multiplier}
+    return {own: pack_groups(canonical[name]) for name, own in GROUPED.items() if name in canonical}
+
+
 class PreparedCudaW4(TakesIntegers, Joinable, PackedLayer):
     """4-bit weights on a GPU, by the CUDA kernels.
 
@@ -92,8 +111,6 @@ class PreparedCudaW4(TakesIntegers, Joinable, PackedLayer):
         """What keeps the CUDA kernels from a layer."""
         if device.type != "cuda" or scheme.weight_bits != 4:  # nothing to add to what the other kernels say
             return PreparedPacked.objection(scheme, in_features, out_features, device) or unavailable(device)
-        if scheme.group_scales == "int":
-            return f"no CUDA kernel for integer scales of groups (scheme {scheme.name})"
         if in_features == 0 or out_features == 0:
             return f"no CUDA kernel for an empty weight [{out_features}, {in_features}]"
         if in_features > MAX_FEATURES:
@@ -101,15 +118,13 @@ class PreparedCudaW4(TakesIntegers, Joinable, PackedLayer):
         group = scheme.resolve_group_size(in_features)
         if group % GROUP_STEP and group < in_features:
             return f"no CUDA kernel for groups of {group} (multiples of {GROUP_STEP})"
-        return unavailable(device)
+        return unavailable(device) or multiplier_objection(scheme, capability(device.index or 0))
 
     @classmethod
     def pack(cls, canonical: Mapping[str, Tensor], scheme: Scheme, in_features: int) -> dict[str, Tensor]:
         """See the base class."""
         packed = {"packed": pack_w4(canonical["weight"].contiguous(), in_features, ORDERS[scheme.activation_bits])}
-        for name, own in GROUPED.items():
-            if name in canonical:
-                packed[own] = pack_groups(canonical[name])
+        packed.update(_pack_grid(canonical, scheme))
         if scheme.codebook is not None:  # here: a copy to the device has no place in a CUDA graph
             codebook_tensor(scheme.codebook, packed["packed"].device)
         settle(packed["packed"].device)
@@ -165,6 +180,8 @@ class PreparedCudaW4(TakesIntegers, Joinable, PackedLayer):
         """See :class:`qkernels.joint.Joinable`."""
         if name == "packed":
             return Rows(tensor.reshape(-(-self.in_features // SLAB_K), -1, BLOCK_BYTES), 1)
+        if name == "packed_scale" and self.scheme.group_scales == "int":
+            return Rows(tensor, 0)
         if name in GROUPED.values():
             return Rows(tensor.reshape(group_count(self.scheme, self.in_features), -1), 1)
         return Rows(tensor, 0) if name == "bias" else None
@@ -187,6 +204,11 @@ class PreparedCudaW4(TakesIntegers, Joinable, PackedLayer):
     def load(self, canonical: Mapping[str, Tensor]) -> None:
         """Packs into the resident memory."""
         with torch.no_grad():
+            if self.scheme.group_scales == "int" and GROUPED.keys() & canonical.keys():
+                here = {name: tensor.detach().to(self.device) for name, tensor in canonical.items() if name in GROUPED}
+                for name, tensor in _pack_grid({**self.unpack(), **here}, self.scheme).items():
+                    self.tensors[name].copy_(tensor.view(self.tensors[name].shape))
+                canonical = {name: tensor for name, tensor in canonical.items() if name not in GROUPED}
             for name, tensor in canonical.items():
                 if name == "weight":
                     codes, own = tensor.detach().to(self.device).contiguous(), self.tensors["packed"]
@@ -220,6 +242,8 @@ def _checked(given: Mapping[str, Tensor | None], scheme: Scheme, rows: int, feat
     groups = group_count(scheme, features) * _cuda.w4_group_pitch(rows)
     sizes = {"packed": _cuda.packed_w4_bytes(rows, features), "bias": rows, "inv_smooth": features}
     sizes |= {"act_scale": 1, "act_zero_point": 1}
+    if scheme.group_scales == "int":
+        sizes["packed_scale"] = rows
     check_resident(given, sizes, groups, scheme, rows, features)
     tensors: dict[str, Tensor | None] = {}
     for name, tensor in given.items():
@@ -240,7 +264,9 @@ def _joined(packed: Tensor, given: Mapping[str, Tensor | None], rows: int) -> bo
     pitch = packed.stride(0) // BLOCK_BYTES * BLOCK_ROWS
     for name in GROUPED.values():
         tensor = given.get(name)
-        if tensor is not None and (tensor.dim() != 2 or tensor.stride() != (pitch, 1) or tensor.data_ptr() % 16):
+        if tensor is None or (name == "packed_scale" and given.get("packed_multiplier") is not None):
+            continue  # there is none, or it belongs to channels
+        if tensor.dim() != 2 or tensor.stride() != (pitch, 1) or tensor.data_ptr() % 16:
             return False
     return packed.stride(0) % BLOCK_BYTES == 0
 

@@ -16,14 +16,15 @@ W4Order order_of(int code) {
   return static_cast<W4Order>(code);
 }
 
-// (packed, scale, zero point, minimum, codebook) as addresses, 0: absent; scale dtype code; order; N, K, group; blocks.
+// (packed, scale, zero point, minimum, codebook) as addresses, 0: absent; scale dtype code; order; N, K, group; blocks;
+// the address of the channels' scales, 0: groups have their own.
 W4Weight weight_of(const py::tuple& v) {
-  QK_CHECK_EQ(v.size(), size_t{11});
+  QK_CHECK_EQ(v.size(), size_t{12});
   const auto address = [&](size_t i) { return v[i].cast<Address>(); };
   W4Weight w = {};
   w.packed = pointer<const uint8_t>(address(0)), w.scale = pointer<const void>(address(1));
   w.zero_point = pointer<const uint8_t>(address(2)), w.minimum = pointer<const void>(address(3));
-  w.codebook = pointer<const float>(address(4));
+  w.codebook = pointer<const float>(address(4)), w.channel_scale = pointer<const float>(address(11));
   const int scale = v[5].cast<int>();
   QK_CHECK_EQ(scale % 2, 0);
   w.scale_type = dtype(scale) == DType::kF32 ? ScaleType::kF32 : ScaleType::kF16;
@@ -42,7 +43,15 @@ W4Weight weight_of(const py::tuple& v) {
   QK_CHECK_GE(stored, w4_blocks(n));
   QK_CHECK_LE(stored, w4_blocks(0x7fffff00));
   w.blocks = static_cast<int32_t>(stored);
-  w.kind = w.codebook ? W4Kind::kCodebook : w.minimum ? W4Kind::kMinimum : W4Kind::kZeroPoint;
+  w.kind = w.channel_scale ? W4Kind::kMultiplier
+           : w.codebook    ? W4Kind::kCodebook
+           : w.minimum     ? W4Kind::kMinimum
+                           : W4Kind::kZeroPoint;
+  if (w.channel_scale && (scale == 0 || address(2) || address(3) || address(4) || w.order != W4Order::kByte)) {
+    throw std::invalid_argument(
+        "weight: expected multipliers of 16 bits, in the order of bytes, and nothing else of "
+        "groups beside scales of channels");
+  }
   return w;
 }
 
@@ -67,7 +76,7 @@ namespace {
 
 py::tuple plan(bool bytes, int64_t m, int64_t n, int64_t k, int64_t group, int kind, int capability, int sms) {
   QK_CHECK_GE(kind, 0);
-  QK_CHECK_LE(kind, 2);
+  QK_CHECK_LE(kind, 3);
   const auto as = static_cast<W4Kind>(kind);
   return tuple_of(bytes ? plan_w4a8(m, n, k, group, as, capability, sms) : plan_w4a16(m, n, k, as, capability, sms));
 }

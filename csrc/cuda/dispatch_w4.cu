@@ -27,6 +27,9 @@ constexpr Tile kByteTiles[] = {{16, 4, 0.198, 1.84, 0},
 constexpr Tile kByteCodeTiles[] = {{16, 4, 0.238, 0.5, 0},     {32, 4, 0.308, 1.25, 0},    {64, 2, 0.376, 1.07, 0},
                                    {32, 1, 0.527, 1.51, 6.62}, {64, 1, 0.613, 2.24, 7.45}, {128, 1, 0.843, 1.23, 10.8},
                                    {256, 1, 1.53, 0.15, 26.2}};
+constexpr Tile kMultiplierTiles[] = {{16, 4, 0.198, 1.0, 0}, {32, 4, 0.247, 1.0, 0}, {64, 2, 0.30, 1.0, 0},
+                                     {128, 2, 0.45, 1.0, 0}, {32, 1, 0.30, 2.0, 0},  {64, 1, 0.38, 2.0, 0},
+                                     {128, 1, 0.45, 3.0, 0}, {256, 1, 0.62, 4.0, 0}};
 constexpr int kUnevenSlabs = 1900;  // that idle places could take, worth the meeting of those who share
 constexpr int kFew = 16;  // tokens, whose tiles wait for weights alone
 
@@ -60,13 +63,14 @@ W4Plan finished(W4Plan plan, const Waves& w, bool shared) {
 // multiprocessor. Sums in memory cost some 4 us: they are shared where less than half of the chip would have work, or
 // where some multiprocessors would have two tiles and others one, for long enough (measured on an H200).
 W4Plan plan_few(bool bytes, int64_t m, int64_t n, int64_t k, W4Kind kind, bool phases, int sms) {
+  const bool relays = bytes && kind != W4Kind::kMultiplier;
   W4Plan plan = {};
   plan.tokens = m <= 8 ? 8 : kFew;
-  plan.phases = !phases                              ? 1
-                : blocks(n, w4_channels(8)) <= sms   ? 8
-                : !bytes && blocks(n, 64) <= 2 * sms ? 2
-                : bytes && blocks(n, 64) <= sms      ? 4
-                                                     : 1;
+  plan.phases = !phases                               ? 1
+                : blocks(n, w4_channels(8)) <= sms    ? 8
+                : !relays && blocks(n, 64) <= 2 * sms ? 2
+                : relays && blocks(n, 64) <= sms      ? 4
+                                                      : 1;
   const Waves w = waves_of(plan, bytes, m, n, kind == W4Kind::kMinimum, sms);
   // Half of the multiprocessors in a single wave, half of the places in the last of several.
   const bool enough = w.count() == 1 ? w.tiles * w.cluster * 2 >= sms : w.tiles * 2 > w.count() * w.slots;
@@ -101,13 +105,15 @@ W4Plan plan_many(const Tile (&tiles)[kCount], bool bytes, int64_t m, int64_t n, 
 // Phases need the groups of 8-bit activations to lie within a slab (`within`).
 W4Plan plan_wgmma(bool bytes, int64_t m, int64_t n, int64_t k, W4Kind kind, bool within, int sms) {
   const bool minimum = kind == W4Kind::kMinimum;
-  const bool phases = kind == W4Kind::kZeroPoint && w4_slabs(k) >= 8 && (within || !bytes);
+  const bool whole = kind == W4Kind::kMultiplier;  // sums of whole rows
+  const bool phases = (kind == W4Kind::kZeroPoint || whole) && w4_slabs(k) >= 8 && (within || whole || !bytes);
   if (m <= kFew) return plan_few(bytes, m, n, k, kind, phases, sms);
   const auto has = [&](const Tile& tile) {
     return (phases || tile.phases == 1) && w4_has_tile(bytes, kind, tile.tokens, tile.phases);
   };
-  return bytes ? plan_many(kByteTiles, bytes, m, n, k, minimum, sms, has)
-               : plan_many(kHalfTiles, bytes, m, n, k, minimum, sms, has);
+  return whole   ? plan_many(kMultiplierTiles, bytes, m, n, k, minimum, sms, has)
+         : bytes ? plan_many(kByteTiles, bytes, m, n, k, minimum, sms, has)
+                 : plan_many(kHalfTiles, bytes, m, n, k, minimum, sms, has);
 }
 
 }  // namespace
@@ -138,6 +144,7 @@ W4Plan plan_w4a16(int64_t m, int64_t n, int64_t k, W4Kind kind, int capability, 
 W4Plan plan_w4a8(int64_t m, int64_t n, int64_t k, int64_t group, W4Kind kind, int capability, int sms) {
   const bool within = group < k && kW4SlabK % group == 0;
   if (capability == 90 && has_sm90a()) return plan_wgmma(true, m, n, k, kind, within, sms);
+  if (kind == W4Kind::kMultiplier) throw std::invalid_argument("plan_w4a8: no mma.sync kernel for multipliers");
   W4Plan plan = {};
   plan.kernel = W4Kernel::kMma;
   plan.tokens = m <= 8                                                              ? 8
@@ -186,8 +193,13 @@ void gemm_w8a16(const GemmW8A16Args& args, const W4Plan& plan, bool dependent, c
 
 void gemm_w4a8(const GemmW4A8Args& args, const W4Plan& plan, bool dependent, cudaStream_t stream) {
   if (args.m == 0) return;
-  if (plan.kernel == W4Kernel::kMma) return gemm_w4a8_mma(args, plan.tokens, dependent, stream);
+  const bool multiplier = args.weight.kind == W4Kind::kMultiplier;
+  if (plan.kernel == W4Kernel::kMma) {
+    if (multiplier) throw std::invalid_argument("gemm_w4a8: no mma.sync kernel for multipliers");
+    return gemm_w4a8_mma(args, plan.tokens, dependent, stream);
+  }
 #ifdef QK_CUDA_SM90A
+  if (multiplier) return gemm_w4a8_multiplier_sm90(args, plan, dependent, stream);
   return gemm_w4a8_sm90(args, plan, dependent, stream);
 #else
   throw std::invalid_argument("gemm_w4a8: the wgmma kernel is not in this build");

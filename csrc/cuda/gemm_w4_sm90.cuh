@@ -29,7 +29,8 @@
 //
 // 8-bit weights, under 16-bit activations: bytes in the order of channels (w8a8.h), which a thread reads two at a time
 // from where wgmma's register operand has them, as far as registers go half a slab ahead. Their scales are of channels,
-// so the tensor cores keep one set of sums for all of K, and products follow one another without a pause.
+// so the tensor cores keep one set of sums for all of K, and products follow one another without a pause. The same goes
+// for 4-bit weights under 8-bit activations whose groups have multipliers in place of scales (codes_sm90.cuh).
 //
 // Up to 16 tokens ("few"), whose products are over before the next ones begin: the same fragments by mma.sync, in two
 // chains of sums. It takes 35 cycles for a product where wgmma takes 90, and no descriptors; nothing else is different.
@@ -46,6 +47,7 @@
 // waits.
 #pragma once
 
+#include "codes_sm90.cuh"
 #include "copies_w4_sm90.cuh"
 #include "host.h"
 #include "launch.h"
@@ -163,7 +165,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kPerSm)
     Sums<S> sums;
     uint32_t even[S::kFragments], odd[S::kFragments];  // halves of a slab
     uint4 odd_codes;
-    [[maybe_unused]] EarlyBytes<S> early;
+    [[maybe_unused]] EarlyCodes<S> early;
     Walk<S> walk(job);
     // Of a phase: every kPhases-th slab of the only tile.
     int left = S::kPhases == 1 ? walk.slabs(job) : max(0, (job.slabs - t.phase + S::kPhases - 1) / S::kPhases);
@@ -284,13 +286,13 @@ __global__ void __launch_bounds__(S::kThreads, S::kPerSm)
         ptx::wgmma_wait<1>();  // all but these
         if (!first) release_before(own);
       }
-      unpack_bytes<S>(t, packed_at(own), 1, early, odd);
+      early.unpack(t, packed_at(own), 1, odd);
       multiply<S, S::kSteps / 2, S::kSteps / 2, S::kSteps>(odd, tokens, false, sums);
       ptx::mbarrier_wait(full_here + 8 * next, next_parity);
-      load_early<S>(t, packed_at(next), 0, early);
+      early.load(job, t, packed_at(next), 0);
       if constexpr (!S::kFew) ptx::wgmma_wait<1>();  // the even half may be overwritten
-      unpack_bytes<S>(t, packed_at(next), 0, early, even);
-      load_early<S>(t, packed_at(next), 1, early);
+      early.unpack(t, packed_at(next), 0, even);
+      early.load(job, t, packed_at(next), 1);
       if (S::kFew) release(own);
     };
 
@@ -299,9 +301,9 @@ __global__ void __launch_bounds__(S::kThreads, S::kPerSm)
       ptx::mbarrier_wait(full_here + 8 * ring.stage, 0);
       const uint8_t* packed = packed_at(ring.stage);
       if constexpr (S::kOneSum) {
-        load_early<S>(t, packed, 0, early);
-        unpack_bytes<S>(t, packed, 0, early, even);
-        load_early<S>(t, packed, 1, early);
+        early.load(job, t, packed, 0);
+        early.unpack(t, packed, 0, even);
+        early.load(job, t, packed, 1);
       } else {
         if (!S::kWide) odd_codes = load_codes(t, packed, 1);
         const auto unpack_first = [&](auto fixed) {
@@ -327,11 +329,11 @@ __global__ void __launch_bounds__(S::kThreads, S::kPerSm)
     while (walk.next(job, s)) {
       if constexpr (!S::kWide && (S::kFew || !S::kOneSum)) {
 #pragma unroll
-        for (int i = 0; i < S::kValues; ++i) sums.total[i] = 0.0f;
+        for (int i = 0; i < S::kValues; ++i) sums.total[i] = 0;
       }
       if constexpr (S::kFew && S::kOneSum) {
 #pragma unroll
-        for (int i = 0; i < S::kValues; ++i) sums.odd[i] = 0.0f;
+        for (int i = 0; i < S::kValues; ++i) sums.odd[i] = 0;
       }
       if constexpr (!S::kOneSum) group_left = job.group_rows - (s.first << job.groups.row_shift) % job.group_rows;
       if (S::kRelays && t.phase == S::kPhases - 1) relay.start();
@@ -371,10 +373,12 @@ __global__ void __launch_bounds__(S::kThreads, S::kPerSm)
       if constexpr (S::kPhases > 1) {
         float4* meeting =
             S::kGathersInRing ? reinterpret_cast<float4*>(shared + (base - ptx::smem_u32(shared))) : exchange;
-        float total[S::kPartTokens / 2];
+        typename S::Total total[S::kPartTokens / 2];
         if (gather<S>(meeting, t.phase, sums, total)) {
           store_tile<S, S::kPartTokens>(job, m0 + t.phase * S::kPartTokens, n0, total);
         }
+      } else if constexpr (!S::kShares) {
+        store_tile<S, S::kTokens>(job, m0, n0, sums.total);
       } else {
         const bool all = s.first == 0 && s.last == job.slabs;
         if (all || meet<S>(job, s.tile - job.whole, s.first == 0, Walk<S>::cluster(), rank, is_last, sums)) {
@@ -401,7 +405,7 @@ inline void check_tile(const char* name, bool bytes, const W4Weight& w, const W4
     refuse("no instance with " + std::to_string(plan.tokens) + " tokens and " + std::to_string(plan.phases) +
            " phases for this kind of codes");
   }
-  if (bytes && plan.phases > 1 && !(w.group < w.k && kW4SlabK % w.group == 0)) {
+  if (bytes && w.kind != W4Kind::kMultiplier && plan.phases > 1 && !(w.group < w.k && kW4SlabK % w.group == 0)) {
     refuse("expected groups of 32, 64 or 128 for phases, got groups of " + std::to_string(w.group));
   }
   check_walk(name, w.k, plan);

@@ -123,17 +123,22 @@ __global__ void __launch_bounds__(kThreads) unpack_kernel(const uint8_t* __restr
 // The value of a code as the definition has it, each step rounded once.
 struct GroupTerms {
   float scale, minimum;
-  int zero;
+  int zero, multiplier;  // zero is taken off after the multiplication
 };
+template <bool kMultiplier = true>  // there may be multipliers
 __device__ __forceinline__ GroupTerms load_group(const W4Weight& w, int64_t at) {
+  if (kMultiplier && w.kind == W4Kind::kMultiplier) {
+    const int word = __ldg(static_cast<const uint16_t*>(w.scale) + at);
+    return GroupTerms{__ldg(w.channel_scale + at % (int64_t(w.blocks) * kW4Rows)), 0.0f, 128 - (word >> 8), word & 255};
+  }
   return GroupTerms{group_value(w.scale, w.scale_type, at),
                     w.kind == W4Kind::kMinimum ? group_value(w.minimum, w.scale_type, at) : 0.0f,
-                    w.zero_point ? w.zero_point[at] : 8};
+                    w.zero_point ? w.zero_point[at] : 8, 1};
 }
 __device__ __forceinline__ float value_of(const W4Weight& w, const GroupTerms& t, int q) {
   if (w.kind == W4Kind::kCodebook) return __fmul_rn(__ldg(w.codebook + q), t.scale);
   if (w.kind == W4Kind::kMinimum) return __fadd_rn(__fmul_rn(static_cast<float>(q), t.scale), t.minimum);
-  return __fmul_rn(static_cast<float>(q - t.zero), t.scale);
+  return __fmul_rn(static_cast<float>(q * t.multiplier - t.zero), t.scale);
 }
 
 // A warp's block of the rows asked for; false: none left.
@@ -193,7 +198,7 @@ __global__ void __launch_bounds__(kThreads)
     for (int part = 0; part < 2; ++part) {  // 32 k, which lie in one group
       const int k = min(static_cast<int>(b.k0) + half * 64 + part * kW4GroupStep, w.k - 1);
       const int64_t at = (k / w.group) * pitch + b.row0 + g;
-      const GroupTerms terms[2] = {load_group(w, at), load_group(w, at + 8)};
+      const GroupTerms terms[2] = {load_group<false>(w, at), load_group<false>(w, at + 8)};
 #pragma unroll
       for (int s = 2 * part; s < 2 * part + 2; ++s) {
 #pragma unroll

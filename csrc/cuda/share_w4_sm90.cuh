@@ -60,19 +60,36 @@ struct Relay {
   }
 };
 
-// The totals of the tokens kPartTokens * phase ... of a tile whose phases are through; of floats, everybody's are added
-// up in the order of the phases. False: no part is left for this phase.
+// Totals of either type as four words that memory holds, and such words added to totals.
+__device__ __forceinline__ float4 four_of(const float* v) { return make_float4(v[0], v[1], v[2], v[3]); }
+__device__ __forceinline__ float4 four_of(const int32_t* v) {
+  return make_float4(__int_as_float(v[0]), __int_as_float(v[1]), __int_as_float(v[2]), __int_as_float(v[3]));
+}
+__device__ __forceinline__ void add_four(float* d, float4 v) {
+  d[0] = __fadd_rn(d[0], v.x), d[1] = __fadd_rn(d[1], v.y);
+  d[2] = __fadd_rn(d[2], v.z), d[3] = __fadd_rn(d[3], v.w);
+}
+__device__ __forceinline__ void add_four(int32_t* d, float4 v) {
+  d[0] += __float_as_int(v.x), d[1] += __float_as_int(v.y);
+  d[2] += __float_as_int(v.z), d[3] += __float_as_int(v.w);
+}
+__device__ __forceinline__ void take_four(float* d, float4 v) { d[0] = v.x, d[1] = v.y, d[2] = v.z, d[3] = v.w; }
+__device__ __forceinline__ void take_four(int32_t* d, float4 v) {
+  d[0] = __float_as_int(v.x), d[1] = __float_as_int(v.y), d[2] = __float_as_int(v.z), d[3] = __float_as_int(v.w);
+}
+
+// The totals of the tokens kPartTokens * phase ... of a tile whose phases are through; but for a relay's, everybody's
+// are added up, floats in the order of the phases. False: no part is left for this phase.
 template <typename S>
 __device__ __forceinline__ bool gather(float4* exchange, int phase, const Sums<S>& sums,
-                                       float (&total)[S::kPartTokens / 2]) {
+                                       typename S::Total (&total)[S::kPartTokens / 2]) {
   constexpr int kPartQuads = S::kPartTokens / 8;
   float4* own = exchange + threadIdx.x % S::kPhaseThreads;
   if constexpr (S::kGathers) {
     if (S::kGathersInRing) ptx::named_barrier(kGatherBarrier, S::kConsumers);  // nobody reads a stage any more
 #pragma unroll
     for (int q = 0; q < S::kQuads; ++q) {
-      const float* d = sums.total + 4 * q;
-      own[(phase * S::kQuads + q) * S::kPhaseThreads] = make_float4(d[0], d[1], d[2], d[3]);
+      own[(phase * S::kQuads + q) * S::kPhaseThreads] = four_of(sums.total + 4 * q);
     }
   }
   ptx::named_barrier(kGatherBarrier, S::kConsumers);
@@ -82,12 +99,10 @@ __device__ __forceinline__ bool gather(float4* exchange, int phase, const Sums<S
 #pragma unroll
     for (int q = 0; q < kPartQuads; ++q) {
       const float4 v = own[(p * S::kQuads + phase * kPartQuads + q) * S::kPhaseThreads];
-      float* d = total + 4 * q;
       if (p == 0) {
-        d[0] = v.x, d[1] = v.y, d[2] = v.z, d[3] = v.w;
+        take_four(total + 4 * q, v);
       } else {
-        d[0] = __fadd_rn(d[0], v.x), d[1] = __fadd_rn(d[1], v.y);
-        d[2] = __fadd_rn(d[2], v.z), d[3] = __fadd_rn(d[3], v.w);
+        add_four(total + 4 * q, v);
       }
     }
   }
@@ -108,10 +123,7 @@ __device__ __forceinline__ bool meet(const Job& job, int shared, bool from_first
   };
   float4* own = slot(cluster, from_first_slab);
 #pragma unroll
-  for (int q = 0; q < kQuads; ++q) {
-    const float* d = sums.total + 4 * q;
-    __stcg(own + q * 128, make_float4(d[0], d[1], d[2], d[3]));
-  }
+  for (int q = 0; q < kQuads; ++q) __stcg(own + q * 128, four_of(sums.total + 4 * q));
   const int first = owner_of(job, shared * job.slabs), last = owner_of(job, (shared + 1) * job.slabs - 1);
   __threadfence();
   ptx::named_barrier(1 + group, 128);
@@ -129,7 +141,7 @@ __device__ __forceinline__ bool meet(const Job& job, int shared, bool from_first
 #pragma unroll
   for (int q0 = 0; q0 < kQuads; q0 += kPart) {
 #pragma unroll
-    for (int i = 4 * q0; i < 4 * (q0 + kPart); ++i) sums.total[i] = 0.0f;
+    for (int i = 4 * q0; i < 4 * (q0 + kPart); ++i) sums.total[i] = 0;
     for (int c0 = first; c0 <= last; c0 += kAtOnce) {
       float4 v[kAtOnce][kPart];
 #pragma unroll
@@ -143,11 +155,7 @@ __device__ __forceinline__ bool meet(const Job& job, int shared, bool from_first
       for (int p = 0; p < kAtOnce; ++p) {
         if (c0 + p > last) break;
 #pragma unroll
-        for (int q = 0; q < kPart; ++q) {
-          float* d = sums.total + 4 * (q0 + q);
-          d[0] = __fadd_rn(d[0], v[p][q].x), d[1] = __fadd_rn(d[1], v[p][q].y);
-          d[2] = __fadd_rn(d[2], v[p][q].z), d[3] = __fadd_rn(d[3], v[p][q].w);
-        }
+        for (int q = 0; q < kPart; ++q) add_four(sums.total + 4 * (q0 + q), v[p][q]);
       }
     }
   }
@@ -156,34 +164,40 @@ __device__ __forceinline__ bool meet(const Job& job, int shared, bool from_first
 
 // Totals of kTokens tokens from m0 on.
 template <typename S, int kTokens>
-__device__ __forceinline__ void store_tile(const Job& job, int m0, int n0, const float (&total)[kTokens / 2]) {
+__device__ __forceinline__ void store_tile(const Job& job, int m0, int n0,
+                                           const typename S::Total (&total)[kTokens / 2]) {
   const int lane = threadIdx.x & 31, n = n0 + (lane >> 2), token = m0 + 2 * (lane & 3);
   const Epilogue& e = job.e;
   const float low = e.bias && n < e.n ? __ldg(e.bias + n) : -0.0f;
   const float high = e.bias && n + 8 < e.n ? __ldg(e.bias + n + 8) : -0.0f;
   [[maybe_unused]] float low_scale, high_scale;
-  if constexpr (S::kBits == 8) {
+  if constexpr (S::kOneSum) {
     low_scale = n < e.n ? __ldg(e.weight_scale + n) : 0.0f;
     high_scale = n + 8 < e.n ? __ldg(e.weight_scale + n + 8) : 0.0f;
   }
-  // All at once: each alone would take as long.
-  [[maybe_unused]] float x_scale[S::kBytes ? kTokens / 8 : 1][2];
-  if constexpr (S::kBytes) {
+  // Many scales of tokens at once: each alone would take as long. Of 256 tokens, a quarter: there are no registers for all.
+  constexpr int kBlocks = kTokens / 8, kAtOnce = S::kBytes && kBlocks > 16 ? 8 : kBlocks;
 #pragma unroll
-    for (int j = 0; j < kTokens / 8; ++j) {
-      x_scale[j][0] = token + 8 * j < e.m ? e.x_scale[token + 8 * j] : 0.0f;
-      x_scale[j][1] = token + 8 * j + 1 < e.m ? e.x_scale[token + 8 * j + 1] : 0.0f;
+  for (int first = 0; first < kBlocks; first += kAtOnce) {
+    [[maybe_unused]] float x_scale[S::kBytes ? kAtOnce : 1][2];
+    if constexpr (S::kBytes) {
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) {
+        const int at = token + 8 * (first + j);
+        x_scale[j][0] = at < e.m ? e.x_scale[at] : 0.0f;
+        x_scale[j][1] = at + 1 < e.m ? e.x_scale[at + 1] : 0.0f;
+      }
     }
+    store_blocks<kAtOnce>(e, n0, m0 + 8 * first, lane, [&](int j, float (&v)[4]) {
+#pragma unroll
+      for (int c = 0; c < 4; ++c) {
+        float y = static_cast<float>(total[4 * (first + j) + c]);  // to nearest
+        if constexpr (S::kBytes) y = __fmul_rn(y, x_scale[j][c & 1]);
+        if constexpr (S::kOneSum) y = __fmul_rn(y, c < 2 ? low_scale : high_scale);
+        v[c] = __fadd_rn(y, c < 2 ? low : high);
+      }
+    });
   }
-  store_blocks<kTokens / 8>(e, n0, m0, lane, [&](int j, float (&v)[4]) {
-#pragma unroll
-    for (int c = 0; c < 4; ++c) {
-      float y = total[4 * j + c];
-      if constexpr (S::kBytes) y = __fmul_rn(y, x_scale[j][c & 1]);
-      if constexpr (S::kBits == 8) y = __fmul_rn(y, c < 2 ? low_scale : high_scale);
-      v[c] = __fadd_rn(y, c < 2 ? low : high);
-    }
-  });
 }
 
 }  // namespace

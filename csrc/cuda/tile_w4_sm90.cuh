@@ -35,15 +35,18 @@ struct Shape {
   static constexpr int kTokens = kTokens_, kCluster = kCluster_;
   static constexpr W4Kind kKind = kKind_;
   static constexpr bool kMinimum = kKind == W4Kind::kMinimum, kCodebook = kKind == W4Kind::kCodebook;
+  static constexpr bool kMultiplier = kKind == W4Kind::kMultiplier;
   static constexpr bool kZeros = kZeros_;
   // By mma.sync: wgmma's products wait 90 cycles for one another, and few tokens hide nothing of it.
   static constexpr bool kFew = kTokens <= 16;
   // Room for one set of sums alone: they are of all of K, in units of the scale that they are multiplied by next.
-  static constexpr bool kWide = kTokens == 256 && kBits_ == 4;
+  static constexpr bool kWide = kTokens == 256 && kBits_ == 4 && !kMultiplier;
   static_assert(!kWide || (!kBytes && !kMinimum), "a single sum of floats");
   static constexpr int kBits = kBits_, kCodeBytes = kW4SlabK * kBits / 8;  // of a channel in a slab
-  static constexpr bool kOneSum = kBits == 8;  // the products of all of K add to the same sums, and that is all
-  static_assert(!kOneSum || !kBytes, "codes of 8 bits are multiplied as floats");
+  // The products of all of K add to the same sums, and that is all.
+  static constexpr bool kOneSum = kBits == 8 || kMultiplier;
+  static_assert(!kOneSum || kBytes == kMultiplier, "codes of 8 bits are multiplied as floats, multiples as bytes");
+  using Total = typename std::conditional<kOneSum, Sum, float>::type;
   static constexpr bool kPlain = kKind == W4Kind::kZeroPoint && !kZeros;
   // Integer products are 16 times the true ones (operands_w4a8.cuh).
   static constexpr bool kSixteenfold = kBytes && kPlain;
@@ -72,12 +75,15 @@ struct Shape {
   static constexpr bool kMovesRegisters = kPerSm == 1 && (kPhases == 1 || kTokens >= 32);
   static constexpr int kThreads = kConsumers + (kMovesRegisters ? 128 : 32 * kProducers);
   // What phases tell one another: a running total, or everybody's sums, in the ring of stages where they are many.
-  static constexpr bool kRelays = kBytes && kPhases > 1, kGathers = !kBytes && kPhases > 1;
+  static constexpr bool kRelays = kBytes && !kOneSum && kPhases > 1, kGathers = !kRelays && kPhases > 1;
   static constexpr bool kGathersInRing = kGathers && kTokens >= 32;
   static constexpr int kQuads = kTokens / 8;  // float4 of a thread, if it holds all tokens
   static constexpr int kExchange = kRelays                       ? kPhaseThreads * kQuads
                                    : kGathers && !kGathersInRing ? kConsumers * kQuads
                                                                  : 1;
+  // Tiles whose slabs several clusters deal out among themselves: those of floats alone, since totals over groups of
+  // integers have an order.
+  static constexpr bool kShares = !kBytes && kPhases == 1;
   static constexpr bool kHoldsTotal = kTokens <= 32;  // while rows of a slab are added to it; else it stays where it is
   // Of a tile whose sums are complete, the phases take parts to the output.
   static constexpr int kParts = kPhases < kQuads ? kPhases : kQuads, kPartTokens = kTokens / kParts;
@@ -87,7 +93,7 @@ struct Shape {
   // An instruction with a register operand waits for the one before it, so products hold a warp up. Where sums of
   // integers take as long to add up, nothing comes between the products of a row: one warpgroup is in its products
   // while the other unpacks and adds.
-  static constexpr bool kApart = kBytes && kTokens >= 64 && kPhases == 1;
+  static constexpr bool kApart = kBytes && kTokens >= 64 && kPhases == 1 && !kOneSum;
   // A product takes the address of its tokens from uniform registers: one shuffle gets all of a slab's there, where
   // they would go one by one. It delays the first product, which two warpgroups of many tokens do not hide (measured on
   // an H200: 3 to 6 % less time with 32 and, of 16 bits, 64 tokens, 1 % more elsewhere).
@@ -142,7 +148,7 @@ struct Walk {
   __device__ __forceinline__ explicit Walk(const Job& job) : tile(cluster()), unit(begin_of(job, cluster())) {}
   __device__ __forceinline__ int slabs(const Job& job) const {
     const int tiles = tile < job.whole ? (job.whole - tile - 1) / job.clusters + 1 : 0;
-    return tiles * job.slabs + end(job) - unit;
+    return tiles * job.slabs + (S::kShares ? end(job) - unit : 0);
   }
   __device__ __forceinline__ bool next(const Job& job, Segment& s) {
     if (tile < job.whole) {
@@ -150,6 +156,7 @@ struct Walk {
       tile += job.clusters;
       return true;
     }
+    if constexpr (!S::kShares) return false;
     const int stop = end(job);
     if (unit == stop) return false;
     const int shared = unit / job.slabs;
@@ -268,38 +275,6 @@ __device__ __forceinline__ void unpack_half(const Job& job, const Thread& t, con
   }
 }
 
-// Two of this thread's 8-bit codes: those of register r of the fragment of step s of a slab. The 16 k of a step are one
-// chunk of a row, which the number of the row in its atom swizzles: the same for both rows, and added to the thread's
-// offset by XOR.
-__device__ __forceinline__ uint32_t load_bytes(const Thread& t, const uint8_t* packed, int s, int r) {
-  const uint8_t* at = packed + (t.codes ^ (s << 4)) + (r & 1) * kAtomRows * kSlabK + (r >> 1) * 8;
-  return *reinterpret_cast<const uint16_t*>(at);
-}
-// Of half a slab, those that are read early.
-template <typename S>
-using EarlyBytes = uint32_t[S::kEarlySteps > 0 ? S::kEarlySteps : 1][4];
-template <typename S>
-__device__ __forceinline__ void load_early(const Thread& t, const uint8_t* packed, int half, EarlyBytes<S>& codes) {
-#pragma unroll
-  for (int s = 0; s < S::kEarlySteps; ++s) {
-#pragma unroll
-    for (int r = 0; r < 4; ++r) codes[s][r] = load_bytes(t, packed, S::kSteps / 2 * half + s, r);
-  }
-}
-// All of it as fragments.
-template <typename S>
-__device__ __forceinline__ void unpack_bytes(const Thread& t, const uint8_t* packed, int half,
-                                             const EarlyBytes<S>& codes, uint32_t (&f)[S::kFragments]) {
-#pragma unroll
-  for (int s = 0; s < S::kSteps / 2; ++s) {
-#pragma unroll
-    for (int r = 0; r < 4; ++r) {
-      f[4 * s + r] = pair_of_bytes(
-          typename S::T(), s < S::kEarlySteps ? codes[s][r] : load_bytes(t, packed, S::kSteps / 2 * half + s, r));
-    }
-  }
-}
-
 // A register of ones as the activations' operand.
 template <typename T>
 struct OnesOf {
@@ -315,7 +290,7 @@ struct Sums {
   typename S::Sum part[S::kWide || S::kOneSum ? 1 : S::kValues];  // since the last scale
   typename S::Sum odd[S::kFew ? S::kValues : 1];  // of every other step, of few tokens: two chains of products
   typename S::Sum tokens[S::kMinimum ? S::kValues : 1];  // of the activations alone
-  float total[S::kValues];
+  typename S::Total total[S::kValues];
 };
 
 __device__ __forceinline__ void multiply_few(int8_t, int32_t* d, const uint32_t (&a)[4], const uint32_t* b) {

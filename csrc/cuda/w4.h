@@ -41,16 +41,19 @@ constexpr int kW4GroupStep = 32;  // groups are a multiple of it, or the whole r
 
 enum class W4Order : int32_t { kHalf = 0, kByte = 1 };
 
-// The value of a code: scale * (q - zero), scale * q + min, scale * book[q].
-enum class W4Kind : int32_t { kZeroPoint = 0, kMinimum = 1, kCodebook = 2 };
+// The value of a code: scale * (q - zero), scale * q + min, scale * book[q]; or, scales of groups being multiples of
+// one per channel, channel_scale * (multiplier * (q - zero)), of which the part in brackets is a signed byte.
+enum class W4Kind : int32_t { kZeroPoint = 0, kMinimum = 1, kCodebook = 2, kMultiplier = 3 };
 
 struct W4Weight {
   const uint8_t* packed;  // fragment slabs, 16-byte aligned
   int32_t blocks;  // from one slab to the next: w4_blocks(n), or more; 16 times as many values from group to group
-  const void* scale;  // [G][16 * blocks], 16-byte aligned, as the other two
+  const void* scale;  // [G][16 * blocks], 16-byte aligned, as the other two; kMultiplier: 16 bits that say the
+                      // multiplier and, in the high byte, 128 - multiplier * zero
   const uint8_t* zero_point;  // or nullptr: 8 for kZeroPoint, 0 else
   const void* minimum;  // of scale_type, or nullptr
   const float* codebook;  // [16] on the device, or nullptr
+  const float* channel_scale;  // kMultiplier: [N]
   ScaleType scale_type;
   W4Kind kind;
   W4Order order;
@@ -105,12 +108,13 @@ constexpr int w4_per_sm(bool bytes, int tokens, bool minimum, int phases) {
 // The instances of kWgmma. Minima need registers for the sums of tokens; phases are for scales and zero points alone.
 constexpr bool w4_has_tile(bool bytes, W4Kind kind, int tokens, int phases) {
   const bool power = tokens == 8 || tokens == 16 || tokens == 32 || tokens == 64 || tokens == 128 || tokens == 256;
+  const bool two_sums = bytes && kind != W4Kind::kMultiplier;  // of a group, and the total
   if (!power) return false;
-  if (phases == 1) return tokens <= (kind == W4Kind::kMinimum ? 64 : bytes ? 128 : 256);
-  if (kind != W4Kind::kZeroPoint) return false;
+  if (phases == 1) return tokens <= (kind == W4Kind::kMinimum ? 64 : two_sums ? 128 : 256);
+  if (kind != W4Kind::kZeroPoint && kind != W4Kind::kMultiplier) return false;
   if (phases == 4) return tokens <= 32;
   if (phases == 8) return tokens <= 16;
-  return phases == 2 && (tokens <= 16 || (!bytes && (tokens == 64 || tokens == 128)));
+  return phases == 2 && (tokens <= 16 || (!two_sums && (tokens == 64 || tokens == 128)));
 }
 // Of so many tiles, how many `ctas` (or clusters) take whole, in full waves; the others' slabs are dealt out in equal
 // runs: those of the last wave, which is not full, and of one before it, lest runs be short.
@@ -120,7 +124,8 @@ constexpr int64_t w4_whole_tiles(int64_t tiles, int64_t ctas) {
 
 // y [M, N] from int8 activations: total = sum over groups in order of float(d_g) * scale_g (+ min_g * float(sum_g)),
 // y = round(total * x_scale + bias), each step rounded once; d_g = sum (q - zero) * a and sum_g = sum a in int32, with
-// a = xq, or xq - (x_zero_point - 128).
+// a = xq, or xq - (x_zero_point - 128). kMultiplier, kWgmma alone: d = sum multiplier * (q - zero) * a over all K, and
+// y = round(float(d) * x_scale * channel_scale + bias), as 8-bit weights have it.
 struct GemmW4A8Args {
   W4Weight weight;
   const int8_t* xq;  // [M, K], 16-byte aligned; q, or q - 128 where x_zero_point is given

@@ -261,7 +261,7 @@ def run_cuda_grid(args: argparse.Namespace) -> int:
     cutlass = Cutlass(args.cutlass) if args.cutlass else None
     rows: list[CudaRow] = []
     notes: list[str] = []
-    known = ("w8a8", "w8a16", "w4a16", "w4a8", "quantize")
+    known = ("w8a8", "w8a16", "w4a16", "w4a8", "w4a8_intscale", "quantize")
     unknown = sorted(set(args.schemes) - set(known))
     if unknown:
         raise ValueError(f"--schemes: expected {', '.join(known)} with --device cuda, got {', '.join(unknown)}")

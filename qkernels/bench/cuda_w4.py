@@ -1,8 +1,9 @@
-"""What ``qkernels bench --device cuda --schemes w4a16 w4a8`` times: 4-bit weights on a GPU, in groups of 128.
+"""What ``qkernels bench --device cuda --schemes w4a16 w4a8 w4a8_intscale`` times: 4-bit weights on a GPU, in groups of
+128.
 
     w4a16 layer        floating-point activations in and out
     w4a16 triton       the portable kernel
-    w4a8 layer         quantize and gemm from floating-point activations
+    w4a8 layer         quantize and gemm from floating-point activations; so w4a8_intscale
     w4a8 gemm          int8 activations to scaled output
     w4a8 triton        the portable kernel, likewise
     cublas bf16        torch.mm in bfloat16, its weights cold too
@@ -40,9 +41,14 @@ class ProblemW4:
         groups = -(-k // self.scheme.resolve_group_size(k))
         self.canonical = []
         for _ in range(count):
-            codes = torch.randint(0, 256, (n, -(-k // 2)), dtype=torch.uint8, device="cuda")
-            scale = (torch.rand(n, groups, device="cuda") * 0.01 + 0.001).to(torch.float16)
-            self.canonical.append({"weight": codes, "weight_scale": scale})
+            tensors = {"weight": torch.randint(0, 256, (n, -(-k // 2)), dtype=torch.uint8, device="cuda")}
+            if self.scheme.group_scales == "int":
+                top = self.scheme.largest_multiplier
+                tensors["weight_scale"] = torch.rand(n, device="cuda") * 0.001 + 0.0001
+                tensors["weight_multiplier"] = torch.randint(1, top + 1, (n, groups), dtype=torch.uint8, device="cuda")
+            else:
+                tensors["weight_scale"] = (torch.rand(n, groups, device="cuda") * 0.01 + 0.001).to(torch.float16)
+            self.canonical.append(tensors)
         self.layers = [PreparedCudaW4.from_canonical(t, self.scheme, k) for t in self.canonical]
         self.x = torch.randn(m, k, device="cuda").to(dtype)
 
@@ -55,11 +61,11 @@ class ProblemW4:
         """(name, ours, call) of everyone who can take this problem."""
         count, x = len(self.layers), self.x
         yield f"{self.name} layer", True, lambda index: self.layers[index % count].run(x)
-        if self.name == "w4a8":
+        if not self.scheme.weight_only:
             q, scale, _ = cuda.quantize_rows(x)
             weights = [cuda_w4.describe(layer.tensors, self.scheme, self.n, self.k) for layer in self.layers]
             yield (
-                "w4a8 gemm",
+                f"{self.name} gemm",
                 True,
                 lambda index: cuda_w4.gemm_w4a8(q, scale, weights[index % count], None, self.dtype),
             )
@@ -89,7 +95,7 @@ class ProblemW4:
                 shape_n=self.n,
                 shape_k=self.k,
                 weight_config={"dtype": "int4", "group_size": self.scheme.resolve_group_size(self.k)},
-                input_config={"dtype": "int8"} if self.name == "w4a8" else None,
+                input_config=None if self.scheme.weight_only else {"dtype": "int8"},
                 torch_dtype=self.dtype,
             ).cuda()
             layer.load_from_unquantized(torch.randn(self.n, self.k, device="cuda", dtype=self.dtype))
@@ -105,16 +111,25 @@ class ProblemW4:
 
             def portable(index: int) -> Tensor:
                 t = self.canonical[index % len(self.canonical)]
-                return gemm_w4a8(q, scale, None, t["weight"], t["weight_scale"], group_size=group, out_dtype=dtype)
+                return gemm_w4a8(
+                    q,
+                    scale,
+                    None,
+                    t["weight"],
+                    t["weight_scale"],
+                    group_size=group,
+                    weight_multiplier=t.get("weight_multiplier"),
+                    out_dtype=dtype,
+                )
 
-            yield "w4a8 triton", True, portable
+            yield f"{self.name} triton", True, portable
 
     def exact(self, call: Callable[[int], object]) -> bool:
         """Whether the result over the first weight is the reference's, in the sense of the file's head."""
         result = call(0)
         if not isinstance(result, Tensor):
             return False
-        if self.name == "w4a8":
+        if not self.scheme.weight_only:
             wanted = reference.linear(self.x, self.canonical[0], self.scheme, self.k)
             bits = torch.int32 if self.dtype == torch.float32 else torch.int16
             return torch.equal(result.view(bits), wanted.view(bits))

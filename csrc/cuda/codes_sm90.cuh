@@ -1,0 +1,83 @@
+// Codes of products that add to one sum (kOneSum in tile_w4_sm90.cuh), on their way from shared memory to wgmma
+// fragments: read half a slab ahead, since nothing else covers the time that takes. 8-bit codes; or 4-bit ones whose
+// groups have multipliers, which become signed bytes multiplier * (q - zero):
+//
+//     ((word & 0x0f0f0f0f) * multiplier + (128 - multiplier * zero) * 0x01010101) ^ 0x80808080
+//
+// No byte of it carries into the next one: what is added to is below 256 - 128 + 127, as weights are signed bytes.
+#pragma once
+
+#include "tile_w4_sm90.cuh"
+
+namespace qk::cuda {
+namespace {
+
+// Two of this thread's 8-bit codes: those of register r of the fragment of step s of a slab. The 16 k of a step are one
+// chunk of a row, which the number of the row in its atom swizzles: the same for both rows, and added to the thread's
+// offset by XOR.
+__device__ __forceinline__ uint32_t load_bytes(const Thread& t, const uint8_t* packed, int s, int r) {
+  const uint8_t* at = packed + (t.codes ^ (s << 4)) + (r & 1) * kAtomRows * kSlabK + (r >> 1) * 8;
+  return *reinterpret_cast<const uint16_t*>(at);
+}
+// Of half a slab, those that are read early.
+template <typename S>
+struct EarlyBytes {
+  uint32_t codes[S::kEarlySteps > 0 ? S::kEarlySteps : 1][4];
+  __device__ __forceinline__ void load(const Job&, const Thread& t, const uint8_t* packed, int half) {
+#pragma unroll
+    for (int s = 0; s < S::kEarlySteps; ++s) {
+#pragma unroll
+      for (int r = 0; r < 4; ++r) codes[s][r] = load_bytes(t, packed, S::kSteps / 2 * half + s, r);
+    }
+  }
+  // All of it as fragments.
+  __device__ __forceinline__ void unpack(const Thread& t, const uint8_t* packed, int half,
+                                         uint32_t (&f)[S::kFragments]) const {
+#pragma unroll
+    for (int s = 0; s < S::kSteps / 2; ++s) {
+#pragma unroll
+      for (int r = 0; r < 4; ++r) {
+        f[4 * s + r] = pair_of_bytes(
+            typename S::T(), s < S::kEarlySteps ? codes[s][r] : load_bytes(t, packed, S::kSteps / 2 * half + s, r));
+      }
+    }
+  }
+};
+
+// 4-bit codes of half a slab and, for each 32 k of it and each of the thread's channels, what W4Weight::scale holds.
+template <typename S>
+struct EarlyMultiples {
+  uint4 codes;
+  uint32_t factors[2][2];
+  __device__ __forceinline__ void load(const Job& job, const Thread& t, const uint8_t* packed, int half) {
+    codes = load_codes(t, packed, half);
+    const uint8_t* rows = packed + S::kChannels * S::kCodeBytes + t.channel * 2;
+#pragma unroll
+    for (int part = 0; part < 2; ++part) {
+      const uint8_t* row = rows + ((2 * half + part) >> (2 - job.groups.row_shift)) * (S::kChannels * 2);
+#pragma unroll
+      for (int e = 0; e < 2; ++e) factors[part][e] = *reinterpret_cast<const uint16_t*>(row + 16 * e);
+    }
+  }
+  __device__ __forceinline__ void unpack(const Thread&, const uint8_t*, int, uint32_t (&f)[S::kFragments]) const {
+    const uint32_t words[4] = {codes.x, codes.y, codes.z, codes.w};
+#pragma unroll
+    for (int part = 0; part < 2; ++part) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const uint32_t multiplier = factors[part][e] & 255u, offset = __byte_perm(factors[part][e], 0, 0x1111);
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const uint32_t q = (e ? words[2 * part + i] >> 4 : words[2 * part + i]) & 0x0f0f0f0fu;
+          f[4 * part + 2 * i + e] = (q * multiplier + offset) ^ 0x80808080u;
+        }
+      }
+    }
+  }
+};
+
+template <typename S>
+using EarlyCodes = typename std::conditional<S::kBits == 8, EarlyBytes<S>, EarlyMultiples<S>>::type;
+
+}  // namespace
+}  // namespace qk::cuda
