@@ -28,14 +28,17 @@ def canonical(scheme: Scheme, n: int, k: int, *, bias: bool = True) -> dict[str,
     return {**tensors, "bias": seeded(n, seed=1)} if bias else tensors
 
 
+hopper = [
+    *gpu,
+    pytest.mark.skipif(
+        not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
+        reason="wgmma is an instruction of compute capability 9.0",
+    ),
+]
+
+
 class TestMultipliers:
-    pytestmark = [
-        *gpu,
-        pytest.mark.skipif(
-            not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
-            reason="wgmma is an instruction of compute capability 9.0",
-        ),
-    ]
+    pytestmark = hopper
 
     @pytest.mark.parametrize("kind", ["symmetric", "zero point"])
     @pytest.mark.parametrize("group", [32, 64, 128, 96, 256, 4096])
