@@ -125,7 +125,7 @@ class TestMultipliers:
         assert_bits_equal(other(x), y)
         assert_bits_equal(copy.deepcopy(layer)(x), y)
         assert_bits_equal(layer.to("cpu")(x.cpu()), reference.linear(x.cpu(), state, scheme, 200))
-        compiled = torch.compile(other, fullgraph=True)
+        compiled = torch.compile(other, fullgraph=True, backend="aot_eager")
         assert_bits_equal(compiled(x), y)
 
     def test_layers_over_one_input_run_as_one(self) -> None:
@@ -145,8 +145,8 @@ class TestMultipliers:
         wanted = [reference.linear(x, layer.canonical(), layer.scheme, 256) for layer in (model.q, model.k, model.v)]
         assert_bits_equal(model(x), torch.cat(wanted, -1))
         assert_bits_equal(model.k(x), wanted[1])
-        op = torch.ops.qkernels.linear_packed
-        assert_bits_equal(torch.compile(model, fullgraph=True)(x), torch.cat(wanted, -1), str(op))
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        assert_bits_equal(compiled(x), torch.cat(wanted, -1))
 
     def test_graph_replays(self) -> None:
         scheme, k = scheme_of("symmetric", 128), 512

@@ -40,11 +40,11 @@ struct Waves {
   int64_t count() const { return (tiles + slots - 1) / slots; }
 };
 
-Waves waves_of(const W4Plan& plan, bool bytes, int64_t m, int64_t n, bool minimum, int sms) {
+Waves waves_of(const W4Plan& plan, bool bytes, int64_t m, int64_t n, W4Kind kind, int sms) {
   Waves w;
   w.cluster = w4_cluster(bytes, plan.tokens, plan.phases);
   w.tiles = int64_t(blocks(m, plan.tokens)) * blocks(n, w4_channels(plan.phases) * w.cluster);
-  w.slots = int64_t(sms) * w4_per_sm(bytes, plan.tokens, minimum, plan.phases) / w.cluster;
+  w.slots = int64_t(sms) * w4_per_sm(bytes, plan.tokens, kind, plan.phases) / w.cluster;
   return w;
 }
 
@@ -71,7 +71,7 @@ W4Plan plan_few(bool bytes, int64_t m, int64_t n, int64_t k, W4Kind kind, bool p
                 : !relays && blocks(n, 64) <= 2 * sms ? 2
                 : relays && blocks(n, 64) <= sms      ? 4
                                                       : 1;
-  const Waves w = waves_of(plan, bytes, m, n, kind == W4Kind::kMinimum, sms);
+  const Waves w = waves_of(plan, bytes, m, n, kind, sms);
   // Half of the multiprocessors in a single wave, half of the places in the last of several.
   const bool enough = w.count() == 1 ? w.tiles * w.cluster * 2 >= sms : w.tiles * 2 > w.count() * w.slots;
   const bool uneven =
@@ -81,14 +81,14 @@ W4Plan plan_few(bool bytes, int64_t m, int64_t n, int64_t k, W4Kind kind, bool p
 
 // The cheapest of the tiles that `has` admits.
 template <size_t kCount, typename Has>
-W4Plan plan_many(const Tile (&tiles)[kCount], bool bytes, int64_t m, int64_t n, int64_t k, bool minimum, int sms,
+W4Plan plan_many(const Tile (&tiles)[kCount], bool bytes, int64_t m, int64_t n, int64_t k, W4Kind kind, int sms,
                  const Has& has) {
   W4Plan best = {};
   double least = 0.0;
   const auto consider = [&](const Tile& tile, bool shared) {
     W4Plan plan = {};
     plan.tokens = tile.tokens, plan.phases = tile.phases;
-    const Waves w = waves_of(plan, bytes, m, n, minimum, sms);
+    const Waves w = waves_of(plan, bytes, m, n, kind, sms);
     if (shared && w.tiles % w.slots == 0) return;
     const double waves = shared ? double(w.tiles) / double(w.slots) : double(w.count());
     const double cost = waves * double(w4_slabs(k)) * tile.slab + tile.launch + (shared ? tile.sharing : 0.0);
@@ -104,16 +104,15 @@ W4Plan plan_many(const Tile (&tiles)[kCount], bool bytes, int64_t m, int64_t n, 
 
 // Phases need the groups of 8-bit activations to lie within a slab (`within`).
 W4Plan plan_wgmma(bool bytes, int64_t m, int64_t n, int64_t k, W4Kind kind, bool within, int sms) {
-  const bool minimum = kind == W4Kind::kMinimum;
   const bool whole = kind == W4Kind::kMultiplier;  // sums of whole rows
   const bool phases = (kind == W4Kind::kZeroPoint || whole) && w4_slabs(k) >= 8 && (within || whole || !bytes);
   if (m <= kFew) return plan_few(bytes, m, n, k, kind, phases, sms);
   const auto has = [&](const Tile& tile) {
     return (phases || tile.phases == 1) && w4_has_tile(bytes, kind, tile.tokens, tile.phases);
   };
-  return whole   ? plan_many(kMultiplierTiles, bytes, m, n, k, minimum, sms, has)
-         : bytes ? plan_many(kByteTiles, bytes, m, n, k, minimum, sms, has)
-                 : plan_many(kHalfTiles, bytes, m, n, k, minimum, sms, has);
+  return whole   ? plan_many(kMultiplierTiles, bytes, m, n, k, kind, sms, has)
+         : bytes ? plan_many(kByteTiles, bytes, m, n, k, kind, sms, has)
+                 : plan_many(kHalfTiles, bytes, m, n, k, kind, sms, has);
 }
 
 }  // namespace
@@ -166,7 +165,7 @@ W4Plan plan_w8a16(int64_t m, int64_t n, int64_t k, int capability, int sms) {
   }
   const bool phases = w4_slabs(k) >= 8;
   if (m <= kFew) return plan_few(false, m, n, k, W4Kind::kZeroPoint, phases, sms);
-  return plan_many(kByteCodeTiles, false, m, n, k, false, sms, [&](const Tile& tile) {
+  return plan_many(kByteCodeTiles, false, m, n, k, W4Kind::kZeroPoint, sms, [&](const Tile& tile) {
     return (phases || tile.phases == 1) && w8a16_has_tile(tile.tokens, tile.phases);
   });
 }

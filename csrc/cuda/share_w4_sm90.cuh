@@ -175,7 +175,8 @@ __device__ __forceinline__ void store_tile(const Job& job, int m0, int n0,
     low_scale = n < e.n ? __ldg(e.weight_scale + n) : 0.0f;
     high_scale = n + 8 < e.n ? __ldg(e.weight_scale + n + 8) : 0.0f;
   }
-  // Many scales of tokens at once: each alone would take as long. Of 256 tokens, a quarter: there are no registers for all.
+  // Many scales of tokens at once: each alone would take as long. Of 256 tokens, a quarter: there are no registers for
+  // all.
   constexpr int kBlocks = kTokens / 8, kAtOnce = S::kBytes && kBlocks > 16 ? 8 : kBlocks;
 #pragma unroll
   for (int first = 0; first < kBlocks; first += kAtOnce) {

@@ -66,12 +66,12 @@ struct Shape {
   static constexpr int kEarlySteps = kTokens == 8 || kTokens == 256 ? 0 : kSteps / 2;
   static constexpr int kFragments = kSteps / 2 * 4;  // registers of half a slab
   static constexpr int kValues = kTokens / 2;  // sums of a thread
+  static constexpr int kPerSm = w4_per_sm(kBytes, kTokens, kKind, kPhases);
   // Warps: what one lane computes and waits for between its copies would limit small tiles.
   static constexpr int kProducers = kPhases >= 4 ? 4 : kTokens == 256 ? 1 : 2;  // two or three stages fit
   // Few tokens leave registers for two CTAs, which hide each other's latency. With more, the producer's registers go to
   // the consumers, and it is a whole warpgroup since setmaxnreg works on those: 168 a thread at launch, or 96 beside
   // four warpgroups of consumers.
-  static constexpr int kPerSm = w4_per_sm(kBytes, kTokens, kMinimum, kPhases);
   static constexpr bool kMovesRegisters = kPerSm == 1 && (kPhases == 1 || kTokens >= 32);
   static constexpr int kThreads = kConsumers + (kMovesRegisters ? 128 : 32 * kProducers);
   // What phases tell one another: a running total, or everybody's sums, in the ring of stages where they are many.

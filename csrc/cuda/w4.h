@@ -102,8 +102,9 @@ constexpr int w4_cluster(bool bytes, int tokens, int phases) {
   return tokens >= 32 || (!bytes && tokens >= 16 && phases == 1) ? 2 : 1;
 }
 // CTAs of a multiprocessor, for kWgmma: two where their sums leave registers for them.
-constexpr int w4_per_sm(bool bytes, int tokens, bool minimum, int phases) {
-  return tokens <= 16 && phases <= 2 && (bytes || !minimum) ? 2 : 1;
+constexpr int w4_per_sm(bool bytes, int tokens, W4Kind kind, int phases) {
+  if (kind == W4Kind::kMultiplier && phases == 2 && tokens <= 64) return 2;
+  return tokens <= 16 && phases <= 2 && (bytes || kind != W4Kind::kMinimum) ? 2 : 1;
 }
 // The instances of kWgmma. Minima need registers for the sums of tokens; phases are for scales and zero points alone.
 constexpr bool w4_has_tile(bool bytes, W4Kind kind, int tokens, int phases) {
@@ -114,6 +115,7 @@ constexpr bool w4_has_tile(bool bytes, W4Kind kind, int tokens, int phases) {
   if (kind != W4Kind::kZeroPoint && kind != W4Kind::kMultiplier) return false;
   if (phases == 4) return tokens <= 32;
   if (phases == 8) return tokens <= 16;
+  if (kind == W4Kind::kMultiplier && phases == 2) return tokens <= 128;
   return phases == 2 && (tokens <= 16 || (!two_sums && (tokens == 64 || tokens == 128)));
 }
 // Of so many tiles, how many `ctas` (or clusters) take whole, in full waves; the others' slabs are dealt out in equal
