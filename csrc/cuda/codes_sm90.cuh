@@ -23,6 +23,7 @@ __device__ __forceinline__ uint32_t load_bytes(const Thread& t, const uint8_t* p
 template <typename S>
 struct EarlyBytes {
   uint32_t codes[S::kEarlySteps > 0 ? S::kEarlySteps : 1][4];
+  template <bool>
   __device__ __forceinline__ void load(const Job&, const Thread& t, const uint8_t* packed, int half) {
 #pragma unroll
     for (int s = 0; s < S::kEarlySteps; ++s) {
@@ -31,6 +32,7 @@ struct EarlyBytes {
     }
   }
   // All of it as fragments.
+  template <bool>
   __device__ __forceinline__ void unpack(const Thread& t, const uint8_t* packed, int half,
                                          uint32_t (&f)[S::kFragments]) const {
 #pragma unroll
@@ -44,35 +46,42 @@ struct EarlyBytes {
   }
 };
 
-// 4-bit codes of half a slab and, for each 32 k of it and each of the thread's channels, what W4Weight::scale holds.
+// 4-bit codes of half a slab and, for each of the thread's channels, what W4Weight::scale holds: of each 32 k of it, or
+// (kOneRow) of all of it, where groups have 128 k or more.
 template <typename S>
 struct EarlyMultiples {
   uint4 codes;
   uint32_t factors[2][2];
+  template <bool kOneRow>
   __device__ __forceinline__ void load(const Job& job, const Thread& t, const uint8_t* packed, int half) {
     codes = load_codes(t, packed, half);
     const uint8_t* rows = packed + S::kChannels * S::kCodeBytes + t.channel * 2;
 #pragma unroll
-    for (int part = 0; part < 2; ++part) {
-      const uint8_t* row = rows + ((2 * half + part) >> (2 - job.groups.row_shift)) * (S::kChannels * 2);
+    for (int part = 0; part < (kOneRow ? 1 : 2); ++part) {
+      const uint8_t* row = kOneRow ? rows : rows + ((2 * half + part) >> (2 - job.groups.row_shift)) * S::kChannels * 2;
 #pragma unroll
       for (int e = 0; e < 2; ++e) factors[part][e] = *reinterpret_cast<const uint16_t*>(row + 16 * e);
     }
   }
-  __device__ __forceinline__ void unpack(const Thread&, const uint8_t*, int, uint32_t (&f)[S::kFragments]) const {
-    const uint32_t words[4] = {codes.x, codes.y, codes.z, codes.w};
+  // The fragment of step `part` of the half.
+  template <bool kOneRow>
+  __device__ __forceinline__ void unpack_step(int part, uint32_t* f) const {
+    const uint32_t words[2] = {part ? codes.z : codes.x, part ? codes.w : codes.y};
 #pragma unroll
-    for (int part = 0; part < 2; ++part) {
+    for (int e = 0; e < 2; ++e) {
+      const uint32_t factor = factors[kOneRow ? 0 : part][e];
+      const uint32_t multiplier = factor & 255u, offset = __byte_perm(factor, 0, 0x1111);
 #pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const uint32_t multiplier = factors[part][e] & 255u, offset = __byte_perm(factors[part][e], 0, 0x1111);
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          const uint32_t q = (e ? words[2 * part + i] >> 4 : words[2 * part + i]) & 0x0f0f0f0fu;
-          f[4 * part + 2 * i + e] = (q * multiplier + offset) ^ 0x80808080u;
-        }
+      for (int i = 0; i < 2; ++i) {
+        const uint32_t q = (e ? words[i] >> 4 : words[i]) & 0x0f0f0f0fu;
+        f[2 * i + e] = (q * multiplier + offset) ^ 0x80808080u;
       }
     }
+  }
+  template <bool kOneRow>
+  __device__ __forceinline__ void unpack(const Thread&, const uint8_t*, int, uint32_t (&f)[S::kFragments]) const {
+    unpack_step<kOneRow>(0, f);
+    unpack_step<kOneRow>(1, f + 4);
   }
 };
 

@@ -165,7 +165,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kPerSm)
     Sums<S> sums;
     uint32_t even[S::kFragments], odd[S::kFragments];  // halves of a slab
     uint4 odd_codes;
-    [[maybe_unused]] EarlyCodes<S> early;
+    [[maybe_unused]] EarlyCodes<S> early, later;  // of the even and the odd half, where steps go one by one
     Walk<S> walk(job);
     // Of a phase: every kPhases-th slab of the only tile.
     int left = S::kPhases == 1 ? walk.slabs(job) : max(0, (job.slabs - t.phase + S::kPhases - 1) / S::kPhases);
@@ -268,10 +268,11 @@ __global__ void __launch_bounds__(S::kThreads, S::kPerSm)
       release(own);
     };
 
-    // One slab whose products add to what there is (kOneSum). Those of its odd half are still under way when it ends,
-    // so that the next slab, or the end of the tile, gives its stage back.
+    // One slab whose products add to what there is (kOneSum). The last of them are still under way when it ends, so
+    // that the next slab, or the end of the tile, gives its stage back. kOneRow: see codes_sm90.cuh.
     const auto release_before = [&](int stage) { release(stage - S::kPhases + (stage < S::kPhases ? job.stages : 0)); };
-    const auto slab_of_one_sum = [&](auto slab) {
+    const auto slab_of_one_sum = [&](auto one_row, int slab) {
+      constexpr bool kOneRow = decltype(one_row)::value;
       uint32_t tokens = base + ring.stage * S::kTokenBytes;
       if (S::kFew) tokens += t.matrix;
       if (S::kUniform) tokens = ptx::uniform(tokens);
@@ -281,18 +282,37 @@ __global__ void __launch_bounds__(S::kThreads, S::kPerSm)
       const int next = --left > 0 ? ring.stage : own;
       const uint32_t next_parity = left > 0 ? ring.parity : own_parity;
       const bool first = slab == s.first + t.phase;
+      if constexpr (S::kBySteps) {
+        multiply<S, 0, 1, S::kSteps>(even, tokens, first, sums);
+        ptx::wgmma_wait<1>();  // all but these
+        if (!first) release_before(own);
+        early.template unpack_step<kOneRow>(1, odd);
+        multiply<S, 1, 1, S::kSteps>(odd, tokens, false, sums);
+        ptx::wgmma_wait<1>();
+        later.template unpack_step<kOneRow>(0, even);
+        multiply<S, 2, 1, S::kSteps>(even, tokens, false, sums);
+        ptx::mbarrier_wait(full_here + 8 * next, next_parity);
+        early.template load<kOneRow>(job, t, packed_at(next), 0);
+        ptx::wgmma_wait<1>();
+        later.template unpack_step<kOneRow>(1, odd);
+        multiply<S, 3, 1, S::kSteps>(odd, tokens, false, sums);
+        later.template load<kOneRow>(job, t, packed_at(next), 1);
+        ptx::wgmma_wait<1>();
+        early.template unpack_step<kOneRow>(0, even);
+        return;
+      }
       multiply<S, 0, S::kSteps / 2, S::kSteps>(even, tokens, first, sums);
       if constexpr (!S::kFew) {
         ptx::wgmma_wait<1>();  // all but these
         if (!first) release_before(own);
       }
-      early.unpack(t, packed_at(own), 1, odd);
+      early.template unpack<kOneRow>(t, packed_at(own), 1, odd);
       multiply<S, S::kSteps / 2, S::kSteps / 2, S::kSteps>(odd, tokens, false, sums);
       ptx::mbarrier_wait(full_here + 8 * next, next_parity);
-      early.load(job, t, packed_at(next), 0);
+      early.template load<kOneRow>(job, t, packed_at(next), 0);
       if constexpr (!S::kFew) ptx::wgmma_wait<1>();  // the even half may be overwritten
-      early.unpack(t, packed_at(next), 0, even);
-      early.load(job, t, packed_at(next), 1);
+      early.template unpack<kOneRow>(t, packed_at(next), 0, even);
+      early.template load<kOneRow>(job, t, packed_at(next), 1);
       if (S::kFew) release(own);
     };
 
@@ -301,9 +321,14 @@ __global__ void __launch_bounds__(S::kThreads, S::kPerSm)
       ptx::mbarrier_wait(full_here + 8 * ring.stage, 0);
       const uint8_t* packed = packed_at(ring.stage);
       if constexpr (S::kOneSum) {
-        early.load(job, t, packed, 0);
-        early.unpack(t, packed, 0, even);
-        early.load(job, t, packed, 1);
+        early.template load<false>(job, t, packed, 0);
+        if constexpr (S::kBySteps) {
+          early.template unpack_step<false>(0, even);
+          later.template load<false>(job, t, packed, 1);
+        } else {
+          early.template unpack<false>(t, packed, 0, even);
+          early.template load<false>(job, t, packed, 1);
+        }
       } else {
         if (!S::kWide) odd_codes = load_codes(t, packed, 1);
         const auto unpack_first = [&](auto fixed) {
@@ -344,11 +369,18 @@ __global__ void __launch_bounds__(S::kThreads, S::kPerSm)
       constexpr std::true_type kYes = {};
       constexpr std::false_type kNo = {};
       if constexpr (S::kOneSum) {
-        int slab = s.first + t.phase;
+        const auto run_all = [&](auto one_row) {
+          int slab = s.first + t.phase;
 #pragma unroll 1
-        do {
-          slab_of_one_sum(slab);
-        } while ((slab += S::kPhases) < s.last);
+          do {
+            slab_of_one_sum(one_row, slab);
+          } while ((slab += S::kPhases) < s.last);
+        };
+        if (!S::kMultiplier || job.groups.row_shift == 0) {
+          run_all(kYes);
+        } else {
+          run_all(kNo);
+        }
         if constexpr (S::kFew) {
 #pragma unroll
           for (int i = 0; i < S::kValues; ++i) sums.total[i] += sums.odd[i];
