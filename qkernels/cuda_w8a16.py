@@ -385,6 +385,6 @@ def register_operators(library: torch.library.Library) -> torch.library.Library:
     if hasattr(torch.library, "register_vmap"):
         torch.library.register_vmap("qkernels::embedding_w8", vmap_rows("embedding_w8"), lib=library)
     implementations = torch.library.Library("qkernels", "IMPL", "CUDA")
-    implementations.impl("linear_packed", plus_residual(_linear_packed, 13))
+    implementations.impl("linear_packed", plus_residual(_linear_packed, len(PackedLayer.names) + 5))
     implementations.impl("dequantize_packed", _dequantize_packed)
     return implementations

@@ -49,8 +49,6 @@
 
 #include "codes_sm90.cuh"
 #include "copies_w4_sm90.cuh"
-#include "host.h"
-#include "launch.h"
 #include "share_w4_sm90.cuh"
 #include "tensor_map.h"
 
@@ -65,6 +63,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kPerSm)
   __shared__ uint32_t book[S::kCodebook ? 256 : 1];
   __shared__ bool is_last[2];
   __shared__ float4 exchange[S::kExchange];
+  __shared__ Terms<S> all_terms[S::kGroups];
   const uint32_t base = (ptx::smem_u32(shared) + kAlignment - 1) / kAlignment * kAlignment;
   const uint32_t full = ptx::smem_u32(full_barriers), empty = ptx::smem_u32(empty_barriers);
   const uint32_t packed_base = base + job.stages * S::kTokenBytes;
@@ -351,7 +350,13 @@ __global__ void __launch_bounds__(S::kThreads, S::kPerSm)
       }
       if (S::kTurns && group == 1) ptx::named_barrier_arrive(kTurnBarrier, S::kConsumers);
     }
+    Terms<S>& terms = all_terms[group];
+    bool stored = false;
     while (walk.next(job, s)) {
+      const Place place = place_of(job, s.tile);
+      const int m0 = place.m * S::kTokens, tile_n0 = (place.n * S::kCluster + rank) * S::kChannels;
+      if (stored) ptx::named_barrier(1 + group, 128);  // nobody needs the terms of the tile before any more
+      terms.start(job, m0, tile_n0 + group * Terms<S>::kWidth, threadIdx.x % Terms<S>::kThreads);
       if constexpr (!S::kWide && (S::kFew || !S::kOneSum)) {
 #pragma unroll
         for (int i = 0; i < S::kValues; ++i) sums.total[i] = 0;
@@ -399,99 +404,25 @@ __global__ void __launch_bounds__(S::kThreads, S::kPerSm)
       } else {
         run_slabs(std::integral_constant<int, 2>(), kNo);
       }
-      const Place place = place_of(job, s.tile);
-      const int m0 = place.m * S::kTokens;
-      const int n0 = (place.n * S::kCluster + rank) * S::kChannels + t.warp * kW4Rows;
+      const int n0 = tile_n0 + t.warp * kW4Rows;
       if constexpr (S::kPhases > 1) {
         float4* meeting =
             S::kGathersInRing ? reinterpret_cast<float4*>(shared + (base - ptx::smem_u32(shared))) : exchange;
         typename S::Total total[S::kPartTokens / 2];
         if (gather<S>(meeting, t.phase, sums, total)) {
-          store_tile<S, S::kPartTokens>(job, m0 + t.phase * S::kPartTokens, n0, total);
+          store_tile<S, S::kPartTokens>(job, m0, n0, t.phase * S::kPartTokens, terms, total);
         }
-      } else if constexpr (!S::kShares) {
-        store_tile<S, S::kTokens>(job, m0, n0, sums.total);
       } else {
-        const bool all = s.first == 0 && s.last == job.slabs;
+        const bool all = !S::kShares || (s.first == 0 && s.last == job.slabs);
         if (all || meet<S>(job, s.tile - job.whole, s.first == 0, Walk<S>::cluster(), rank, is_last, sums)) {
-          store_tile<S, S::kTokens>(job, m0, n0, sums.total);
+          ptx::cp_async_wait_all();
+          ptx::named_barrier(1 + group, 128);
+          store_tile<S, S::kTokens>(job, m0, n0, 0, terms, sums.total);
         }
+        stored = true;
       }
     }
   }
-}
-
-// Throws where a plan does not fit K.
-inline void check_walk(const char* name, int64_t k, const W4Plan& plan) {
-  const auto refuse = [&](const std::string& what) { throw std::invalid_argument(std::string(name) + ": " + what); };
-  if (w4_slabs(k) < plan.phases) {
-    refuse("expected K of " + std::to_string(plan.phases) + " slabs or more, got K = " + std::to_string(k));
-  }
-  if (plan.ctas < 1) refuse("expected at least 1 cluster, got " + std::to_string(plan.ctas));
-}
-
-// Throws where no instance has the plan's tile, or where it cannot serve the weight.
-inline void check_tile(const char* name, bool bytes, const W4Weight& w, const W4Plan& plan) {
-  const auto refuse = [&](const std::string& what) { throw std::invalid_argument(std::string(name) + ": " + what); };
-  if (!w4_has_tile(bytes, w.kind, plan.tokens, plan.phases)) {
-    refuse("no instance with " + std::to_string(plan.tokens) + " tokens and " + std::to_string(plan.phases) +
-           " phases for this kind of codes");
-  }
-  if (bytes && w.kind != W4Kind::kMultiplier && plan.phases > 1 && !(w.group < w.k && kW4SlabK % w.group == 0)) {
-    refuse("expected groups of 32, 64 or 128 for phases, got groups of " + std::to_string(w.group));
-  }
-  check_walk(name, w.k, plan);
-  if (plan.counters > 0 && (bytes || plan.phases > 1)) refuse("expected whole tiles, got shared ones");
-}
-
-// Launches the instance S; job: what is not worked out here.
-template <typename S>
-void run_shape(Job job, const void* x, int64_t x_stride, const W4Plan& plan, bool dependent, const char* name,
-               cudaStream_t stream) {
-  const W4Weight& w = job.weight;
-  job.slabs = static_cast<int32_t>(w4_slabs(w.k));
-  job.tiles_m = static_cast<int32_t>(blocks(job.e.m, S::kTokens));
-  job.tiles_n = static_cast<int32_t>(blocks(w.n, S::kChannels * S::kCluster));
-  const int64_t tiles = int64_t(job.tiles_m) * job.tiles_n;
-  if (tiles * job.slabs > 0x7fffffff) throw std::invalid_argument("expected less than 2^31 slabs of work");
-  job.clusters = S::kPhases == 1 ? plan.ctas : static_cast<int32_t>(tiles);
-  job.whole = static_cast<int32_t>(plan.counters > 0 ? w4_whole_tiles(tiles, job.clusters) : tiles);
-  const int64_t units = (tiles - job.whole) * job.slabs;
-  job.run = static_cast<int32_t>(units / job.clusters), job.longer = static_cast<int32_t>(units % job.clusters);
-  if constexpr (S::kBits == 8) {
-    job.groups.width = static_cast<int32_t>(packed_rows(w.n));
-    job.packed_bytes = S::kChannels * kSlabK;
-  } else {
-    job.groups = make_group_rows(w, S::kChannels);
-    job.slab_bytes = int64_t(w.blocks) * kW4BlockBytes;
-    const int64_t groups = (int64_t(w.k) + w.group - 1) / w.group;
-    if (groups * job.groups.pitch * job.groups.value_bytes > 0xffffffffll) {
-      throw std::invalid_argument("expected less than 4 GiB of scales");
-    }
-    job.packed_bytes = S::kChannels * S::kCodeBytes + (job.groups.row_bytes << job.groups.row_shift);
-    const int row_k = kW4SlabK >> job.groups.row_shift;
-    job.rows = static_cast<int32_t>(blocks(w.k, row_k));
-    job.group_rows = w.group >= w.k ? job.rows + 1 : w.group / row_k;
-  }
-  constexpr int kSharedBytes = (S::kPerSm == 1 ? 224 : 110) * 1024 - (S::kExchange > 1 ? S::kExchange * 16 : 0);
-  job.stages = (kSharedBytes - kAlignment) / (job.packed_bytes + S::kTokenBytes);
-  if (job.stages > kMostStages) job.stages = kMostStages;
-  job.stages -= job.stages % S::kProducers;  // each has stages of its own
-  static std::atomic<uint64_t> allowed{0};
-  allow_shared_memory(reinterpret_cast<const void*>(gemm_kernel<S>), kSharedBytes, allowed);
-  const int64_t bytes = sizeof(typename S::T);
-  // Rows that do not exist take longer to copy than others. What a stage holds in their place goes to tokens that are
-  // not stored.
-  job.box_rows = S::kFew && job.e.m < S::kPart ? job.e.m : S::kPart;
-  const CUtensorMap map =
-      byte_matrix_map(x, job.e.m, w.k * bytes, x_stride * bytes, static_cast<uint32_t>(job.box_rows));
-  LaunchShape shape;
-  shape.grid = dim3(static_cast<unsigned>(job.clusters * S::kCluster));
-  shape.block = dim3(S::kThreads);
-  shape.shared_bytes = static_cast<size_t>(job.stages) * (job.packed_bytes + S::kTokenBytes) + kAlignment;
-  shape.cluster_x = S::kCluster;
-  shape.dependent = dependent;
-  launch(gemm_kernel<S>, shape, stream, name, map, job);
 }
 
 }  // namespace

@@ -1,5 +1,5 @@
 // W4A16 products by wgmma (gemm_w4_sm90.cuh): the instances for 16-bit activations.
-#include "gemm_w4_sm90.cuh"
+#include "run_w4_sm90.cuh"
 #include "instances_w4a16.cuh"
 
 namespace qk::cuda {

@@ -1,6 +1,6 @@
 // W4A8 products by wgmma (gemm_w4_sm90.cuh) of weights whose groups have multipliers: equal to those of the 8-bit
 // weights multiplier * (q - zero), bit for bit. Integers add up in any order.
-#include "gemm_w4_sm90.cuh"
+#include "run_w4_sm90.cuh"
 
 namespace qk::cuda {
 namespace {

@@ -1,5 +1,5 @@
 // W4A8 products by wgmma (gemm_w4_sm90.cuh): the instances for 8-bit activations, equal to the definition bit for bit.
-#include "gemm_w4_sm90.cuh"
+#include "run_w4_sm90.cuh"
 
 namespace qk::cuda {
 namespace {

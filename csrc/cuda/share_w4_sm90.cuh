@@ -6,6 +6,35 @@
 namespace qk::cuda {
 namespace {
 
+// What the outputs of a tile are multiplied by and added to: on its way from memory while the products run, since each
+// read at their end would take as long as half a slab. One for each group of 64 channels.
+template <typename S>
+struct Terms {
+  static constexpr int kWidth = S::kChannels / S::kGroups, kThreads = S::kConsumers / S::kGroups;
+  alignas(8) float x_scale[S::kBytes ? S::kTokens : 1];
+  float scale[S::kOneSum ? kWidth : 1], bias[kWidth];
+
+  // Of a consumer warp's lane: the first of its two channels, the other is 8 further.
+  static __device__ __forceinline__ int channel_of(int warp, int lane) {
+    return warp % (kWidth / kW4Rows) * kW4Rows + (lane >> 2);
+  }
+
+  // Starts the copies for the tile that begins at token m0 and, for this group, at channel n0. What does not exist gets
+  // what others have.
+  __device__ __forceinline__ void start(const Job& job, int m0, int n0, int member) {
+    const Epilogue& e = job.e;
+    const auto copy = [&](float* to, const float* from, int first, int count, int end) {
+#pragma unroll
+      for (int i = member; i < count; i += kThreads) {
+        ptx::cp_async_4(ptx::smem_u32(to + i), from + min(first + i, end - 1));
+      }
+    };
+    if constexpr (S::kBytes) copy(x_scale, e.x_scale, m0, S::kTokens, e.m);
+    if constexpr (S::kOneSum) copy(scale, e.weight_scale, n0, kWidth, e.n);
+    if (e.bias) copy(bias, e.bias, n0, kWidth, e.n);
+  }
+};
+
 // The running totals of a tile on their way from one phase to the next: integers are to be added in the order of K.
 // They lie in one place, [quad][thread] float4, and go in pieces, so that the next phase adds to the first ones while
 // this one is at the others.
@@ -92,7 +121,8 @@ __device__ __forceinline__ bool gather(float4* exchange, int phase, const Sums<S
       own[(phase * S::kQuads + q) * S::kPhaseThreads] = four_of(sums.total + 4 * q);
     }
   }
-  ptx::named_barrier(kGatherBarrier, S::kConsumers);
+  ptx::cp_async_wait_all();
+  ptx::named_barrier(kGatherBarrier, S::kConsumers);  // everybody's sums, and the terms
   if (phase >= S::kParts) return false;
 #pragma unroll
   for (int p = 0; p < (S::kGathers ? S::kPhases : 1); ++p) {
@@ -162,43 +192,27 @@ __device__ __forceinline__ bool meet(const Job& job, int shared, bool from_first
   return true;
 }
 
-// Totals of kTokens tokens from m0 on.
+// Totals of kTokens tokens from `first` on of the tile that begins at token m0 and, for this warp, at channel n0.
 template <typename S, int kTokens>
-__device__ __forceinline__ void store_tile(const Job& job, int m0, int n0,
+__device__ __forceinline__ void store_tile(const Job& job, int m0, int n0, int first, const Terms<S>& terms,
                                            const typename S::Total (&total)[kTokens / 2]) {
-  const int lane = threadIdx.x & 31, n = n0 + (lane >> 2), token = m0 + 2 * (lane & 3);
+  const int lane = threadIdx.x & 31;
   const Epilogue& e = job.e;
-  const float low = e.bias && n < e.n ? __ldg(e.bias + n) : -0.0f;
-  const float high = e.bias && n + 8 < e.n ? __ldg(e.bias + n + 8) : -0.0f;
+  const int channel = Terms<S>::channel_of(threadIdx.x >> 5, lane), token = first + 2 * (lane & 3);
+  const float low = e.bias ? terms.bias[channel] : -0.0f, high = e.bias ? terms.bias[channel + 8] : -0.0f;
   [[maybe_unused]] float low_scale, high_scale;
-  if constexpr (S::kOneSum) {
-    low_scale = n < e.n ? __ldg(e.weight_scale + n) : 0.0f;
-    high_scale = n + 8 < e.n ? __ldg(e.weight_scale + n + 8) : 0.0f;
-  }
-  // Many scales of tokens at once: each alone would take as long. Of 256 tokens, a quarter: there are no registers for
-  // all.
-  constexpr int kBlocks = kTokens / 8, kAtOnce = S::kBytes && kBlocks > 16 ? 8 : kBlocks;
+  if constexpr (S::kOneSum) low_scale = terms.scale[channel], high_scale = terms.scale[channel + 8];
+  store_blocks<kTokens / 8>(e, n0, m0 + first, lane, [&](int j, float (&v)[4]) {
+    [[maybe_unused]] float2 x_scale;
+    if constexpr (S::kBytes) x_scale = *reinterpret_cast<const float2*>(terms.x_scale + token + 8 * j);
 #pragma unroll
-  for (int first = 0; first < kBlocks; first += kAtOnce) {
-    [[maybe_unused]] float x_scale[S::kBytes ? kAtOnce : 1][2];
-    if constexpr (S::kBytes) {
-#pragma unroll
-      for (int j = 0; j < kAtOnce; ++j) {
-        const int at = token + 8 * (first + j);
-        x_scale[j][0] = at < e.m ? e.x_scale[at] : 0.0f;
-        x_scale[j][1] = at + 1 < e.m ? e.x_scale[at + 1] : 0.0f;
-      }
+    for (int c = 0; c < 4; ++c) {
+      float y = static_cast<float>(total[4 * j + c]);  // to nearest
+      if constexpr (S::kBytes) y = __fmul_rn(y, c & 1 ? x_scale.y : x_scale.x);
+      if constexpr (S::kOneSum) y = __fmul_rn(y, c < 2 ? low_scale : high_scale);
+      v[c] = __fadd_rn(y, c < 2 ? low : high);
     }
-    store_blocks<kAtOnce>(e, n0, m0 + 8 * first, lane, [&](int j, float (&v)[4]) {
-#pragma unroll
-      for (int c = 0; c < 4; ++c) {
-        float y = static_cast<float>(total[4 * (first + j) + c]);  // to nearest
-        if constexpr (S::kBytes) y = __fmul_rn(y, x_scale[j][c & 1]);
-        if constexpr (S::kOneSum) y = __fmul_rn(y, c < 2 ? low_scale : high_scale);
-        v[c] = __fadd_rn(y, c < 2 ? low : high);
-      }
-    });
-  }
+  });
 }
 
 }  // namespace

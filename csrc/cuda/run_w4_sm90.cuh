@@ -1,0 +1,87 @@
+// The host's side of gemm_w4_sm90.cuh: plans that no instance serves, sizes, and the launch.
+#pragma once
+
+#include "gemm_w4_sm90.cuh"
+#include "host.h"
+#include "launch.h"
+
+namespace qk::cuda {
+namespace {
+
+// Throws where a plan does not fit K.
+inline void check_walk(const char* name, int64_t k, const W4Plan& plan) {
+  const auto refuse = [&](const std::string& what) { throw std::invalid_argument(std::string(name) + ": " + what); };
+  if (w4_slabs(k) < plan.phases) {
+    refuse("expected K of " + std::to_string(plan.phases) + " slabs or more, got K = " + std::to_string(k));
+  }
+  if (plan.ctas < 1) refuse("expected at least 1 cluster, got " + std::to_string(plan.ctas));
+}
+
+// Throws where no instance has the plan's tile, or where it cannot serve the weight.
+inline void check_tile(const char* name, bool bytes, const W4Weight& w, const W4Plan& plan) {
+  const auto refuse = [&](const std::string& what) { throw std::invalid_argument(std::string(name) + ": " + what); };
+  if (!w4_has_tile(bytes, w.kind, plan.tokens, plan.phases)) {
+    refuse("no instance with " + std::to_string(plan.tokens) + " tokens and " + std::to_string(plan.phases) +
+           " phases for this kind of codes");
+  }
+  if (bytes && w.kind != W4Kind::kMultiplier && plan.phases > 1 && !(w.group < w.k && kW4SlabK % w.group == 0)) {
+    refuse("expected groups of 32, 64 or 128 for phases, got groups of " + std::to_string(w.group));
+  }
+  check_walk(name, w.k, plan);
+  if (plan.counters > 0 && (bytes || plan.phases > 1)) refuse("expected whole tiles, got shared ones");
+}
+
+// Launches the instance S; job: what is not worked out here.
+template <typename S>
+void run_shape(Job job, const void* x, int64_t x_stride, const W4Plan& plan, bool dependent, const char* name,
+               cudaStream_t stream) {
+  const W4Weight& w = job.weight;
+  job.slabs = static_cast<int32_t>(w4_slabs(w.k));
+  job.tiles_m = static_cast<int32_t>(blocks(job.e.m, S::kTokens));
+  job.tiles_n = static_cast<int32_t>(blocks(w.n, S::kChannels * S::kCluster));
+  const int64_t tiles = int64_t(job.tiles_m) * job.tiles_n;
+  if (tiles * job.slabs > 0x7fffffff) throw std::invalid_argument("expected less than 2^31 slabs of work");
+  job.clusters = S::kPhases == 1 ? plan.ctas : static_cast<int32_t>(tiles);
+  job.whole = static_cast<int32_t>(plan.counters > 0 ? w4_whole_tiles(tiles, job.clusters) : tiles);
+  const int64_t units = (tiles - job.whole) * job.slabs;
+  job.run = static_cast<int32_t>(units / job.clusters), job.longer = static_cast<int32_t>(units % job.clusters);
+  if constexpr (S::kBits == 8) {
+    job.groups.width = static_cast<int32_t>(packed_rows(w.n));
+    job.packed_bytes = S::kChannels * kSlabK;
+  } else {
+    job.groups = make_group_rows(w, S::kChannels);
+    job.slab_bytes = int64_t(w.blocks) * kW4BlockBytes;
+    const int64_t groups = (int64_t(w.k) + w.group - 1) / w.group;
+    if (groups * job.groups.pitch * job.groups.value_bytes > 0xffffffffll) {
+      throw std::invalid_argument("expected less than 4 GiB of scales");
+    }
+    job.packed_bytes = S::kChannels * S::kCodeBytes + (job.groups.row_bytes << job.groups.row_shift);
+    const int row_k = kW4SlabK >> job.groups.row_shift;
+    job.rows = static_cast<int32_t>(blocks(w.k, row_k));
+    job.group_rows = w.group >= w.k ? job.rows + 1 : w.group / row_k;
+  }
+  constexpr int kStaticBytes =
+      (S::kExchange > 1 ? S::kExchange * 16 : 0) + static_cast<int>(sizeof(Terms<S>)) * S::kGroups;
+  constexpr int kSharedBytes = (S::kPerSm == 1 ? 225 : 111) * 1024 - kStaticBytes;
+  job.stages = (kSharedBytes - kAlignment) / (job.packed_bytes + S::kTokenBytes);
+  if (job.stages > kMostStages) job.stages = kMostStages;
+  job.stages -= job.stages % S::kProducers;  // each has stages of its own
+  static std::atomic<uint64_t> allowed{0};
+  allow_shared_memory(reinterpret_cast<const void*>(gemm_kernel<S>), kSharedBytes, allowed);
+  const int64_t bytes = sizeof(typename S::T);
+  // Rows that do not exist take longer to copy than others. What a stage holds in their place goes to tokens that are
+  // not stored.
+  job.box_rows = S::kFew && job.e.m < S::kPart ? job.e.m : S::kPart;
+  const CUtensorMap map =
+      byte_matrix_map(x, job.e.m, w.k * bytes, x_stride * bytes, static_cast<uint32_t>(job.box_rows));
+  LaunchShape shape;
+  shape.grid = dim3(static_cast<unsigned>(job.clusters * S::kCluster));
+  shape.block = dim3(S::kThreads);
+  shape.shared_bytes = static_cast<size_t>(job.stages) * (job.packed_bytes + S::kTokenBytes) + kAlignment;
+  shape.cluster_x = S::kCluster;
+  shape.dependent = dependent;
+  launch(gemm_kernel<S>, shape, stream, name, map, job);
+}
+
+}  // namespace
+}  // namespace qk::cuda
