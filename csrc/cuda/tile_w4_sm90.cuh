@@ -75,7 +75,7 @@ struct Shape {
   // Few tokens leave registers for two CTAs, which hide each other's latency. With more, the producer's registers go to
   // the consumers, and it is a whole warpgroup since setmaxnreg works on those: 168 a thread at launch, or 96 beside
   // four warpgroups of consumers.
-  static constexpr bool kMovesRegisters = kPerSm == 1 && (kPhases == 1 || kTokens >= 32);
+  static constexpr bool kMovesRegisters = kPerSm == 1 ? kPhases == 1 || kTokens >= 32 : kTokens >= 64;
   static constexpr int kThreads = kConsumers + (kMovesRegisters ? 128 : 32 * kProducers);
   // What phases tell one another: a running total, or everybody's sums, in the ring of stages where they are many.
   static constexpr bool kRelays = kBytes && !kOneSum && kPhases > 1, kGathers = !kRelays && kPhases > 1;
@@ -101,11 +101,12 @@ struct Shape {
   // they would go one by one. It delays the first product, which two warpgroups of many tokens do not hide (measured on
   // an H200: 3 to 6 % less time with 32 and, of 16 bits, 64 tokens, 1 % more elsewhere).
   static constexpr bool kUniform = !kFew && (kTokens == 32 || (!kBytes && kTokens != 128));
-  static constexpr int kProducerRegisters = kConsumers > 256 ? 64 : 56;
-  static constexpr int kConsumerRegisters = kConsumers > 256 ? 104 : 224;
+  static constexpr int kProducerRegisters = kPerSm == 2 ? 32 : kConsumers > 256 ? 64 : 56;
+  static constexpr int kConsumerRegisters = kPerSm == 2 || kConsumers > 256 ? 104 : 224;
   // Registers only move within what the CTA was launched with; one more, and its consumers would wait for ever.
   static_assert(!kMovesRegisters ||
-                    kConsumerRegisters * kConsumers + kProducerRegisters * 128 <= 65536 / kThreads / 8 * 8 * kThreads,
+                    kConsumerRegisters * kConsumers + kProducerRegisters * 128 <=
+                        65536 / kPerSm / kThreads / 8 * 8 * kThreads,
                 "more registers than the CTA has");
 };
 

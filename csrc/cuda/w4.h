@@ -103,7 +103,7 @@ constexpr int w4_cluster(bool bytes, int tokens, int phases) {
 }
 // CTAs of a multiprocessor, for kWgmma: two where their sums leave registers for them.
 constexpr int w4_per_sm(bool bytes, int tokens, W4Kind kind, int phases) {
-  if (kind == W4Kind::kMultiplier && phases == 2 && tokens <= 32) return 2;
+  if (kind == W4Kind::kMultiplier && phases == 2 && tokens <= 64) return 2;
   return tokens <= 16 && phases <= 2 && (bytes || kind != W4Kind::kMinimum) ? 2 : 1;
 }
 // The instances of kWgmma. Minima need registers for the sums of tokens; phases are for scales and zero points alone.
