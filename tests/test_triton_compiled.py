@@ -18,7 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from qkernels.triton import gemm_w4a8, gemm_w4a16, gemm_w8a16
+from qkernels.triton import gemm_w4a8, gemm_w4a8_intscale, gemm_w4a16, gemm_w8a16
 from qkernels.triton.tiles import PORTABLE_BYTES, Tile
 
 SHARED = {80: 163 << 10, 86: PORTABLE_BYTES, 90: 227 << 10}
@@ -50,7 +50,17 @@ KERNELS: dict[str, tuple[Any, dict[str, object]]] = {
             "MINIMUM": False,
         },
     ),
+    "w4a8_intscale": (
+        gemm_w4a8_intscale,
+        {"weight_ptr": "*i16", "GROUP": 128, "CODES": 4, "SHIFTED": False, "ZERO_POINT": False},
+    ),
 }
+BYTES = {"w4a16": (2, 0.5), "w8a16": (2, 1), "w4a8": (1, 0.5), "w4a8_intscale": (1, 0.5)}
+"""Of an activation, of a weight."""
+
+INTEGER = ("w4a8", "w4a8_intscale")
+"""Kernels of integer products."""
+
 POINTERS = {
     "x_ptr": "*bf16",
     "q_ptr": "*i8",
@@ -58,6 +68,9 @@ POINTERS = {
     "x_scale_ptr": "*fp32",
     "x_zero_point_ptr": "*i32",
     "sums_ptr": "*fp32",
+    "colsum_ptr": "*i32",
+    "weight_scale_ptr": "*fp32",
+    "multiplier_ptr": "*u8",
     "zero_ptr": "*u8",
     "min_ptr": "*fp16",
     "book_ptr": "*i32",
@@ -89,7 +102,7 @@ def compiled(name: str, capability: int, tile: Tile) -> Any:
             signature[parameter.name], constants[(index,)] = "constexpr", value
         else:
             signature[parameter.name], attributes[(index,)] = value, [["tt.divisibility", 16]]
-    bytes_of_x, bytes_of_weight = {"w4a16": (2, 0.5), "w8a16": (2, 1), "w4a8": (1, 0.5)}[name]
+    bytes_of_x, bytes_of_weight = BYTES[name]
     stage = int(tile.k * (bytes_of_x * tile.m + bytes_of_weight * tile.n))
     return triton.compile(
         ASTSource(kernel, signature, constants, attributes),
@@ -97,7 +110,8 @@ def compiled(name: str, capability: int, tile: Tile) -> Any:
         options={
             "num_warps": tile.warps,
             "num_stages": tile.depth(stage, SHARED[capability]),
-            "enable_fp_fusion": name != "w4a8",
+            "enable_fp_fusion": name not in INTEGER,
+            "maxnreg": 128 if name == "w4a8_intscale" and tile.warps == 8 else None,
         },
     )
 
@@ -105,7 +119,7 @@ def compiled(name: str, capability: int, tile: Tile) -> Any:
 def tile_of(name: str, rows: int, channels: int, features: int) -> Tile:
     """The tile of a product."""
     module = KERNELS[name][0]
-    tile: Tile = module.tile_for(rows, channels) if name == "w4a8" else module.tile_for(rows, channels, features)
+    tile: Tile = module.tile_for(rows, channels) if name in INTEGER else module.tile_for(rows, channels, features)
     return tile
 
 
@@ -136,7 +150,7 @@ def test_widest_tiles_fit(name: str, capability: int) -> None:
 def test_weights_are_unpacked_into_operands_of_wgmma(name: str) -> None:
     ptx = compiled(name, 90, widest(name)).asm["ptx"]
     products = [line for line in ptx.splitlines() if "wgmma.mma_async" in line]
-    kind = "s32.s8.s8" if name == "w4a8" else "f32.bf16.bf16"
+    kind = "s32.s8.s8" if name in INTEGER else "f32.bf16.bf16"
     assert products
     assert all(kind in line for line in products)
     # Operands: sums, then the weight in four registers, then the descriptor of x in shared memory.

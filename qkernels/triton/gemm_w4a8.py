@@ -7,6 +7,7 @@
 A program owns BLOCK_M tokens x BLOCK_N channels, computes their product transposed, ``w @ q^T``, and walks K in blocks
 that lie in one group.  Transposed, the weight is the operand that the tensor cores take from registers, where its codes
 are unpacked (see :mod:`.gemm_w4a16`).  ``enable_fp_fusion=False``: no multiplication and addition are contracted.
+Integer scales of groups have a kernel of their own, :mod:`.gemm_w4a8_intscale`.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .gemm_w4a8_intscale import gemm_w4a8_intscale
 from .gemm_w4a16 import block_for
 from .group_sums import group_sums
 from .raster import grouped_tile
@@ -209,22 +211,44 @@ def gemm_w4a8(
     group_size: int | None = None,
     weight_zero_point: Tensor | None = None,
     weight_min: Tensor | None = None,
+    weight_multiplier: Tensor | None = None,
+    colsum: Tensor | None = None,
     out_dtype: torch.dtype = torch.float32,
     tile: Tile | None = None,
 ) -> Tensor:
-    """:func:`qkernels.reference.linear_w4a8` of quantized rows, asymmetric codes as ``q - 128``.
+    """:func:`qkernels.reference.linear` with 4-bit weights of quantized rows, asymmetric codes as ``q - 128``.
 
     Args:
         q: int8 ``[M, K]``, rows of contiguous bytes; x_scale: float32 ``[M]``; x_zero_point: int32 ``[M]`` or None.
         weight: uint8 ``[N, ceil(K / 2)]``; weight_scale: ``[N]`` or ``[N, G]``; bias: float32 ``[N]``.
         group_size: a multiple of 32, or None (one group).
         weight_zero_point (at most 128), weight_min: shaped like weight_scale, at most one; neither: zero point 8.
+        weight_multiplier: uint8 ``[N, G]``: integer scales of groups, in units of weight_scale, float32 ``[N]``.
+        colsum: int32 ``[N]``, the sum of each row of ``multiplier * (code - zero)``; needed with multipliers and
+            x_zero_point, else not looked at.
         tile: None: :func:`tile_for`. A smaller block of k is taken where one group needs it, fewer stages where the
             device has less shared memory.
 
     Raises:
-        ValueError: no block of k fits the group size.
+        ValueError: no block of k fits the group size; multipliers come with weight_min, or without a needed colsum.
     """
+    if weight_multiplier is not None:
+        if weight_min is not None:
+            raise ValueError("weight_min: expected None beside weight_multiplier, got a tensor")
+        return gemm_w4a8_intscale(
+            q,
+            x_scale,
+            x_zero_point,
+            weight,
+            weight_scale,
+            weight_multiplier,
+            bias,
+            group_size=q.shape[1] if group_size is None else group_size,
+            weight_zero_point=weight_zero_point,
+            colsum=colsum,
+            out_dtype=out_dtype,
+            tile=tile,
+        )
     rows, features = q.shape
     channels = weight.shape[0]
     group = features if group_size is None else min(group_size, features)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from .. import cuda
+from .. import cuda, reference
 from ..backends import PreparedReference
 from ..checks import DTYPE_CODES
 from ..cpu_packed import PreparedPacked
@@ -19,12 +19,47 @@ from . import available, unfit
 
 __all__ = ["PreparedTritonW4A8", "PreparedTritonW8A8"]
 
+_INTEGERS = ("weight", "weight_multiplier", "weight_zero_point")
+"""Canonical tensors that integer weights are made of."""
+
 
 class _IntegerProduct(PreparedReference):
     """8-bit activations by a Triton kernel, over the canonical weight.
 
     Plain eager calls go to the kernel.  Whatever needs torch's dispatcher runs the reference, whose bits are the same.
+    Resident: the reference's tensors and, for a kernel that needs it, ``colsum``.
     """
+
+    names = (*PreparedReference.names, "colsum")  # type: ignore[assignment]
+
+    @classmethod
+    def sums(cls, canonical: Mapping[str, Tensor], scheme: Scheme, in_features: int) -> Tensor | None:
+        """``colsum`` int32 ``[N]``, the sum of each row of an integer weight; None: the kernel does without it."""
+        return None
+
+    @classmethod
+    def from_canonical(
+        cls, canonical: Mapping[str, Tensor], scheme: Scheme, in_features: int, reason: str = ""
+    ) -> PreparedReference:
+        """The tensors as they are, and the sums of the weight's rows."""
+        prepared = super().from_canonical(canonical, scheme, in_features, reason)
+        colsum = cls.sums(canonical, scheme, in_features)
+        if colsum is not None:
+            prepared.tensors = {**prepared.tensors, "colsum": colsum}
+        return prepared
+
+    def canonical(self) -> dict[str, Tensor]:
+        """The resident tensors themselves, without the sums."""
+        canonical = super().canonical()
+        canonical.pop("colsum", None)
+        return canonical
+
+    def load(self, canonical: Mapping[str, Tensor]) -> None:
+        """Copy in place."""
+        super().load(canonical)
+        if "colsum" in self.tensors and not canonical.keys().isdisjoint(_INTEGERS):
+            with torch.no_grad():
+                self.tensors["colsum"].copy_(self.sums(self.canonical(), self.scheme, self.in_features))
 
     def run(self, x: Tensor) -> Tensor:
         """See :meth:`Prepared.run`."""
@@ -56,12 +91,7 @@ class _IntegerProduct(PreparedReference):
 
 
 class PreparedTritonW8A8(_IntegerProduct):
-    """8-bit weights per output channel and 8-bit activations.
-
-    Resident: the reference's tensors and ``colsum``.
-    """
-
-    names = (*PreparedReference.names, "colsum")  # type: ignore[assignment]
+    """8-bit weights per output channel and 8-bit activations."""
 
     @classmethod
     def objection(cls, scheme: Scheme, in_features: int, out_features: int, device: torch.device) -> str:
@@ -73,14 +103,9 @@ class PreparedTritonW8A8(_IntegerProduct):
         return unfit(scheme, in_features, out_features) or available()
 
     @classmethod
-    def from_canonical(
-        cls, canonical: Mapping[str, Tensor], scheme: Scheme, in_features: int, reason: str = ""
-    ) -> PreparedTritonW8A8:
-        """The tensors as they are, and the sums of the weight's rows."""
-        weight = canonical["weight"]
-        tensors = {"q_weight" if name == "weight" else name: tensor for name, tensor in canonical.items()}
-        tensors["colsum"] = weight.sum(1, dtype=torch.int32)
-        return cls(tensors, scheme, in_features, weight.shape[0], reason)
+    def sums(cls, canonical: Mapping[str, Tensor], scheme: Scheme, in_features: int) -> Tensor | None:
+        """See the base class."""
+        return canonical["weight"].sum(1, dtype=torch.int32)
 
     @property
     def kernel(self) -> str:
@@ -103,19 +128,6 @@ class PreparedTritonW8A8(_IntegerProduct):
             out_dtype=out_dtype,
         )
 
-    def canonical(self) -> dict[str, Tensor]:
-        """The resident tensors themselves, without the sums."""
-        canonical = super().canonical()
-        del canonical["colsum"]
-        return canonical
-
-    def load(self, canonical: Mapping[str, Tensor]) -> None:
-        """Copy in place."""
-        super().load(canonical)
-        if "weight" in canonical:
-            with torch.no_grad():
-                self.tensors["colsum"].copy_(self.tensors["q_weight"].sum(1, dtype=torch.int32))
-
 
 class PreparedTritonW4A8(_IntegerProduct):
     """4-bit weights, per channel or in groups, and 8-bit activations."""
@@ -127,9 +139,14 @@ class PreparedTritonW4A8(_IntegerProduct):
             return PreparedPacked.objection(scheme, in_features, out_features, device) or cuda.unavailable(device)
         if (scheme.weight_bits, scheme.activation_bits) != (4, 8):
             return f"no Triton kernel for scheme {scheme.name}"
-        if scheme.group_scales == "int":
-            return f"no Triton kernel for integer scales of groups (scheme {scheme.name})"
         return unfit(scheme, in_features, out_features) or available()
+
+    @classmethod
+    def sums(cls, canonical: Mapping[str, Tensor], scheme: Scheme, in_features: int) -> Tensor | None:
+        """See the base class: of asymmetric activations times integer scales of groups."""
+        if scheme.group_scales != "int" or scheme.activation_symmetric:
+            return None
+        return reference.multiplied_codes(canonical, scheme, in_features).sum(1, dtype=torch.int32)
 
     @property
     def kernel(self) -> str:
@@ -151,5 +168,7 @@ class PreparedTritonW4A8(_IntegerProduct):
             group_size=self.scheme.resolve_group_size(self.in_features),
             weight_zero_point=tensors.get("weight_zero_point"),
             weight_min=tensors.get("weight_min"),
+            weight_multiplier=tensors.get("weight_multiplier"),
+            colsum=tensors.get("colsum"),
             out_dtype=out_dtype,
         )

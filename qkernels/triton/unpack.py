@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["bytes_to_float", "halves", "nibbles_to_float", "nibbles_to_int8", "quarters"]
+__all__ = ["bytes_to_float", "halves", "multiplied_nibbles", "nibbles_to_float", "nibbles_to_int8", "quarters"]
 
 
 @triton.jit
@@ -76,6 +76,14 @@ def bytes_to_float(codes, PAIRS: tl.constexpr, dtype: tl.constexpr):  # noqa: AN
 
 
 @triton.jit
+def _quads(codes):
+    """int16 of four codes as int32 with one in each byte, lowest first."""
+    spread = codes.to(tl.int32) & 0xFFFF
+    spread = spread | (spread << 8)
+    return (spread & 0x000F000F) | ((spread << 4) & 0x0F000F00)
+
+
+@triton.jit
 def nibbles_to_int8(codes, zeros, QUADS: tl.constexpr):  # noqa: ANN201
     """uint8 codes ``[R, C]``, two a byte, as int8 ``code - zero [R, 2 * C]``; QUADS: int16 of four, ``[R, 4 * C]``.
 
@@ -83,12 +91,26 @@ def nibbles_to_int8(codes, zeros, QUADS: tl.constexpr):  # noqa: ANN201
         zeros: int32 ``[R, 1]``, the zero point in each of its bytes, 0 to 128.
     """
     if QUADS:
-        spread = codes.to(tl.int32) & 0xFFFF
-        spread = spread | (spread << 8)
-        nibbles = (spread & 0x000F000F) | ((spread << 4) & 0x0F000F00)
         # No byte borrows from the next one: 128 + code >= zero.
-        values = quarters(((nibbles | -2139062144) - zeros) ^ -2139062144)  # 0x80808080
+        values = quarters(((_quads(codes) | -2139062144) - zeros) ^ -2139062144)  # 0x80808080
     else:
         zero = (zeros & 0xFF).to(tl.int8)
         values = tl.interleave((codes & 15).to(tl.int8), (codes >> 4).to(tl.int8)) - zero
+    return values
+
+
+@triton.jit
+def multiplied_nibbles(codes, multiplier, offsets, QUADS: tl.constexpr):  # noqa: ANN201
+    """uint8 codes ``[R, C]``, two a byte, as int8 ``multiplier * code + offset - 128 [R, 2 * C]``; QUADS as above.
+
+    Args:
+        multiplier: int32 ``[R, 1]``.
+        offsets: int32 ``[R, 1]``, the offset in each of its bytes, with ``multiplier * code + offset`` from 0 to 255.
+    """
+    if QUADS:
+        # No byte carries into the next one: a multiplication, an addition and a flip of signs for four weights.
+        values = quarters((_quads(codes) * multiplier + offsets) ^ -2139062144)  # 0x80808080
+    else:
+        wide = codes.to(tl.int32)
+        values = (tl.interleave(wide & 15, wide >> 4) * multiplier + (offsets & 0xFF) - 128).to(tl.int8)
     return values
