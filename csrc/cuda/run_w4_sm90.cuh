@@ -62,12 +62,14 @@ void run_shape(Job job, const void* x, int64_t x_stride, const W4Plan& plan, boo
   }
   constexpr int kStaticBytes =
       (S::kExchange > 1 ? S::kExchange * 16 : 0) + static_cast<int>(sizeof(Terms<S>)) * S::kGroups;
-  constexpr int kSharedBytes = (S::kPerSm == 1 ? 225 : 111) * 1024 - kStaticBytes;
-  job.stages = (kSharedBytes - kAlignment) / (job.packed_bytes + S::kTokenBytes);
+  constexpr int kMostBytes = 225 * 1024 - kStaticBytes, kHalfBytes = 111 * 1024 - kStaticBytes;
+  // Two CTAs do not go to one multiprocessor while another has none: then each gets the memory that keeps others away.
+  const bool alone = S::kPerSm == 1 || int64_t(job.clusters) * S::kCluster <= multiprocessors();
+  job.stages = ((alone ? kMostBytes : kHalfBytes) - kAlignment) / (job.packed_bytes + S::kTokenBytes);
   if (job.stages > kMostStages) job.stages = kMostStages;
   job.stages -= job.stages % S::kProducers;  // each has stages of its own
   static std::atomic<uint64_t> allowed{0};
-  allow_shared_memory(reinterpret_cast<const void*>(gemm_kernel<S>), kSharedBytes, allowed);
+  allow_shared_memory(reinterpret_cast<const void*>(gemm_kernel<S>), kMostBytes, allowed);
   const int64_t bytes = sizeof(typename S::T);
   // Rows that do not exist take longer to copy than others. What a stage holds in their place goes to tokens that are
   // not stored.
@@ -77,7 +79,8 @@ void run_shape(Job job, const void* x, int64_t x_stride, const W4Plan& plan, boo
   LaunchShape shape;
   shape.grid = dim3(static_cast<unsigned>(job.clusters * S::kCluster));
   shape.block = dim3(S::kThreads);
-  shape.shared_bytes = static_cast<size_t>(job.stages) * (job.packed_bytes + S::kTokenBytes) + kAlignment;
+  const int bytes_used = job.stages * (job.packed_bytes + S::kTokenBytes) + kAlignment;
+  shape.shared_bytes = static_cast<size_t>(alone && bytes_used <= kHalfBytes ? kHalfBytes + 4096 : bytes_used);
   shape.cluster_x = S::kCluster;
   shape.dependent = dependent;
   launch(gemm_kernel<S>, shape, stream, name, map, job);

@@ -101,8 +101,8 @@ struct Shape {
   // they would go one by one. It delays the first product, which two warpgroups of many tokens do not hide (measured on
   // an H200: 3 to 6 % less time with 32 and, of 16 bits, 64 tokens, 1 % more elsewhere).
   static constexpr bool kUniform = !kFew && (kTokens == 32 || (!kBytes && kTokens != 128));
-  static constexpr int kProducerRegisters = kPerSm == 2 ? 32 : kConsumers > 256 ? 64 : 56;
-  static constexpr int kConsumerRegisters = kPerSm == 2 || kConsumers > 256 ? 104 : 224;
+  static constexpr int kProducerRegisters = kPerSm == 2 ? 48 : kConsumers > 256 ? 64 : 56;
+  static constexpr int kConsumerRegisters = kPerSm == 2 ? 96 : kConsumers > 256 ? 104 : 224;
   // Registers only move within what the CTA was launched with; one more, and its consumers would wait for ever.
   static_assert(!kMovesRegisters ||
                     kConsumerRegisters * kConsumers + kProducerRegisters * 128 <=
