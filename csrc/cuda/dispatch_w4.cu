@@ -61,16 +61,21 @@ W4Plan finished(W4Plan plan, const Waves& w, bool shared) {
 // Few tokens: the narrowest tiles that one wave serves, of 32 channels to a multiprocessor (8 phases), or of 64, as
 // many as fit at a time; integers, whose phases wait for one another, in tiles of 64 only while each has a
 // multiprocessor. Sums in memory cost some 4 us: they are shared where less than half of the chip would have work, or
-// where some multiprocessors would have two tiles and others one, for long enough (measured on an H200).
+// where some multiprocessors would have two tiles and others one, for long enough (measured on an H200). With
+// multipliers, four phases where their tiles are nearly one for each multiprocessor.
 W4Plan plan_few(bool bytes, int64_t m, int64_t n, int64_t k, W4Kind kind, bool phases, int sms) {
-  const bool relays = bytes && kind != W4Kind::kMultiplier;
   W4Plan plan = {};
   plan.tokens = m <= 8 ? 8 : kFew;
-  plan.phases = !phases                               ? 1
-                : blocks(n, w4_channels(8)) <= sms    ? 8
-                : !relays && blocks(n, 64) <= 2 * sms ? 2
-                : relays && blocks(n, 64) <= sms      ? 4
-                                                      : 1;
+  const int64_t narrow = blocks(n, 64);
+  if (!phases) {
+    plan.phases = 1;
+  } else if (blocks(n, w4_channels(8)) <= sms) {
+    plan.phases = 8;
+  } else if (kind == W4Kind::kMultiplier) {
+    plan.phases = narrow <= sms && narrow * 4 > int64_t(sms) * 3 ? 4 : 2;
+  } else {
+    plan.phases = bytes ? (narrow <= sms ? 4 : 1) : narrow <= 2 * int64_t(sms) ? 2 : 1;
+  }
   const Waves w = waves_of(plan, bytes, m, n, kind, sms);
   // Half of the multiprocessors in a single wave, half of the places in the last of several.
   const bool enough = w.count() == 1 ? w.tiles * w.cluster * 2 >= sms : w.tiles * 2 > w.count() * w.slots;
@@ -90,7 +95,9 @@ W4Plan plan_many(const Tile (&tiles)[kCount], bool bytes, int64_t m, int64_t n, 
     plan.tokens = tile.tokens, plan.phases = tile.phases;
     const Waves w = waves_of(plan, bytes, m, n, kind, sms);
     if (shared && w.tiles % w.slots == 0) return;
-    const double waves = shared ? double(w.tiles) / double(w.slots) : double(w.count());
+    // Two on one multiprocessor take twice as long.
+    const int64_t at_once = sms / w.cluster;
+    const double waves = shared ? double(w.tiles) / double(w.slots) : double((w.tiles + at_once - 1) / at_once);
     const double cost = waves * double(w4_slabs(k)) * tile.slab + tile.launch + (shared ? tile.sharing : 0.0);
     if (least == 0.0 || cost < least) least = cost, best = finished(plan, w, shared);
   };

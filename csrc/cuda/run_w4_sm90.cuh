@@ -64,7 +64,8 @@ void run_shape(Job job, const void* x, int64_t x_stride, const W4Plan& plan, boo
       (S::kExchange > 1 ? S::kExchange * 16 : 0) + static_cast<int>(sizeof(Terms<S>)) * S::kGroups;
   constexpr int kMostBytes = 225 * 1024 - kStaticBytes, kHalfBytes = 111 * 1024 - kStaticBytes;
   // Two CTAs do not go to one multiprocessor while another has none: then each gets the memory that keeps others away.
-  const bool alone = S::kPerSm == 1 || int64_t(job.clusters) * S::kCluster <= multiprocessors();
+  // It keeps the next kernel's away as well, whose early copies are worth more where tokens are few.
+  const bool alone = S::kPerSm == 1 || (!S::kFew && int64_t(job.clusters) * S::kCluster <= multiprocessors());
   job.stages = ((alone ? kMostBytes : kHalfBytes) - kAlignment) / (job.packed_bytes + S::kTokenBytes);
   if (job.stages > kMostStages) job.stages = kMostStages;
   job.stages -= job.stages % S::kProducers;  // each has stages of its own

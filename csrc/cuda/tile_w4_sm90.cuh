@@ -104,9 +104,8 @@ struct Shape {
   static constexpr int kProducerRegisters = kPerSm == 2 ? 48 : kConsumers > 256 ? 64 : 56;
   static constexpr int kConsumerRegisters = kPerSm == 2 ? 96 : kConsumers > 256 ? 104 : 224;
   // Registers only move within what the CTA was launched with; one more, and its consumers would wait for ever.
-  static_assert(!kMovesRegisters ||
-                    kConsumerRegisters * kConsumers + kProducerRegisters * 128 <=
-                        65536 / kPerSm / kThreads / 8 * 8 * kThreads,
+  static_assert(!kMovesRegisters || kConsumerRegisters * kConsumers + kProducerRegisters * 128 <=
+                                        65536 / kPerSm / kThreads / 8 * 8 * kThreads,
                 "more registers than the CTA has");
 };
 
