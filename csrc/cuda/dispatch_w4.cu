@@ -27,10 +27,10 @@ constexpr Tile kByteTiles[] = {{16, 4, 0.198, 1.84, 0},
 constexpr Tile kByteCodeTiles[] = {{16, 4, 0.238, 0.5, 0},     {32, 4, 0.308, 1.25, 0},    {64, 2, 0.376, 1.07, 0},
                                    {32, 1, 0.527, 1.51, 6.62}, {64, 1, 0.613, 2.24, 7.45}, {128, 1, 0.843, 1.23, 10.8},
                                    {256, 1, 1.53, 0.15, 26.2}};
-constexpr Tile kMultiplierTiles[] = {{16, 4, 0.198, 1.0, 0}, {32, 4, 0.247, 1.0, 0}, {64, 2, 0.30, 1.0, 0},
-                                     {128, 2, 0.45, 1.0, 0}, {32, 1, 0.30, 2.0, 0},  {64, 1, 0.38, 2.0, 0},
-                                     {128, 1, 0.45, 3.0, 0}, {256, 1, 0.62, 4.0, 0}};
-constexpr int kUnevenSlabs = 1900;  // that idle places could take, worth the meeting of those who share
+constexpr Tile kMultiplierTiles[] = {{32, 1, 0.341, 3.28, 0},  {32, 2, 0.238, 2.64, 0}, {32, 4, 0.205, 2.14, 0},
+                                     {64, 1, 0.37, 3.58, 0},   {64, 2, 0.318, 2.71, 0}, {128, 1, 0.431, 4.23, 0},
+                                     {128, 2, 0.312, 3.18, 0}, {256, 1, 0.712, 4, 0}};  // on an H100
+constexpr double kBeside = 0.75;  // of the cost of two waves: that of two CTAs on each multiprocessor
 constexpr int kFew = 16;  // tokens, whose tiles wait for weights alone
 
 // Tiles of a product, and how many of them run at a time.
@@ -60,8 +60,7 @@ W4Plan finished(W4Plan plan, const Waves& w, bool shared) {
 
 // Few tokens: the narrowest tiles that one wave serves, of 32 channels to a multiprocessor (8 phases), or of 64, as
 // many as fit at a time; integers, whose phases wait for one another, in tiles of 64 only while each has a
-// multiprocessor. Sums in memory cost some 4 us: they are shared where less than half of the chip would have work, or
-// where some multiprocessors would have two tiles and others one, for long enough (measured on an H200). With
+// multiprocessor. Sums in memory cost some 4 us: they are shared where less than half of the chip would have work. With
 // multipliers, four phases where their tiles are nearly one for each multiprocessor.
 W4Plan plan_few(bool bytes, int64_t m, int64_t n, int64_t k, W4Kind kind, bool phases, int sms) {
   W4Plan plan = {};
@@ -79,9 +78,7 @@ W4Plan plan_few(bool bytes, int64_t m, int64_t n, int64_t k, W4Kind kind, bool p
   const Waves w = waves_of(plan, bytes, m, n, kind, sms);
   // Half of the multiprocessors in a single wave, half of the places in the last of several.
   const bool enough = w.count() == 1 ? w.tiles * w.cluster * 2 >= sms : w.tiles * 2 > w.count() * w.slots;
-  const bool uneven =
-      w.tiles < w.slots && w.tiles * w.cluster > sms && (w.slots - w.tiles) * w.cluster * w4_slabs(k) > kUnevenSlabs;
-  return finished(plan, w, !bytes && plan.phases == 1 && (!enough || uneven));
+  return finished(plan, w, !bytes && plan.phases == 1 && !enough);
 }
 
 // The cheapest of the tiles that `has` admits.
@@ -95,9 +92,9 @@ W4Plan plan_many(const Tile (&tiles)[kCount], bool bytes, int64_t m, int64_t n, 
     plan.tokens = tile.tokens, plan.phases = tile.phases;
     const Waves w = waves_of(plan, bytes, m, n, kind, sms);
     if (shared && w.tiles % w.slots == 0) return;
-    // Two on one multiprocessor take twice as long.
-    const int64_t at_once = sms / w.cluster;
-    const double waves = shared ? double(w.tiles) / double(w.slots) : double((w.tiles + at_once - 1) / at_once);
+    const int64_t at_once = sms / w.cluster, full = (w.tiles + at_once - 1) / at_once;
+    const double beside = w.slots > at_once && full > 1 ? kBeside : 1.0;
+    const double waves = shared ? double(w.tiles) / double(w.slots) : double(full) * beside;
     const double cost = waves * double(w4_slabs(k)) * tile.slab + tile.launch + (shared ? tile.sharing : 0.0);
     if (least == 0.0 || cost < least) least = cost, best = finished(plan, w, shared);
   };
