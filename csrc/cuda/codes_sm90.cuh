@@ -31,24 +31,18 @@ struct EarlyBytes {
       for (int r = 0; r < 4; ++r) codes[s][r] = load_bytes(t, packed, S::kSteps / 2 * half + s, r);
     }
   }
-  // Part 0 or 1 of it as fragments, or all.
-  __device__ __forceinline__ void unpack_part(const Thread& t, const uint8_t* packed, int half, int part,
-                                              uint32_t (&f)[S::kFragments]) const {
-    constexpr int kCount = S::kSteps / 4;
+  // All of it as fragments.
+  template <bool>
+  __device__ __forceinline__ void unpack(const Thread& t, const uint8_t* packed, int half,
+                                         uint32_t (&f)[S::kFragments]) const {
 #pragma unroll
-    for (int s = kCount * part; s < kCount * (part + 1); ++s) {
+    for (int s = 0; s < S::kSteps / 2; ++s) {
 #pragma unroll
       for (int r = 0; r < 4; ++r) {
         f[4 * s + r] = pair_of_bytes(
             typename S::T(), s < S::kEarlySteps ? codes[s][r] : load_bytes(t, packed, S::kSteps / 2 * half + s, r));
       }
     }
-  }
-  template <bool>
-  __device__ __forceinline__ void unpack(const Thread& t, const uint8_t* packed, int half,
-                                         uint32_t (&f)[S::kFragments]) const {
-    unpack_part(t, packed, half, 0, f);
-    unpack_part(t, packed, half, 1, f);
   }
 };
 

@@ -216,15 +216,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kPerSm)
           // The last group may be short, and nothing comes of rows of padding.
           ends = kEach || at == job.rows - 1 || (--group_left == 0 && at < job.rows);
         }
-        if constexpr (kShift == 0 && S::kByQuarters) {
-          constexpr int kQuarter = S::kSteps / 4;
-          multiply<S, 0, kQuarter, kPerRow>(even, tokens, fresh, sums);
-          if (S::kWide) odd_codes = load_codes(t, packed, 1);
-          unpack_part<S, kShift>(job, t, packed, odd_codes, book, 1, 0, odd);
-          multiply<S, kQuarter, kQuarter, kPerRow>(even + 4 * kQuarter, tokens, fresh, sums);
-          unpack_part<S, kShift>(job, t, packed, odd_codes, book, 1, 1, odd);
-          multiply<S, 2 * kQuarter, 2 * kQuarter, kPerRow>(odd, tokens, fresh, sums);
-        } else if constexpr (kShift == 0) {
+        if constexpr (kShift == 0) {
           multiply<S, 0, S::kSteps / 2, kPerRow>(even, tokens, fresh, sums);
           if (S::kWide) odd_codes = load_codes(t, packed, 1);
           if (!S::kApart) unpack_half<S, kShift>(job, t, packed, odd_codes, book, 1, odd);
@@ -308,19 +300,12 @@ __global__ void __launch_bounds__(S::kThreads, S::kPerSm)
         early.template unpack_step<kOneRow>(0, even);
         return;
       }
-      constexpr int kQuarter = S::kSteps / 4, kFirst = S::kByQuarters ? kQuarter : 2 * kQuarter;
-      multiply<S, 0, kFirst, S::kSteps>(even, tokens, first, sums);
+      multiply<S, 0, S::kSteps / 2, S::kSteps>(even, tokens, first, sums);
       if constexpr (!S::kFew) {
         ptx::wgmma_wait<1>();  // all but these
         if (!first) release_before(own);
       }
-      if constexpr (S::kBits == 8 && S::kByQuarters) {
-        early.unpack_part(t, packed_at(own), 1, 0, odd);
-        multiply<S, kQuarter, kQuarter, S::kSteps>(even + 4 * kQuarter, tokens, false, sums);
-        early.unpack_part(t, packed_at(own), 1, 1, odd);
-      } else {
-        early.template unpack<kOneRow>(t, packed_at(own), 1, odd);
-      }
+      early.template unpack<kOneRow>(t, packed_at(own), 1, odd);
       multiply<S, S::kSteps / 2, S::kSteps / 2, S::kSteps>(odd, tokens, false, sums);
       ptx::mbarrier_wait(full_here + 8 * next, next_parity);
       early.template load<kOneRow>(job, t, packed_at(next), 0);

@@ -49,8 +49,6 @@ struct Shape {
   // A product with a register operand holds its warp up until the one before it is done. Behind a product of 32 k there
   // is time to unpack the next 32 k, and the tensor cores do not wait for them.
   static constexpr bool kBySteps = kMultiplier && !kFew;
-  // The same, a quarter of a slab at a time.
-  static constexpr bool kByQuarters = !kBytes && !kFew;
   using Total = typename std::conditional<kOneSum, Sum, float>::type;
   static constexpr bool kPlain = kKind == W4Kind::kZeroPoint && !kZeros;
   // Integer products are 16 times the true ones (operands_w4a8.cuh).
@@ -215,75 +213,69 @@ __device__ __forceinline__ ScaleType scale_type(const Job& job) {
 __device__ __forceinline__ bool is_live(float scale) { return !(fabsf(scale) < 0x1p-100f); }
 __device__ __forceinline__ float live_or(float scale, float other) { return is_live(scale) ? scale : other; }
 
-// A quarter of a slab (32 k) of those codes as wgmma fragments, part 0 or 1 of its half. packed: the stage's codes,
-// with the rows of its groups behind them.
-template <typename S, int kShift>
-__device__ __forceinline__ void unpack_part(const Job& job, const Thread& t, const uint8_t* packed, const uint4& v,
-                                            const uint32_t* book, int half, int part, uint32_t (&f)[S::kFragments]) {
-  const uint32_t words[4] = {v.x, v.y, v.z, v.w};
-  uint32_t zero[2] = {S::kMinimum ? 0u : 8u, S::kMinimum ? 0u : 8u};  // of channels g and g + 8
-  const uint8_t* row =
-      packed + S::kChannels * S::kCodeBytes + ((2 * half + part) >> (2 - kShift)) * job.groups.row_bytes;
-  if (S::kZeros && job.weight.zero_point) {
-    const uint8_t* zeros = row + S::kChannels * job.groups.value_bytes;
-    zero[0] = zeros[t.channel], zero[1] = zeros[t.channel + 8];
-  }
-  if constexpr (S::kBytes) {
-    if constexpr (S::kSixteenfold) {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        f[4 * part + 2 * i] = low_bytes_sixteenfold(words[2 * part + i]);
-        f[4 * part + 2 * i + 1] = high_bytes_sixteenfold(words[2 * part + i]);
-      }
-    } else {
-      const uint32_t z0 = zero[0] * kOnes, z1 = zero[1] * kOnes;
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        if constexpr (S::kMinimum) {
-          f[4 * part + 2 * i] = words[2 * part + i] & 0x0f0f0f0fu;
-          f[4 * part + 2 * i + 1] = (words[2 * part + i] >> 4) & 0x0f0f0f0fu;
-        } else {
-          f[4 * part + 2 * i] = low_bytes(words[2 * part + i], z0);
-          f[4 * part + 2 * i + 1] = high_bytes(words[2 * part + i], z1);
-        }
-      }
-    }
-  } else {
-    using T = typename S::T;
-    [[maybe_unused]] uint32_t offset[2] = {pair_offset<T>(zero[0]), pair_offset<T>(zero[1])};
-    [[maybe_unused]] uint32_t kept[2];
-    if constexpr (S::kWide) {
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const bool live = is_live(row_value(row, scale_type<S>(job), t.channel + 8 * e));
-        kept[e] = !live ? 0u : S::kCodebook ? ~0u : Pairs<T>::kOnes;
-        if (!live) offset[e] = 0u;
-      }
-    }
-#pragma unroll
-    for (int s = 2 * part; s < 2 * part + 2; ++s) {
-#pragma unroll
-      for (int r = 0; r < 4; ++r) {
-        uint32_t& to = f[4 * s + r];
-        if constexpr (S::kCodebook) {
-          to = pair_of(words[s], r, book);
-          if constexpr (S::kWide) to &= kept[r & 1];
-        } else if constexpr (S::kWide) {
-          to = pair_of<T>(words[s], r, kept[r & 1], offset[r & 1]);
-        } else {
-          to = pair_of<T>(words[s], r, offset[r & 1]);
-        }
-      }
-    }
-  }
-}
-
-// All of the half.
+// Those codes as wgmma fragments. packed: the stage's codes, with the rows of its groups behind them.
 template <typename S, int kShift>
 __device__ __forceinline__ void unpack_half(const Job& job, const Thread& t, const uint8_t* packed, const uint4& v,
                                             const uint32_t* book, int half, uint32_t (&f)[S::kFragments]) {
-  unpack_part<S, kShift>(job, t, packed, v, book, half, 0, f);
-  unpack_part<S, kShift>(job, t, packed, v, book, half, 1, f);
+  const uint32_t words[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+  for (int part = 0; part < 2; ++part) {  // 32 k
+    uint32_t zero[2] = {S::kMinimum ? 0u : 8u, S::kMinimum ? 0u : 8u};  // of channels g and g + 8
+    const uint8_t* row =
+        packed + S::kChannels * S::kCodeBytes + ((2 * half + part) >> (2 - kShift)) * job.groups.row_bytes;
+    if (S::kZeros && job.weight.zero_point) {
+      const uint8_t* zeros = row + S::kChannels * job.groups.value_bytes;
+      zero[0] = zeros[t.channel], zero[1] = zeros[t.channel + 8];
+    }
+    if constexpr (S::kBytes) {
+      if constexpr (S::kSixteenfold) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          f[4 * part + 2 * i] = low_bytes_sixteenfold(words[2 * part + i]);
+          f[4 * part + 2 * i + 1] = high_bytes_sixteenfold(words[2 * part + i]);
+        }
+      } else {
+        const uint32_t z0 = zero[0] * kOnes, z1 = zero[1] * kOnes;
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          if constexpr (S::kMinimum) {
+            f[4 * part + 2 * i] = words[2 * part + i] & 0x0f0f0f0fu;
+            f[4 * part + 2 * i + 1] = (words[2 * part + i] >> 4) & 0x0f0f0f0fu;
+          } else {
+            f[4 * part + 2 * i] = low_bytes(words[2 * part + i], z0);
+            f[4 * part + 2 * i + 1] = high_bytes(words[2 * part + i], z1);
+          }
+        }
+      }
+    } else {
+      using T = typename S::T;
+      [[maybe_unused]] uint32_t offset[2] = {pair_offset<T>(zero[0]), pair_offset<T>(zero[1])};
+      [[maybe_unused]] uint32_t kept[2];
+      if constexpr (S::kWide) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const bool live = is_live(row_value(row, scale_type<S>(job), t.channel + 8 * e));
+          kept[e] = !live ? 0u : S::kCodebook ? ~0u : Pairs<T>::kOnes;
+          if (!live) offset[e] = 0u;
+        }
+      }
+#pragma unroll
+      for (int s = 2 * part; s < 2 * part + 2; ++s) {
+#pragma unroll
+        for (int r = 0; r < 4; ++r) {
+          uint32_t& to = f[4 * s + r];
+          if constexpr (S::kCodebook) {
+            to = pair_of(words[s], r, book);
+            if constexpr (S::kWide) to &= kept[r & 1];
+          } else if constexpr (S::kWide) {
+            to = pair_of<T>(words[s], r, kept[r & 1], offset[r & 1]);
+          } else {
+            to = pair_of<T>(words[s], r, offset[r & 1]);
+          }
+        }
+      }
+    }
+  }
 }
 
 // A register of ones as the activations' operand.
