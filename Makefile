@@ -10,6 +10,8 @@ TORCH ?= torch==2.13.0
 PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?=
+# Two files at a time, each in one process: a file's fixtures, builds among them, are made once.
+SIDE_BY_SIDE ?= -n 2 --dist loadfile
 DEMO_ARGS ?=
 BENCH_ARGS ?= --json bench-results.json --plot bench-roofline.png
 
@@ -27,7 +29,7 @@ demo: $(VENV)/installed-demo
 	$(BIN)/qkernels demo $(DEMO_ARGS)
 
 test: $(VENV)/installed-test lint
-	$(BIN)/python -m pytest -m "not gpu" $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu" $(SIDE_BY_SIDE) $(PYTEST_ARGS)
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .

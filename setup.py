@@ -80,11 +80,14 @@ class CMakeBuild(build_ext):
         version = f"{sys.version_info.major}{sys.version_info.minor}"
         build = ROOT / "build" / f"cmake-{name}-{sysconfig.get_platform()}-cp{version}"
         build.mkdir(parents=True, exist_ok=True)
+        # Under build isolation every path of the tools is new each time. Not --fresh: it deletes the objects as well.
+        (build / "CMakeCache.txt").unlink(missing_ok=True)
+        for found in (build / "CMakeFiles").glob("[0-9]*"):  # what CMake knows of a compiler, by its own version
+            shutil.rmtree(found)
         output.mkdir(parents=True, exist_ok=True)
         build_type = "Debug" if self.debug else "Release"
         configure = [
             "cmake",
-            "--fresh",  # under build isolation every path of the tools is new each time; objects are kept
             "-S",
             str(source),
             "-B",

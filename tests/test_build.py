@@ -1,7 +1,7 @@
 """The build: which instructions are where, and the core on processors and architectures that this machine is not."""
 
-import os
-import platform
+from __future__ import annotations
+
 import shutil
 import subprocess
 import sys
@@ -9,11 +9,12 @@ import types
 import venv
 import zipfile
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import setuptools
+from builds import ROOT, build, need, run, x86_linux
 
-ROOT = Path(__file__).resolve().parent.parent
 SOURCES = (
     "CMakeLists.txt",
     "LICENSE",
@@ -25,57 +26,49 @@ SOURCES = (
     "qkernels",
     "setup.py",
 )
-# The tools of the environment that runs the tests come first, as with `make test`.
-PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+ENVIRONMENT = {"QKERNELS_CUDA": "0", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
 
-pytestmark = pytest.mark.skipif(
-    platform.system() != "Linux" or platform.machine() != "x86_64", reason="the emulators and tools of x86-64 Linux"
-)
+pytestmark = x86_linux
 
 
-def run(*command: object, ok: bool = True, **options: object) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "PATH": PATH, **options.pop("env", {})}
-    done = subprocess.run(
-        [str(word) for word in command], capture_output=True, text=True, env=environment, timeout=600, **options
-    )
-    assert not ok or done.returncode == 0, f"{command}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
-    return done
-
-
-def need(tool: str) -> str:
-    found = shutil.which(tool, path=PATH)
-    if found is None:
-        pytest.skip(f"{tool} is not installed")
-    return found
-
-
-def build(directory: Path, *options: str) -> Path:
-    need("g++")
-    run(
-        need("cmake"),
-        "-S",
-        ROOT,
-        "-B",
-        directory,
-        "-G",
-        "Ninja",
-        "-DQK_SMOKE=ON",
-        f"-DCMAKE_MAKE_PROGRAM={need('ninja')}",
-        *options,
-    )
-    run("cmake", "--build", directory, "--parallel", "2")
-    return directory
+class Wheel(NamedTuple):
+    source: Path  # a copy, built in place
+    path: Path | None  # None: the build's own requirements cannot be installed here
 
 
 @pytest.fixture(scope="module")
-def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Wheel:
+    """The wheel, built in isolation from a copy of what a source distribution has."""
+    need("g++")
+    directory = tmp_path_factory.mktemp("wheel")
+    source = directory / "source"
+    source.mkdir()
+    for name in SOURCES:
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        if (ROOT / name).exists():
+            copy(ROOT / name, source / name)
+    for stale in (source / "qkernels").glob("*.so"):
+        stale.unlink()
+    done = run(sys.executable, "-m", "pip", "wheel", "--no-deps", "-w", directory, source, ok=False, env=ENVIRONMENT)
+    said = done.stdout + done.stderr
+    if done.returncode != 0 and "installing build dependencies did not run successfully" in said.lower():
+        return Wheel(source, None)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    (path,) = directory.glob("qkernels-*.whl")
+    return Wheel(source, path)
+
+
+@pytest.fixture(scope="module")
+def tree(wheel: Wheel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A build with qk_smoke: what the wheel was linked from, where there is one, so that its objects are the tested."""
     import pybind11
 
-    directory = tmp_path_factory.mktemp("build")
     options = [f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"]
-    return build(
-        directory, *options, "-DPYBIND11_FINDPYTHON=ON", f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={directory}/modules"
-    )
+    options.append("-DPYBIND11_FINDPYTHON=ON")
+    for directory in (wheel.source / "build").glob("cmake-cpu-*"):
+        return build(directory, *options, source=wheel.source, target="qk_smoke")
+    directory = tmp_path_factory.mktemp("build")
+    return build(directory, *options, f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={directory}/modules")
 
 
 def check_isa(directory: Path) -> subprocess.CompletedProcess:
@@ -143,56 +136,26 @@ def test_package_on_a_processor_without_avx(tmp_path: Path) -> None:
     assert done.stdout.split() == ["scalar", "True", "w8a8.scalar"], done.stdout + done.stderr
 
 
-def test_core_cross_compiled_for_aarch64(tmp_path: Path) -> None:
-    compiler, emulator = need("aarch64-linux-gnu-g++"), need("qemu-aarch64")
-    options = ("-DQK_PYTHON=OFF", "-DCMAKE_SYSTEM_NAME=Linux", "-DCMAKE_SYSTEM_PROCESSOR=aarch64")
-    build(tmp_path, *options, f"-DCMAKE_CXX_COMPILER={compiler}")
-    done = run(emulator, "-L", "/usr/aarch64-linux-gnu", tmp_path / "qk_smoke", "scalar", "scalar")
-    assert "compiled scalar\n" in done.stdout
-    assert "all equal" in done.stdout
-
-
-def test_core_under_address_and_undefined_behaviour_sanitizers(tmp_path: Path) -> None:
-    build(tmp_path, "-DQK_PYTHON=OFF", "-DQK_SANITIZE=ON")
-    assert "all equal" in run(tmp_path / "qk_smoke", env={"UBSAN_OPTIONS": "print_stacktrace=1"}).stdout
-
-
-def test_wheel_builds_in_isolation_and_runs_in_a_fresh_environment(tmp_path: Path) -> None:
-    need("g++")
-    source = tmp_path / "source"
-    for name in SOURCES:
-        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
-        if (ROOT / name).exists():
-            source.mkdir(exist_ok=True)
-            copy(ROOT / name, source / name)
-    for stale in (source / "qkernels").glob("*.so"):
-        stale.unlink()
-    environment = {"QKERNELS_CUDA": "0", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
-    done = run(sys.executable, "-m", "pip", "wheel", "--no-deps", "-w", tmp_path, source, ok=False, env=environment)
-    if (
-        done.returncode != 0
-        and "installing build dependencies did not run successfully" in (done.stdout + done.stderr).lower()
-    ):
+def test_wheel_builds_in_isolation_and_runs_in_a_fresh_environment(wheel: Wheel, tmp_path: Path) -> None:
+    if wheel.path is None:
         pytest.skip("the build's own requirements cannot be installed here")
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    (wheel,) = tmp_path.glob("qkernels-*.whl")
-    names = zipfile.ZipFile(wheel).namelist()
+    names = zipfile.ZipFile(wheel.path).namelist()
     for stem in ("qkernels/_C.", "qkernels/_bench.", "qkernels/py.typed", "qkernels/_C.pyi", "qkernels/data/prose.txt"):
         assert any(name.startswith(stem) for name in names), f"{stem} is not in {sorted(names)}"
     assert not [name for name in names if "csrc" in name or "gomp" in name or name.startswith("tests")]
 
     venv.create(tmp_path / "venv", with_pip=True)
     python = tmp_path / "venv" / "bin" / "python"
-    run(python, "-m", "pip", "install", "--no-deps", wheel, env=environment)
+    run(python, "-m", "pip", "install", "--no-deps", wheel.path, env=ENVIRONMENT)
     # torch comes from the environment of the tests: a path line gives its packages without its editable installs.
     (site,) = (tmp_path / "venv" / "lib").glob("python*/site-packages")
     import torch
 
     (site / "torch_of_the_tests.pth").write_text(str(Path(torch.__file__).parent.parent) + "\n")
     code = "import torch, qkernels as qk; print(qk.__file__, qk.__version__, qk.info()['isa'])"
-    where, version, isa = run(python, "-c", code, cwd=tmp_path).stdout.split()
+    where, version, isa = run(python, "-c", code, cwd=tmp_path, env={"PYTHONPATH": ""}).stdout.split()
     assert Path(where).is_relative_to(tmp_path)
-    assert version in wheel.name
+    assert version in wheel.path.name
     assert isa in ("scalar", "avx2", "avxvnni", "avx512vnni", "amx")
 
 
