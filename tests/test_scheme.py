@@ -43,7 +43,8 @@ def test_presets_are_what_they_say() -> None:
 
 def test_resolve_typo_lists_names() -> None:
     with pytest.raises(
-        ValueError, match=r"scheme: expected one of w2a16, w3a16, w4a16, w4a8, w4a8_intscale, w8a16, w8a8, w8a8_static, got 'w8a9'"
+        ValueError,
+        match=r"scheme: expected one of w2a16, w3a16, w4a16, w4a8, w4a8_intscale, w8a16, w8a8, w8a8_static, got 'w8a9'",
     ):
         Scheme.resolve("w8a9")
     with pytest.raises(TypeError, match="scheme: expected a Scheme or the name of a preset, got int"):

@@ -63,7 +63,8 @@ def traffic(scheme: Scheme, k: int, n: int, m: int, itemsize: int, input_itemsiz
     """
     weights = n * math.ceil(k * scheme.weight_bits / 8)
     if scheme.weight_granularity == "per_group":
-        weights += n * math.ceil(k / scheme.resolve_group_size(k)) * (scheme.scale_dtype or torch.float16).itemsize
+        of_scale = torch.uint8 if scheme.group_scales == "int" else scheme.scale_dtype or torch.float16
+        weights += n * math.ceil(k / scheme.resolve_group_size(k)) * of_scale.itemsize
     return weights + 8 * n + m * k * (input_itemsize or itemsize) + m * n * itemsize
 
 
