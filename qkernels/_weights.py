@@ -57,7 +57,8 @@ def weight_grid(w: Tensor, scheme: Scheme) -> dict[str, Tensor]:
         float minimum       scale = (hi - lo) / top; minimum = lo
 
     with top = 15, 7, 3 for 4, 3, 2 bits.  With ``group_scales="int"`` these scales become multiples of one per channel
-    (:func:`integer_scales`), of which zero points are computed, and ``weight_multiplier`` uint8 ``[N, G]`` comes too.
+    (:func:`integer_scales`), of which zero points are computed (:func:`centred_zero`), and ``weight_multiplier`` uint8
+    ``[N, G]`` comes too.
 
     A symmetric group with absmax < 2**-100, or another one whose 1 / scale is not finite, gets scale 1.
 
@@ -98,9 +99,7 @@ def weight_grid(w: Tensor, scheme: Scheme) -> dict[str, Tensor]:
     live = torch.isfinite(rounding.quotient(1.0, scale))
     if scheme.group_scales == "int":
         tensors = integer_scales(scale, live, scheme)
-        grid = rounding.asymmetric_grid(groups, bits=scheme.weight_bits, measured=group_scale(tensors))
-        zeros = torch.zeros_like(scale) if grid.zero_point is None else grid.zero_point
-        return {**tensors, "weight_zero_point": stored(zeros, torch.uint8)}
+        return {**tensors, "weight_zero_point": centred_zero(hi, lo, group_scale(tensors), scheme)}
     scale = torch.where(live, scale, torch.ones_like(scale))
     if scheme.weight_zero == "float":
         dtype = rounding.storage_dtype(requested, scale, lo)
@@ -112,7 +111,9 @@ def weight_grid(w: Tensor, scheme: Scheme) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def integer_scales(scale: Tensor, live: Tensor, scheme: Scheme) -> dict[str, Tensor]:
+def integer_scales(
+    scale: Tensor, live: Tensor, scheme: Scheme, channel_scale: Tensor | None = None
+) -> dict[str, Tensor]:
     """Scales of groups as whole multiples of one scale per channel.
 
         weight_scale = max over groups of scale / top
@@ -123,18 +124,59 @@ def integer_scales(scale: Tensor, live: Tensor, scheme: Scheme) -> dict[str, Ten
 
     Args:
         scale: float32 ``[N, G]``, positive where live. live: bool ``[N, G]``.
+        channel_scale: ``weight_scale [N]``, where it is given already.
 
     Returns:
         ``weight_scale`` float32 ``[N]`` and ``weight_multiplier`` uint8 ``[N, G]``.
     """
     top = scheme.largest_multiplier
     wide = torch.where(live, scale.to(torch.float32), torch.zeros_like(scale, dtype=torch.float32))
-    largest = wide.amax(1) if wide.shape[1] else wide.new_zeros(len(wide))
-    base = rounding.divide(largest, float(top))
-    # As small as that only where the weights are: nothing is left of a quotient by it.
-    base = torch.where(torch.isfinite(rounding.quotient(1.0, base)), base, torch.ones_like(base))
+    if channel_scale is None:
+        largest = wide.amax(1) if wide.shape[1] else wide.new_zeros(len(wide))
+        base = rounding.divide(largest, float(top))
+        # As small as that only where the weights are: nothing is left of a quotient by it.
+        base = torch.where(torch.isfinite(rounding.quotient(1.0, base)), base, torch.ones_like(base))
+    else:
+        base = channel_scale
     multiplier = torch.round(wide / base.unsqueeze(1)).clamp(1.0, float(top))
     return {"weight_scale": base.contiguous(), "weight_multiplier": multiplier.to(torch.uint8).contiguous()}
+
+
+@torch.no_grad()
+def integer_grid(
+    w: Tensor, tensors: Mapping[str, Tensor], scheme: Scheme, channel_scale: Tensor | None = None
+) -> dict[str, Tensor]:
+    """A grid of ``w [N, K]`` whose groups have float scales, with scales that are whole multiples of their channel's.
+
+    Zero points are chosen again, for the range that the float grid covers.
+
+    Args:
+        tensors: ``weight_scale`` float ``[N, G]``, and ``weight_zero_point`` of an asymmetric grid.
+        scheme: one of ``group_scales="int"``. channel_scale: as for :func:`integer_scales`.
+
+    Returns:
+        What :func:`weight_grid` returns.
+    """
+    groups = rounding.split_groups(rounding.widen(w, "w"), scheme.resolve_group_size(w.shape[1]))
+    measured = rounding.symmetric_grid if scheme.weight_symmetric else rounding.asymmetric_grid
+    before = tensors["weight_scale"].to(torch.float32)
+    made = integer_scales(before, measured(groups, bits=scheme.weight_bits).live, scheme, channel_scale)
+    if "weight_zero_point" in tensors:
+        zero, top = tensors["weight_zero_point"].to(torch.float32), scheme.code_range[1]
+        made["weight_zero_point"] = centred_zero((top - zero) * before, -zero * before, group_scale(made), scheme)
+    return made
+
+
+def centred_zero(hi: Tensor, lo: Tensor, scale: Tensor, scheme: Scheme) -> Tensor:
+    """Zero points that put the middle of the codes next to the middle of a range, uint8, shaped as ``hi``.
+
+        clamp(rne(top / 2 - (hi + lo) / 2 / scale), 0, top)        with top = 15
+
+    each step rounded once.  Where scale is ``(hi - lo) / top`` that is ``-lo / scale``; a multiple of the channel's
+    scale is a little wider or narrower, and what it covers too much or too little is shared out between both ends.
+    """
+    top = float(scheme.code_range[1])
+    return torch.round(top / 2 - (hi + lo) / 2 / scale).clamp(0.0, top).to(torch.uint8).contiguous()
 
 
 def group_scale(tensors: Mapping[str, Tensor]) -> Tensor:

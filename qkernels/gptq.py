@@ -23,7 +23,7 @@ from ._rounding import all_finite
 from .bias import corrected_bias
 from .blocks import Inputs, run_by_blocks
 from .calibrate import Statistics
-from .grids import Grid, codes_and_tensors, joined, search_range
+from .grids import Grid, codes_and_tensors, joined, search_multiples, search_range
 from .hooks import Quantizer, Target, register_algorithm
 from .progress import Progress
 from .refine import refine_weight, round_block, round_columns
@@ -199,17 +199,21 @@ def _on_measured_grids(
     size = scheme.resolve_group_size(columns)
     scheme = scheme.replace(group_size=size)
     errors, units = torch.empty_like(wanted), torch.empty_like(wanted)
+    of_channel = {}
+    if scheme.group_scales == "int":  # the groups' are multiples of it, so it is fixed before the first of them
+        of_channel["weight_scale"] = _measure(wanted.t(), scheme, importance, search)["weight_scale"]
     collected = []
     for start in range(0, columns, size):
         group = slice(start, min(start + size, columns))
         inside = factor[group, group]
         made_good = factor[:start, group].t() @ errors[:start]
         best = wanted[group] + torch.linalg.solve_triangular(inside.t(), made_good, upper=False, unitriangular=True)
-        collected.append(_measure(best.t(), scheme, importance[group], search))
-        grid = Grid.of(collected[-1], scheme, size)
+        tensors = _measure(best.t(), scheme, importance[group], search, of_channel.get("weight_scale"))
+        grid = Grid.of(tensors, scheme, size)
+        collected.append({name: tensor for name, tensor in tensors.items() if name not in of_channel})
         before = wanted[group] if grid.low is None else wanted[group] - grid.low
         errors[group] = round_block(before + made_good, before, units[group], inside, [grid.line(0)] * len(before))
-    return units, joined(collected, 1)
+    return units, {**of_channel, **joined(collected, 1)}
 
 
 @torch.no_grad()
@@ -230,7 +234,13 @@ def matched_weight(weight: Tensor, hessian: Tensor, cross: Tensor, damping: floa
     return w + change.t()
 
 
-def _measure(w: Tensor, scheme: Scheme, importance: Tensor, search: bool) -> dict[str, Tensor]:
+def _measure(
+    w: Tensor, scheme: Scheme, importance: Tensor, search: bool, channel_scale: Tensor | None = None
+) -> dict[str, Tensor]:
+    if channel_scale is not None:
+        if search:
+            return search_multiples(w, scheme, channel_scale, importance=importance)
+        return reference.integer_grid(w, reference.weight_grid(w, scheme.searched), scheme, channel_scale)
     if search:
         return search_range(w, scheme, importance=importance, smallest=SMALLEST, steps=STEPS)
     return reference.weight_grid(w, scheme)

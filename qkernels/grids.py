@@ -5,7 +5,7 @@ Everything ends in the canonical tensors that :func:`qkernels.reference.weight_g
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,7 +16,7 @@ from . import reference
 from ._rounding import quotient, split_groups
 from .scheme import Scheme
 
-__all__ = ["Grid", "Line", "Table", "codes_and_tensors", "joined", "round_units", "search_range"]
+__all__ = ["Grid", "Line", "Table", "codes_and_tensors", "joined", "round_units", "search_multiples", "search_range"]
 
 SMALLEST = 0.2  # of the full range
 NORM = 2.4  # exponent of the error that range searches add up: outliers count a little more than squared
@@ -90,7 +90,7 @@ class Grid:
             wide = tensor.to(torch.float32)
             return (wide.unsqueeze(0) if wide.dim() == 1 else wide.t()).contiguous()
 
-        scale, low = lines(tensors["weight_scale"]), tensors.get("weight_min")
+        scale, low = lines(reference.group_scale(tensors)), tensors.get("weight_min")
         if "weight_zero_point" in tensors:
             zero = lines(tensors["weight_zero_point"])
         else:
@@ -158,7 +158,8 @@ def search_range(
     """The grid whose ranges, shrunk group by group, round ``w [N, K]`` with the least error.
 
     Shrinking clips the largest weights of a group and rounds all others finer.  The error is ``sum |w - w_hat|^2.4``,
-    or the weighted sum of squares where ``importance`` is given.
+    or the weighted sum of squares where ``importance`` is given.  With ``group_scales="int"`` the scale of a channel
+    comes of the largest float scale that is found, and those of groups from :func:`search_multiples`.
 
     Args:
         importance: weight of each column's error, ``[K]``; None counts all alike.
@@ -170,50 +171,102 @@ def search_range(
     """
     if not w.numel():
         return reference.weight_grid(w, scheme)
+    if scheme.group_scales == "int":
+        found = search_range(w, scheme.searched, importance=importance, smallest=smallest, steps=steps)
+        channel_scale = reference.integer_grid(w, found, scheme)["weight_scale"]
+        return search_multiples(w, scheme, channel_scale, importance=importance)
+    small = scheme.replace(group_size=EDGES) if scheme.weight_granularity == "per_group" else scheme
+    shares = torch.tensor([1.0 - (1.0 - smallest) * step / max(steps, 1) for step in range(steps + 1)], device=w.device)
+
+    def shrunk(values: Tensor, rows: slice) -> dict[str, Tensor]:
+        # A grid depends on the bounds of a group alone, so those for all shares are those of weights that consist of
+        # bounds: ``small`` has groups of that many columns.
+        bounds = torch.stack((values.amin(1), values.amax(1)), -1).repeat(1, 1, EDGES // 2)
+        some = max(1, _elements(w) // bounds.numel())
+        edges = [(part.reshape(-1, 1, 1, 1) * bounds).reshape(-1, EDGES) for part in shares.split(some)]
+        return joined([reference.weight_grid(part, small) for part in edges], 0)
+
+    return _least_error(w, scheme, shrunk, importance, NORM if importance is None else 2.0)
+
+
+@torch.no_grad()
+def search_multiples(
+    w: Tensor, scheme: Scheme, channel_scale: Tensor, *, importance: Tensor | None = None, norm: float = NORM
+) -> dict[str, Tensor]:
+    """The grid of ``group_scales="int"`` whose multipliers round ``w [N, K]`` with the least error; all are tried.
+
+    Args:
+        channel_scale: ``weight_scale`` of the grid, float32 ``[N]``. importance: as for :func:`search_range`.
+        norm: the exponent of the errors where ``importance`` is None; else they are squared.
+    """
+    multipliers = torch.arange(1, scheme.largest_multiplier + 1, device=w.device, dtype=torch.float32)
+
+    def multiples(values: Tensor, rows: slice) -> dict[str, Tensor]:
+        tried = multipliers.reshape(-1, 1, 1).expand(-1, len(values), values.shape[2])
+        scale = channel_scale[rows].expand_as(tried)
+        tensors = {"weight_scale": scale.reshape(-1), "weight_multiplier": tried.to(torch.uint8).reshape(-1, 1)}
+        if not scheme.weight_symmetric:
+            hi, lo = values.amax(1).clamp(min=0.0), values.amin(1).clamp(max=0.0)
+            zero = reference.centred_zero(hi, lo, scale * tried, scheme)
+            tensors["weight_zero_point"] = zero.reshape(-1, 1)
+        return tensors
+
+    found = _least_error(w, scheme, multiples, importance, norm if importance is None else 2.0)
+    return {"weight_scale": channel_scale, **found}
+
+
+def _elements(w: Tensor) -> int:
+    """How many elements are worked on at once."""
+    return CPU_ELEMENTS if w.device.type == "cpu" else DEVICE_ELEMENTS
+
+
+def _least_error(
+    w: Tensor,
+    scheme: Scheme,
+    candidates: Callable[[Tensor, slice], dict[str, Tensor]],
+    importance: Tensor | None,
+    norm: float,
+) -> dict[str, Tensor]:
+    """The grid of ``w [N, K]`` that consists, group by group, of the candidate of least error.
+
+    Args:
+        candidates: of groups ``values [G, size, N]`` and the rows they are of: canonical tensors ``[C * G * N, ...]``.
+
+    Returns:
+        The tensors that groups have of their own; all where the weight has one group.
+    """
     per_group = scheme.weight_granularity == "per_group"
     size = scheme.resolve_group_size(w.shape[1]) if per_group else w.shape[1]
     weights = torch.ones(w.shape[1], device=w.device) if importance is None else importance.to(w.device, torch.float32)
     counts = split_groups(weights, size)  # what fills a short last group counts nothing
-    shares = torch.tensor([1.0 - (1.0 - smallest) * step / max(steps, 1) for step in range(steps + 1)], device=w.device)
-    norm = NORM if importance is None else 2.0
-    elements = CPU_ELEMENTS if w.device.type == "cpu" else DEVICE_ELEMENTS
-    rows = min(len(w), max(LINE, elements // size))
-    at_once = max(1, elements // (size * rows))
     small = scheme.replace(group_size=EDGES) if per_group else scheme
+    step = min(len(w), max(LINE, _elements(w) // size))
+    at_once = max(1, _elements(w) // (size * step))
     found = []
-    for part in w.detach().split(rows):
-        groups = split_groups(part.to(torch.float32), size, replicate=scheme.weight_zero == "float")
-        pieces = [
-            _search_groups(
-                groups[:, first : first + at_once], small, counts[first : first + at_once], norm, shares, elements
-            )
-            for first in range(0, len(counts), at_once)
-        ]
+    for start in range(0, len(w), step):
+        rows = slice(start, min(start + step, len(w)))
+        groups = split_groups(w.detach()[rows].to(torch.float32), size, replicate=scheme.weight_zero == "float")
+        pieces = []
+        for first in range(0, len(counts), at_once):
+            # [G, size, N]: what has one scale lies across the lines
+            values = groups[:, first : first + at_once].permute(1, 2, 0).contiguous()
+            tensors = candidates(values, rows)
+            best = _best(values, Grid.of(tensors, small, EDGES), counts[first : first + at_once], norm)
+            own = {name: tensor for name, tensor in tensors.items() if tensor.dim() == 2 or not per_group}
+            pieces.append({name: _chosen(tensor, best) for name, tensor in own.items()})
         found.append(joined(pieces, 1) if per_group else pieces[0])
     return joined(found, 0)
 
 
-def _search_groups(
-    groups: Tensor, small: Scheme, counts: Tensor, norm: float, shares: Tensor, elements: int
-) -> dict[str, Tensor]:
-    """The grid of least error of ``groups [N, G, size]``, whose values count ``counts [G, size]``.
-
-    A grid depends on the bounds of a group alone, so the grids for all shares are those of weights that consist of
-    bounds: ``small`` has groups of that many columns.
-    """
-    values = groups.permute(1, 2, 0).contiguous()  # [G, size, N]: what has one scale lies across the lines
-    bounds = torch.stack((values.amin(1), values.amax(1)), -1).repeat(1, 1, EDGES // 2)
-    some = max(1, elements // bounds.numel())
-    edges = [(part.reshape(-1, 1, 1, 1) * bounds).reshape(-1, EDGES) for part in shares.split(some)]
-    tensors = joined([reference.weight_grid(part, small) for part in edges], 0)
-    grid = Grid.of(tensors, small, EDGES)
+def _best(values: Tensor, grid: Grid, counts: Tensor, norm: float) -> Tensor:
+    """Which candidate rounds ``values [G, size, N]``, counting ``counts [G, size]``, best: int64 ``[1, G, 1, N]``."""
 
     def each(lines: Tensor) -> Tensor:
-        return lines.reshape(len(shares), len(values), 1, -1)
+        return lines.reshape(-1, len(values), 1, values.shape[2])
 
     scale = each(grid.scale)
     limits = (each(lines).unbind() for lines in (grid.scale, grid.inv, grid.bottom, grid.top))
-    lows = [None] * len(shares) if grid.low is None else each(grid.low).unbind()
+    lows = [None] * len(scale) if grid.low is None else each(grid.low).unbind()
     losses = torch.empty_like(scale)
     exact, units, weights = torch.empty_like(values), torch.empty_like(values), counts.unsqueeze(1)
     for low, loss, (step, inv, bottom, top) in zip(lows, losses.unbind(), zip(*limits, strict=True), strict=True):
@@ -221,11 +274,10 @@ def _search_groups(
         torch.mul(values if low is None else values - low, line.inv, out=exact)
         error = round_units(exact, line, units).sub_(exact)
         torch.bmm(weights, error.square_() if norm == 2.0 else error.abs_().pow_(norm), out=loss)
-    best = losses.mul_((scale / scale[0]).pow_(norm)).argmin(0, keepdim=True)
-    return {name: _chosen(tensor, best) for name, tensor in tensors.items()}
+    return losses.mul_((scale / scale[0]).pow_(norm)).argmin(0, keepdim=True)
 
 
 def _chosen(tensor: Tensor, best: Tensor) -> Tensor:
-    """What is stored for the best share of each group: ``[N, G]``, or ``[N]`` of a weight with one group."""
+    """What is stored for the best candidate of each group: ``[N, G]``, or ``[N]`` of a weight with one group."""
     chosen = tensor.reshape(-1, *best.shape[1:]).gather(0, best)[0, :, 0]
     return (chosen.t() if tensor.dim() == 2 else chosen[0]).contiguous()

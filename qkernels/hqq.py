@@ -63,16 +63,19 @@ def hqq_weight(
 ) -> dict[str, Tensor]:
     """Quantize ``weight [N, K]``; arguments and errors as :class:`HQQ` and :func:`qkernels.reference.quantize_weight`.
 
-    8-bit weights and code books are rounded to nearest: there is nothing to win.
+    8-bit weights and code books are rounded to nearest: there is nothing to win.  With ``group_scales="int"`` float
+    scales are fitted, and multiples made of them.
     """
     if scheme.weight_bits == 8 or scheme.codebook is not None:
         return reference.quantize_weight(weight, scheme)
     rows = max(1, CHUNK_ELEMENTS // max(weight.shape[1], 1))
     pieces = weight.detach().split(rows)
-    parts = [_hqq_rows(piece.to(torch.float32), scheme, p, beta, kappa, iterations) for piece in pieces]
+    parts = [_hqq_rows(piece.to(torch.float32), scheme.searched, p, beta, kappa, iterations) for piece in pieces]
     if not parts:
         return reference.quantize_weight(weight, scheme)
     tensors = joined(parts, 0)
+    if scheme.group_scales == "int":
+        tensors = reference.integer_grid(weight, tensors, scheme)
     return codes_and_tensors(reference.round_to_grid(weight, tensors, scheme), tensors, scheme)
 
 

@@ -80,7 +80,7 @@ def _learned(grad: Tensor, weight: Tensor, scale: Tensor, scheme: Scheme) -> tup
     wide = weight.detach().to(torch.float32)
     values = split_groups(wide, size) if grouped else wide.unsqueeze(1)
     flow = split_groups(grad, size) if grouped else grad.unsqueeze(1)
-    v = values / _stored(scale, scheme).to(torch.float32).reshape(*values.shape[:2], 1)
+    v = values / reference.group_scale(_learned_grid(scale, scheme)).reshape(*values.shape[:2], 1)
     inside = (v >= low) & (v <= high)
     slope = torch.where(inside, v.round() - v, v.clamp(low, high))
     count = min(size, columns) if grouped else columns
@@ -89,16 +89,18 @@ def _learned(grad: Tensor, weight: Tensor, scale: Tensor, scheme: Scheme) -> tup
     return (join_groups(kept, columns) if grouped else kept.squeeze(1)), step.reshape(scale.shape)
 
 
-def _stored(scale: Tensor, scheme: Scheme) -> Tensor:
-    """A learned scale as the layer will store it: positive, in the dtype of its granularity."""
+def _learned_grid(scale: Tensor, scheme: Scheme) -> dict[str, Tensor]:
+    """A learned scale as the layer will store it: positive, in the dtype of its granularity or as whole multiples."""
     positive = scale.detach().abs().clamp_min(2.0**-100)
-    return positive.to(storage_dtype(scheme.scale_dtype or torch.float32, positive))
+    if scheme.group_scales == "int":
+        return reference.integer_scales(positive, torch.ones_like(positive, dtype=torch.bool), scheme)
+    return {"weight_scale": positive.to(storage_dtype(scheme.scale_dtype or torch.float32, positive))}
 
 
 def _tensors(weight: Tensor, scale: Tensor | None, scheme: Scheme) -> dict[str, Tensor]:
     if scale is None:
         return reference.quantize_weight(weight, scheme)
-    grid = {"weight_scale": _stored(scale, scheme)}
+    grid = _learned_grid(scale, scheme)
     return {"weight": reference.weight_codes(reference.round_to_grid(weight, grid, scheme), scheme), **grid}
 
 
@@ -107,7 +109,7 @@ class QATLinear(nn.Linear):
 
     Attributes:
         scheme: of that layer.
-        weight_scale: the scales, where they are learned; else None.
+        weight_scale: the scales of channels or groups, where they are learned; else None.
     """
 
     def __init__(self, linear: nn.Linear, scheme: Scheme, *, learnable_scale: bool = False) -> None:
@@ -117,8 +119,8 @@ class QATLinear(nn.Linear):
             self.bias = linear.bias
         self.register_parameter("weight_scale", None)
         if learnable_scale:
-            scale = reference.weight_grid(linear.weight.detach(), scheme)["weight_scale"]
-            self.weight_scale = nn.Parameter(scale.to(torch.float32))
+            grid = reference.weight_grid(linear.weight.detach(), scheme)
+            self.weight_scale = nn.Parameter(reference.group_scale(grid))
 
     def forward(self, input: Tensor) -> Tensor:
         """``input [..., in_features]``, fp32, bf16 or fp16."""

@@ -36,8 +36,10 @@ from qkernels._activations import quantize_activations
 from qkernels._fused import ACTIVATIONS, activated, add_residual, layer_norm, rms_norm
 from qkernels._tensors import check_static, dequantize, pack_int4, quantize, unpack_int4
 from qkernels._weights import (
+    centred_zero,
     dequantize_weight,
     group_scale,
+    integer_grid,
     integer_scales,
     multiplied_codes,
     quantize_weight,
@@ -53,10 +55,12 @@ __all__ = [
     "ACTIVATIONS",
     "activated",
     "add_residual",
+    "centred_zero",
     "check_static",
     "dequantize",
     "dequantize_weight",
     "group_scale",
+    "integer_grid",
     "integer_scales",
     "layer_norm",
     "linear",

@@ -4,8 +4,9 @@
 
 Given all other columns, the best value of column i is ``w_i + sum over k of e_k H_ki / H_ii``.  :func:`refine_weight`
 goes over the groups of columns, again and again: the best scale given everything else, then column after column the
-unit nearest to the best value.  No step can make the sum larger, and rounding a scale to the type that stores it cannot
-either: along one scale the sum is a parabola, and what is nearest to its lowest point is best.
+unit nearest to the best value.  No step can make the sum larger, and rounding a scale to the type that stores it, or
+to a multiple of the channel's, cannot either: along one scale the sum is a parabola, and what is nearest to its lowest
+point is best.
 
 GPTQ's rounding is the same walk with another factor than ``H_ki / H_ii``, one that counts columns before alone:
 :func:`round_columns`, used by :mod:`qkernels.gptq`.
@@ -103,6 +104,7 @@ def refine_weight(
         The canonical tensors of the grid that the units are on now.
     """
     stored, columns = tensors["weight_scale"], len(wanted)
+    unit, most = (stored, scheme.largest_multiplier) if scheme.group_scales == "int" else (None, 1)
     grid = Grid.of(tensors, scheme, columns)
     size, diagonal = grid.group_size, h.diagonal().unsqueeze(1)
     factor = h / diagonal.t()
@@ -120,7 +122,7 @@ def refine_weight(
             best = targets[first - start : last - start]
             pull = (best - before).mul_(diagonal[first:last]).mul_(near).sum(0)
             curvature = (h[first:last, first:last] @ near).mul_(near).sum(0)
-            step = _step(pull / curvature, scales[g], grid.scale[g], stored.dtype)
+            step = _step(pull / curvature, scales[g], grid.scale[g], stored.dtype, unit, most)
             scales[g] += step
             moved = near * step
             best.addmm_(inside.t(), moved, alpha=-1.0)
@@ -128,12 +130,20 @@ def refine_weight(
             changes = round_block(best, before + moved, near, inside, [line] * len(near)).sub_(moved)
             errors[first:last] += changes
             targets[last - start :].addmm_(factor[first:last, last:stop].t(), changes)
+    if unit is not None:
+        multiplier = torch.round(scales / unit).to(torch.uint8)
+        return {**tensors, "weight_multiplier": multiplier.t().contiguous()}
     return {**tensors, "weight_scale": scales.t().reshape(stored.shape).to(stored.dtype).contiguous()}
 
 
-def _step(step: Tensor, scale: Tensor, first: Tensor, dtype: torch.dtype) -> Tensor:
-    """``step`` as far as ``scale + step`` can be stored; none where it would leave the neighbourhood of ``first``."""
+def _step(
+    step: Tensor, scale: Tensor, first: Tensor, dtype: torch.dtype, unit: Tensor | None = None, most: int = 1
+) -> Tensor:
+    """``step`` as far as ``scale + step`` can be stored, or is 1 to ``most`` times ``unit``; none where it would leave
+    the neighbourhood of ``first``."""
     moved = (scale + step).to(dtype).to(torch.float32)
+    if unit is not None:
+        moved = torch.round(moved / unit).clamp(1.0, float(most)) * unit
     sound = (moved > NARROWEST * first) & (moved < WIDEST * first)  # False for NaN
     sound &= moved >= torch.finfo(dtype).tiny
     return torch.where(sound, moved - scale, torch.zeros_like(scale))

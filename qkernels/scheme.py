@@ -246,6 +246,11 @@ class Scheme:
         """The largest multiplier of ``group_scales="int"``: times any code less its zero point it is a signed byte."""
         return 127 // (self.zero_code if self.weight_symmetric else self.code_range[1])
 
+    @property
+    def searched(self) -> Scheme:
+        """The scheme in which scales are searched for: group_scales="int" comes out of float scales."""
+        return self if self.group_scales == "float" else self.replace(group_scales="float", scale_dtype=torch.float32)
+
     def code_bytes(self, in_features: int) -> int:
         """Bytes of the codes of one row of ``in_features`` weights, as they are stored."""
         return -(-in_features * self.weight_bits // 8)

@@ -24,6 +24,10 @@ SCHEMES = {
     "w4 per channel": qk.Scheme(weight_bits=4, activation_bits=None),
     "w8 per channel": qk.Scheme(),
     "w4 g16 code book": G16.replace(codebook=tuple(float(v) for v in range(-8, 8))),
+    "w4 g16 multiples": G16.replace(activation_bits=8, group_scales="int", scale_dtype=None),
+    "w4 g16 multiples asymmetric": G16.replace(
+        activation_bits=8, group_scales="int", scale_dtype=None, weight_symmetric=False
+    ),
 }
 
 

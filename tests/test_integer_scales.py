@@ -80,6 +80,32 @@ def test_multipliers_are_the_nearest() -> None:
     assert nothing["weight_multiplier"].tolist() == [[1] * 5] * 2
 
 
+def test_zero_points_put_the_middle_of_the_codes_next_to_that_of_the_range() -> None:
+    hi, lo, scale = torch.tensor([[9.0, 15.0, 0.0, 2.0]]), torch.tensor([[-6.0, 0.0, -15.0, -15.0]]), torch.ones(1, 4)
+    scheme = INT.replace(weight_symmetric=False)
+    assert reference.centred_zero(hi, lo, scale, scheme).tolist() == [[6, 0, 15, 14]]
+    # Half as wide as the range: of the 15 steps that are missing 8 are below, 7 above.
+    assert reference.centred_zero(hi, lo, scale / 2, scheme).tolist() == [[4, 0, 15, 15]]
+
+
+def test_a_float_grid_becomes_multiples_that_cover_its_range() -> None:
+    scheme = INT.replace(weight_symmetric=False, group_size=8)
+    w = torch.ones(1, 24)
+    w[:, 16:] = 0.0  # its scale of 1 is not one
+    found = {
+        "weight_scale": torch.tensor([[0.8, 0.37, 1.0]]),
+        "weight_zero_point": torch.tensor([[5, 12, 0]], dtype=torch.uint8),
+    }
+    made = reference.integer_grid(w, found, scheme)
+    assert_bits_equal(made["weight_scale"], torch.tensor([0.8]) / torch.tensor([8.0]))
+    assert made["weight_multiplier"].tolist() == [[8, 4, 1]]
+    # -12 to 3 steps of 0.37, -4.44 to 1.11: the middle is 4.1625 steps of 0.4 below zero, 7.5 + 4.16 is 12.
+    assert made["weight_zero_point"].tolist()[0][:2] == [5, 12]
+    given = reference.integer_grid(w, found, scheme, torch.tensor([0.05]))
+    assert_bits_equal(given["weight_scale"], torch.tensor([0.05]))
+    assert given["weight_multiplier"].tolist() == [[8, 7, 1]]  # 16 would be wanted, and there is none
+
+
 @by_scheme
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_product_is_that_of_eight_bit_weights(scheme: Scheme, dtype: torch.dtype) -> None:

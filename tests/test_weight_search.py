@@ -23,7 +23,9 @@ SCHEMES = {
     "minimum": G32.replace(weight_symmetric=False, weight_zero="float"),
     "per channel": qk.Scheme(weight_bits=4, activation_bits=None),
 }
-
+INT = qk.Scheme(weight_bits=4, weight_granularity="per_group", group_size=32, group_scales="int")
+MULTIPLES = {"multiples": INT, "multiples asymmetric": INT.replace(weight_symmetric=False)}
+EVERY = SCHEMES | MULTIPLES
 
 SEARCHED = SCHEMES | {
     "code book": G32.replace(codebook=tuple(v * abs(v) / 64 for v in (*range(8), *range(-8, 0)))),
@@ -50,7 +52,7 @@ def norm_error(w: torch.Tensor, tensors: dict, scheme: qk.Scheme, p: float) -> f
     return float((reference.dequantize_weight(tensors, scheme, w.shape[1]) - w).abs().pow(p).sum())
 
 
-@pytest.mark.parametrize("scheme", SCHEMES.values(), ids=list(SCHEMES))
+@pytest.mark.parametrize("scheme", EVERY.values(), ids=list(EVERY))
 def test_hqq_lowers_its_norm(scheme):
     w = heavy()
     tensors, plain = hqq_weight(w, scheme), reference.quantize_weight(w, scheme)
@@ -63,12 +65,12 @@ def test_hqq_keeps_eight_bits_and_code_books_and_zeros():
     for scheme in (qk.Scheme(), G32.replace(codebook=tuple(range(-8, 8)))):
         for name, tensor in reference.quantize_weight(w, scheme).items():
             assert_bits_equal(hqq_weight(w, scheme)[name], tensor)
-    for scheme in SCHEMES.values():
+    for scheme in EVERY.values():
         zero = hqq_weight(torch.zeros(4, 64), scheme)
         assert not reference.dequantize_weight(zero, scheme, 64).any()
 
 
-@pytest.mark.parametrize("scheme", SCHEMES.values(), ids=list(SCHEMES))
+@pytest.mark.parametrize("scheme", EVERY.values(), ids=list(EVERY))
 def test_range_search_lowers_its_norm(scheme):
     w = heavy()
     grid = search_range(w, scheme)

@@ -45,7 +45,7 @@ def add_scheme_options(parser: argparse.ArgumentParser, *, default: str | None =
     """The options that choose what is quantized and how; `generate` has them too."""
     shown = default or "none: run the model as it is"
     parser.add_argument(
-        "--scheme", default=default, help=f"w8a8, w8a16, w4a8, w4a16, w3a16 or w2a16 (default: {shown})"
+        "--scheme", default=default, help=f"w8a8, w8a16, w4a8, w4a8_intscale, w4a16, w3a16 or w2a16 (default: {shown})"
     )
     parser.add_argument(
         "--asymmetric-activations",
