@@ -68,10 +68,13 @@ enum class ScaleType : int32_t { kF32 = 0, kF16 = 2 };
 // y [M, N]: int4 weights in groups along K; see layout.h. With a = q_x - zero_point_x, per group g in order:
 //   d = sum(a * q) - zero_point * sum(a)   (int32);   total += float(d) * scale_w[g];   total += min[g] * float(sum(a))
 // then y = function(total * scale_x + bias) + residual. zero_point is 8 where there is neither a zero point nor a
-// minimum.
+// minimum. With multipliers instead of scales of groups the total is an integer, as that of 8-bit weights:
+//   total += multiplier[g] * d;   y = function(float(total) * scale_x * scale_w + bias) + residual
 struct LinearW4A8Args {
   const uint8_t* packed;
-  const void* weight_scale;  // packed groups
+  const void* weight_scale;  // packed groups; with multipliers one fp32 value for each channel
+  const uint8_t*
+      weight_multiplier;  // packed groups or nullptr; such that multiplier * (q - zero_point) is a signed byte
   const uint8_t* weight_zero_point;  // packed groups or nullptr
   const void* weight_min;  // packed groups or nullptr, of scale_type
   ScaleType scale_type;

@@ -18,8 +18,8 @@ qk::ScaleType scale_type(int code) {
 class LinearW4A8 {
  public:
   LinearW4A8(uintptr_t packed, uintptr_t weight_scale, uintptr_t weight_zero_point, uintptr_t weight_min,
-             int scale_code, uintptr_t bias, int64_t n, int64_t k, int64_t group_size, bool act_symmetric,
-             float act_scale, int32_t act_zero_point, uintptr_t inv_smooth, int function) {
+             uintptr_t weight_multiplier, int scale_code, uintptr_t bias, int64_t n, int64_t k, int64_t group_size,
+             bool act_symmetric, float act_scale, int32_t act_zero_point, uintptr_t inv_smooth, int function) {
     QK_CHECK_GE(n, 0);
     QK_CHECK_GE(k, 0);
     QK_CHECK_LE(k, qk::kMaxK);
@@ -30,7 +30,12 @@ class LinearW4A8 {
     args_.weight_scale = pointer<const void>(weight_scale);
     args_.weight_zero_point = pointer<const uint8_t>(weight_zero_point);
     args_.weight_min = pointer<const void>(weight_min);
+    args_.weight_multiplier = pointer<const uint8_t>(weight_multiplier);
     args_.scale_type = scale_type(scale_code);
+    if (weight_multiplier) {
+      QK_CHECK_EQ(scale_code, 0);
+      QK_CHECK_EQ(weight_min, 0u);
+    }
     args_.bias = pointer<const float>(bias);
     args_.n = n;
     args_.k = k;
@@ -132,12 +137,12 @@ void bind_w4(py::module_& m) {
       py::arg("packed"), py::arg("element_bytes"), py::arg("N"), py::arg("groups"), py::arg("target"));
 
   py::class_<LinearW4A8>(m, "LinearW4A8")
-      .def(py::init<uintptr_t, uintptr_t, uintptr_t, uintptr_t, int, uintptr_t, int64_t, int64_t, int64_t, bool, float,
-                    int32_t, uintptr_t, int>(),
+      .def(py::init<uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, int, uintptr_t, int64_t, int64_t, int64_t,
+                    bool, float, int32_t, uintptr_t, int>(),
            py::arg("packed"), py::arg("weight_scale"), py::arg("weight_zero_point"), py::arg("weight_min"),
-           py::arg("scale_dtype"), py::arg("bias"), py::arg("N"), py::arg("K"), py::arg("group_size"),
-           py::arg("act_symmetric"), py::arg("act_scale"), py::arg("act_zero_point"), py::arg("inv_smooth"),
-           py::arg("function") = 0)
+           py::arg("weight_multiplier"), py::arg("scale_dtype"), py::arg("bias"), py::arg("N"), py::arg("K"),
+           py::arg("group_size"), py::arg("act_symmetric"), py::arg("act_scale"), py::arg("act_zero_point"),
+           py::arg("inv_smooth"), py::arg("function") = 0)
       .def("run", &LinearW4A8::run)
       .def("run_plus", &LinearW4A8::run_plus);
 }

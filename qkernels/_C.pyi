@@ -101,7 +101,10 @@ class LinearW8A8Group:
         """``y``: a contiguous ``[M, N]`` for each member."""
 
 class LinearW4A8:
-    """One layer's weights in groups along K; at most one of zero points and minima. Otherwise as LinearW8A8."""
+    """One layer's weights in groups along K; at most one of zero points and minima, no minima beside multipliers.
+
+    Otherwise as LinearW8A8.
+    """
 
     def __init__(
         self,
@@ -109,6 +112,7 @@ class LinearW4A8:
         weight_scale: int,
         weight_zero_point: int,
         weight_min: int,
+        weight_multiplier: int,
         scale_dtype: int,
         bias: int,
         N: int,

@@ -229,6 +229,9 @@ def check_canonical(
         low, high, top = int(multiplier.min()), int(multiplier.max()), scheme.largest_multiplier
         if not 1 <= low <= high <= top:
             raise ValueError(f"weight_multiplier: expected values from 1 to {top}, got {low} to {high}")
+        zero, last = checked.get("weight_zero_point"), scheme.code_range[1]
+        if zero is not None and int(zero.max()) > last:
+            raise ValueError(f"weight_zero_point: expected values from 0 to {last}, got {int(zero.max())}")
     return checked
 
 

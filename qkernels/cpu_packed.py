@@ -35,6 +35,11 @@ _dtype_code = DTYPE_CODES.get
 _strided = torch.strided
 
 
+def _groups_of(name: str, scheme: Scheme, features: int) -> int:
+    """Values of a row that a resident tensor holds: one for each group; of scales beside multipliers, one."""
+    return 1 if name == "packed_scale" and scheme.group_scales == "int" else group_count(scheme, features)
+
+
 def _op(scheme: Scheme) -> str:
     return f"w{scheme.weight_bits}a{scheme.activation_bits or 16}"
 
@@ -45,7 +50,7 @@ def _op(scheme: Scheme) -> str:
 def _pack(canonical: Mapping[str, Tensor], scheme: Scheme, features: int) -> dict[str, Tensor]:
     """The resident form of canonical tensors on the CPU, or their shapes on the meta device."""
     weight = canonical["weight"]
-    rows, groups = weight.shape[0], group_count(scheme, features)
+    rows = weight.shape[0]
     meta = weight.device.type == "meta"
     packed: dict[str, Tensor] = {}
     if scheme.weight_bits == 8:
@@ -65,6 +70,7 @@ def _pack(canonical: Mapping[str, Tensor], scheme: Scheme, features: int) -> dic
         if scheme.weight_bits == 8:
             packed[own] = tensor
             continue
+        groups = _groups_of(own, scheme, features)
         elements = _C.packed_group_elements(rows, groups)
         packed[own] = torch.empty(elements, dtype=tensor.dtype, device=weight.device)
         if not meta:
@@ -85,8 +91,6 @@ def _unpack(packed: Mapping[str, Tensor | None], scheme: Scheme, rows: int, feat
         if device.type == "cpu":
             target = canonical["weight"].data_ptr()
             _C.unpack_w4(codes.data_ptr(), rows, features, target, _num_threads())
-    groups = group_count(scheme, features)
-    shape = (rows,) if scheme.weight_granularity == "per_channel" else (rows, groups)
     for name, own in GROUPED.items():
         tensor = packed.get(own)
         if tensor is None:
@@ -94,6 +98,9 @@ def _unpack(packed: Mapping[str, Tensor | None], scheme: Scheme, rows: int, feat
         if scheme.weight_bits == 8:
             canonical[name] = tensor
             continue
+        groups = _groups_of(own, scheme, features)
+        of_channels = own == "packed_scale" and scheme.group_scales == "int"
+        shape = (rows,) if of_channels or scheme.weight_granularity == "per_channel" else (rows, groups)
         canonical[name] = torch.empty(shape, dtype=tensor.dtype, device=device)
         if device.type == "cpu":
             target = canonical[name].data_ptr()
@@ -115,7 +122,7 @@ def _native(
     features: int,
 ) -> Any:
     """The binding's object for these addresses (0: absent), in the order of ``PreparedPacked.names``."""
-    packed, scale, zero_point, low, _, bias, _, _, smooth = addresses
+    packed, scale, zero_point, low, multiplier, bias, _, _, smooth = addresses
     group = scheme.resolve_group_size(features)
     if scheme.activation_bits:
         return _C.LinearW4A8(
@@ -123,6 +130,7 @@ def _native(
             scale,
             zero_point,
             low,
+            multiplier,
             scale_code,
             bias,
             rows,
@@ -158,8 +166,6 @@ class PreparedPacked(PackedLayer):
             return f"no native kernel for scheme {scheme.name}"
         if scheme.weight_bits == 8 and scheme.weight_granularity != "per_channel":
             return f"no native kernel for group-wise 8-bit weights (scheme {scheme.name})"
-        if scheme.group_scales == "int":
-            return f"no native kernel for integer scales of groups (scheme {scheme.name})"
         if device.type not in ("cpu", "meta"):
             return f"no native kernel for device {device.type}"
         if in_features == 0 or out_features == 0:
@@ -270,10 +276,13 @@ class PreparedPacked(PackedLayer):
 
 
 def _sizes_fit(resident: Mapping[str, Tensor], scheme: Scheme, rows: int, features: int) -> bool:
-    elements = rows if scheme.weight_bits == 8 else _C.packed_group_elements(rows, group_count(scheme, features))
     codes = _C.packed_w8_bytes(rows, features) if scheme.weight_bits == 8 else _C.packed_w4_bytes(rows, features)
     sizes = {"packed": codes, "bias": rows, "inv_smooth": features, "act_scale": 1, "act_zero_point": 1}
-    return all(tensor.numel() == sizes.get(name, elements) for name, tensor in resident.items())
+    if scheme.weight_bits == 8:
+        sizes["packed_scale"] = rows
+    else:
+        sizes |= {own: _C.packed_group_elements(rows, _groups_of(own, scheme, features)) for own in GROUPED.values()}
+    return all(tensor.numel() == sizes[name] for name, tensor in resident.items())
 
 
 def _bound_native(

@@ -16,15 +16,17 @@ GRIDS = {
     "symmetric": {},
     "zero_point": {"weight_symmetric": False},
     "minimum": {"weight_symmetric": False, "weight_zero": "float"},
+    "multiplier": {"group_scales": "int"},
+    "multiplier_zero_point": {"group_scales": "int", "weight_symmetric": False},
 }
 
 
 def scheme(grid: str, group_size: int | None, **activations: object) -> Scheme:
-    groups = (
-        {"weight_granularity": "per_channel"}
-        if group_size is None
-        else {"weight_granularity": "per_group", "group_size": group_size}
-    )
+    """No group size: one group of all."""
+    if group_size is None and not grid.startswith("multiplier"):
+        groups = {"weight_granularity": "per_channel"}
+    else:
+        groups = {"weight_granularity": "per_group", "group_size": group_size or 1 << 16}
     return Scheme(weight_bits=4, **groups, **GRIDS[grid], **activations)
 
 
@@ -81,13 +83,16 @@ def test_w4a8_hazard_rows(isa: str, threads: int, dtype: torch.dtype) -> None:
     check(layer, x[:0], isa)
 
 
-def test_w4a8_extremes_do_not_saturate(isa: str) -> None:
+@pytest.mark.parametrize("grid", ["symmetric", "multiplier"])
+@pytest.mark.parametrize("group_size", [None, 512, 64])
+def test_w4a8_extremes_do_not_saturate(isa: str, grid: str, group_size: int | None) -> None:
     """Every product at its largest: the AVX2 tier adds eight pairs in 16 bits."""
-    layer = QuantLinear.from_float(torch.full((64, 4096), -1.0), None, scheme("symmetric", None))
-    layer.load_state_dict({**layer.state_dict(), "weight": torch.full((64, 2048), 0xFF, dtype=torch.uint8)})
-    for rows in (1, 7):
-        check(layer, torch.full((rows, 4096), -3.0), isa)
-        check(layer, torch.full((rows, 4096), 3.0), isa)
+    layer = QuantLinear.from_float(torch.full((64, 4096), -1.0), None, scheme(grid, group_size))
+    for code in (0xFF, 0x00):
+        layer.load_state_dict({**layer.state_dict(), "weight": torch.full((64, 2048), code, dtype=torch.uint8)})
+        for rows in (1, 7, 40):
+            check(layer, torch.full((rows, 4096), -3.0), isa)
+            check(layer, torch.full((rows, 4096), 3.0), isa)
 
 
 @settings(max_examples=40, deadline=None)
@@ -100,8 +105,9 @@ def test_w4a8_any_shape(rows: int, n: int, k: int, group_size: int | None, grid:
     check(layer, seeded(rows, k), _C.info()["isa"])
 
 
-def test_w4a8_repeats_to_the_bit_across_threads_and_tiers() -> None:
-    layer = QuantLinear.from_float(seeded(200, 512), seeded(200), "w4a8")
+@pytest.mark.parametrize("preset", ["w4a8", "w4a8_intscale"])
+def test_w4a8_repeats_to_the_bit_across_threads_and_tiers(preset: str) -> None:
+    layer = QuantLinear.from_float(seeded(200, 512), seeded(200), preset)
     x = seeded(33, 512)
     before, tier = torch.get_num_threads(), _C.info()["isa"]
     expected = layer(x)

@@ -41,13 +41,16 @@ int64_t linear_w8a8_scratch_by_rows(int64_t m, int64_t k, int threads) {
 
 const char* linear_w4a8_by_rows(const LinearW4A8Args& args) {
   if (args.m < kMinRows) return linear_w4a8<Avx512Vnni>(args);
-  LinearW4A8Amx<Amx>(args).run();
+  if (args.weight_multiplier)
+    LinearW4A8Amx<Amx, true>(args).run();
+  else
+    LinearW4A8Amx<Amx, false>(args).run();
   return Amx::kIsa;
 }
 
 int64_t linear_w4a8_scratch_by_rows(int64_t m, int64_t k, int64_t groups, int threads) {
   return m < kMinRows ? linear_w4a8_scratch_bytes<Avx512Vnni>(m, k, groups, threads)
-                      : LinearW4A8Amx<Amx>::scratch_bytes(m, k, groups, threads);
+                      : LinearW4A8Amx<Amx, false>::scratch_bytes(m, k, groups, threads);
 }
 
 }  // namespace

@@ -337,22 +337,22 @@ struct Avx2 : YmmVerbs {
     });
   }
 
-  // One group and 16 columns: totals [rows, 64] += float(start + sum) * scale.
-  template <int kRows>
+  // One group and 16 columns: totals [rows, 64] += float(start + sum) * scale, or int32 all of it.
+  template <int kRows, class T>
   QK_NOINLINE static void tile4_group_rows(const uint8_t* a, int64_t lda, const int8_t* b, int64_t steps,
-                                           const int32_t* start, const float* scale, float* totals) {
+                                           const int32_t* start, const T* scale, T* totals) {
     const __m256i ones = _mm256_set1_epi16(1);
     alignas(32) int32_t c[kRows * kTileN];
     code_words<kRows>(a, lda, b, steps, [&](int r, int half, int64_t k, __m256i words) __attribute__((always_inline)) {
       int32_t* sum = c + r * kTileN + half;
       const __m256i s = add_i(k == 0 ? set_i(start[r]) : load_i(sum), _mm256_madd_epi16(words, ones));
       if (k + kCodeSteps < steps) return store_i(sum, s);
-      float* total = totals + r * kBlockN + half;
-      store_f(total, add(load_f(total), mul(to_f(s), load_f(scale + half))));
+      add_group(totals + r * kBlockN + half, s, scale + half);
     });
   }
+  template <class T>
   static void tile4_group(int rows, const uint8_t* a, int64_t lda, const int8_t* panel, int64_t columns, int64_t steps,
-                          const int32_t* start, const float* scale, float* totals) {
+                          const int32_t* start, const T* scale, T* totals) {
     for (int j = 0; j < columns; j += kTileN) {
       const int8_t* b = panel + j * kPackK;
       switch (rows) {

@@ -16,10 +16,10 @@
 namespace qk {
 namespace {
 
-template <class V>
-class LinearW4A8Amx : PanelsW4A8Amx<V> {
+template <class V, bool kWhole>
+class LinearW4A8Amx : PanelsW4A8Amx<V, kWhole> {
  public:
-  using Panels = PanelsW4A8Amx<V>;
+  using Panels = PanelsW4A8Amx<V, kWhole>;
 
   using Panels::scratch_bytes;
   explicit LinearW4A8Amx(const LinearW4A8Args& args)
@@ -139,6 +139,11 @@ class LinearW4A8Amx : PanelsW4A8Amx<V> {
       const float* t = p.totals + r * kPairRows;
       const F scale = V::set(p.scales[r].scale);
       F v = V::mul(V::load_f(t), scale), w = V::mul(V::load_f(t + 16), scale);
+      if constexpr (kWhole) {
+        const float* channels = this->channel_scales() + p.n0;
+        v = V::mul(v, V::load_f(channels));
+        w = V::mul(w, V::load_f(channels + 16));
+      }
       if (bias) {
         v = V::add(v, b0);
         w = V::add(w, b1);

@@ -17,10 +17,11 @@
 // A tier provides, beside what linear_w8a8_impl.h asks for: tile4 (as tile, u8 weights and s8 activations, depth in
 // lines of 4 k), tile4_direct (rows <= kDirectRows, c [rows, 64], straight from packed lines of 8 k), kDirectTiles (so
 // many of those beat a panel, measured), and, where kFusesGroups, tile4_group (a group's sums of at least the columns
-// that are there go to the float totals without a stop in memory).
+// that are there go to the totals, float or int32, without a stop in memory).
 #pragma once
 
 #include <cstring>
+#include <type_traits>
 
 #include "../args.h"
 #include "../layout.h"
@@ -46,12 +47,14 @@ int64_t linear_w4a8_scratch_bytes(int64_t m, int64_t k, int64_t groups, int thre
   return row_chunks_bytes<V>(m, k, w4a8_row_bytes(k, groups), threads);
 }
 
-template <class V>
+// kWhole: scales of groups are multipliers, totals integers.
+template <class V, bool kWhole>
 class LinearW4A8 {
  public:
-  explicit LinearW4A8(const LinearW4A8Args& args)
+  explicit LinearW4A8(const LinearW4A8Args& args) : LinearW4A8(args, args.group_size) {}
+  LinearW4A8(const LinearW4A8Args& args, int64_t group_size)
       : p_(args),
-        group_(args.group_size < args.k ? args.group_size : args.k),
+        group_(group_size < args.k ? group_size : args.k),
         groups_(args.k > 0 ? ceil_div(args.k, group_) : 1),
         stride_(w4a8_row_bytes(args.k, groups_)),
         fuses_(args.act.symmetric && !args.weight_zero_point && !args.weight_min && group_ <= kPanelK) {}
@@ -68,6 +71,7 @@ class LinearW4A8 {
  protected:  // the AMX tier has loops of its own over these
   using F = typename V::F;
   using I = typename V::I;
+  using Total = typename std::conditional<kWhole, int32_t, float>::type;
 
   // A row of scratch: int8 activations, zeros up to row_bytes(k), then the sum of each group.
   const int32_t* group_sums(const uint8_t* row) const {
@@ -117,7 +121,7 @@ class LinearW4A8 {
 
   // What the 64 columns of a superblock share within a group.
   struct Group {
-    alignas(kAlign) float scale[kBlockN];
+    alignas(kAlign) Total scale[kBlockN];  // or multipliers
     alignas(kAlign) float min[kBlockN];
     alignas(kAlign) int32_t zero_point[kBlockN];
     alignas(kAlign) int32_t code_sum[kBlockN];  // of the codes; asymmetric activations only
@@ -131,7 +135,11 @@ class LinearW4A8 {
 
   void load_group(int64_t nb, int64_t g, Group& group) const {
     const int64_t at = (nb * groups_ + g) * kBlockN;
-    load_floats(p_.weight_scale, at, group.scale);
+    if constexpr (kWhole) {
+      for (int j = 0; j < kBlockN; ++j) group.scale[j] = p_.weight_multiplier[at + j];
+    } else {
+      load_floats(p_.weight_scale, at, group.scale);
+    }
     if (p_.weight_min) load_floats(p_.weight_min, at, group.min);
     for (int j = 0; j < kBlockN; ++j)
       group.zero_point[j] = p_.weight_zero_point ? p_.weight_zero_point[at + j] : p_.weight_min ? 0 : 8;
@@ -157,10 +165,10 @@ class LinearW4A8 {
         p_.n - nb * kBlockN < kBlockN ? p_.n - nb * kBlockN : kBlockN;  // tiles of padding are left out
     const uint8_t* a = q + block.begin * stride_;
     const uint8_t* codes = p_.packed + nb * (padded_k(p_.k) / kLineK) * kBlockN * kPackK;
-    alignas(kAlign) float totals[kTotalsRows * kBlockN];
+    alignas(kAlign) Total totals[kTotalsRows * kBlockN];
     alignas(kAlign) uint8_t panel[kPanelK * kBlockN];
     alignas(kAlign) int32_t sums[(kTotalsRows + V::kTileM) * kBlockN];
-    std::memset(totals, 0, static_cast<size_t>(rows * kBlockN) * sizeof(float));
+    std::memset(totals, 0, static_cast<size_t>(rows * kBlockN) * sizeof(Total));
     Group group;
     for (int64_t g = 0; g < (p_.k > 0 ? groups_ : 0); ++g) {
       const int64_t begin = g * group_, end = begin + group_ < p_.k ? begin + group_ : p_.k;
@@ -209,7 +217,7 @@ class LinearW4A8 {
 
   // A group of one panel whose zero points are all 8: the accumulators start at -8 * sum(a) and end in the totals.
   void fused_group(int64_t g, int64_t columns, int64_t tiles, int64_t rows, const uint8_t* a, int64_t begin,
-                   int64_t steps, const uint8_t* panel, const Group& group, float* totals) const {
+                   int64_t steps, const uint8_t* panel, const Group& group, Total* totals) const {
     for (int64_t t = 0; t < tiles; ++t) {
       const Range tile = share(rows, static_cast<int>(t), static_cast<int>(tiles));
       int32_t start[V::kTileM];
@@ -245,29 +253,33 @@ class LinearW4A8 {
 
   // totals += float(d) * scale (+ min * float(sum of a)) for the rows of a tile and columns [j, j + pitch) of c.
   void finish_group(int64_t g, int64_t depth, Range tile, const uint8_t* a, const RowScale* scales, const int32_t* c,
-                    int pitch, int j, const Group& group, float* totals) const {
+                    int pitch, int j, const Group& group, Total* totals) const {
     for (int64_t r = tile.begin; r < tile.end; ++r, c += pitch) {
       // With x = stored - zp: sum(x * q) = sum(stored * q) - zp * sum(q), and sum(x) = sum(stored) - zp * depth.
       const int32_t zp = scales[r].zero_point, stored = group_sums(a + r * stride_)[g];
       const int32_t sum = stored - zp * static_cast<int32_t>(depth);
       const I all = V::set_i(sum), x_zero = V::set_i(zp);
       const F fsum = V::to_f(all);
-      float* total = totals + r * kBlockN + j;
+      Total* total = totals + r * kBlockN + j;
       for (int i = 0; i < pitch; i += V::kLanes) {
         const int at = j + i;
         I d = V::load_i(c + i);
         if (zp != 0) d = V::sub_i(d, V::mul_i(x_zero, V::load_i(group.code_sum + at)));
         if (!p_.weight_min) d = V::sub_i(d, V::mul_i(all, V::load_i(group.zero_point + at)));
-        F t = V::add(V::load_f(total + i), V::mul(V::to_f(d), V::load_f(group.scale + at)));
-        if (p_.weight_min) t = V::add(t, V::mul(V::load_f(group.min + at), fsum));
-        V::store_f(total + i, t);
+        if constexpr (kWhole) {
+          V::store_i(total + i, V::add_i(V::load_i(total + i), V::mul_i(d, V::load_i(group.scale + at))));
+        } else {
+          F t = V::add(V::load_f(total + i), V::mul(V::to_f(d), V::load_f(group.scale + at)));
+          if (p_.weight_min) t = V::add(t, V::mul(V::load_f(group.min + at), fsum));
+          V::store_f(total + i, t);
+        }
       }
     }
   }
 
   // Columns [n0, n0 + columns) of y, as far as there are any. kStreams: see store_row.h.
-  template <bool kStreams = false>
-  void finish_row(int64_t row, float scale, const float* totals, int64_t n0, int64_t columns) const {
+  template <bool kStreams = false, class T>
+  void finish_row(int64_t row, float scale, const T* totals, int64_t n0, int64_t columns) const {
     switch (p_.y_dtype) {
       case DType::kF32:
         return finish_row_as<DType::kF32, kStreams>(row, scale, totals, n0, columns);
@@ -278,19 +290,25 @@ class LinearW4A8 {
     }
   }
 
-  template <DType D, bool kStreams>
-  void finish_row_as(int64_t row, float scale, const float* totals, int64_t n0, int64_t columns) const {
+  template <DType D, bool kStreams, class T>
+  void finish_row_as(int64_t row, float scale, const T* totals, int64_t n0, int64_t columns) const {
     const int64_t y = row * p_.y_stride + n0, residual = row * p_.residual.stride + n0;
     const int width = static_cast<int>(p_.n - n0 < columns ? p_.n - n0 : columns);
     const F scale_x = V::set(scale);
     store_row<V, D, kStreams>(p_.y, y, width, [&](int i, int n) QK_INLINE {
-      F v = V::mul(V::load_f(totals + i), scale_x);
+      F v = V::mul(load_total(totals + i), scale_x);
+      if constexpr (kWhole) v = V::mul(v, V::load_f(channel_scales() + n0 + i));
       if (p_.bias) v = V::add(v, n == V::kLanes ? V::load_f(p_.bias + n0 + i) : V::load_f_part(p_.bias + n0 + i, n));
       if (p_.function != Activation::kNone) v = Activations<V>::apply(p_.function, v);
       if (p_.residual.rows) v = plus_residual<V, D>(p_.residual, residual + i, n, v);
       return v;
     });
   }
+
+  static F load_total(const float* p) { return V::load_f(p); }
+  static F load_total(const int32_t* p) { return V::to_f(V::load_i(p)); }
+  // Of whole blocks of 64 channels.
+  const float* channel_scales() const { return static_cast<const float*>(p_.weight_scale); }
 
   const LinearW4A8Args& p_;
   const int64_t group_, groups_, stride_;
@@ -300,7 +318,10 @@ class LinearW4A8 {
 // Returns the tier that ran.
 template <class V>
 const char* linear_w4a8(const LinearW4A8Args& args) {
-  LinearW4A8<V>(args).run();
+  if (args.weight_multiplier)
+    LinearW4A8<V, true>(args).run();
+  else
+    LinearW4A8<V, false>(args).run();
   return V::kIsa;
 }
 

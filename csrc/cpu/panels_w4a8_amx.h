@@ -1,7 +1,8 @@
 // A panel of W4A8 on AMX: what of K is worked on at a time, its weights as tiles, and a thread's workspace.
 //
 // A panel tile holds 64 k of one group: a group that ends or begins within them has zeros in the others' places, so
-// activations need no order of their own for each group size.
+// activations need no order of their own for each group size. Where groups have multipliers (kWhole), they meet the
+// codes on their way into the tiles, and all of K is one group.
 #pragma once
 
 #include "linear_w4a8_impl.h"
@@ -10,12 +11,13 @@
 namespace qk {
 namespace {
 
-template <class V>
-class PanelsW4A8Amx : protected LinearW4A8<V> {
+template <class V, bool kWhole>
+class PanelsW4A8Amx : protected LinearW4A8<V, kWhole> {
  public:
-  using Base = LinearW4A8<V>;
+  using Base = LinearW4A8<V, kWhole>;
 
-  explicit PanelsW4A8Amx(const LinearW4A8Args& args) : Base(args), steps_(padded_k(args.k) / 64) {}
+  explicit PanelsW4A8Amx(const LinearW4A8Args& args)
+      : Base(args, kWhole ? args.k : args.group_size), steps_(padded_k(args.k) / 64) {}
 
   static int64_t scratch_bytes(int64_t m, int64_t k, int64_t groups, int threads) {
     return workspaces(m, k, groups, threads) + threads * static_cast<int64_t>(sizeof(Workspace));
@@ -94,7 +96,56 @@ class PanelsW4A8Amx : protected LinearW4A8<V> {
     return k;
   }
 
+  // Multiplied codes. Those beyond K are zero, but for their zero points, which meet activations that are.
+  void unpack_whole(const uint8_t* codes, const Span& span, int64_t nb, int64_t at, Workspace& ws) const {
+    const int64_t size = p_.group_size < p_.k ? p_.group_size : p_.k, groups = ceil_div(p_.k, size);
+    const bool sums_codes = !p_.act.symmetric;
+    const __m512i nibble = _mm512_set1_epi8(15), ones = _mm512_set1_epi8(1), pair = _mm512_set1_epi32(0x00010001),
+                  bytes = _mm512_set1_epi32(0x01010101);
+    for (int64_t j = 0; j < kBlockN; j += V::kLanes) {
+      I code_sum = V::set_i(0), multiplier = code_sum, zeros = code_sum;
+      int8_t* out = ws.panel[j / kPairRows] + at * kPairBytes + j % kPairRows / kTileRows * kTileBytes;
+      const uint8_t* in = codes + span.step * (kSpan / kLineK) * kPackedLine + j * kPackK;
+      int64_t begins = span.step * kSpan;  // where another group does
+      for (int64_t k = begins; k < (span.step + span.steps) * kSpan;) {
+        for (int64_t l = 0; l < kSpan / kLineK; ++l, k += kLineK, in += kPackedLine, out += 128) {
+          if (k == begins && k < p_.k) {
+            const int64_t g = k / size, here = (nb * groups + g) * kBlockN + j;
+            const I one = load_bytes(p_.weight_multiplier + here);
+            const I zero = p_.weight_zero_point ? load_bytes(p_.weight_zero_point + here) : V::set_i(8);
+            multiplier = V::mul_i(one, pair);
+            zeros = V::mul_i(V::mul_i(one, zero), bytes);
+            begins = (g + 1) * size;
+          }
+          const __m512i both = _mm512_load_si512(in), low = _mm512_and_si512(both, nibble),
+                        high = _mm512_and_si512(_mm512_srli_epi16(both, 4), nibble);
+          // Two bytes at a time: 15 * 15 does not leave the lower one.
+          const I first = _mm512_sub_epi8(_mm512_mullo_epi16(low, multiplier), zeros),
+                  second = _mm512_sub_epi8(_mm512_mullo_epi16(high, multiplier), zeros);
+          _mm512_store_si512(out, first);
+          _mm512_store_si512(out + 64, second);
+          if (sums_codes && k < p_.k) code_sum = V::dot4(V::dot4(code_sum, ones, first), ones, second);
+        }
+        out += kPairBytes - kTileBytes;
+      }
+      if (!sums_codes) continue;
+      int32_t* sum = ws.weight_sum[0] + j;
+      if (!span.begins) code_sum = V::add_i(code_sum, V::load_i(sum));
+      if (span.ends && p_.k % kLineK) {  // zero points that stand for nothing
+        const I all = V::dot4(V::set_i(0), ones, _mm512_sub_epi8(V::set_i(0), zeros));  // of four k
+        const int64_t beyond = kLineK - p_.k % kLineK;
+        code_sum = V::sub_i(code_sum, V::mul_i(_mm512_srai_epi32(all, 2), V::set_i(static_cast<int32_t>(beyond))));
+      }
+      V::store_i(sum, code_sum);
+    }
+    for (float& scale : ws.scale[&span - ws.spans]) scale = 1.0f;  // the channel's comes after that of the row
+  }
+  static I load_bytes(const uint8_t* p) {
+    return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
+
   void unpack_span(const uint8_t* codes, const Span& span, int64_t nb, int64_t at, Workspace& ws) const {
+    if constexpr (kWhole) return unpack_whole(codes, span, nb, at, ws);
     const int64_t begin = span.group * this->group_, end = begin + span.depth;
     typename Base::Group group;
     this->load_group(nb, span.group, group);
@@ -131,7 +182,7 @@ class PanelsW4A8Amx : protected LinearW4A8<V> {
       V::store_i(sum, code_sum);
     }
     const int64_t index = &span - ws.spans;
-    std::memcpy(ws.scale[index], group.scale, sizeof(group.scale));
+    if constexpr (!kWhole) std::memcpy(ws.scale[index], group.scale, sizeof(group.scale));
     if (p_.weight_min) std::memcpy(ws.min[index], group.min, sizeof(group.min));
   }
 

@@ -141,25 +141,24 @@ struct Avx512Vnni : ZmmVerbs {
   }
 
   // As tile, over a whole group of 4-bit weights with one zero point: total [rows, 64] += float(start + sum) * scale
-  // [64], start [rows] being minus the zero point times the sum of the row's activations.
+  // [64], or int32 all of it; start [rows] being minus the zero point times the sum of the row's activations.
 #define QK_START(r)                                                                                                    \
   __m512i c##r##0 = _mm512_set1_epi32(kRows > r ? start[r] : 0), c##r##1 = c##r##0, c##r##2 = c##r##0,                 \
           c##r##3 = c##r##0;
 #define QK_TOTAL(r)                                                                                                    \
   if constexpr (kRows > r) {                                                                                           \
-    float* t = total + r * kBlockN;                                                                                    \
-    store_f(t, add(load_f(t), mul(to_f(c##r##0), s0)));                                                                \
-    store_f(t + 16, add(load_f(t + 16), mul(to_f(c##r##1), s1)));                                                      \
-    store_f(t + 32, add(load_f(t + 32), mul(to_f(c##r##2), s2)));                                                      \
-    store_f(t + 48, add(load_f(t + 48), mul(to_f(c##r##3), s3)));                                                      \
+    T* t = total + r * kBlockN;                                                                                        \
+    add_group(t, c##r##0, scale);                                                                                      \
+    add_group(t + 16, c##r##1, scale + 16);                                                                            \
+    add_group(t + 32, c##r##2, scale + 32);                                                                            \
+    add_group(t + 48, c##r##3, scale + 48);                                                                            \
   }
-  template <int kRows>
+  template <int kRows, class T>
   QK_NOINLINE static void group_rows(const uint8_t* a, int64_t lda, const int8_t* b, int64_t steps,
-                                     const int32_t* start, const float* scale, float* total) {
+                                     const int32_t* start, const T* scale, T* total) {
     constexpr bool kUnsignedWeights = true;
     QK_SIX(QK_START)
     QK_STEPS()
-    const __m512 s0 = load_f(scale), s1 = load_f(scale + 16), s2 = load_f(scale + 32), s3 = load_f(scale + 48);
     QK_SIX(QK_TOTAL)
   }
 #undef QK_START
@@ -198,8 +197,9 @@ struct Avx512Vnni : ZmmVerbs {
     tile_of<true>(rows, a, lda, b, steps, c, accumulate);
   }
 
+  template <class T>
   static void tile4_group(int rows, const uint8_t* a, int64_t lda, const int8_t* b, int64_t /*columns: always 64*/,
-                          int64_t steps, const int32_t* start, const float* scale, float* total) {
+                          int64_t steps, const int32_t* start, const T* scale, T* total) {
     switch (rows) {
       case 1:
         return group_rows<1>(a, lda, b, steps, start, scale, total);

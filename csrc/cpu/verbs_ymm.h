@@ -126,6 +126,13 @@ struct YmmVerbs {
   static void store_f(float* p, F v) { _mm256_storeu_ps(p, v); }
   static I load_i(const int32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
   static void store_i(int32_t* p, I v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v); }
+  // total += float(sum) * scale, or total += sum * multiplier.
+  static void add_group(float* total, I sum, const float* scale) {
+    store_f(total, add(load_f(total), mul(to_f(sum), load_f(scale))));
+  }
+  static void add_group(int32_t* total, I sum, const int32_t* multiplier) {
+    store_i(total, add_i(load_i(total), mul_i(sum, load_i(multiplier))));
+  }
   // One behind the other.
   template <class... Vectors>
   static void store_run(int32_t* p, Vectors... v) {

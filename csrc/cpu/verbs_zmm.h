@@ -95,6 +95,13 @@ struct ZmmVerbs {
   static void store_f(float* p, F v) { _mm512_storeu_ps(p, v); }
   static I load_i(const int32_t* p) { return _mm512_loadu_si512(p); }
   static void store_i(int32_t* p, I v) { _mm512_storeu_si512(p, v); }
+  // total += float(sum) * scale, or total += sum * multiplier.
+  static void add_group(float* total, I sum, const float* scale) {
+    store_f(total, add(load_f(total), mul(to_f(sum), load_f(scale))));
+  }
+  static void add_group(int32_t* total, I sum, const int32_t* multiplier) {
+    store_i(total, add_i(load_i(total), mul_i(sum, load_i(multiplier))));
+  }
 
   template <DType D>
   static F widen(__m256i h) {
