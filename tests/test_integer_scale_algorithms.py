@@ -117,6 +117,16 @@ def test_measured_grids_share_the_scale_that_was_measured_first(scheme: Scheme, 
     expected = grid if search else reference.weight_grid(w, scheme)
     assert_bits_equal(found["weight_scale"], expected["weight_scale"])
     assert not torch.equal(found["weight_multiplier"], expected["weight_multiplier"])
+    # The first group is as it was.
+    first, channel, importance = w[:, :32], found["weight_scale"], h.diagonal()[:32]
+    floats = reference.weight_grid(first, scheme.replace(group_scales="float", scale_dtype=torch.float32))
+    alone = (
+        search_multiples(first, scheme, channel, importance=importance)
+        if search
+        else reference.integer_grid(first, floats, scheme, channel)
+    )
+    for name in set(alone) - {"weight_scale"}:
+        assert torch.equal(found[name][:, :1], alone[name])
     plain = reference.quantize_weight(w, scheme)
     assert output_error(x, w, found, scheme) < 0.7 * output_error(x, w, plain, scheme)
 
