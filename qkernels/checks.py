@@ -22,6 +22,7 @@ __all__ = [
     "check_canonical",
     "check_features",
     "check_input",
+    "check_multiplied",
     "check_out_dtype",
     "check_residual",
     "check_static",
@@ -196,7 +197,8 @@ def check_canonical(
 
     Raises:
         ValueError: one is missing, unknown, of the wrong shape or on another device than ``weight``; a static
-            scale is not a positive finite number; a multiplier takes weights out of the range of signed bytes.
+            scale is not a positive finite number; a multiplier or a zero point beside one takes weights out of the
+            range of signed bytes.
         TypeError: one is of the wrong dtype.
     """
     specs = canonical_specs(scheme, in_features, out_features)
@@ -224,15 +226,29 @@ def check_canonical(
             stored = stored.to(torch.float32)
         checked[name] = stored.contiguous()
     check_static(checked.get("act_scale"), checked.get("act_zero_point"))
-    multiplier = checked.get("weight_multiplier")
-    if multiplier is not None and multiplier.device.type == "cpu" and multiplier.numel():
-        low, high, top = int(multiplier.min()), int(multiplier.max()), scheme.largest_multiplier
-        if not 1 <= low <= high <= top:
-            raise ValueError(f"weight_multiplier: expected values from 1 to {top}, got {low} to {high}")
-        zero, last = checked.get("weight_zero_point"), scheme.code_range[1]
-        if zero is not None and int(zero.max()) > last:
-            raise ValueError(f"weight_zero_point: expected values from 0 to {last}, got {int(zero.max())}")
+    check_multiplied(checked, scheme)
     return checked
+
+
+def check_multiplied(tensors: Mapping[str, Tensor], scheme: Scheme) -> None:
+    """With ``group_scales="int"``: multipliers and zero points, where there are any, that keep weights signed bytes.
+
+    Values on an accelerator or the meta device are not read.
+
+    Raises:
+        ValueError: others.
+    """
+    if scheme.group_scales != "int":
+        return
+    for name, least, most in (
+        ("weight_multiplier", 1, scheme.largest_multiplier),
+        ("weight_zero_point", *scheme.code_range),
+    ):
+        tensor = tensors.get(name)
+        if tensor is not None and tensor.device.type == "cpu" and tensor.numel():
+            low, high = int(tensor.min()), int(tensor.max())
+            if not least <= low <= high <= most:
+                raise ValueError(f"{name}: expected values from {least} to {most}, got {low} to {high}")
 
 
 def check_static(act_scale: Tensor | None, act_zero_point: Tensor | None) -> None:

@@ -67,7 +67,8 @@ def quantize_(
 
     Args:
         model: the module that holds the layers. A layer of it, not the model itself, can be replaced in place.
-        scheme: "w8a8", "w8a8_static", "w8a16", "w4a8", "w4a16", "w3a16", "w2a16", or a `Scheme`.
+        scheme: "w8a8", "w8a8_static", "w8a16", "w4a8", "w4a8_intscale", "w4a16", "w3a16", "w2a16", or a
+            `Scheme`.
         include: patterns of the layers to convert; None for all. A pattern is a glob over the whole qualified name
             ("*" crosses dots) or "re:" and a regular expression for the whole name.
         exclude: patterns of layers to leave. By default output heads named lm_head; that default gives way to an

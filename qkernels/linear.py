@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from . import reference
-from .checks import TensorSpec, canonical_specs, check_out_dtype
+from .checks import TensorSpec, canonical_specs, check_multiplied, check_out_dtype
 from .deferred import Handoff, hand_term
 from .epilogues import check_epilogue
 from .groups import InputGroup
@@ -130,14 +130,14 @@ class QuantLinear(QuantModule):
     ) -> QuantLinear:
         """A layer on the meta device, to be filled by ``load_state_dict(..., assign=True)``.
 
-        ``group_scale_dtype`` is the dtype of group scales where it is not the scheme's own.
+        ``group_scale_dtype`` is the dtype of float scales of groups where it is not the scheme's own.
         """
         scheme = Scheme.resolve(scheme)
         tensors: dict[str, Tensor | None] = {}
         for name, spec in canonical_specs(scheme, in_features, out_features).items():
             if (name == "bias" and not bias) or (name == "inv_smooth" and not inv_smooth):
                 continue
-            of_group = name in ("weight_scale", "weight_min") and scheme.weight_granularity == "per_group"
+            of_group = name in ("weight_scale", "weight_min") and len(spec.shape) == 2
             own = (group_scale_dtype or scheme.scale_dtype) if of_group else spec.dtypes[0]
             tensors[name] = torch.empty(spec.shape, dtype=own, device="meta")
         return cls(in_features, out_features, tensors, scheme, dtype=dtype)
@@ -248,6 +248,7 @@ class QuantLinear(QuantModule):
         self._settle()
 
     def _overwrite(self, canonical: Mapping[str, Tensor]) -> None:
+        check_multiplied(canonical, self.scheme)
         self._prepared.load(canonical)
         self._settle()
 

@@ -4,9 +4,8 @@
 
 Given all other columns, the best value of column i is ``w_i + sum over k of e_k H_ki / H_ii``.  :func:`refine_weight`
 goes over the groups of columns, again and again: the best scale given everything else, then column after column the
-unit nearest to the best value.  No step can make the sum larger, and rounding a scale to the type that stores it, or
-to a multiple of the channel's, cannot either: along one scale the sum is a parabola, and what is nearest to its lowest
-point is best.
+unit nearest to the best value.  No step can make the sum larger, and rounding a scale to the type that stores it cannot
+either: along one scale the sum is a parabola, and what is nearest to its lowest point is best.
 
 GPTQ's rounding is the same walk with another factor than ``H_ki / H_ii``, one that counts columns before alone:
 :func:`round_columns`, used by :mod:`qkernels.gptq`.
@@ -96,6 +95,9 @@ def refine_weight(
 ) -> dict[str, Tensor]:
     """Scales and units made better, ``rounds`` times over all groups; zero points and minima stay.
 
+    Multiples (``group_scales="int"``) lie too far apart for the best scale of a group to reach another one: multipliers
+    stay, and each round begins with the best scale of every channel.
+
     Args:
         wanted: float32 ``[K, N]``: the weight, less the minimum of its grid. units: ``[K, N]``, changed in place.
         h: float32 ``[K, K]``, positive definite: the errors' weights. tensors: the grid's canonical tensors.
@@ -104,15 +106,19 @@ def refine_weight(
         The canonical tensors of the grid that the units are on now.
     """
     stored, columns = tensors["weight_scale"], len(wanted)
-    unit, most = (stored, scheme.largest_multiplier) if scheme.group_scales == "int" else (None, 1)
     grid = Grid.of(tensors, scheme, columns)
     size, diagonal = grid.group_size, h.diagonal().unsqueeze(1)
     factor = h / diagonal.t()
     factor.diagonal().zero_()
-    scales = grid.scale.clone()
+    scales, of_channel = grid.scale.clone(), stored
+    multipliers = torch.round(scales / stored) if scheme.group_scales == "int" else None
     errors = wanted - units * grid.widen(scales, columns)
     span = max(1, SPAN // size) * size
     for start in [start for _ in range(rounds) for start in range(0, columns, span)]:
+        if multipliers is not None and start == 0:
+            of_channel = _channel_scale(wanted - errors, errors, h, of_channel, stored)
+            torch.mul(multipliers, of_channel, out=scales)
+            torch.sub(wanted, units * grid.widen(scales, columns), out=errors)
         stop = min(start + span, columns)
         targets = torch.addmm(wanted[start:stop], factor[:, start:stop].t(), errors)
         for first in range(start, stop, size):
@@ -120,30 +126,38 @@ def refine_weight(
             near, inside = units[first:last], factor[first:last, first:last]
             before = wanted[first:last] - errors[first:last]
             best = targets[first - start : last - start]
-            pull = (best - before).mul_(diagonal[first:last]).mul_(near).sum(0)
-            curvature = (h[first:last, first:last] @ near).mul_(near).sum(0)
-            step = _step(pull / curvature, scales[g], grid.scale[g], stored.dtype, unit, most)
-            scales[g] += step
-            moved = near * step
-            best.addmm_(inside.t(), moved, alpha=-1.0)
-            line = grid.line(g, scales[g])
-            changes = round_block(best, before + moved, near, inside, [line] * len(near)).sub_(moved)
+            if multipliers is not None:
+                changes = round_block(best, before, near, inside, [grid.line(g, scales[g])] * len(near))
+            else:
+                pull = (best - before).mul_(diagonal[first:last]).mul_(near).sum(0)
+                curvature = (h[first:last, first:last] @ near).mul_(near).sum(0)
+                step = _step(pull / curvature, scales[g], grid.scale[g], stored.dtype)
+                scales[g] += step
+                moved = near * step
+                best.addmm_(inside.t(), moved, alpha=-1.0)
+                line = grid.line(g, scales[g])
+                changes = round_block(best, before + moved, near, inside, [line] * len(near)).sub_(moved)
             errors[first:last] += changes
             targets[last - start :].addmm_(factor[first:last, last:stop].t(), changes)
-    if unit is not None:
-        multiplier = torch.round(scales / unit).to(torch.uint8)
-        return {**tensors, "weight_multiplier": multiplier.t().contiguous()}
+    if multipliers is not None:
+        return {**tensors, "weight_scale": of_channel}
     return {**tensors, "weight_scale": scales.t().reshape(stored.shape).to(stored.dtype).contiguous()}
 
 
-def _step(
-    step: Tensor, scale: Tensor, first: Tensor, dtype: torch.dtype, unit: Tensor | None = None, most: int = 1
-) -> Tensor:
-    """``step`` as far as ``scale + step`` can be stored, or is 1 to ``most`` times ``unit``; none where it would leave
-    the neighbourhood of ``first``."""
+def _channel_scale(values: Tensor, errors: Tensor, h: Tensor, scale: Tensor, first: Tensor) -> Tensor:
+    """The best scales ``[N]`` of channels, all else given; as before where that leaves the neighbourhood of ``first``.
+
+    Args:
+        values: what the units stand for; errors: what is left of the wanted weight, both ``[K, N]``.
+    """
+    pull = h @ values
+    step = scale * ((pull * errors).sum(0) / (pull * values).sum(0))
+    return scale + _step(step, scale, first, scale.dtype)
+
+
+def _step(step: Tensor, scale: Tensor, first: Tensor, dtype: torch.dtype) -> Tensor:
+    """``step`` as far as ``scale + step`` can be stored; none where it would leave the neighbourhood of ``first``."""
     moved = (scale + step).to(dtype).to(torch.float32)
-    if unit is not None:
-        moved = torch.round(moved / unit).clamp(1.0, float(most)) * unit
     sound = (moved > NARROWEST * first) & (moved < WIDEST * first)  # False for NaN
     sound &= moved >= torch.finfo(dtype).tiny
     return torch.where(sound, moved - scale, torch.zeros_like(scale))

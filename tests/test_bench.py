@@ -62,7 +62,9 @@ def test_limit_is_the_larger_of_memory_and_compute() -> None:
     assert ceilings.limit_seconds(10, 100, bandwidth=10, peak=5) == 20
 
 
-@pytest.mark.parametrize(("preset", "weights"), [("w8a8", 30 * 100), ("w4a8", 30 * 50 + 30 * 2)])
+@pytest.mark.parametrize(
+    ("preset", "weights"), [("w8a8", 30 * 100), ("w4a8", 30 * 50 + 30 * 2), ("w4a8_intscale", 30 * 50 + 30)]
+)
 def test_traffic_counts_each_byte_once(preset: str, weights: int) -> None:
     scheme = Scheme.resolve(preset)
     assert grid.traffic(scheme, 100, 30, 7, 4) == weights + 8 * 30 + 7 * 100 * 4 + 7 * 30 * 4

@@ -41,7 +41,7 @@ def test_quantize_output_equals_reference_layers():
     assert_bits_equal(model(x), y)
 
 
-@pytest.mark.parametrize("scheme", ["w8a8", "w8a16", "w4a8", "w4a16"])
+@pytest.mark.parametrize("scheme", ["w8a8", "w8a16", "w4a8", "w4a8_intscale", "w4a16"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_quantize_every_preset_and_dtype_runs(scheme, dtype):
     model = toy().to(dtype)

@@ -68,7 +68,9 @@ def test_quantize_tied_head_shares_one_int8_table():
     assert_bits_equal(model.lm_head.weight.detach().clone(), model.embed.weight.detach().clone())
 
 
-@pytest.mark.parametrize("scheme, expected", [("w8a16", "w8a16"), ("w4a16", "w8a16"), ("w4a8", "w8a8")])
+@pytest.mark.parametrize(
+    "scheme, expected", [("w8a16", "w8a16"), ("w4a16", "w8a16"), ("w4a8", "w8a8"), ("w4a8_intscale", "w8a8")]
+)
 def test_quantize_tied_head_keeps_the_activations_of_the_scheme(scheme, expected):
     report = qk.quantize_(toy(tied=True), scheme, embeddings=True)
     assert report["lm_head"].scheme == expected

@@ -165,7 +165,7 @@ def test_an_honest_module_of_ones_own_is_quantized():
 # -- conversion --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scheme", ("w8a8", "w8a16", "w4a8", "w4a16", "w3a16"))
+@pytest.mark.parametrize("scheme", ("w8a8", "w8a16", "w4a8", "w4a8_intscale", "w4a16", "w3a16"))
 @pytest.mark.parametrize("family", EXPERTS)
 def test_experts_are_quantized_stored_and_put_together(family, scheme, tmp_path):
     model, data = build(family), batches(family)
@@ -181,7 +181,7 @@ def test_experts_are_quantized_stored_and_put_together(family, scheme, tmp_path)
     assert report.bytes_after == sum(t.nbytes for t in [*model.parameters(), *model.buffers()])
     assert stack() is None, "the stacked parameter is still in memory"
     y = output(model, data[0])
-    limit = {"w8a8": 0.15, "w8a16": 0.1, "w4a8": 0.5, "w4a16": 0.5, "w3a16": 0.8}[scheme]
+    limit = {"w8a8": 0.15, "w8a16": 0.1, "w4a8": 0.5, "w4a8_intscale": 0.5, "w4a16": 0.5, "w3a16": 0.8}[scheme]
     assert error(model, data[0], expected) < limit
 
     qk.save(model, tmp_path / "out")

@@ -230,6 +230,13 @@ def test_load_bad_static_scale_and_zero_points(tmp_path):
     refuses(out, "0 to 15")
 
 
+@pytest.mark.parametrize("symmetric, value, top", [(True, 0, 15), (True, 16, 15), (False, 9, 8), (False, 255, 8)])
+def test_load_multiplier_that_takes_weights_out_of_a_byte(symmetric, value, top, tmp_path):
+    saved(tmp_path / "out", scheme=qk.Scheme.resolve("w4a8_intscale").replace(weight_symmetric=symmetric))
+    poke(tmp_path / "out", "blocks.0.up.weight_multiplier", torch.tensor(value, dtype=torch.uint8))
+    refuses(tmp_path / "out", rf"blocks\.0\.up\.weight_multiplier: expected values from 1 to {top}")
+
+
 def poke(directory: Path, name: str, value: torch.Tensor) -> None:
     """Overwrite the first element of a stored tensor."""
     path = directory / "model.safetensors"

@@ -14,7 +14,13 @@ from qkernels.nn import QuantLinear
 from qkernels.qat import QATLinear
 
 G16 = qk.Scheme(weight_bits=4, weight_granularity="per_group", group_size=16)
-EXACT = {"w8a8": "w8a8", "w4a8 g16": G16, "w8a8 asymmetric": qk.Scheme(activation_symmetric=False)}
+MULTIPLES = qk.Scheme(weight_bits=4, weight_granularity="per_group", group_size=16, group_scales="int")
+EXACT = {
+    "w8a8": "w8a8",
+    "w4a8 g16": G16,
+    "w8a8 asymmetric": qk.Scheme(activation_symmetric=False),
+    "w4a8 g16 multiples": MULTIPLES,
+}
 
 
 def mlp(*, bias: bool = True) -> nn.Module:

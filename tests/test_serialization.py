@@ -35,7 +35,7 @@ def files(directory: Path) -> dict[str, bytes]:
 # -- round trips ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scheme", ["w8a8", "w8a8_static", "w8a16", "w4a8", "w4a16"])
+@pytest.mark.parametrize("scheme", ["w8a8", "w8a8_static", "w8a16", "w4a8", "w4a8_intscale", "w4a16"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_save_load_is_exact(scheme, dtype, device, tmp_path):
