@@ -11,6 +11,10 @@
 //           unpack the group's codes into a panel of bytes in L1 (W8 layout), once for all row tiles of the block
 //             column tile x row tile: int32 sums, then total += float(d) * scale, in the order of the groups
 //
+// Multipliers in place of scales (kWhole): totals are int32. Where the tiles multiply any unsigned bytes
+// (kJoinsGroups), multiplier * (q - zero point) + 128 goes into the panel, and each panel is one group, whose zero
+// point is 128.
+//
 // Few rows (kDirectTiles times kDirectRows) skip the panel: codes are unpacked in registers, for kDirectRows rows at a
 // time, from a group that stays in L1. K is never split between threads, so tiers and thread counts agree to the bit.
 //
@@ -44,21 +48,16 @@ inline int64_t w4a8_row_bytes(int64_t k, int64_t groups) {
 
 template <class V>
 int64_t linear_w4a8_scratch_bytes(int64_t m, int64_t k, int64_t groups, int threads) {
-  return row_chunks_bytes<V>(m, k, w4a8_row_bytes(k, groups), threads);
+  const int64_t panels = ceil_div(k, kPanelK);
+  return row_chunks_bytes<V>(m, k, w4a8_row_bytes(k, groups > panels ? groups : panels), threads);
 }
 
 // kWhole: scales of groups are multipliers, totals integers.
 template <class V, bool kWhole>
 class LinearW4A8 {
  public:
-  explicit LinearW4A8(const LinearW4A8Args& args) : LinearW4A8(args, args.group_size) {}
-  LinearW4A8(const LinearW4A8Args& args, int64_t group_size)
-      : p_(args),
-        group_(group_size < args.k ? group_size : args.k),
-        groups_(args.k > 0 ? ceil_div(args.k, group_) : 1),
-        stride_(w4a8_row_bytes(args.k, groups_)),
-        fuses_(args.act.symmetric && !args.weight_zero_point && !args.weight_min && group_ <= kPanelK) {}
-
+  explicit LinearW4A8(const LinearW4A8Args& args)
+      : LinearW4A8(args, args.group_size, V::kJoinsGroups && args.m > V::kDirectTiles * V::kDirectRows) {}
   void run() const {
     for_row_chunks<V>(
         p_.m, p_.n, p_.k, stride_, p_.scratch, p_.threads,
@@ -72,6 +71,16 @@ class LinearW4A8 {
   using F = typename V::F;
   using I = typename V::I;
   using Total = typename std::conditional<kWhole, int32_t, float>::type;
+
+  LinearW4A8(const LinearW4A8Args& args, int64_t group_size, bool joins)
+      : p_(args),
+        joins_(kWhole && joins),
+        group_(joins_                ? kPanelK
+               : group_size < args.k ? group_size
+                                     : args.k),
+        groups_(args.k > 0 ? ceil_div(args.k, group_) : 1),
+        stride_(w4a8_row_bytes(args.k, groups_)),
+        fuses_(args.act.symmetric && group_ <= kPanelK && (joins_ || (!args.weight_zero_point && !args.weight_min))) {}
 
   // A row of scratch: int8 activations, zeros up to row_bytes(k), then the sum of each group.
   const int32_t* group_sums(const uint8_t* row) const {
@@ -135,6 +144,10 @@ class LinearW4A8 {
 
   void load_group(int64_t nb, int64_t g, Group& group) const {
     const int64_t at = (nb * groups_ + g) * kBlockN;
+    if (joins_) {
+      for (int j = 0; j < kBlockN; ++j) group.scale[j] = 1, group.zero_point[j] = 128;
+      return;
+    }
     if constexpr (kWhole) {
       for (int j = 0; j < kBlockN; ++j) group.scale[j] = p_.weight_multiplier[at + j];
     } else {
@@ -158,9 +171,52 @@ class LinearW4A8 {
       std::memset(panel + 2 * lines * kLine, 0, static_cast<size_t>(2 * (padded_lines - lines) * kLine));
   }
 
+  // The panel of `depth` k from k0 on, `steps` lines of 4 k.
+  void unpack_panel(int64_t nb, const uint8_t* codes, int64_t k0, int64_t depth, int64_t steps, uint8_t* panel) const {
+    const uint8_t* packed = codes + k0 / kLineK * kBlockN * kPackK;
+    if (joins_) return unpack_multiplied(nb, packed, k0, depth, steps, panel);
+    unpack(packed, ceil_div(depth, kLineK), steps / 2, panel);
+  }
+  // multiplier * (q - zero point) + 128, two bytes at a time: neither product nor sum leaves its byte.
+  void unpack_multiplied(int64_t nb, const uint8_t* packed, int64_t k0, int64_t depth, int64_t steps,
+                         uint8_t* panel) const {
+    using Pair __attribute__((may_alias)) = uint16_t;
+    constexpr int64_t kLine = kBlockN * kPackK, kPairs = kLine / 2;
+    const int64_t size = p_.group_size < p_.k ? p_.group_size : p_.k, groups = ceil_div(p_.k, size);
+    alignas(kAlign) uint16_t multiplier[kPairs], offset[kPairs];
+    for (int64_t l = 0, begins = k0; l < ceil_div(depth, kLineK); ++l) {
+      const int64_t k = k0 + l * kLineK;
+      if (k >= begins) {
+        const int64_t g = k / size, at = (nb * groups + g) * kBlockN;
+        for (int64_t j = 0; j < kBlockN; ++j) {
+          const int m = p_.weight_multiplier[at + j], zero = p_.weight_zero_point ? p_.weight_zero_point[at + j] : 8;
+          multiplier[2 * j] = multiplier[2 * j + 1] = static_cast<uint16_t>(m);
+          offset[2 * j] = offset[2 * j + 1] = static_cast<uint16_t>(((128 - m * zero) & 255) * 0x0101);
+        }
+        begins = (g + 1) * size;
+      }
+      const Pair* in = reinterpret_cast<const Pair*>(packed + l * kLine);
+      Pair* out = reinterpret_cast<Pair*>(panel + 2 * l * kLine);
+      for (int64_t i = 0; i < kPairs; ++i) out[i] = static_cast<uint16_t>((in[i] & 0x0f0f) * multiplier[i] + offset[i]);
+      for (int64_t i = 0; i < kPairs; ++i)
+        out[kPairs + i] = static_cast<uint16_t>(((in[i] >> 4) & 0x0f0f) * multiplier[i] + offset[i]);
+    }
+    // Beyond K there are zeros.
+    for (int64_t l = depth / kPackK; l < steps; ++l) {
+      const int64_t there = depth - l * kPackK;
+      uint8_t* line = panel + l * kLine;
+      if (there <= 0) {
+        std::memset(line, 0, static_cast<size_t>(kLine));
+        continue;
+      }
+      for (int64_t j = 0; j < kBlockN; ++j)
+        std::memset(line + j * kPackK + there, 0, static_cast<size_t>(kPackK - there));
+    }
+  }
+
   void superblock(int64_t nb, int64_t row, Range block, const uint8_t* q, const RowScale* scales) const {
     const int64_t rows = block.end - block.begin, tiles = ceil_div(rows, V::kTileM);
-    const bool direct = rows <= V::kDirectTiles * V::kDirectRows;
+    const bool direct = !joins_ && rows <= V::kDirectTiles * V::kDirectRows;
     const int64_t columns =
         p_.n - nb * kBlockN < kBlockN ? p_.n - nb * kBlockN : kBlockN;  // tiles of padding are left out
     const uint8_t* a = q + block.begin * stride_;
@@ -173,7 +229,7 @@ class LinearW4A8 {
     for (int64_t g = 0; g < (p_.k > 0 ? groups_ : 0); ++g) {
       const int64_t begin = g * group_, end = begin + group_ < p_.k ? begin + group_ : p_.k;
       load_group(nb, g, group);
-      if (!p_.act.symmetric) sum_codes(codes, begin, end, panel, group);
+      if (!p_.act.symmetric) sum_codes(nb, codes, begin, end, panel, group);
       if (direct) {
         for (int64_t r = 0; r < rows; r += V::kDirectRows) {
           const Range tile{r, r + V::kDirectRows < rows ? r + V::kDirectRows : rows};
@@ -186,7 +242,7 @@ class LinearW4A8 {
       for (int64_t k0 = begin; k0 < end; k0 += kPanelK) {
         const int64_t depth = end - k0 < kPanelK ? end - k0 : kPanelK;
         const int64_t steps = round_up(depth, V::kDepthAlign) / kPackK;
-        unpack(codes + k0 / kLineK * kBlockN * kPackK, ceil_div(depth, kLineK), steps / 2, panel);
+        unpack_panel(nb, codes, k0, depth, steps, panel);
         if constexpr (V::kFusesGroups) {
           if (fuses_) {
             fused_group(g, columns, tiles, rows, a, begin, steps, panel, group, totals);
@@ -215,13 +271,15 @@ class LinearW4A8 {
       finish_row(row + block.begin + r, scales[block.begin + r].scale, totals + r * kBlockN, nb * kBlockN, kBlockN);
   }
 
-  // A group of one panel whose zero points are all 8: the accumulators start at -8 * sum(a) and end in the totals.
+  // A group of one panel whose zero points are all 8, or 128: the accumulators start at minus that times sum(a) and end
+  // in the totals.
   void fused_group(int64_t g, int64_t columns, int64_t tiles, int64_t rows, const uint8_t* a, int64_t begin,
                    int64_t steps, const uint8_t* panel, const Group& group, Total* totals) const {
     for (int64_t t = 0; t < tiles; ++t) {
       const Range tile = share(rows, static_cast<int>(t), static_cast<int>(tiles));
       int32_t start[V::kTileM];
-      for (int64_t r = tile.begin; r < tile.end; ++r) start[r - tile.begin] = -8 * group_sums(a + r * stride_)[g];
+      for (int64_t r = tile.begin; r < tile.end; ++r)
+        start[r - tile.begin] = (joins_ ? -128 : -8) * group_sums(a + r * stride_)[g];
       V::tile4_group(static_cast<int>(tile.end - tile.begin), a + tile.begin * stride_ + begin, stride_,
                      reinterpret_cast<const int8_t*>(panel), columns, steps, start, group.scale,
                      totals + tile.begin * kBlockN);
@@ -229,7 +287,7 @@ class LinearW4A8 {
   }
 
   // code_sum[j] = sum of the group's codes of column j: what a row of ones would give.
-  void sum_codes(const uint8_t* codes, int64_t begin, int64_t end, uint8_t* panel, Group& group) const {
+  void sum_codes(int64_t nb, const uint8_t* codes, int64_t begin, int64_t end, uint8_t* panel, Group& group) const {
     alignas(kAlign) uint8_t ones[kPanelK];
     alignas(kAlign) int32_t sums[V::kTileM * kBlockN];
     std::memset(ones, 1, sizeof(ones));
@@ -237,13 +295,13 @@ class LinearW4A8 {
     for (int64_t k0 = begin; k0 < end; k0 += kPanelK) {
       const int64_t depth = end - k0 < kPanelK ? end - k0 : kPanelK, lines = ceil_div(depth, kLineK);
       const uint8_t* packed = codes + k0 / kLineK * kBlockN * kPackK;
-      if (V::kDirectRows > 0) {
+      if (V::kDirectRows > 0 && !joins_) {
         V::tile4_direct(1, ones, 0, packed, lines, sums);
         for (int j = 0; j < kBlockN; ++j) group.code_sum[j] += sums[j];
         continue;
       }
       const int64_t steps = round_up(depth, V::kDepthAlign) / kPackK;
-      unpack(packed, lines, steps / 2, panel);
+      unpack_panel(nb, codes, k0, depth, steps, panel);
       for (int64_t j = 0; j < kBlockN; j += V::kTileN) {
         V::tile4(1, ones, 0, reinterpret_cast<const int8_t*>(panel) + j * kPackK, steps, sums, false);
         for (int i = 0; i < V::kTileN; ++i) group.code_sum[j + i] += sums[i];
@@ -311,6 +369,7 @@ class LinearW4A8 {
   const float* channel_scales() const { return static_cast<const float*>(p_.weight_scale); }
 
   const LinearW4A8Args& p_;
+  const bool joins_;
   const int64_t group_, groups_, stride_;
   const bool fuses_;
 };

@@ -17,7 +17,7 @@ class PanelsW4A8Amx : protected LinearW4A8<V, kWhole> {
   using Base = LinearW4A8<V, kWhole>;
 
   explicit PanelsW4A8Amx(const LinearW4A8Args& args)
-      : Base(args, kWhole ? args.k : args.group_size), steps_(padded_k(args.k) / 64) {}
+      : Base(args, kWhole ? args.k : args.group_size, false), steps_(padded_k(args.k) / 64) {}
 
   static int64_t scratch_bytes(int64_t m, int64_t k, int64_t groups, int threads) {
     return workspaces(m, k, groups, threads) + threads * static_cast<int64_t>(sizeof(Workspace));

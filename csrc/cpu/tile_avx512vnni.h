@@ -24,7 +24,8 @@ struct Avx512Vnni : ZmmVerbs {
   static constexpr const char* kIsa = "avx512vnni";
   static constexpr int kTileM = 6, kTileN = 64, kOffset = 128, kSliceK = 4096;
   static constexpr int kDepthAlign = 8, kMaxBlockTiles = 16, kDirectRows = 4, kDirectTiles = 6;
-  static constexpr bool kFusesGroups = true, kPrefetchesSlices = false, kFinishesTiles = true, kWidens = false;
+  static constexpr bool kFusesGroups = true, kPrefetchesSlices = false, kFinishesTiles = true, kWidens = false,
+                        kJoinsGroups = true;
   static constexpr int64_t kBlockBytes = 384 << 10;
   struct Session {
     Session() {}
