@@ -20,13 +20,15 @@ struct Scalar : ScalarVerbs {
     Session() {}
   };
 
-  static void tile(int rows, const uint8_t* a, int64_t lda, const int8_t* b, int64_t steps, int32_t* c, bool accumulate,
-                   bool /*minus128*/) {
+  // B: int8_t or uint8_t.
+  template <class B>
+  static void multiply(int rows, const uint8_t* a, int64_t lda, const B* b, int64_t steps, int32_t* c,
+                       bool accumulate) {
     for (int r = 0; r < rows; ++r, a += lda, c += kTileN) {
       int32_t sums[kTileN];
       for (int j = 0; j < kTileN; ++j) sums[j] = accumulate ? c[j] : 0;
       for (int64_t k = 0; k < steps; ++k) {
-        const int8_t* bk = b + k * kBlockN * kPackK;
+        const B* bk = b + k * kBlockN * kPackK;
         const int8_t* ak = reinterpret_cast<const int8_t*>(a) + k * kPackK;
         const int32_t a0 = ak[0], a1 = ak[1], a2 = ak[2], a3 = ak[3];
         for (int j = 0; j < kTileN; ++j)
@@ -36,14 +38,17 @@ struct Scalar : ScalarVerbs {
     }
   }
 
+  static void tile(int rows, const uint8_t* a, int64_t lda, const int8_t* b, int64_t steps, int32_t* c, bool accumulate,
+                   bool /*minus128*/) {
+    multiply(rows, a, lda, b, steps, c, accumulate);
+  }
   static void tile_one(const uint8_t* a, const int8_t* b, int64_t steps, int32_t* c, bool minus128) {
     tile(1, a, 0, b, steps, c, false, minus128);
   }
 
-  // Codes are below 16, so they are the same bytes signed or unsigned.
   static void tile4(int rows, const uint8_t* a, int64_t lda, const int8_t* b, int64_t steps, int32_t* c,
                     bool accumulate) {
-    tile(rows, a, lda, b, steps, c, accumulate, false);
+    multiply(rows, a, lda, reinterpret_cast<const uint8_t*>(b), steps, c, accumulate);
   }
   static void tile4_direct(int, const uint8_t*, int64_t, const uint8_t*, int64_t, int32_t*) {}  // kDirectRows = 0
 };
