@@ -35,6 +35,9 @@ PHASED_TILES = {
 }
 """Of 4-bit weights by wgmma: tokens, phases (``csrc/cuda/w4.h``); the latter by the bits of activations."""
 
+PHASED_TILES_MULTIPLIERS = [*PHASED_TILES[16], (32, 2)]
+"""The same where groups have multipliers."""
+
 PHASED_TILES_W8A16 = [(8, 2), (16, 2), (64, 2), (16, 4), (32, 4), (8, 8), (16, 8)]
 """The same of 8-bit weights under floating-point activations."""
 
@@ -109,7 +112,7 @@ def run_kernels(k: int) -> None:
     for config in configs:
         got = cuda.gemm_w8a8(codes, scales, None, layer, out_dtype=torch.float32, config=config)
         check(f"gemm_w8a8 {config}", got, wanted)
-    presets = [Scheme.from_preset(preset) for preset in ("w8a8", "w4a8", "w4a16", "w8a16")]
+    presets = [Scheme.from_preset(preset) for preset in ("w8a8", "w4a8", "w4a16", "w8a16", "w4a8_intscale")]
     for scheme in (*presets, presets[1].replace(activation_symmetric=False)):
         tensors = reference.quantize_weight(w, scheme)
         prepared = ops.prepare(tensors, scheme, k, device="cuda")
@@ -126,7 +129,9 @@ def run_kernels(k: int) -> None:
             bits = scheme.weight_bits, scheme.activation_bits
             if bits != (8, 8) and configs[-1][0] == 2 and rows == 70:  # every tile of wgmma, shared ones among them
                 weight = cuda_w4.describe(prepared.tensors, scheme, n, k) if bits[0] == 4 else ()
-                phased = PHASED_TILES_W8A16 if bits[0] == 8 else PHASED_TILES[16 if scheme.weight_only else 8]
+                whole = scheme.group_scales == "int"
+                phased = PHASED_TILES[16 if scheme.weight_only else 8]
+                phased = PHASED_TILES_W8A16 if bits[0] == 8 else PHASED_TILES_MULTIPLIERS if whole else phased
                 for tokens, phases in TILES + (phased if k >= PHASED_FEATURES else []):
                     name = f"{scheme.name}, tiles of {tokens}, {phases} phases"
                     wanted = reference.linear(wide, tensors, scheme, k)
@@ -142,7 +147,7 @@ def run_kernels(k: int) -> None:
                     elif scheme.weight_only:
                         y = cuda_w4.gemm_w4a16(wide.to("cuda"), weight, None, torch.bfloat16, plan=plan)
                         check(name, y, wanted, bound)
-                    elif scheme.activation_symmetric and tokens < 256:
+                    elif scheme.activation_symmetric and (tokens < 256 or whole):
                         a, s, _ = cuda.quantize_rows(wide.to("cuda"))
                         plan = (1, tokens, phases, CLUSTERS, 0, 0)
                         check(name, cuda_w4.gemm_w4a8(a, s, weight, None, torch.bfloat16, plan=plan), wanted)

@@ -14,7 +14,7 @@ import qkernels as qk
 from qkernels import cuda, cuda_w4, ops, reference
 from qkernels.scheme import Scheme
 
-MULTIPLIER_TILES = TILES + PHASED_TILES[16]
+MULTIPLIER_TILES = [*TILES, *PHASED_TILES[16], (32, 2)]
 
 
 def scheme_of(kind: str, group: int | str) -> Scheme:

@@ -20,6 +20,9 @@ STYLES = {
     "w4a8 triton": "C2^-",
     "w8a16 layer": "C8o-",
     "w8a16 triton": "C2^-",
+    "w4a8_intscale layer": "C0s-",
+    "w4a8_intscale gemm": "C0o-",
+    "w4a8_intscale triton": "C3^-",
     "w4a8 layer": "C6s-",
     "w4a8 gemm": "C6o-",
 }
