@@ -22,7 +22,7 @@ from .checks import DTYPE_CODES, check_features, check_input, check_out_dtype, c
 from .eager import is_plain
 from .epilogues import epilogue_code
 from .native import ALIGNMENT, pack_w8, run_native, run_native_plus, unpack_w8
-from .packed import GROUPED, PackedLayer, codebook_tensor, group_count
+from .packed import GROUPED, PackedLayer, check_multiplier, codebook_tensor, group_count
 from .prepared import effective_weight, input_gradient, scheme_from_key
 from .scheme import MAX_INTEGER_K, Scheme
 
@@ -343,6 +343,7 @@ def _linear_packed(
     )
     tensors = {name: None if tensor is None else tensor.contiguous() for name, tensor in given.items()}
     present = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    check_multiplier(present, rule, torch.uint8)
     if not _sizes_fit(present, rule, N, K):
         sizes = ", ".join(f"{name} {tensor.numel()}" for name, tensor in present.items())
         raise ValueError(f"packed: expected tensors of a [{N}, {K}] layer of scheme {rule.name}, got elements {sizes}")

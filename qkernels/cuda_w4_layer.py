@@ -41,7 +41,7 @@ from .cuda_w4 import (
 from .deferred import Deferred, TakesIntegers
 from .eager import is_plain
 from .joint import Joinable, Rows
-from .packed import GROUPED, PackedLayer, check_resident, codebook_tensor, group_count
+from .packed import GROUPED, PackedLayer, check_multiplier, check_resident, codebook_tensor, group_count
 from .prepared import effective_weight, scheme_from_key
 from .scheme import Scheme
 
@@ -244,6 +244,7 @@ def _checked(given: Mapping[str, Tensor | None], scheme: Scheme, rows: int, feat
     sizes |= {"act_scale": 1, "act_zero_point": 1}
     if scheme.group_scales == "int":
         sizes["packed_scale"] = rows
+    check_multiplier(given, scheme, torch.int16)
     check_resident(given, sizes, groups, scheme, rows, features)
     tensors: dict[str, Tensor | None] = {}
     for name, tensor in given.items():

@@ -14,7 +14,7 @@ from .cuda_slices import split_float32
 from .prepared import Prepared
 from .scheme import Scheme
 
-__all__ = ["GROUPED", "PackedLayer", "check_resident", "codebook_tensor", "group_count"]
+__all__ = ["GROUPED", "PackedLayer", "check_multiplier", "check_resident", "codebook_tensor", "group_count"]
 
 GROUPED = {
     "weight_scale": "packed_scale",
@@ -49,6 +49,26 @@ def check_resident(
                 f"{name}: expected {wanted} elements on {device} for a [{rows}, {features}] layer of scheme "
                 f"{scheme.name}, got {tensor.numel()} on {tensor.device}"
             )
+
+
+def check_multiplier(given: Mapping[str, Tensor | None], scheme: Scheme, dtype: torch.dtype) -> None:
+    """Whether multipliers of groups, and float32 scales of channels beside them, are there just where the scheme has
+    them: kernels read the scales of groups otherwise.
+
+    Args:
+        dtype: of multipliers, as the kernels read them.
+
+    Raises:
+        ValueError: naming the tensor.
+    """
+    multiplier, scale = given.get("packed_multiplier"), given.get("packed_scale")
+    whole = scheme.group_scales == "int"
+    found = None if multiplier is None else multiplier.dtype
+    if found != (dtype if whole else None):
+        expected = dtype if whole else "none"
+        raise ValueError(f"packed_multiplier: expected {expected} for scheme {scheme.name}, got {found or 'none'}")
+    if whole and scale is not None and scale.dtype != torch.float32:
+        raise ValueError(f"packed_scale: expected float32 for scheme {scheme.name}, got {scale.dtype}")
 
 
 @functools.cache

@@ -3,10 +3,12 @@ integers."""
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
-from helpers import assert_bits_equal, seeded
+from helpers import DTYPES, assert_bits_equal, assert_ran, hazard_rows, seeded, strided
 
 import qkernels as qk
 from qkernels import reference
@@ -156,3 +158,150 @@ def test_multipliers_out_of_range_are_refused(bad: int) -> None:
 def test_scheme_refuses_what_has_no_meaning(changes: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         INT.replace(**changes)
+
+
+# -- kernels of the CPU -----------------------------------------------------------------------------------------------
+
+
+def check(layer: qk.nn.QuantLinear, x: torch.Tensor, tier: str) -> None:
+    assert layer.kernel == f"w4a8.{tier}"
+    actual = layer(x)
+    rows = x[..., 0].numel()
+    if rows:  # else no kernel runs
+        assert_ran("w4a8", tier, rows)
+    assert_bits_equal(actual, reference.linear(x, layer.canonical(), layer.scheme, layer.in_features))
+
+
+def made(n: int, k: int, scheme: Scheme, **options: torch.Tensor) -> qk.nn.QuantLinear:
+    return qk.nn.QuantLinear.from_float(varied(n, k), seeded(n, seed=k), scheme, **options)
+
+
+@by_scheme
+@pytest.mark.parametrize(("n", "k"), [(3, 1), (65, 40), (70, 201), (130, 1100)])
+def test_kernel_equals_the_reference(isa: str, threads: int, scheme: Scheme, n: int, k: int) -> None:
+    layer = made(n, k, scheme)
+    for rows in (1, 2, 5, 16, 33, 100, 200):
+        check(layer, seeded(rows, k, seed=rows) + 0.3, isa)
+
+
+@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric inputs"])
+@pytest.mark.parametrize("group_size", [8, 128, 1000, 5000])
+def test_kernel_over_slices_of_k(isa: str, group_size: int, symmetric: bool) -> None:
+    """Tiers unpack up to 4096 k at a time; groups may be as long, and end anywhere."""
+    layer = made(70, 4300, INT.replace(group_size=group_size, activation_symmetric=symmetric))
+    for rows in (3, 7, 40):
+        check(layer, seeded(rows, 4300, seed=rows) - 0.2, isa)
+
+
+@by_scheme
+def test_kernel_around_the_change_of_path(isa: str, scheme: Scheme) -> None:
+    layer = made(70, 328, scheme)
+    for rows in (3, 4, 6, 7, 8, 15, 17, 23, 24, 25, 31, 32, 95, 96, 97):
+        check(layer, seeded(rows, 328, seed=rows) + 0.4, isa)
+
+
+@pytest.mark.parametrize("scheme", [INT, INT.replace(weight_symmetric=False)], ids=["symmetric", "zero points"])
+@pytest.mark.parametrize("k", [128, 4160])
+def test_largest_weights_and_inputs_do_not_saturate(isa: str, scheme: Scheme, k: int) -> None:
+    """Multiplier 15 and code 0 or 15, or multiplier 8 and zero points at the other end; inputs of +-127."""
+    layer = made(64, k, scheme)
+    state = layer.state_dict()
+    for code, zero in ((0, 15), (15, 0)):
+        state["weight"] = torch.full_like(state["weight"], code * 17)
+        state["weight_multiplier"] = torch.full_like(state["weight_multiplier"], scheme.largest_multiplier)
+        if not scheme.weight_symmetric:
+            state["weight_zero_point"] = torch.full_like(state["weight_zero_point"], zero)
+        layer.load_state_dict(state)
+        assert int(reference.multiplied_codes(layer.canonical(), scheme, k).abs().min()) in (105, 120)
+        for rows in (1, 7, 40):
+            for value in (-3.0, 3.0):
+                check(layer, torch.full((rows, k), value), isa)
+                x = torch.full((rows, k), value)
+                x[:, ::2] *= -1.0
+                check(layer, x, isa)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_kernel_on_hazard_rows(isa: str, threads: int, dtype: torch.dtype) -> None:
+    """NaN, Inf, zero, tiny and extreme rows; direct (few rows) and other paths; any strides."""
+    x = hazard_rows(136).to(dtype)
+    for scheme in (INT.replace(group_size=40), SCHEMES["asymmetric both"]):
+        layer = made(67, 136, scheme, inv_smooth=seeded(136).exp())
+        check(layer, x, isa)
+        check(layer, torch.cat([x] * 3), isa)
+        for row in x:
+            check(layer, row, isa)
+        check(layer, strided(x), isa)
+        check(layer, x.t().contiguous().t(), isa)
+        check(layer, x[:0], isa)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("weight_symmetric", [True, False])
+def test_kernel_of_static_activations(isa: str, dtype: torch.dtype, weight_symmetric: bool) -> None:
+    scheme = INT.replace(
+        group_size=64, weight_symmetric=weight_symmetric, activation_granularity="per_tensor", activation_dynamic=False
+    )
+    scale, zero = torch.tensor(0.03), torch.tensor(90, dtype=torch.int32)
+    layers = [
+        made(70, 200, scheme, act_scale=scale),
+        made(70, 200, scheme.replace(activation_symmetric=False), act_scale=scale, act_zero_point=zero),
+    ]
+    for layer in layers:
+        for rows in (1, 9, 40):
+            x = (seeded(rows, 200) + 0.7).to(dtype)
+            if rows == 9:
+                x[4, 7] = torch.nan
+            check(layer, x, isa)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("epilogue", ["relu", "gelu", "silu"])
+def test_kernel_with_functions_and_residuals(isa: str, dtype: torch.dtype, epilogue: str) -> None:
+    """As the layer of 8-bit weights that it is; no bias, and columns that no vector fills."""
+    layer = qk.nn.QuantLinear.from_float(varied(70, 201), None, INT)
+    tensors, eight_bits = layer.canonical(), qk.nn.QuantLinear.empty(201, 70, "w8a8", bias=False)
+    whole = reference.multiplied_codes(tensors, INT, 201)
+    eight_bits.load_state_dict({"weight": whole, "weight_scale": tensors["weight_scale"]}, assign=True)
+    layer.epilogue = eight_bits.epilogue = epilogue
+    for rows in (2, 9, 40):
+        x, residual = seeded(rows, 201).to(dtype), seeded(rows, 70, seed=5).to(dtype)
+        assert_bits_equal(layer(x), eight_bits(x))
+        assert_bits_equal(layer(x, residual=residual), eight_bits(x, residual=residual))
+
+
+@by_scheme
+def test_resident_memory_round_trip(scheme: Scheme) -> None:
+    """What is packed comes back, also through the memory that a layer has already, and through copies."""
+    layer, other = made(70, 201, scheme), qk.nn.QuantLinear.from_float(seeded(70, 201), seeded(70), scheme)
+    tensors = reference.quantize_weight(varied(70, 201), scheme)
+    for name, tensor in tensors.items():
+        assert_bits_equal(layer.canonical()[name], tensor, name)
+    x, y = seeded(5, 201), layer(seeded(5, 201))
+    before = {name: t.data_ptr() for name, t in other._prepared.resident().items()}
+    assert not torch.equal(other(x), y)
+    other.load_state_dict(layer.state_dict())
+    assert {name: t.data_ptr() for name, t in other._prepared.resident().items()} == before
+    assert before.keys() >= {"packed", "packed_scale", "packed_multiplier"}
+    for twin in (other, copy.deepcopy(layer)):
+        assert_bits_equal(twin(x), y)
+        for name, tensor in layer.state_dict().items():
+            assert_bits_equal(twin.state_dict()[name], tensor, name)
+
+
+def test_operator_refuses_what_would_be_read_wrongly() -> None:
+    prepared = made(70, 201, INT)._prepared
+    op, x = torch.ops.qkernels.linear_packed, seeded(3, 201)
+    resident = {name: prepared.tensors.get(name) for name in prepared.names}
+    rest = (70, 201, None)
+    float_key = made(70, 201, PRESETS["w4a8"])._prepared.scheme_key
+    assert_bits_equal(op(x, *resident.values(), prepared.scheme_key, *rest), prepared.run(x))
+    for changes, key in (
+        ({"packed_multiplier": None}, prepared.scheme_key),
+        ({}, float_key),
+        ({"packed_scale": resident["packed_scale"][:64]}, prepared.scheme_key),
+        ({"packed_multiplier": resident["packed_multiplier"][:64]}, prepared.scheme_key),
+        ({"packed_scale": resident["packed_scale"].half()}, prepared.scheme_key),
+    ):
+        with pytest.raises((ValueError, TypeError), match="expected"):
+            op(x, *{**resident, **changes}.values(), key, *rest)

@@ -19,6 +19,7 @@ from qkernels.scheme import Scheme
 BOOK = tuple(float(i) - 7.5 for i in range(16))
 SCHEMES = {
     "w4a8": Scheme.from_preset("w4a8"),
+    "w4a8 integer": Scheme.from_preset("w4a8_intscale"),
     "w4a16": Scheme.from_preset("w4a16"),
     "w8a16": Scheme.from_preset("w8a16"),
     "w4a16 codebook": Scheme.from_preset("w4a16").replace(codebook=BOOK),
@@ -43,14 +44,16 @@ def test_packed_layer_names_its_kernel_and_keeps_only_the_packed_form(layer: Qua
     layer(torch.cat([x] * 4))  # AMX leaves fewer than 16 rows to VNNI
     assert _C.last_kernel().startswith(layer.kernel)
     names = {name for name, tensor in layer._buffers.items() if tensor is not None}
-    assert names <= {"packed", "packed_scale", "packed_zero_point", "packed_min", "bias", "inv_smooth"}
+    parts = {"packed", "packed_scale", "packed_zero_point", "packed_min", "packed_multiplier"}
+    assert names <= parts | {"bias", "inv_smooth"}
 
 
 def test_packed_layer_state_dict_is_canonical_and_lossless(layer: QuantLinear, x: torch.Tensor) -> None:
     state = layer.state_dict()
     width = 201 if layer.scheme.weight_bits == 8 else 101
     assert state["weight"].shape == (70, width)
-    other = QuantLinear.empty(201, 70, layer.scheme, inv_smooth=True, group_scale_dtype=torch.float16)
+    dtype = torch.float32 if layer.scheme.group_scales == "int" else torch.float16
+    other = QuantLinear.empty(201, 70, layer.scheme, inv_smooth=True, group_scale_dtype=dtype)
     other.load_state_dict(state, assign=True)
     assert_bits_equal(other(x), layer(x))
     for name, tensor in other.state_dict().items():

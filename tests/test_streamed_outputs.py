@@ -15,12 +15,15 @@ from qkernels.nn import QuantLinear
 from qkernels.scheme import Scheme
 
 W4A8 = Scheme.from_preset("w4a8")
+INTEGER = Scheme.from_preset("w4a8_intscale")
 SCHEMES = {
     "w8a8": (Scheme(), 70),
     "w8a8-asymmetric": (Scheme(activation_symmetric=False), 70),
     "w8a8-slices": (Scheme(), 4170),  # AMX adds the sums of two slices of K
     "w4a8": (W4A8.replace(group_size=32), 128),
     "w4a8-tails": (W4A8.replace(group_size=64), 133),
+    "w4a8-integer": (INTEGER.replace(group_size=32), 128),
+    "w4a8-integer-slices": (INTEGER.replace(weight_symmetric=False, activation_symmetric=False), 4170),
     "w4a8-asymmetric": (W4A8.replace(weight_symmetric=False, activation_symmetric=False), 70),
 }
 VECTORS = pytest.mark.parametrize("isa", ("avx2", "avx512vnni", "amx"), indirect=True)
