@@ -355,7 +355,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kPerSm)
     while (walk.next(job, s)) {
       const Place place = place_of(job, s.tile);
       const int m0 = place.m * S::kTokens, tile_n0 = (place.n * S::kCluster + rank) * S::kChannels;
-      if (stored) {  // the terms of the tile before are there, if only to be overwritten, and nobody needs them any more
+      if (stored) {  // the terms of the tile before are here, if only to be overwritten, and not needed any more
         ptx::cp_async_wait_all();
         ptx::named_barrier(1 + group, 128);
       }
