@@ -73,8 +73,7 @@ enum class ScaleType : int32_t { kF32 = 0, kF16 = 2 };
 struct LinearW4A8Args {
   const uint8_t* packed;
   const void* weight_scale;  // packed groups; with multipliers one fp32 value for each channel
-  const uint8_t*
-      weight_multiplier;  // packed groups or nullptr; such that multiplier * (q - zero_point) is a signed byte
+  const uint8_t* weight_multiplier;  // packed groups or nullptr; multiplier * (q - zero_point) is a signed byte
   const uint8_t* weight_zero_point;  // packed groups or nullptr
   const void* weight_min;  // packed groups or nullptr, of scale_type
   ScaleType scale_type;

@@ -130,8 +130,10 @@ def run_kernels(k: int) -> None:
             if bits != (8, 8) and configs[-1][0] == 2 and rows == 70:  # every tile of wgmma, shared ones among them
                 weight = cuda_w4.describe(prepared.tensors, scheme, n, k) if bits[0] == 4 else ()
                 whole = scheme.group_scales == "int"
-                phased = PHASED_TILES[16 if scheme.weight_only else 8]
-                phased = PHASED_TILES_W8A16 if bits[0] == 8 else PHASED_TILES_MULTIPLIERS if whole else phased
+                if bits[0] == 8:
+                    phased = PHASED_TILES_W8A16
+                else:
+                    phased = PHASED_TILES_MULTIPLIERS if whole else PHASED_TILES[16 if scheme.weight_only else 8]
                 for tokens, phases in TILES + (phased if k >= PHASED_FEATURES else []):
                     name = f"{scheme.name}, tiles of {tokens}, {phases} phases"
                     wanted = reference.linear(wide, tensors, scheme, k)

@@ -38,6 +38,17 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
         torch.set_num_threads(before)
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """One thread of torch's, given back after the test: for weights and models that are too small for two."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.fixture(params=("cpu", "cuda"))
 def device(request: pytest.FixtureRequest) -> torch.device:
     """The CPU and, where there is one, the GPU."""

@@ -21,16 +21,9 @@ import qkernels as qk
 from qkernels.experts import SplitExperts, take_apart
 from qkernels.nn import QuantLinear
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 MODULE = "model.layers.0.mlp.experts"
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """These models are too small for two."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def experts(family: str = "mixtral") -> nn.Module:

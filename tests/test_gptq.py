@@ -16,6 +16,8 @@ from qkernels.blocks import Inputs, run_by_blocks
 from qkernels.gptq import gptq_weight
 from qkernels.hooks import Target
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 G16 = qk.Scheme(weight_bits=4, weight_granularity="per_group", group_size=16, activation_bits=None)
 SCHEMES = {
     "w4 g16": G16,
@@ -29,15 +31,6 @@ SCHEMES = {
         activation_bits=8, group_scales="int", scale_dtype=None, weight_symmetric=False
     ),
 }
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """These weights are too small for two."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def correlated(rows: int, columns: int, *, seed: int = 0) -> torch.Tensor:

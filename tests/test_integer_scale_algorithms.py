@@ -22,17 +22,10 @@ from qkernels.hqq import hqq_weight
 from qkernels.qat import QATLinear
 from qkernels.scheme import Scheme
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ASYMMETRIC = INT.replace(weight_symmetric=False)
 both = pytest.mark.parametrize("scheme", (INT, ASYMMETRIC), ids=("symmetric", "zero points"))
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """These weights are too small for two."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def rounded(w: torch.Tensor, grid: dict[str, torch.Tensor], scheme: Scheme) -> dict[str, torch.Tensor]:

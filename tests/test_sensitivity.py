@@ -9,14 +9,7 @@ from torch import nn
 
 import qkernels as qk
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """These models are too small for two."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def model_with_a_fragile_layer() -> nn.Module:

@@ -17,14 +17,7 @@ from qkernels.probe import find_groups
 from qkernels.smoothed import attached
 from qkernels.survey import survey
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """These models are too small for two."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def linears(model: nn.Module) -> dict[str, nn.Module]:

@@ -16,6 +16,8 @@ from qkernels import reference
 from qkernels.grids import codes_and_tensors, search_range
 from qkernels.hqq import hqq_weight
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 G32 = qk.Scheme(weight_bits=4, weight_granularity="per_group", group_size=32, activation_bits=None)
 SCHEMES = {
     "symmetric": G32,
@@ -31,15 +33,6 @@ SEARCHED = SCHEMES | {
     "code book": G32.replace(codebook=tuple(v * abs(v) / 64 for v in (*range(8), *range(-8, 0)))),
     "w8": qk.Scheme(),
 }
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """These weights are too small for two."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def heavy(rows: int = 32, columns: int = 104, seed: int = 0) -> torch.Tensor:

@@ -411,8 +411,12 @@ class LinearW4A8Amx : PanelsW4A8Amx<V, kWhole> {
     for (int64_t k = 0; k < p_.k;) {
       const int64_t next = this->plan(k, most, ws);
       int64_t at = 0;
-      for (int64_t s = 0; s < ws.span_count; at += ws.spans[s++].steps)
-        this->unpack_span(codes, ws.spans[s], nb, at, ws);
+      for (int64_t s = 0; s < ws.span_count; at += ws.spans[s++].steps) {
+        if constexpr (kWhole)
+          this->unpack_whole(codes, ws.spans[s], nb, at, ws);
+        else
+          this->unpack_span(codes, ws.spans[s], nb, at, ws);
+      }
       const bool last = next == p_.k, alone = last && k == 0;  // then one block's worth of L1 serves all totals
       // As much of what is unpacked next: this superblock's rest, or the next one's beginning.
       Flow flow;

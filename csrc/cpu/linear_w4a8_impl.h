@@ -58,6 +58,7 @@ class LinearW4A8 {
  public:
   explicit LinearW4A8(const LinearW4A8Args& args)
       : LinearW4A8(args, args.group_size, V::kJoinsGroups && args.m > V::kDirectTiles * V::kDirectRows) {}
+
   void run() const {
     for_row_chunks<V>(
         p_.m, p_.n, p_.k, stride_, p_.scratch, p_.threads,

@@ -145,7 +145,6 @@ class PanelsW4A8Amx : protected LinearW4A8<V, kWhole> {
   }
 
   void unpack_span(const uint8_t* codes, const Span& span, int64_t nb, int64_t at, Workspace& ws) const {
-    if constexpr (kWhole) return unpack_whole(codes, span, nb, at, ws);
     const int64_t begin = span.group * this->group_, end = begin + span.depth;
     typename Base::Group group;
     this->load_group(nb, span.group, group);
@@ -182,7 +181,7 @@ class PanelsW4A8Amx : protected LinearW4A8<V, kWhole> {
       V::store_i(sum, code_sum);
     }
     const int64_t index = &span - ws.spans;
-    if constexpr (!kWhole) std::memcpy(ws.scale[index], group.scale, sizeof(group.scale));
+    std::memcpy(ws.scale[index], group.scale, sizeof(group.scale));
     if (p_.weight_min) std::memcpy(ws.min[index], group.min, sizeof(group.min));
   }
 
