@@ -2,8 +2,9 @@
 
 Activation modules are applied inside the Linear before them; Linears that read one input run as one product (see
 :mod:`qkernels.groups`); residuals are added inside the Linear (see :mod:`qkernels.residuals`); on a GPU, norms and
-activations quantize their output in the pass that computes it, where Linears of 8-bit inputs alone read it, and norms
-and gated activations are one kernel, where weight-only Linears do (:mod:`qkernels.norms`, :mod:`qkernels.deferred`).
+activations quantize their output in the pass that computes it, where Linears of 8-bit inputs alone read it, norms and
+gated activations are one kernel, where weight-only Linears do (:mod:`qkernels.norms`, :mod:`qkernels.deferred`), and so
+are rotary embeddings and attention of few queries (:mod:`qkernels.attention`).
 
 An activation is fused where the parent's own ``forward``, traced with every child as a leaf, calls the quantized Linear
 once, hands its output to the activation and to nothing else, and calls the activation once.  The Linear gets the
@@ -22,12 +23,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
+from . import cuda
+from .attention import AttentionForward, attends
 from .cpu_packed import PreparedPacked
 from .cpu_w8a8 import PreparedW8A8
 from .deferred import Handoff
 from .epilogues import epilogue_of
 from .flow import linears_behind
-from .groups import InputGroup, compatible, quantize_alike, readers
+from .groups import InputGroup, compatible, has_another_forward, quantize_alike, readers
 from .joint import Joinable
 from .linear import QuantLinear
 from .norms import Norm, NormHandoff, norm_of
@@ -82,8 +85,9 @@ class _Read(NamedTuple):
 
 
 def fuse_(model: nn.Module, *, on_failure: OnFailure | None = None) -> dict[str, str]:
-    """Apply activations and add residuals in the quantized Linears before them, join Linears that read one input, and
-    let norms and activations hand integers, or what one kernel computes, to the Linears behind them on a GPU; in place.
+    """Apply activations and add residuals in the quantized Linears before them, join Linears that read one input, let
+    norms and activations hand integers, or what one kernel computes, to the Linears behind them on a GPU, and attention
+    blocks between Linears call kernels there; in place.
 
     Args:
         model: looked through as a whole.
@@ -98,8 +102,10 @@ def fuse_(model: nn.Module, *, on_failure: OnFailure | None = None) -> dict[str,
     grouped = [layer for group in groups for layer in group if type(layer._prepared) is PreparedW8A8]
     reads = [read for parent in model.modules() for read in family.reads(parent)]
     sums = [(parent, form) for parent in model.modules() if (form := family.sum(parent, grouped)) is not None]
+    blocks = [module for module in model.modules() if family.children_of(module) and attends(module)]
     if on_failure is not None:
-        on_failure(_restorer(model, pairs, [read.module for read in reads], [parent for parent, _ in sums]))
+        forwards = [*(read.module for read in reads), *blocks]
+        on_failure(_restorer(model, pairs, forwards, [parent for parent, _ in sums]))
     done: dict[str, str] = {}
 
     def note(layer: nn.Module, words: str) -> None:
@@ -145,6 +151,10 @@ def fuse_(model: nn.Module, *, on_failure: OnFailure | None = None) -> dict[str,
                 added._adds = layers[0]._reads
                 if _words(layers[0], ""):
                     note(added, f"added by {family.names[id(module)]}")
+    for module in blocks:
+        module.__dict__["forward"] = AttentionForward(module)
+        first = family.children_of(module)[0]
+        note(first, "attention of few tokens in two kernels" if not cuda.unavailable(first._device()) else "")
     return done
 
 
@@ -176,7 +186,7 @@ def unfuse_(model: nn.Module, *, on_failure: OnFailure | None = None) -> None:
         for name, child in parent._modules.items()
         if isinstance(child, Passed)
     ]
-    handing = [m for m in model.modules() if isinstance(m.__dict__.get("forward"), NormHandoff)]
+    handing = [m for m in model.modules() if isinstance(m.__dict__.get("forward"), (NormHandoff, AttentionForward))]
     sums = [module for module in model.modules() if adds_inside(module)]
     if on_failure is not None:
         on_failure(_restorer(model, pairs, handing, sums))
@@ -189,8 +199,8 @@ def unfuse_(model: nn.Module, *, on_failure: OnFailure | None = None) -> None:
         if member._reads is not None:
             member._reads.leave()
             member._reads = None
-    for norm in handing:
-        del norm.__dict__["forward"]
+    for module in handing:
+        del module.__dict__["forward"]
     for parent, linear, name, _, _ in pairs:
         layer, passed = parent._modules.get(linear), parent._modules[name]
         if isinstance(layer, QuantLinear):
@@ -204,13 +214,13 @@ def _linears(model: nn.Module) -> list[QuantLinear]:
 
 
 def _restorer(
-    model: nn.Module, pairs: list[_Pair], norms: list[nn.Module], sums: list[nn.Module]
+    model: nn.Module, pairs: list[_Pair], handing: list[nn.Module], sums: list[nn.Module]
 ) -> Callable[[], None]:
-    """A function that makes both halves of each pair, every Linear, these norms and where modules add what they are
-    now."""
+    """A function that makes both halves of each pair, every Linear, the ``forward`` of those that hand something on and
+    where modules add what they are now."""
     layers = [(x, x.epilogue, x._group, x._reads, x._feeds, x._adds) for x in _linears(model)]
     activations = [(pair, pair.parent._modules.get(pair.activation)) for pair in pairs]
-    forwards = [(norm, norm.__dict__.get("forward")) for norm in norms]
+    forwards = [(module, module.__dict__.get("forward")) for module in handing]
     inside = [(module, module.__dict__.get("_residual_sum")) for module in sums]
 
     def restore() -> None:
@@ -224,15 +234,15 @@ def _restorer(
             shared.settle()
         for pair, activation in activations:
             pair.parent._modules[pair.activation] = activation
-        for norm, forward in forwards:
-            norm.__dict__.pop("forward", None)
+        for module, forward in forwards:
+            module.__dict__.pop("forward", None)
             if forward is not None:
-                norm.__dict__["forward"] = forward
-        for module, form in inside:
-            if adds_inside(module):
-                add_outside(module)
+                module.__dict__["forward"] = forward
+        for parent, form in inside:
+            if adds_inside(parent):
+                add_outside(parent)
             if form is not None:
-                add_inside(module, form)
+                add_inside(parent, form)
 
     return restore
 
@@ -263,6 +273,11 @@ class _Family:
             for activation in activations
             if graphs and all(_feeds(graph, linear, activation) for graph in graphs)
         ]
+
+    @staticmethod
+    def children_of(parent: nn.Module) -> list[QuantLinear]:
+        """The quantized Linears among the children of ``parent``."""
+        return [child for child in parent._modules.values() if isinstance(child, QuantLinear)]
 
     def groups(self, parent: nn.Module) -> list[list[QuantLinear]]:
         """The children of ``parent`` that read one input and quantize it alike."""
@@ -387,7 +402,7 @@ class _Tracer(fx.Tracer):
 def _traces(module: nn.Module) -> list[fx.Graph]:
     """How ``forward`` calls the children: with its optional arguments given, and without them.  Empty where either
     cannot be traced."""
-    if "forward" in module.__dict__:  # somebody else's wrapper, which a trace of the class would not see
+    if has_another_forward(module):  # somebody else's wrapper, which a trace of the class would not see
         return []
     try:
         parameters = inspect.signature(type(module).forward).parameters.values()

@@ -36,6 +36,7 @@ __all__ = [
     "InputGroup",
     "called_child",
     "compatible",
+    "has_another_forward",
     "mentions",
     "parsed",
     "parsed_forward",
@@ -284,8 +285,14 @@ def readers(parent: nn.Module, names: Sequence[str]) -> list[list[str]]:
 
 
 def parsed_forward(module: nn.Module) -> ast.FunctionDef | None:
-    """The source of ``type(module).forward``; None where there is none, or where the instance has a ``forward``."""
-    return None if "forward" in module.__dict__ else parsed(type(module).forward)
+    """The source of ``type(module).forward``; None where there is none, or where the instance has another one."""
+    return None if has_another_forward(module) else parsed(type(module).forward)
+
+
+def has_another_forward(module: nn.Module) -> bool:
+    """Whether the ``forward`` of an instance is not the code of its class."""
+    forward = module.__dict__.get("forward")
+    return forward is not None and not getattr(forward, "follows_class", False)
 
 
 @functools.lru_cache(maxsize=256)

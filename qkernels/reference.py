@@ -3,8 +3,8 @@
 Runs on any device, needs no compiled code, and favours being read over being fast.  Results are defined to the
 bit for everything that enters the product as integers; weight-only products are float32 with unspecified order
 of summation.  Rounding rules are in ``_rounding.py``, tensors of any shape in ``_tensors.py``, weights in
-``_weights.py``, rows of activations in ``_activations.py``, norms and functions before those in ``_fused.py``.  Names
-and shapes:
+``_weights.py``, rows of activations in ``_activations.py``, norms and functions before those in ``_fused.py``, what is
+between Linears of an attention block in ``_attention.py``.  Names and shapes:
 
     x [..., K]    weight [N, K]    y [..., N] = x @ weight.T + bias
 
@@ -33,6 +33,7 @@ from torch import Tensor
 
 from qkernels import _rounding as rounding
 from qkernels._activations import quantize_activations
+from qkernels._attention import attention, rotary
 from qkernels._fused import ACTIVATIONS, activated, add_residual, layer_norm, rms_norm
 from qkernels._tensors import check_static, dequantize, pack_int4, quantize, unpack_int4
 from qkernels._weights import (
@@ -55,6 +56,7 @@ __all__ = [
     "ACTIVATIONS",
     "activated",
     "add_residual",
+    "attention",
     "centred_zero",
     "check_static",
     "dequantize",
@@ -76,6 +78,7 @@ __all__ = [
     "quantize_activations",
     "quantize_weight",
     "rms_norm",
+    "rotary",
     "round_to_grid",
     "unpack_int4",
     "weight_codes",

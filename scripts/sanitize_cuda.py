@@ -53,7 +53,7 @@ def run_kernels(k: int) -> None:
     import torch
     from torch import Tensor
 
-    from qkernels import cuda, cuda_rows, cuda_w4, cuda_w8a16, ops, reference, row_ops
+    from qkernels import cuda, cuda_attention, cuda_rows, cuda_w4, cuda_w8a16, ops, reference, row_ops
     from qkernels.scheme import Scheme
 
     generator = torch.Generator().manual_seed(0)
@@ -95,6 +95,18 @@ def run_kernels(k: int) -> None:
             check(f"normalize K={width}", values, reference.layer_norm(total, weight, weight, 1e-5), 0.01)
             y = reference.activated(x, "silu", up)
             check(f"activate K={width}", cuda_rows.activate(a, "silu", b), y, 0.01)
+
+    for tokens, length, size in ((1, 200, 64), (5, 77, 128)):
+        heads = [random(2, count, tokens, size, dtype=torch.bfloat16) for count in (8, 2)]
+        cos, sin = (random(1, tokens, size, dtype=torch.bfloat16) for _ in range(2))
+        for place in (lambda t: t.to("cuda"), misaligned):
+            turned = cuda_attention.rotary(*map(place, heads), place(cos), place(sin))
+            for got, x in zip(turned, heads, strict=True):
+                check(f"rotary of {x.shape[1]} heads of {size}", got, reference.rotary(x, cos, sin))
+        keys, values = (random(2, 2, length, size, dtype=torch.bfloat16) for _ in range(2))
+        mask = random(2, 1, tokens, length) > 0
+        got = cuda_attention.attention(*(t.to("cuda") for t in (heads[0], keys, values, mask)), 0.1)
+        check(f"attention over {length} keys", got, reference.attention(heads[0], keys, values, mask, 0.1), 0.01)
 
     m, n = 70, 130
     x, w = random(m, k), random(n, k)

@@ -167,6 +167,7 @@ PYBIND11_MODULE(_cuda, m) {
   bind_w4(m);
   bind_w8a16(m);
   bind_rows(m);
+  bind_attention(m);
 }
 
 }  // namespace qk::cuda

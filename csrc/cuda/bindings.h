@@ -22,5 +22,6 @@ pybind11::tuple tuple_of(const W4Plan& p);
 void bind_w4(pybind11::module_& m);  // 4-bit weights
 void bind_w8a16(pybind11::module_& m);  // 8-bit weights, floating-point activations
 void bind_rows(pybind11::module_& m);  // rows computed before they are quantized
+void bind_attention(pybind11::module_& m);  // between the Linears of an attention block
 
 }  // namespace qk::cuda

@@ -1,0 +1,64 @@
+// What stands between the Linears of an attention block while tokens are generated. Host only, as launch.h.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "args.h"
+
+namespace qk::cuda {
+
+// Where element 0 of (batch, head, token) lies, in elements from the first; the features of a head are contiguous.
+struct HeadStrides {
+  int64_t batch, head, token;
+};
+
+// Rotary embedding of queries and keys [batch, heads, tokens, size] in one launch, each operation rounded to the dtype:
+//   y[i] = x[i] * cos[i] - x[i + size / 2] * sin[i]   for i < size / 2
+//   y[i] = x[i] * cos[i] + x[i - size / 2] * sin[i]   for the others
+// cos, sin: [batch or 1, tokens, size], contiguous features, `angles.head` unused.
+struct RotaryArgs {
+  DType dtype;
+  int batch, heads, key_heads, tokens, size;
+  const void *q, *k, *cos, *sin;
+  void *q_out, *k_out;  // no part of what is read
+  HeadStrides q_at, k_at, q_out_at, k_out_at, angles;
+  bool dependent;  // the launch may overlap the end of the kernel before it
+};
+
+// softmax(scale * q k^T) v for few queries of a head: q [batch, heads, tokens, size], k and v [batch, key_heads,
+// length, size], heads a multiple of key_heads; 16-bit floats. A query whose keys are all masked gets zeros.
+struct AttentionArgs {
+  DType dtype;  // bf16 or fp16
+  int batch, heads, key_heads, tokens, size;
+  int64_t length;  // keys
+  const void *q, *k, *v;
+  void* out;
+  HeadStrides q_at, k_at, v_at, out_at;
+  const uint8_t* mask;  // one byte per key, 0: not seen; or nullptr. Keys of a row are contiguous
+  HeadStrides mask_at;
+  float scale;
+  int parts;  // CTAs that share the keys of one head
+  int64_t part;  // keys of each, a multiple of kAttentionStep
+  int32_t* counters;  // zero between launches, one for each head and 16 rows of queries, if parts > 1
+  float* partial;  // attention_floats() of them, if parts > 1
+  bool dependent;
+};
+
+constexpr int kAttentionRows = 16;  // queries of one CTA
+constexpr int kAttentionStep = 64;  // keys of one step of a CTA
+
+// How `length` keys are shared out, from the number of multiprocessors.
+struct AttentionPlan {
+  int parts;
+  int64_t part;
+  int64_t counters, floats;  // what the launch needs of both
+};
+AttentionPlan plan_attention(int batch, int heads, int key_heads, int tokens, int size, int64_t length, int sms);
+
+void rotary(const RotaryArgs& args, cudaStream_t stream);
+// Throws std::invalid_argument for a size other than 64 and 128, and for fp32.
+void attention(const AttentionArgs& args, cudaStream_t stream);
+
+}  // namespace qk::cuda

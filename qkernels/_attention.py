@@ -1,0 +1,55 @@
+"""The reference of what stands between the Linears of an attention block: rotary embedding, and attention itself.
+
+    rotary      y = x * cos + turned(x) * sin              each product and the sum rounded to the dtype of x
+                turned(x) = (-x[D/2:], x[:D/2])
+    attention   softmax(scale * q k^T) v over the keys that a query sees, in float64, rounded once
+
+A kernel's rotary embedding equals this to the bit.  Its attention sums in float32 in an order of its own and rounds
+``exp(score - largest)`` to the dtype before the product with ``v``: within ``2^-7 * softmax(...) |v|`` (bfloat16) or
+``2^-10`` of it (float16) of this, where scores are below 2^10.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["attention", "rotary"]
+
+
+def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding (Su et al. 2021), the features of a head turned in pairs ``(i, i + D / 2)``.
+
+    Args:
+        x: ``[B, H, T, D]``, D even.
+        cos, sin: ``[B or 1, T, D]``, in the dtype of ``x``.
+
+    Returns:
+        ``[B, H, T, D]`` in the dtype of ``x``.
+    """
+    half = x.shape[-1] // 2
+    turned = torch.cat((-x[..., half:], x[..., :half]), -1)
+    return x * cos.unsqueeze(1) + turned * sin.unsqueeze(1)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """Attention where heads of queries share heads of keys (Ainslie et al. 2023).
+
+    Args:
+        q: ``[B, H, T, D]``.
+        k, v: ``[B, G, L, D]``, H a multiple of G.
+        mask: bool, broadcast to ``[B, H, T, L]``: True where a query sees a key; None: it sees all.
+        scale: factor of the scores.
+
+    Returns:
+        ``[B, T, H, D]`` in the dtype of ``q``; zeros for a query that sees no key.
+    """
+    shared = q.shape[1] // k.shape[1]
+    wide = [x.to(torch.float64) for x in (q, k.repeat_interleave(shared, 1), v.repeat_interleave(shared, 1))]
+    scores = wide[0] @ wide[1].transpose(-1, -2) * scale
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    weights = torch.softmax(scores, -1)
+    if mask is not None:
+        weights = weights.masked_fill(~mask.any(-1, keepdim=True), 0.0)
+    return (weights @ wide[2]).to(q.dtype).transpose(1, 2).contiguous()
