@@ -58,6 +58,7 @@ VARIANTS: dict[str, dict[str, Any] | None] = {
     "bf16": None,
     "w8a8, not fused": {"scheme": "w8a8", "fuse": False},
     "w8a8": {"scheme": "w8a8"},
+    "w4a8_intscale": {"scheme": "w4a8_intscale"},
 }
 
 

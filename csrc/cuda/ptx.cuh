@@ -216,6 +216,8 @@ __device__ __forceinline__ void tensor_load_2d_multicast(uint32_t dst, const voi
       "l"(map), "r"(c0), "r"(c1), "r"(bar), "h"(cta_mask), "l"(policy)
       : "memory");
 }
+// "prefetch.global.L2": asks for the line at `p`. Nothing is read, so it may come before a wait for what writes there.
+__device__ __forceinline__ void prefetch_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 __device__ __forceinline__ void prefetch_tensor_map(const void* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }

@@ -57,15 +57,37 @@ __device__ __forceinline__ void load_parameters(const void* p, bool wide, int64_
   raw.widened(v);
 }
 
+// Asks for what a thread will read beside x: while a product that follows fetches its weights, memory takes
+// microseconds to answer. Few rows alone wait for that.
+template <typename T, int kVectors>
+__device__ __forceinline__ void ask_ahead(const QuantizeNormArgs& n, int64_t row, int step, int start) {
+  const auto ask = [&](const void* p, int64_t at, int64_t bytes) {
+    if (p) ptx::prefetch_l2(static_cast<const uint8_t*>(p) + at * bytes);
+  };
+#pragma unroll
+  for (int i = 0; i < kVectors; ++i) {
+    const int k = i * step + start;
+    if (k >= n.codes.k) return;
+    const int64_t bytes = n.wide_factors ? 4 : sizeof(T);
+    ask(n.weight, k, bytes);
+    ask(n.bias, k, bytes);
+    ask(n.residual, row * n.residual_stride + k, sizeof(T));
+  }
+}
+
 template <typename T, int kVectors, bool kLayer>
 __global__ void __launch_bounds__(kManyThreads) quantize_norm_kernel(const QuantizeNormArgs n) {
   __shared__ float squares_of[kWarps], sums_of[kWarps];
-  begin_rows(n.codes);
   const QuantizeRowsArgs& a = n.codes;
   const int64_t row = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
+  const int step = blockDim.x * kVector, start = threadIdx.x * kVector;
+  if (a.settled && row < a.m) ask_ahead<T, kVectors>(n, row, step, start);
+  begin_rows(a);
   if (row >= a.m) return;
   const T* x = static_cast<const T*>(a.x) + row * a.x_stride;
-  const int step = blockDim.x * kVector, start = threadIdx.x * kVector;
+  // Read together with x, where there are registers: behind the sum of squares it would be a second wait for memory.
+  Vector<T> weight[kVectors];
+  const bool with_weight = kVectors * sizeof(T) <= 4 && n.weight && n.wide_factors == (sizeof(T) == 4);
   Row<kVectors> v;
 #pragma unroll
   for (int i = 0; i < kVectors; ++i) {
@@ -73,6 +95,7 @@ __global__ void __launch_bounds__(kManyThreads) quantize_norm_kernel(const Quant
     Vector<T> raw;
     if (k < a.k) {
       raw.load(x + k);
+      if (with_weight) weight[i].load(static_cast<const T*>(n.weight) + k);
     } else {
       raw.clear();
     }
@@ -126,7 +149,11 @@ __global__ void __launch_bounds__(kManyThreads) quantize_norm_kernel(const Quant
     for (int j = 0; j < kVector; ++j) v[i][j] = __fmul_rn(v[i][j], rstd);
     if (n.weight) {
       float w[kVector];
-      load_parameters<T>(n.weight, n.wide_factors, k, w);
+      if (with_weight) {
+        weight[i].widened(w);
+      } else {
+        load_parameters<T>(n.weight, n.wide_factors, k, w);
+      }
 #pragma unroll
       for (int j = 0; j < kVector; ++j) v[i][j] = __fmul_rn(v[i][j], w[j]);
     }

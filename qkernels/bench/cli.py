@@ -43,7 +43,7 @@ def add_parser(subparsers: Any) -> None:
         nargs="+",
         default=["w8a8"],
         metavar="NAME",
-        help="presets, and with --device cuda quantize (default: w8a8)",
+        help="presets, and with --device cuda quantize and attention (default: w8a8)",
     )
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the input")
     parser.add_argument(

@@ -1,7 +1,7 @@
 """``qkernels bench --device cuda``: W8A8 on a GPU, cold weights, CUDA graphs, rivals in turns with ours.
 
-By ``--schemes``, other weights and activations (:mod:`qkernels.bench.cuda_w4`, :mod:`qkernels.bench.cuda_w8a16`) and
-the quantizers of rows (:mod:`qkernels.bench.cuda_rows`).
+By ``--schemes``, other weights and activations (:mod:`qkernels.bench.cuda_w4`, :mod:`qkernels.bench.cuda_w8a16`), the
+quantizers of rows (:mod:`qkernels.bench.cuda_rows`) and attention (:mod:`qkernels.bench.cuda_attention`).
 
 Each contender's calls, one per copy of the weight, are captured into a graph; graphs are replayed in an order drawn
 anew for each round, and a row is the median over the rounds.  The copies together are larger than the L2.  Nothing of
@@ -34,6 +34,7 @@ import torch
 from torch import Tensor
 
 from qkernels import cuda, reference, triton
+from qkernels.bench.cuda_attention import ProblemAttention
 from qkernels.bench.cuda_cutlass import Cutlass
 from qkernels.bench.cuda_rows import ProblemRows
 from qkernels.bench.cuda_w4 import ProblemW4
@@ -261,7 +262,7 @@ def run_cuda_grid(args: argparse.Namespace) -> int:
     cutlass = Cutlass(args.cutlass) if args.cutlass else None
     rows: list[CudaRow] = []
     notes: list[str] = []
-    known = ("w8a8", "w8a16", "w4a16", "w4a8", "w4a8_intscale", "quantize")
+    known = ("w8a8", "w8a16", "w4a16", "w4a8", "w4a8_intscale", "quantize", "attention")
     unknown = sorted(set(args.schemes) - set(known))
     if unknown:
         raise ValueError(f"--schemes: expected {', '.join(known)} with --device cuda, got {', '.join(unknown)}")
@@ -299,7 +300,9 @@ def run_cuda_grid(args: argparse.Namespace) -> int:
     return 1 if notes else 0
 
 
-_Problem = Problem | ProblemW4 | ProblemW8A16 | ProblemRows
+_OfBytes = ProblemRows | ProblemAttention
+"""What is no product of weights: its contenders' limits are the bytes that each has to move."""
+_Problem = Problem | ProblemW4 | ProblemW8A16 | _OfBytes
 
 
 def _problem(
@@ -307,6 +310,8 @@ def _problem(
 ) -> _Problem:
     if name == "quantize":
         return ProblemRows(k, m, cold, dtype)
+    if name == "attention":
+        return ProblemAttention(k, n, m, cold, dtype)
     if name.startswith("w4"):
         return ProblemW4(name, k, n, m, cold, dtype)
     if name == "w8a16":
@@ -316,17 +321,17 @@ def _problem(
 
 def _run_problem(problem: _Problem, ceilings: CudaCeilings, rounds: int, notes: list[str]) -> list[CudaRow]:
     k, n, m = problem.k, problem.n, problem.m
-    operations = 0.0 if isinstance(problem, ProblemRows) else 2.0 * m * n * k
+    operations = 0.0 if isinstance(problem, _OfBytes) else 2.0 * m * n * k
     size = problem.dtype.itemsize
     integers = not problem.scheme.weight_only
     gemm_limit = ceilings.limit(traffic(problem.scheme, k, n, m, size, 1), operations, integers=integers)
     layer_limit = ceilings.limit(traffic(problem.scheme, k, n, m, size), operations, integers=integers)
-    if isinstance(problem, ProblemRows):
+    if isinstance(problem, _OfBytes):
         gemm_limit = ceilings.limit(problem.bytes_of(problem.name), 0.0)
     count = max(2, min(MOST_CALLS, int(GRAPH_SECONDS * 1e6 / max(gemm_limit, 5.0))))
     graphs: list[tuple[str, bool, Graph]] = []
     for name, ours, call in problem.contenders():
-        exact = not ours or (problem.exact(call, name) if isinstance(problem, ProblemRows) else problem.exact(call))
+        exact = not ours or (problem.exact(call, name) if isinstance(problem, _OfBytes) else problem.exact(call))
         if not exact:
             notes.append(f"{name}: NOT EXACT at K={k} N={n} M={m}, so not timed")
             continue
@@ -342,7 +347,7 @@ def _run_problem(problem: _Problem, ceilings: CudaCeilings, rounds: int, notes: 
     for (name, ours, _), values in zip(graphs, times, strict=True):
         median = statistics.median(values)
         limit = layer_limit if "layer" in name or problem.scheme.weight_only else gemm_limit
-        if isinstance(problem, ProblemRows):
+        if isinstance(problem, _OfBytes):
             limit = ceilings.limit(problem.bytes_of(name), 0.0)
         rows.append(
             CudaRow(
