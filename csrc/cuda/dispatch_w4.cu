@@ -142,8 +142,8 @@ W4Plan plan_w4a16(int64_t m, int64_t n, int64_t k, W4Kind kind, int capability, 
   return plan;
 }
 
-// mma.sync, measured on an H100 with float scales: a wide CTA needs as long for a slab as the chip for some 630 narrow ones; and 128
-// tokens beat twice 64 as soon as three quarters of the multiprocessors have a CTA.
+// mma.sync, measured on an H100 with float scales: a wide CTA needs as long for a slab as the chip for some 630 narrow
+// ones; and 128 tokens beat twice 64 as soon as three quarters of the multiprocessors have a CTA.
 W4Plan plan_w4a8(int64_t m, int64_t n, int64_t k, int64_t group, W4Kind kind, int capability, int sms) {
   const bool within = group < k && kW4SlabK % group == 0;
   if (capability == 90 && has_sm90a()) return plan_wgmma(true, m, n, k, kind, within, sms);

@@ -6,17 +6,17 @@
 // products of all of K add to the same sums: nothing happens at the end of a group, but that other multipliers meet the
 // codes after it. A slab has as many rows of them as groups_w4.cuh says, one for each 128, 64 or 32 k.
 //
-// Activations with zero points ("shifted") have instances of their own, whose sums shift_w4a8.cuh sets right once, at
-// the end. No sum overflows for K up to 65,536: those of stored activations, and of weights times a shift, are below
-// 128 * 120 * K < 2^30, and their difference is below 255 * 120 * K < 2^31.
+// Activations with zero points ("shifted") have instances of their own, which sum up weights as shift_w4a8.cuh says and
+// set the totals right once, at the end. No sum overflows for K up to 65,536: those of stored activations, and of
+// weights times a shift, are at most 128 * 120 * K < 2^30, and their difference is at most 255 * 120 * K < 2^31.
 //
 // Tiles are those of tiles_w4a8.cuh. Few tokens ("narrow"): warps run over slabs without waiting for one another, and
 // their sums meet in shared memory at the end.
 //
 //     warp 0: slab 0, 8, ...   warp 1: slab 1, 9, ...  ...  warp 7: slab 7, 15, ...
 //
-// More tokens ("wide"): each warp walks all of K. A single set of sums leaves registers for two CTAs to an SM, but where
-// those of weights come on top of 128 tokens'.
+// More tokens ("wide"): each warp walks all of K. A single set of sums leaves registers for two CTAs to an SM, but
+// where those of weights come on top of 128 tokens'.
 #include "shift_w4a8.cuh"
 #include "tiles_w4a8.cuh"
 
