@@ -69,7 +69,7 @@ __device__ __forceinline__ void multiply_slab(const Job& job, const uint8_t* cod
       f[i][2] = low_bytes(second, m[i][0]), f[i][3] = high_bytes(second, m[i][1]);
       if constexpr (S::kShifted) add_weights(weights[i], f[i], slab * kW4SlabK + quarter * 32, job.a.weight.k, lane);
     }
-    constexpr int kAtOnce = S::kBlocksM < 4 ? S::kBlocksM : 4;  // blocks of tokens in registers
+    constexpr int kAtOnce = S::kBlocksM < 2 ? 1 : 2;  // blocks of tokens in registers: what one ldmatrix brings
 #pragma unroll
     for (int first = 0; first < S::kBlocksM; first += kAtOnce) {
       uint32_t b[kAtOnce][2];
