@@ -39,7 +39,6 @@ __all__ = [
     "gemm_w4a16",
     "linear_w4a8",
     "linear_w4a16",
-    "multiplier_objection",
     "pack_groups",
     "pack_multipliers",
     "pack_w4",
@@ -244,14 +243,6 @@ def wgmma_objection(scheme: Scheme, found: int) -> str:
     if found == 90 and _cuda.has_sm90a() and not scheme.weight_only and not scheme.activation_symmetric:
         return "no wgmma kernel for 4-bit weights under asymmetric activations: mma.sync serves them"
     return ""
-
-
-def multiplier_objection(scheme: Scheme, found: int) -> str:
-    """Why no kernel serves integer scales of groups on a device of compute capability ``found``; "" otherwise."""
-    if scheme.group_scales == "float" or (found == 90 and _cuda.has_sm90a() and scheme.activation_symmetric):
-        return ""
-    what = "asymmetric activations" if not scheme.activation_symmetric else f"compute capability {found}"
-    return f"no CUDA kernel for integer scales of groups under {what}: wgmma alone, symmetric activations"
 
 
 def gemm_w4a16(

@@ -28,7 +28,6 @@ from .cuda_w4 import (
     describe,
     linear_w4a8,
     linear_w4a16,
-    multiplier_objection,
     pack_groups,
     pack_multipliers,
     pack_w4,
@@ -118,7 +117,7 @@ class PreparedCudaW4(TakesIntegers, Joinable, PackedLayer):
         group = scheme.resolve_group_size(in_features)
         if group % GROUP_STEP and group < in_features:
             return f"no CUDA kernel for groups of {group} (multiples of {GROUP_STEP})"
-        return unavailable(device) or multiplier_objection(scheme, capability(device.index or 0))
+        return unavailable(device)
 
     @classmethod
     def pack(cls, canonical: Mapping[str, Tensor], scheme: Scheme, in_features: int) -> dict[str, Tensor]:

@@ -38,6 +38,9 @@ PHASED_TILES = {
 PHASED_TILES_MULTIPLIERS = [*PHASED_TILES[16], (32, 2)]
 """The same where groups have multipliers."""
 
+MMA_TILES = [8, 16, 64, 128]
+"""Tokens of 4-bit weights under 8-bit activations by mma.sync."""
+
 PHASED_TILES_W8A16 = [(8, 2), (16, 2), (64, 2), (16, 4), (32, 4), (8, 8), (16, 8)]
 """The same of 8-bit weights under floating-point activations."""
 
@@ -125,7 +128,7 @@ def run_kernels(k: int) -> None:
         got = cuda.gemm_w8a8(codes, scales, None, layer, out_dtype=torch.float32, config=config)
         check(f"gemm_w8a8 {config}", got, wanted)
     presets = [Scheme.from_preset(preset) for preset in ("w8a8", "w4a8", "w4a16", "w8a16", "w4a8_intscale")]
-    for scheme in (*presets, presets[1].replace(activation_symmetric=False)):
+    for scheme in (*presets, *(preset.replace(activation_symmetric=False) for preset in (presets[1], presets[4]))):
         tensors = reference.quantize_weight(w, scheme)
         prepared = ops.prepare(tensors, scheme, k, device="cuda")
         for rows in (1, 20, 70):
@@ -139,6 +142,15 @@ def run_kernels(k: int) -> None:
                 bound,
             )
             bits = scheme.weight_bits, scheme.activation_bits
+            if bits == (4, 8) and rows == 70:
+                weight = cuda_w4.describe(prepared.tensors, scheme, n, k)
+                a, s, zero = cuda.quantize_rows(wide.to("cuda"), symmetric=scheme.activation_symmetric, for_gemm=True)
+                for tokens in MMA_TILES:
+                    y = cuda_w4.gemm_w4a8(
+                        a, s, weight, None, torch.bfloat16, x_zero_point=zero, plan=(0, tokens, 1, 1, 0, 0)
+                    )
+                    name = f"{prepared.kernel} of {scheme.name}, tiles of {tokens} by mma.sync"
+                    check(name, y, reference.linear(wide, tensors, scheme, k))
             if bits != (8, 8) and configs[-1][0] == 2 and rows == 70:  # every tile of wgmma, shared ones among them
                 weight = cuda_w4.describe(prepared.tensors, scheme, n, k) if bits[0] == 4 else ()
                 whole = scheme.group_scales == "int"

@@ -14,6 +14,7 @@ from test_cuda_w4 import assert_close
 from test_cuda_w8a16 import assert_close as assert_close_w8
 from torch import nn
 from toys import Block, K, close
+from w4_on_gpu import MMA_TILES
 
 import qkernels as qk
 from qkernels import cuda, cuda_w4, cuda_w8a16, ops
@@ -29,6 +30,7 @@ gpu = [
     pytest.mark.skipif(cuda._cuda is None, reason="this installation was built without the CUDA module"),
 ]
 W4A8, W4A16 = qk.Scheme.from_preset("w4a8"), qk.Scheme.from_preset("w4a16")
+INTEGER_SCALES = qk.Scheme.from_preset("w4a8_intscale")
 SCHEMES = {
     "w8a8": qk.Scheme(),
     "w8a8 asymmetric": qk.Scheme(activation_symmetric=False),
@@ -36,6 +38,8 @@ SCHEMES = {
     "w4a8 per channel": qk.Scheme(4),
     "w4a8 asymmetric": W4A8.replace(activation_symmetric=False, weight_symmetric=False),
     "w4a8 minimum": W4A8.replace(weight_symmetric=False, weight_zero="float"),
+    "w4a8 multipliers": INTEGER_SCALES,
+    "w4a8 multipliers asymmetric": INTEGER_SCALES.replace(activation_symmetric=False, weight_symmetric=False),
     "w4a16": W4A16,
     "w4a16 zero points": W4A16.replace(weight_symmetric=False, group_size=32),
     "w8a16": qk.Scheme.from_preset("w8a16"),
@@ -202,16 +206,19 @@ class TestJoint:
     @pytest.mark.parametrize(
         ("tokens", "phases"),
         [
-            *((tokens, 0) for tokens in (8, 16, 64, 128)),
+            *MMA_TILES,
             *((tokens, 1) for tokens in (8, 16, 32, 64, 128)),
             *((tokens, 4) for tokens in (8, 16, 32)),
         ],
     )
     @pytest.mark.parametrize("group", [32, 64, 128])
-    def test_every_tile_of_w4a8_reads_a_weight_among_others(self, tokens: int, phases: int, group: int) -> None:
+    @pytest.mark.parametrize("of", [W4A8, INTEGER_SCALES], ids=["w4a8", "w4a8_intscale"])
+    def test_every_tile_of_w4a8_reads_a_weight_among_others(
+        self, tokens: int, phases: int, group: int, of: qk.Scheme
+    ) -> None:
         if phases and cuda.capability(torch.cuda.current_device()) != 90:
             pytest.skip("wgmma is an instruction of compute capability 9.0")
-        scheme = W4A8.replace(group_size=group, weight_symmetric=False)
+        scheme = of.replace(group_size=group, weight_symmetric=False)
         model, alone = pair((272, 144, 203), 1100, scheme)
         for rows in (5, 150):
             x = seeded(rows, 1100, seed=rows).to("cuda", torch.bfloat16)

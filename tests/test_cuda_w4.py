@@ -28,12 +28,13 @@ from helpers import (
     strided,
 )
 from torch import Tensor
-from w4_on_gpu import PHASED_TILES, TILES, canonical, gpu, on_gpu, scheme_of
+from w4_on_gpu import PHASED_TILES, PHASED_TILES_MULTIPLIERS, TILES, canonical, gpu, on_gpu, scheme_of
 
 from qkernels import cuda, cuda_w4, cuda_w4_layer, ops, reference
 from qkernels.cuda_w4_layer import PreparedCudaW4
 from qkernels.scheme import Scheme
 
+INTEGER_SCALES = Scheme.from_preset("w4a8_intscale")
 STEP = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 
 
@@ -79,7 +80,8 @@ def test_w4_kernels_say_what_they_leave_alone() -> None:
     assert "groups of 40" in PreparedCudaW4.objection(scheme_of("symmetric", 40), 256, 64, there)
     assert "empty" in PreparedCudaW4.objection(scheme_of("symmetric", 128), 0, 64, there)
     shifted = scheme_of("symmetric", 128, activation_bits=8, symmetric=False)
-    assert "asymmetric" not in PreparedCudaW4.objection(shifted, 256, 64, there)
+    for scheme in (shifted, INTEGER_SCALES, INTEGER_SCALES.replace(activation_symmetric=False)):
+        assert PreparedCudaW4.objection(scheme, 256, 64, there) == cuda.unavailable(there)
     prepared = ops.prepare(canonical(scheme_of("symmetric", 128), 8, 256), scheme_of("symmetric", 128), 256)
     assert prepared.kernel.startswith("w4a16.")
     assert not prepared.reason
@@ -89,23 +91,24 @@ def test_w4_kernels_say_what_they_leave_alone() -> None:
 @pytest.mark.parametrize("eight_bits", [False, True])
 @pytest.mark.parametrize("capability", [80, 90])
 def test_w4_plans_have_room_for_what_is_shared(eight_bits: bool, capability: int) -> None:
-    sizes = ((1, 8, 9, 16, 33, 64, 65, 320, 8192), (1, 129, 4096, 28672), (1, 129, 4096, 14336), (0, 1, 2), (96, 128))
+    kinds = (0, 1, 3) if eight_bits else (0, 1, 2)  # codebooks under 16-bit activations, multipliers under 8-bit ones
+    sizes = ((1, 8, 9, 16, 33, 64, 65, 320, 8192), (1, 129, 4096, 28672), (1, 129, 4096, 14336), kinds, (96, 128))
     for m, n, k, kind, group in itertools.product(*sizes):
-        if eight_bits and kind == 2:
-            continue
         plan = cuda._cuda.plan_w4(eight_bits, m, n, k, group, kind, capability, 132)
         kernel, tokens, phases, ctas, counters, floats = plan
         assert kernel == (1 if capability == 90 and cuda._cuda.has_sm90a() else 0)
         if kernel == 0:
-            assert tokens in (8, 16, 32, 64, 128)
+            assert tokens in ((8, 16, 64, 128) if eight_bits else (8, 16, 32, 64))
             assert eight_bits or 1 <= ctas <= min(264, -(-m // tokens) * -(-n // 128) * -(-k // 128))
             assert eight_bits or floats == ctas * 2 * 128 * tokens
             continue
-        tiles = TILES[: 4 if kind == 1 else 5 if eight_bits else 6]
-        if kind == 0:
+        tiles = TILES[: 4 if kind == 1 else 5 if eight_bits and kind != 3 else 6]
+        if kind == 3:
+            tiles = tiles + PHASED_TILES_MULTIPLIERS
+        elif kind == 0:
             tiles = tiles + PHASED_TILES[8 if eight_bits else 16]
         assert (tokens, phases) in tiles
-        assert phases == 1 or (k > 128 and (not eight_bits or group == 128))
+        assert phases == 1 or (k > 128 and (not eight_bits or kind == 3 or group == 128))
         assert phases == 1 or not counters
         assert 1 <= ctas <= 264
         assert (floats == 0) == (counters == 0)
@@ -132,14 +135,16 @@ def test_w4a8_with_zero_points_is_planned_for_mma_and_says_so(
         monkeypatch.setattr(module, "capability", lambda index: capability)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(multi_processor_count=132))
     plan = cuda_w4._plan.__wrapped__
-    assert plan(8, 5, (264, 1100, 128), 1, 0, shifted=True) == (True, 5, 264, 1100, 128, 1, asked, 132)
-    assert plan(8, 5, (264, 1100, 128), 1, 0) == (True, 5, 264, 1100, 128, 1, capability, 132)
-    symmetric, shifted = (scheme_of("symmetric", 128, activation_bits=8, symmetric=s) for s in (True, False))
-    assert ("mma.sync" in cuda_w4.wgmma_objection(shifted, capability)) == (capability == 90)
-    assert not cuda_w4.wgmma_objection(symmetric, capability)
+    for kind in (1, 3):
+        assert plan(8, 5, (264, 1100, 128), kind, 0, shifted=True) == (True, 5, 264, 1100, 128, kind, asked, 132)
+        assert plan(8, 5, (264, 1100, 128), kind, 0) == (True, 5, 264, 1100, 128, kind, capability, 132)
     assert not cuda_w4.wgmma_objection(scheme_of("symmetric", 128), capability)
-    layer = PreparedCudaW4({"packed": torch.empty(0), "weight_scale": torch.empty(0)}, shifted, 256, 64)
-    assert layer.kernel == ("w4a8.cuda.mma.sm90" if capability == 90 else f"w4a8.cuda.sm{capability}")
+    for symmetric in (scheme_of("symmetric", 128, activation_bits=8), INTEGER_SCALES):
+        shifted = symmetric.replace(activation_symmetric=False)
+        assert ("mma.sync" in cuda_w4.wgmma_objection(shifted, capability)) == (capability == 90)
+        assert not cuda_w4.wgmma_objection(symmetric, capability)
+        layer = PreparedCudaW4({"packed": torch.empty(0), "weight_scale": torch.empty(0)}, shifted, 256, 64)
+        assert layer.kernel == ("w4a8.cuda.mma.sm90" if capability == 90 else f"w4a8.cuda.sm{capability}")
 
 
 # -- packing ----------------------------------------------------------------------------------------------------------

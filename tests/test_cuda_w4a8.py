@@ -12,7 +12,7 @@ from helpers import (
     hazard_rows,
     seeded,
 )
-from w4_on_gpu import PHASED_TILES, TILES, canonical, gpu, on_gpu, scheme_of
+from w4_on_gpu import MMA_TILES, PHASED_TILES, TILES, canonical, gpu, on_gpu, scheme_of
 
 from qkernels import cuda, cuda_w4, reference
 from qkernels.scheme import Scheme
@@ -34,9 +34,7 @@ class TestW4A8:
                 x = (seeded(rows, k, seed=rows) + torch.linspace(-4.0, 4.0, rows)[:, None]).to("cuda", dtype)
                 assert_bits_equal(prepared.run(x), reference.linear(x, moved, scheme, k), f"{n}x{k}, {rows} rows")
 
-    @pytest.mark.parametrize(
-        ("tokens", "phases"), [(tokens, 0) for tokens in (8, 16, 64, 128)] + TILES[:5] + PHASED_TILES[8]
-    )
+    @pytest.mark.parametrize(("tokens", "phases"), MMA_TILES + TILES[:5] + PHASED_TILES[8])
     @pytest.mark.parametrize("kind", ["symmetric", "zero point", "minimum"])
     @pytest.mark.parametrize("symmetric", [True, False])
     def test_every_tile_of_every_size(self, tokens: int, phases: int, kind: str, symmetric: bool) -> None:

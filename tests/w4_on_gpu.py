@@ -22,6 +22,10 @@ PHASED_TILES = {
     8: [(8, 2), (16, 2), (8, 8), (16, 8), (8, 4), (16, 4), (32, 4)],
 }
 """Of the wgmma kernels: tokens, phases (``csrc/cuda/w4.h``); the latter by the bits of activations."""
+PHASED_TILES_MULTIPLIERS = [*PHASED_TILES[16], (32, 2)]
+"""The latter where groups have multipliers."""
+MMA_TILES = [(tokens, 0) for tokens in (8, 16, 64, 128)]
+"""Of 8-bit activations by mma.sync."""
 
 
 def scheme_of(

@@ -1,10 +1,6 @@
 // Codes of products that add to one sum (kOneSum in tile_w4_sm90.cuh), on their way from shared memory to wgmma
 // fragments: read half a slab ahead, since nothing else covers the time that takes. 8-bit codes; or 4-bit ones whose
-// groups have multipliers, which become signed bytes multiplier * (q - zero):
-//
-//     ((word & 0x0f0f0f0f) * multiplier + (128 - multiplier * zero) * 0x01010101) ^ 0x80808080
-//
-// No byte of it carries into the next one: what is added to is below 256 - 128 + 127, as weights are signed bytes.
+// groups have multipliers (operands_w4a8.cuh).
 #pragma once
 
 #include "tile_w4_sm90.cuh"
@@ -69,13 +65,9 @@ struct EarlyMultiples {
     const uint32_t words[2] = {part ? codes.z : codes.x, part ? codes.w : codes.y};
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
-      const uint32_t factor = factors[kOneRow ? 0 : part][e];
-      const uint32_t multiplier = factor & 255u, offset = __byte_perm(factor, 0, 0x1111);
+      const Multiplier m = multiplier_of(factors[kOneRow ? 0 : part][e]);
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const uint32_t q = (e ? words[i] >> 4 : words[i]) & 0x0f0f0f0fu;
-        f[2 * i + e] = (q * multiplier + offset) ^ 0x80808080u;
-      }
+      for (int i = 0; i < 2; ++i) f[2 * i + e] = e ? high_bytes(words[i], m) : low_bytes(words[i], m);
     }
   }
   template <bool kOneRow>

@@ -150,12 +150,11 @@ W4Plan plan_w4a16(int64_t m, int64_t n, int64_t k, W4Kind kind, int capability, 
   return plan;
 }
 
-// mma.sync, measured on an H100: a wide CTA needs as long for a slab as the chip for some 630 narrow ones; and 128
-// tokens beat twice 64 as soon as three quarters of the multiprocessors have a CTA.
+// mma.sync, measured on an H100 with float scales: a wide CTA needs as long for a slab as the chip for some 630 narrow
+// ones; and 128 tokens beat twice 64 as soon as three quarters of the multiprocessors have a CTA.
 W4Plan plan_w4a8(int64_t m, int64_t n, int64_t k, int64_t group, W4Kind kind, int capability, int sms) {
   const bool within = group < k && kW4SlabK % group == 0;
   if (capability == 90 && has_sm90a()) return plan_wgmma(true, m, n, k, kind, within, sms);
-  if (kind == W4Kind::kMultiplier) throw std::invalid_argument("plan_w4a8: no mma.sync kernel for multipliers");
   W4Plan plan = {};
   plan.kernel = W4Kernel::kMma;
   plan.tokens = m <= 8                                                              ? 8
@@ -206,7 +205,7 @@ void gemm_w4a8(const GemmW4A8Args& args, const W4Plan& plan, bool dependent, cud
   if (args.m == 0) return;
   const bool multiplier = args.weight.kind == W4Kind::kMultiplier;
   if (plan.kernel == W4Kernel::kMma) {
-    if (multiplier) throw std::invalid_argument("gemm_w4a8: no mma.sync kernel for multipliers");
+    if (multiplier) return gemm_w4a8_multiplier_mma(args, plan.tokens, dependent, stream);
     return gemm_w4a8_mma(args, plan.tokens, dependent, stream);
   }
 #ifdef QK_CUDA_SM90A

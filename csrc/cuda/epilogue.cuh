@@ -56,12 +56,14 @@ struct TokenTerms {
   int32_t zero;  // 0..255
 };
 
+// Without kColsum there is none in memory.
+template <bool kColsum = true>
 __device__ __forceinline__ ChannelTerms load_channel(const Epilogue& e, int n) {
   ChannelTerms c = {0.0f, -0.0f, 0};
   if (n < e.n) {
     c.scale = __ldg(e.weight_scale + n);
     if (e.bias) c.bias = __ldg(e.bias + n);
-    if (e.x_zero_point) c.colsum = __ldg(e.colsum + n);
+    if (kColsum && e.x_zero_point) c.colsum = __ldg(e.colsum + n);
   }
   return c;
 }
@@ -171,11 +173,12 @@ __device__ __forceinline__ void store_blocks(const Epilogue& e, int n0, int m0, 
 }
 
 // From int32 sums. `low`, `high` are the terms of the two channels, `even`, `odd` of the two tokens.
+template <bool kZero = true>
 __device__ __forceinline__ void finish_channels_by_tokens(const int32_t (&d)[4], const ChannelTerms& low,
                                                           const ChannelTerms& high, const TokenTerms& even,
                                                           const TokenTerms& odd, float (&v)[4]) {
-  v[0] = finish(d[0], even, low), v[1] = finish(d[1], odd, low);
-  v[2] = finish(d[2], even, high), v[3] = finish(d[3], odd, high);
+  v[0] = finish<kZero>(d[0], even, low), v[1] = finish<kZero>(d[1], odd, low);
+  v[2] = finish<kZero>(d[2], even, high), v[3] = finish<kZero>(d[3], odd, high);
 }
 
 // The terms of a tile's channels, by kind: those of neighbours are read at once.

@@ -16,26 +16,11 @@
 //
 // More tokens ("wide"): 128 channels x 64 or 128 tokens, eight warps as 4 along channels x 2 along tokens, each walking
 // all of K with its totals in registers.
-#include <type_traits>
-
-#include "epilogue.cuh"
-#include "groups_w4.cuh"
-#include "host.h"
-#include "launch_w4.h"
-#include "operands_w4a8.cuh"
 #include "shift_w4a8.cuh"
+#include "tiles_w4a8.cuh"
 
 namespace qk::cuda {
 namespace {
-
-constexpr int kThreads = 256, kWarps = kThreads / 32;
-
-struct Job {
-  GemmW4A8Args a;
-  Epilogue e;
-  GroupRows groups;
-  int32_t slabs, blocks_n, stage_bytes;
-};
 
 // Adds the products of 32 k, from `k` on. `blocks`: the warp's blocks of weights in the stage of the slab; `zeros`:
 // their zero points, one in every byte.
@@ -66,18 +51,15 @@ __device__ __forceinline__ void multiply_quarter(const uint8_t* blocks, uint32_t
 // ---- Few tokens ----------------------------------------------------------------------------------------------------
 
 template <int kTokens_, W4Kind kKind_, bool kShifted_>
-struct Narrow {
-  static constexpr int kTokens = kTokens_, kBlocksM = kTokens / 8, kChannels = 32, kBlocksN = 2;
-  static constexpr int kStages = kTokens == 8 ? 3 : 2;  // two CTAs fit an SM of 227 KB
+struct Narrow : NarrowTile<kTokens_> {
+  using Tile = NarrowTile<kTokens_>;
   static constexpr W4Kind kKind = kKind_;
   static constexpr bool kShifted = kShifted_;
-  static constexpr int kWeightBytes = kChannels * kW4SlabK / 2;  // of a slab
-  static constexpr int kStageBytes = kWeightBytes + kTokens * kTokenBytes;  // of a warp
-  static constexpr int kOutputs = kChannels * kTokens, kPerThread = kOutputs / kThreads;
+  static constexpr int kStageBytes = Tile::kWeightBytes + kTokens_ * kTokenBytes;  // of a warp
   // Integers of a block: those of the outputs, then the sums of the tokens.
-  static constexpr int kBlockInts = kOutputs + (kKind == W4Kind::kMinimum ? kTokens : 0);
+  static constexpr int kBlockInts = Tile::kOutputs + (kKind == W4Kind::kMinimum ? kTokens_ : 0);
   static constexpr int shared_bytes(int row_shift) {
-    return kWarps * kStages * kStageBytes + ((kWarps * kBlockInts * 4) << row_shift);
+    return kWarps * Tile::kStages * kStageBytes + ((kWarps * kBlockInts * 4) << row_shift);
   }
 };
 
@@ -95,20 +77,12 @@ __global__ void __launch_bounds__(kThreads, 2) narrow_kernel(const Job job) {
 
   const auto load_weights = [&](int round) {
     const int slab = min(round * kWarps + warp, job.slabs - 1);  // copied without need where there is none
-    const uint32_t target = own_address + round % S::kStages * S::kStageBytes + lane * 16;
-#pragma unroll
-    for (int i = 0; i < S::kBlocksN; ++i) {
-      const int block = min(n0 / kW4Rows + i, job.blocks_n - 1);
-      const uint8_t* source = w.packed + (int64_t(slab) * w.blocks + block) * kW4BlockBytes + lane * 16;
-      ptx::cp_async_16(target + i * kW4BlockBytes, source, 16);
-      ptx::cp_async_16(target + i * kW4BlockBytes + 512, source + 512, 16);
-    }
+    load_codes<S::kChannels, 32>(job, own_address + round % S::kStages * S::kStageBytes, slab, n0, lane);
   };
   const auto load_x = [&](int round) {
     const int slab = min(round * kWarps + warp, job.slabs - 1);
     const uint32_t target = own_address + round % S::kStages * S::kStageBytes + S::kWeightBytes;
-#pragma unroll
-    for (int i = 0; i < S::kTokens / 4; ++i) load_token_chunk(a, target, 4 * i + (lane >> 3), lane & 7, slab, m0);
+    load_activations<S::kTokens, 32>(job, target, slab, m0, lane);
   };
 
   for (int r = 0; r < S::kStages - 1; ++r) {
@@ -126,16 +100,9 @@ __global__ void __launch_bounds__(kThreads, 2) narrow_kernel(const Job job) {
     for (int j = 0; j < S::kBlocksM; ++j) load_shift(a, m0 + 8 * j + 2 * (lane & 3), shifts[j]);
   }
 
-  // This thread's outputs: word `tid + i * kThreads` of the fragments as blocks hold them.
-  int channel[S::kPerThread], token[S::kPerThread];
+  const OwnOutputs<S> outputs;
   int32_t d[S::kPerThread] = {}, sum[S::kPerThread] = {};
   float total[S::kPerThread] = {};
-#pragma unroll
-  for (int i = 0; i < S::kPerThread; ++i) {
-    const int word = tid + i * kThreads, c = word & 3, l = (word >> 2) & 31, fragment = word >> 7;
-    channel[i] = fragment / S::kBlocksM * 16 + (l >> 2) + 8 * (c >> 1);
-    token[i] = fragment % S::kBlocksM * 8 + 2 * (l & 3) + (c & 1);
-  }
 
   // Scales (and minima) of the next eight blocks from k on: asked for before the products, wanted after them.
   constexpr int kAhead = kWarps;
@@ -146,7 +113,7 @@ __global__ void __launch_bounds__(kThreads, 2) narrow_kernel(const Job job) {
       const uint32_t group = group_of(job.groups, min(k + p * block_k, w.k - 1));
 #pragma unroll
       for (int i = 0; i < S::kPerThread; ++i) {
-        const uint32_t at = group * job.groups.pitch + min(n0 + channel[i], job.groups.width - 1);
+        const uint32_t at = group * job.groups.pitch + min(n0 + outputs.channel[i], job.groups.width - 1);
         scale[p][i] = group_value(w.scale, w.scale_type, at);
         if constexpr (S::kKind == W4Kind::kMinimum) low[p][i] = group_value(w.minimum, w.scale_type, at);
       }
@@ -186,7 +153,8 @@ __global__ void __launch_bounds__(kThreads, 2) narrow_kernel(const Job job) {
         if (((quarter + 1) & mask) == 0) {
           if constexpr (S::kShifted) {
             const int first = slab * kW4SlabK + (quarter & ~mask) * 32, width = max(0, min(block_k, w.k - first));
-            take_shift_off<S::kKind == W4Kind::kMinimum>(acc, ones, shifts, weights, width);
+            take_shift_off(acc, shifts, weights);
+            if constexpr (S::kKind == W4Kind::kMinimum) take_shift_off_tokens(ones, shifts, width);
           }
           int32_t* out = ints + ((warp << shift) + (quarter >> (2 - shift))) * S::kBlockInts;
 #pragma unroll
@@ -228,7 +196,8 @@ __global__ void __launch_bounds__(kThreads, 2) narrow_kernel(const Job job) {
 #pragma unroll
         for (int i = 0; i < S::kPerThread; ++i) {
           d[i] += ints[block * S::kBlockInts + tid + i * kThreads];
-          if constexpr (S::kKind == W4Kind::kMinimum) sum[i] += ints[block * S::kBlockInts + S::kOutputs + token[i]];
+          if constexpr (S::kKind == W4Kind::kMinimum)
+            sum[i] += ints[block * S::kBlockInts + S::kOutputs + outputs.token[i]];
           if (ends) {
             total[i] = __fadd_rn(total[i], __fmul_rn(__int2float_rn(d[i]), scale[p][i]));
             d[i] = 0;
@@ -244,60 +213,26 @@ __global__ void __launch_bounds__(kThreads, 2) narrow_kernel(const Job job) {
   }
   ptx::grid_launch_dependents();
 
-  // Through shared memory, so that neighbours store neighbouring channels.
-  float* outputs = reinterpret_cast<float*>(ints);
-#pragma unroll
-  for (int i = 0; i < S::kPerThread; ++i) {
-    const int n = min(n0 + channel[i], w.n - 1), m = min(m0 + token[i], a.m - 1);
+  outputs.store(job.e, reinterpret_cast<float*>(ints), n0, m0, [&](int i) {
+    const int n = min(n0 + outputs.channel[i], w.n - 1), m = min(m0 + outputs.token[i], a.m - 1);
     const float bias = a.bias ? __ldg(a.bias + n) : -0.0f;
-    outputs[token[i] * S::kChannels + channel[i]] = __fadd_rn(__fmul_rn(total[i], a.x_scale[m]), bias);
-  }
-  __syncthreads();
-  for (int at = tid; at < S::kOutputs; at += kThreads) {
-    const int m = m0 + at / S::kChannels, n = n0 + at % S::kChannels;
-    if (m >= a.m || n >= w.n) continue;
-    const int64_t to = int64_t(m) * a.y_stride + n;
-    if (a.y_dtype == DType::kF32) {
-      static_cast<float*>(a.y)[to] = outputs[at];
-    } else {
-      store_u16(job.e, to, pack_pair(a.y_dtype, outputs[at], 0.0f));
-    }
-  }
+    return __fadd_rn(__fmul_rn(total[i], a.x_scale[m]), bias);
+  });
 }
 
 // ---- More tokens ---------------------------------------------------------------------------------------------------
 
 template <int kTokens_, W4Kind kKind_, bool kShifted_>
-struct Wide {
-  static constexpr int kTokens = kTokens_, kChannels = 128, kBlocksN = 2, kBlocksM = kTokens / 16;
+struct Wide : WideTile<kTokens_> {
+  using Tile = WideTile<kTokens_>;
   static constexpr W4Kind kKind = kKind_;
   static constexpr bool kShifted = kShifted_;
-  static constexpr int kStages = kTokens == 64 ? 4 : 3;
-  static constexpr int kPerSm = kTokens == 64 && kKind != W4Kind::kMinimum && !kShifted ? 2 : 1;  // CTAs
-  static constexpr int kWeightBytes = kChannels * kW4SlabK / 2;
-  static constexpr int kMostBytes = kStages * (kWeightBytes + kTokens * kTokenBytes + 4 * kChannels * 8);
+  static constexpr int kPerSm = kTokens_ == 64 && kKind != W4Kind::kMinimum && !kShifted ? 2 : 1;  // CTAs
+  static constexpr int kMostBytes =
+      Tile::kStages * (Tile::kWeightBytes + kTokens_ * kTokenBytes + 4 * Tile::kChannels * 8);
   static_assert(kMostBytes <= 99 * 1024, "sm_86 and sm_89 have 99 KB");
 };
 using Groups = GroupCopies<128, kThreads>;
-
-template <typename S>
-__device__ __forceinline__ void load_slab(const Job& job, const Groups& groups, uint32_t stage, int slab, int m0,
-                                          int n0) {
-  const GemmW4A8Args& a = job.a;
-  const int tid = threadIdx.x;
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const int at = i * kThreads + tid, block = min(n0 / kW4Rows + at / 64, job.blocks_n - 1);
-    ptx::cp_async_16(stage + at * 16,
-                     a.weight.packed + (int64_t(slab) * a.weight.blocks + block) * kW4BlockBytes + at % 64 * 16, 16);
-  }
-  const uint32_t tokens = stage + S::kWeightBytes;
-#pragma unroll
-  for (int i = 0; i < S::kTokens * 8 / kThreads; ++i) {
-    load_token_chunk(a, tokens, i * (kThreads / 8) + (tid >> 3), tid & 7, slab, m0);
-  }
-  groups.start(a.weight, job.groups, tokens + S::kTokens * kTokenBytes, slab, n0);
-}
 
 template <typename S>
 __global__ void __launch_bounds__(kThreads, S::kPerSm) wide_kernel(const Job job) {
@@ -345,7 +280,8 @@ __global__ void __launch_bounds__(kThreads, S::kPerSm) wide_kernel(const Job job
       if constexpr (S::kShifted) {
         // Steps of no group but a single one are 0, and it begins at 0.
         const int first = group_of(job.groups, k) * job.groups.steps * kW4GroupStep, width = min(next, w.k) - first;
-        take_shift_off<S::kKind == W4Kind::kMinimum>(acc, ones, shifts, weights, width);
+        take_shift_off(acc, shifts, weights);
+        if constexpr (S::kKind == W4Kind::kMinimum) take_shift_off_tokens(ones, shifts, width);
       }
 #pragma unroll
       for (int i = 0; i < S::kBlocksN; ++i) {
@@ -384,28 +320,19 @@ __global__ void __launch_bounds__(kThreads, S::kPerSm) wide_kernel(const Job job
       load_shift(a, m0 + (warp_m * S::kBlocksM + j) * 8 + 2 * (lane & 3), shifts[j]);
     }
   }
-#pragma unroll 1
-  for (int s = 0; s < S::kStages - 1; ++s) {
-    if (s < job.slabs) load_slab<S>(job, groups, base + s * job.stage_bytes, s, m0, n0);
-    ptx::cp_async_commit();
-  }
-  int at_stage = 0, free_stage = S::kStages - 1;
-  for (int slab = 0; slab < job.slabs; ++slab) {
-    ptx::cp_async_wait<S::kStages - 2>();
-    __syncthreads();  // the slab has landed for everybody, and everybody is done with the stage refilled below
-    if (slab + S::kStages - 1 < job.slabs) {
-      load_slab<S>(job, groups, base + free_stage * job.stage_bytes, slab + S::kStages - 1, m0, n0);
-    }
-    ptx::cp_async_commit();
-    const uint8_t* landed = shared + at_stage * job.stage_bytes;
+  const auto load = [&](uint32_t stage, int slab) {
+    load_codes<S::kChannels, kThreads>(job, stage, slab, n0, threadIdx.x);
+    const uint32_t tokens = stage + S::kWeightBytes;
+    load_activations<S::kTokens, kThreads>(job, tokens, slab, m0, threadIdx.x);
+    groups.start(w, job.groups, tokens + S::kTokens * kTokenBytes, slab, n0);
+  };
+  walk_slabs<S::kStages>(job, base, load, [&](int stage, int slab) {
     if (shift == 0) {
-      multiply(std::integral_constant<int, 0>(), landed, slab);
+      multiply(std::integral_constant<int, 0>(), shared + stage, slab);
     } else {
-      multiply(std::integral_constant<int, -1>(), landed, slab);
+      multiply(std::integral_constant<int, -1>(), shared + stage, slab);
     }
-    at_stage = at_stage + 1 == S::kStages ? 0 : at_stage + 1;
-    free_stage = free_stage + 1 == S::kStages ? 0 : free_stage + 1;
-  }
+  });
   ptx::grid_launch_dependents();
 #pragma unroll
   for (int i = 0; i < S::kBlocksN; ++i) {
@@ -424,62 +351,33 @@ __global__ void __launch_bounds__(kThreads, S::kPerSm) wide_kernel(const Job job
 
 // ---- Launches ------------------------------------------------------------------------------------------------------
 
-Job make_job(const GemmW4A8Args& args, int channels) {
-  Job job = {};
-  job.a = args;
-  job.e = make_store(args.y, args.y_dtype, args.y_stride, args.m, args.weight.n);
-  job.groups = make_group_rows(args.weight, channels);
-  job.slabs = static_cast<int32_t>(w4_slabs(args.weight.k));
-  job.blocks_n = static_cast<int32_t>(w4_blocks(args.weight.n));
-  return job;
-}
-
-// Not as a dependent launch: beside the quantizer's last CTAs its own would settle two to a multiprocessor while others
-// stay idle.
 template <typename S>
 void run_wide(const GemmW4A8Args& args, cudaStream_t stream) {
-  static std::atomic<uint64_t> allowed{0};
-  allow_shared_memory(reinterpret_cast<const void*>(wide_kernel<S>), S::kMostBytes, allowed);
-  Job job = make_job(args, S::kChannels);
-  job.stage_bytes = S::kWeightBytes + S::kTokens * kTokenBytes + (job.groups.row_bytes << job.groups.row_shift);
-  LaunchShape shape;
-  shape.grid = dim3(blocks(args.m, S::kTokens), blocks(args.weight.n, S::kChannels));
-  shape.block = dim3(kThreads);
-  shape.shared_bytes = static_cast<size_t>(S::kStages) * job.stage_bytes;
-  launch(wide_kernel<S>, shape, stream, "gemm_w4a8 wide", job);
+  launch_wide<S>(wide_kernel<S>, make_job<S>(args), stream, "gemm_w4a8 wide");
 }
 
 template <typename S>
 void run_narrow(const GemmW4A8Args& args, bool dependent, cudaStream_t stream) {
-  const Job job = make_job(args, S::kChannels);
+  const Job job = make_job<S>(args);
   static const int limit = shared_memory_limit();
+  const int shared_bytes = S::shared_bytes(job.groups.row_shift);
   // Blocks of 32 k are too many for the shared memory of sm_86 and sm_89.
-  if (S::shared_bytes(job.groups.row_shift) > limit) return run_wide<Wide<64, S::kKind, S::kShifted>>(args, stream);
-  LaunchShape shape;
-  shape.grid = dim3(blocks(args.weight.n, S::kChannels), blocks(args.m, S::kTokens));
-  shape.block = dim3(kThreads);
-  shape.shared_bytes = static_cast<size_t>(S::shared_bytes(job.groups.row_shift));
-  shape.dependent = dependent;
+  if (shared_bytes > limit) return run_wide<Wide<64, S::kKind, S::kShifted>>(args, stream);
   static std::atomic<uint64_t> allowed{0};
   allow_shared_memory(reinterpret_cast<const void*>(narrow_kernel<S>), static_cast<size_t>(limit), allowed);
-  launch(narrow_kernel<S>, shape, stream, "gemm_w4a8 narrow", job);
+  launch_narrow<S>(narrow_kernel<S>, job, shared_bytes, dependent, stream, "gemm_w4a8 narrow");
 }
 
 template <W4Kind kKind, bool kShifted>
 void run_tokens(const GemmW4A8Args& args, int32_t tokens, bool dependent, cudaStream_t stream) {
-  switch (tokens) {
-    case 8:
-      return run_narrow<Narrow<8, kKind, kShifted>>(args, dependent, stream);
-    case 16:
-      return run_narrow<Narrow<16, kKind, kShifted>>(args, dependent, stream);
-    case 64:
-      return run_wide<Wide<64, kKind, kShifted>>(args, stream);
-    case 128:
-      return run_wide<Wide<128, kKind, kShifted>>(args, stream);
-    default:
-      throw std::invalid_argument("gemm_w4a8: expected a tile of 8, 16, 64 or 128 tokens, got " +
-                                  std::to_string(tokens));
-  }
+  with_tile("gemm_w4a8", tokens, [&](auto tile) {
+    constexpr int kTokens = decltype(tile)::value;
+    if constexpr (kTokens <= 16) {
+      run_narrow<Narrow<kTokens, kKind, kShifted>>(args, dependent, stream);
+    } else {
+      run_wide<Wide<kTokens, kKind, kShifted>>(args, stream);
+    }
+  });
 }
 
 template <W4Kind kKind>

@@ -4,6 +4,13 @@
 // A word of eight codes becomes two fragment registers (w4.h):
 //
 //     ((word & 0x0f0f0f0f | 0x80808080) - zero_point * 0x01010101) ^ 0x80808080       four signed bytes q - zero_point
+//
+// and where groups have multipliers, which say 128 - multiplier * zero as well (W4Weight::scale):
+//
+//     ((word & 0x0f0f0f0f) * multiplier + (128 - multiplier * zero) * 0x01010101) ^ 0x80808080
+//
+// four signed bytes multiplier * (q - zero). No byte of it carries into the next one: what is added to is below
+// 256 - 128 + 127, as weights are signed bytes.
 #pragma once
 
 #include "ptx.cuh"
@@ -27,6 +34,18 @@ __device__ __forceinline__ uint32_t high_bytes_sixteenfold(uint32_t word) {
   return ptx::and_xor(word, 0xf0f0f0f0u, 0x80808080u);
 }
 __device__ __forceinline__ uint32_t low_bytes_sixteenfold(uint32_t word) { return high_bytes_sixteenfold(word << 4); }
+
+// What a group's 16 bits say, as four codes take it.
+struct Multiplier {
+  uint32_t multiplier, offsets;
+};
+__device__ __forceinline__ Multiplier multiplier_of(uint32_t factor) {
+  return Multiplier{factor & 255u, __byte_perm(factor, 0, 0x1111)};
+}
+__device__ __forceinline__ uint32_t low_bytes(uint32_t word, const Multiplier& m) {
+  return ((word & 0x0f0f0f0fu) * m.multiplier + m.offsets) ^ 0x80808080u;
+}
+__device__ __forceinline__ uint32_t high_bytes(uint32_t word, const Multiplier& m) { return low_bytes(word >> 4, m); }
 
 // The fragments b of k-step `step` (32 k) for kBlocks times eight tokens, rows of kTokenBytes from `tokens` on.
 template <int kBlocks>

@@ -31,23 +31,30 @@ __device__ __forceinline__ void add_weights(int32_t (&sums)[4], const uint32_t (
   ptx::mma_s8(sums, f, ones_below(own, end), ones_below(own + 16, end));
 }
 
-// Takes off what the shift added to the sums of a block or group of `width` k, and to the sums of its tokens where
-// those are wanted; `weights` begin anew.
-template <bool kTokenSums, int kBlocksN, int kBlocksM, int kSums>
-__device__ __forceinline__ void take_shift_off(int32_t (&acc)[kBlocksN][kBlocksM][4], int32_t (&token_sums)[kSums][4],
-                                               const int32_t (&shifts)[kBlocksM][2], int32_t (&weights)[kBlocksN][4],
-                                               int width) {
+// Takes off what the shift added to the sums of a block, of a group or of all K; `weights` begin anew.
+template <int kBlocksN, int kBlocksM>
+__device__ __forceinline__ void take_shift_off(int32_t (&acc)[kBlocksN][kBlocksM][4],
+                                               const int32_t (&shifts)[kBlocksM][2], int32_t (&weights)[kBlocksN][4]) {
+#pragma unroll
+  for (int i = 0; i < kBlocksN; ++i) {
+#pragma unroll
+    for (int j = 0; j < kBlocksM; ++j) {
+#pragma unroll
+      for (int c = 0; c < 4; ++c) acc[i][j][c] -= shifts[j][c & 1] * weights[i][c];
+    }
+    weights[i][0] = weights[i][1] = weights[i][2] = weights[i][3] = 0;
+  }
+}
+
+// The same of the sums of tokens over a block or group of `width` k.
+template <int kBlocksM>
+__device__ __forceinline__ void take_shift_off_tokens(int32_t (&sums)[kBlocksM][4],
+                                                      const int32_t (&shifts)[kBlocksM][2], int width) {
 #pragma unroll
   for (int j = 0; j < kBlocksM; ++j) {
 #pragma unroll
-    for (int c = 0; c < 4; ++c) {
-#pragma unroll
-      for (int i = 0; i < kBlocksN; ++i) acc[i][j][c] -= shifts[j][c & 1] * weights[i][c];
-      if constexpr (kTokenSums) token_sums[j][c] -= shifts[j][c & 1] * width;
-    }
+    for (int c = 0; c < 4; ++c) sums[j][c] -= shifts[j][c & 1] * width;
   }
-#pragma unroll
-  for (int i = 0; i < kBlocksN; ++i) weights[i][0] = weights[i][1] = weights[i][2] = weights[i][3] = 0;
 }
 
 }  // namespace

@@ -126,7 +126,7 @@ constexpr int64_t w4_whole_tiles(int64_t tiles, int64_t ctas) {
 
 // y [M, N] from int8 activations: total = sum over groups in order of float(d_g) * scale_g (+ min_g * float(sum_g)),
 // y = round(total * x_scale + bias), each step rounded once; d_g = sum (q - zero) * a and sum_g = sum a in int32, with
-// a = xq, or xq - (x_zero_point - 128). kMultiplier, kWgmma alone: d = sum multiplier * (q - zero) * a over all K, and
+// a = xq, or xq - (x_zero_point - 128). kMultiplier: d = sum multiplier * (q - zero) * a over all K, and
 // y = round(float(d) * x_scale * channel_scale + bias), as 8-bit weights have it.
 struct GemmW4A8Args {
   W4Weight weight;
