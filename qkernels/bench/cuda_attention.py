@@ -2,9 +2,9 @@
 
 A shape KxN is K features in heads of 128, four of queries to one of keys, and N keys in a cache; M is the batch.
 
-    rotary            of a token's queries and keys, read and written once
     attention         of a token over all N keys, behind a mask, which a static cache has
     attention, half   the same where the mask shows half of them
+    rotary            of a token's queries and keys, read and written once
     torch: rotary     as transformers computes it
     torch: sdpa       scaled_dot_product_attention behind the mask, keys and values repeated for every head of queries
     torch: sdpa, no mask   the same without one, heads shared: what a cache of just those keys allows
@@ -78,7 +78,6 @@ class ProblemAttention:
             k, v = caches[index % len(caches)]
             return scaled_dot_product_attention(q, k, v, enable_gqa=True).transpose(1, 2).contiguous()
 
-        yield "rotary", True, lambda index: rotary(q, self.key, cos, sin)
 
         def behind(index: int, mask: Tensor) -> Tensor:
             k, v = caches[index % len(caches)]
@@ -86,6 +85,7 @@ class ProblemAttention:
 
         yield "attention", True, lambda index: behind(index, self.masks[0])
         yield "attention, half", True, lambda index: behind(index, self.masks[1])
+        yield "rotary", True, lambda index: rotary(q, self.key, cos, sin)
         # the reference is what transformers computes, operation by operation
         yield "torch: rotary", False, lambda index: [reference.rotary(x, cos, sin) for x in (q, self.key)]
         if 3 * _SHARED * self.bytes_of("attention") < torch.cuda.mem_get_info()[0]:
