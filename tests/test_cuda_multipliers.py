@@ -8,13 +8,13 @@ import pytest
 import torch
 from helpers import DTYPES, assert_bits_equal, hazard_rows, seeded
 from torch import Tensor, nn
-from w4_on_gpu import PHASED_TILES, TILES, gpu, on_gpu
+from w4_on_gpu import PHASED_TILES_MULTIPLIERS, TILES, gpu, on_gpu
 
 import qkernels as qk
 from qkernels import cuda, cuda_w4, ops, reference
 from qkernels.scheme import Scheme
 
-MULTIPLIER_TILES = [*TILES, *PHASED_TILES[16], (32, 2)]
+MULTIPLIER_TILES = [*TILES, *PHASED_TILES_MULTIPLIERS]
 
 
 def scheme_of(kind: str, group: int | str) -> Scheme:
