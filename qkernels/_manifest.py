@@ -24,8 +24,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ._safetensors import TensorInfo, parse_json, read_header
 from ._version import __version__
 from .checks import TensorSpec, canonical_specs
@@ -263,32 +261,3 @@ def _check_layers(manifest: Manifest) -> None:
                     f"{name}.{suffix}: expected {wanted} {list(spec.shape)} for scheme {entry.scheme.name}, got "
                     f"{info.dtype} {list(info.shape)}"
                 )
-
-
-def check_values(name: str, suffix: str, tensor: torch.Tensor, scheme: Scheme) -> None:
-    """Scales are positive and finite, minima and smoothing factors finite, zero points codes of the scheme (0..255 for
-    activations), multipliers such that weights stay signed bytes.
-
-    Raises:
-        ValueError: they are not.
-    """
-    if tensor.numel() == 0:
-        return
-    low, high = (float(v) for v in torch.aminmax(tensor.float()))
-    limits = {
-        "weight_scale": (0.0, "positive finite"),
-        "act_scale": (0.0, "positive finite"),
-        "inv_smooth": (float("-inf"), "finite"),
-        "weight_min": (float("-inf"), "finite"),
-    }
-    if suffix in limits:
-        bound, words = limits[suffix]
-        if not bound < low <= high < float("inf"):
-            raise ValueError(f"{name}.{suffix}: expected {words} values, got {low} to {high}")
-    if suffix in ("weight_zero_point", "act_zero_point"):
-        top = scheme.code_range[1] if suffix == "weight_zero_point" else 255
-        if not 0 <= low <= high <= top:
-            raise ValueError(f"{name}.{suffix}: expected values from 0 to {top}, got {low} to {high}")
-    if suffix == "weight_multiplier" and not 1 <= low <= high <= scheme.largest_multiplier:
-        top = scheme.largest_multiplier
-        raise ValueError(f"{name}.{suffix}: expected values from 1 to {top}, got {low} to {high}")

@@ -6,6 +6,7 @@ expected and what came.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -22,10 +23,10 @@ __all__ = [
     "check_canonical",
     "check_features",
     "check_input",
-    "check_multiplied",
     "check_out_dtype",
     "check_residual",
     "check_static",
+    "check_values",
     "check_vector",
     "row_stride",
 ]
@@ -150,6 +151,8 @@ class TensorSpec:
         if tensor.dtype not in self.dtypes:
             listed = " or ".join(str(dtype) for dtype in self.dtypes)
             return TypeError(f"{name}: expected dtype {listed}, got {tensor.dtype}")
+        if tensor.layout != torch.strided:
+            return TypeError(f"{name}: expected a dense (strided) tensor, got layout {tensor.layout}")
         if tuple(tensor.shape) != self.shape:
             return ValueError(f"{name}: expected shape {self.shape}, got {tuple(tensor.shape)}")
         return None
@@ -198,7 +201,7 @@ def check_canonical(
     Raises:
         ValueError: one is missing, unknown, of the wrong shape or on another device than ``weight``; a static
             scale is not a positive finite number; a multiplier or a zero point beside one takes weights out of the
-            range of signed bytes.
+            range of signed bytes (values on an accelerator are not read).
         TypeError: one is of the wrong dtype.
     """
     specs = canonical_specs(scheme, in_features, out_features)
@@ -226,29 +229,47 @@ def check_canonical(
             stored = stored.to(torch.float32)
         checked[name] = stored.contiguous()
     check_static(checked.get("act_scale"), checked.get("act_zero_point"))
-    check_multiplied(checked, scheme)
+    if scheme.group_scales == "int" and checked["weight"].device.type == "cpu":
+        for name in ("weight_multiplier", "weight_zero_point"):
+            if name in checked:
+                check_values(name, checked[name], scheme)
     return checked
 
 
-def check_multiplied(tensors: Mapping[str, Tensor], scheme: Scheme) -> None:
-    """With ``group_scales="int"``: multipliers and zero points, where there are any, that keep weights signed bytes.
+def check_values(name: str, tensor: Tensor, scheme: Scheme, prefix: str = "") -> None:
+    """What stored values have to be, whatever file or state dict they come from.
 
-    Values on an accelerator or the meta device are not read.
+    Scales are positive and finite (that of static activations with a finite reciprocal), minima and smoothing factors
+    finite, zero points codes of the scheme (0..255 for activations), multipliers such that weights stay signed bytes.
+    Codes, biases and tensors on the meta device are not read; reading others waits for their device.
+
+    Args:
+        name: of a canonical tensor; ``prefix`` stands before it in messages.
 
     Raises:
-        ValueError: others.
+        ValueError: they are others.
     """
-    if scheme.group_scales != "int":
+    if name in ("weight", "bias") or tensor.numel() == 0 or tensor.device.type == "meta":
         return
-    for name, least, most in (
-        ("weight_multiplier", 1, scheme.largest_multiplier),
-        ("weight_zero_point", *scheme.code_range),
-    ):
-        tensor = tensors.get(name)
-        if tensor is not None and tensor.device.type == "cpu" and tensor.numel():
-            low, high = int(tensor.min()), int(tensor.max())
-            if not least <= low <= high <= most:
-                raise ValueError(f"{name}: expected values from {least} to {most}, got {low} to {high}")
+    if name == "act_scale":
+        check_positive(prefix + name, tensor)
+        return
+    low, high = torch.stack(torch.aminmax(tensor)).tolist()
+    if tensor.is_floating_point():
+        least, kind = (0.0, "positive finite") if name == "weight_scale" else (-math.inf, "finite")
+        good, words = least < low <= high < math.inf, f"{kind} values"
+    else:
+        least, most = _integer_range(name, scheme)
+        good, words = least <= low <= high <= most, f"values from {least} to {most}"
+    if not good:
+        raise ValueError(f"{prefix}{name}: expected {words}, got {low} to {high}")
+
+
+def _integer_range(name: str, scheme: Scheme) -> tuple[int, int]:
+    """Least and largest value of a canonical tensor of integers that belong to groups or to activations."""
+    if name == "weight_multiplier":
+        return 1, scheme.largest_multiplier
+    return scheme.code_range if name == "weight_zero_point" else (0, 255)
 
 
 def check_static(act_scale: Tensor | None, act_zero_point: Tensor | None) -> None:

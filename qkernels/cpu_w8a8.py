@@ -15,7 +15,8 @@ from .checks import DTYPE_CODES, check_input, check_residual, check_static
 from .eager import autocast, dispatch_modes, is_plain, jit_trace
 from .epilogues import epilogue_code
 from .native import ALIGNMENT, native_linear_w8a8, pack_w8, run_native, run_native_plus, unpack_w8
-from .prepared import Prepared, function_transform
+from .packed import PackedW8A8
+from .prepared import function_transform
 from .scheme import Scheme
 
 __all__ = ["PreparedW8A8"]
@@ -65,14 +66,13 @@ class _Extras:
         return (None if scale is None else scale.value, None if zero_point is None else zero_point.value) != self.values
 
 
-class PreparedW8A8(Prepared):
+class PreparedW8A8(PackedW8A8):
     """8-bit weights per output channel and 8-bit activations on the CPU, by the native kernels.
 
     Resident: ``packed`` and ``colsum`` (see :func:`pack_w8`) and the small canonical tensors.  The binding's object
     borrows their addresses; each call compares the addresses first and asks for another object when one has moved.
     """
 
-    names = ("packed", "colsum", "weight_scale", "bias", "act_scale", "act_zero_point", "inv_smooth")
     fuses = True
 
     @classmethod
@@ -262,39 +262,10 @@ class PreparedW8A8(Prepared):
                 return run_native_plus(native.__self__, x, features, rows, x.dtype, residual)
         return self.around(x, residual)
 
-    def product(self, x: Tensor, tensors: Mapping[str, Tensor | None], out_dtype: torch.dtype | None) -> Tensor:
-        """Through ``torch.ops.qkernels.linear_w8a8``."""
-        get = tensors.get
-        return torch.ops.qkernels.linear_w8a8(
-            x,
-            get("packed"),
-            get("colsum"),
-            get("weight_scale"),
-            get("bias"),
-            self.out_features,
-            self.in_features,
-            self.has_minus128,
-            self.act_symmetric,
-            get("act_scale"),
-            get("act_zero_point"),
-            get("inv_smooth"),
-            out_dtype,
-        )
-
-    def weight_of(self, tensors: Mapping[str, Tensor | None], dtype: torch.dtype) -> Tensor:
-        """Through ``torch.ops.qkernels.dequantize_w8``."""
-        get = tensors.get
-        return torch.ops.qkernels.dequantize_w8(
-            get("packed"), get("weight_scale"), get("inv_smooth"), self.out_features, self.in_features, dtype
-        )
-
-    def canonical(self) -> dict[str, Tensor]:
-        """Unpacks the weight; the small tensors are the resident ones."""
-        tensors = self.resident()
-        canonical = {"weight": unpack_w8(tensors.pop("packed"), self.out_features, self.in_features)}
-        del tensors["colsum"]
-        canonical.update(tensors)
-        return canonical
+    @staticmethod
+    def unpack(packed: Tensor, rows: int, features: int) -> Tensor:
+        """See the base class."""
+        return unpack_w8(packed, rows, features)
 
     def load(self, canonical: Mapping[str, Tensor]) -> None:
         """Packs into the resident memory."""

@@ -30,7 +30,10 @@ __all__ = [
     "GROUP_STEP",
     "MAX_FEATURES",
     "ORDERS",
+    "PHASED_TILES",
+    "PHASED_TILES_MULTIPLIERS",
     "SLAB_K",
+    "TILES",
     "blocks_of",
     "dequantize_w4",
     "describe",
@@ -77,6 +80,17 @@ blocks from slab to slab; address of the scales of channels beside multipliers."
 
 Plan = tuple[int, ...]
 """``W4Plan`` of ``csrc/cuda/w4.h``: kernel, tokens of a tile, phases, CTAs, counters, partial sums."""
+
+TILES = [(tokens, 1) for tokens in (8, 16, 32, 64, 128, 256)]
+PHASED_TILES = {
+    16: [(8, 2), (16, 2), (8, 8), (16, 8), (8, 4), (16, 4), (32, 4), (64, 2), (128, 2)],
+    8: [(8, 2), (16, 2), (8, 8), (16, 8), (8, 4), (16, 4), (32, 4)],
+}
+"""Tokens and phases that a plan of the wgmma kernels may name (``w4_has_tile``), for the sanitizer and the tests; the
+latter by the bits of activations, for groups with scales and zero points alone."""
+
+PHASED_TILES_MULTIPLIERS = [*PHASED_TILES[16], (32, 2)]
+"""The same where groups have multipliers."""
 
 
 # -- packing ----------------------------------------------------------------------------------------------------------

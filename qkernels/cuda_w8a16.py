@@ -32,6 +32,7 @@ from .prepared import effective_weight, scheme_from_key
 from .scheme import Scheme
 
 __all__ = [
+    "PHASED_TILES",
     "PreparedCudaW8A16",
     "embedding_w8",
     "fused_rows",
@@ -43,6 +44,9 @@ __all__ = [
 
 FUSED_ROWS, FUSED_ROWS_SM90 = 64, 2048
 """Where :func:`fused_rows` ends, for the kernel of mma.sync and that of wgmma (measured on an H200)."""
+
+PHASED_TILES = [(8, 2), (16, 2), (64, 2), (16, 4), (32, 4), (8, 8), (16, 8)]
+"""Tokens and phases, more than one, that a plan of the wgmma kernel may name (``w8a16_has_tile``)."""
 
 
 @functools.lru_cache(maxsize=4096)

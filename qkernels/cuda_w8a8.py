@@ -16,6 +16,7 @@ from .cuda_rows import Codes, RowGrid
 from .deferred import Deferred, TakesIntegers
 from .eager import is_plain
 from .joint import Joinable, Rows
+from .packed import PackedW8A8
 from .prepared import effective_weight
 from .scheme import MAX_INTEGER_K, Scheme
 
@@ -108,13 +109,12 @@ def _dequantize_w8(
     return effective_weight(tensors, Scheme(), K, dtype)
 
 
-class PreparedCudaW8A8(TakesIntegers, Joinable):
+class PreparedCudaW8A8(TakesIntegers, Joinable, PackedW8A8):
     """8-bit weights per output channel and 8-bit activations on a GPU, by the CUDA kernels.
 
     Resident: ``packed`` and ``colsum`` (see :func:`qkernels.cuda.pack_w8`) and the small canonical tensors.
     """
 
-    names = PreparedW8A8.names
     granule = cuda.ATOM_ROWS
 
     @classmethod
@@ -206,39 +206,10 @@ class PreparedCudaW8A8(TakesIntegers, Joinable):
         dependent = cuda.overlaps(codes.q.device)
         return cuda.gemm_w8a8(*codes, self.tensors, out_dtype=out_dtype, dependent=dependent)
 
-    def product(self, x: Tensor, tensors: Mapping[str, Tensor | None], out_dtype: torch.dtype | None) -> Tensor:
-        """Through ``torch.ops.qkernels.linear_w8a8``."""
-        get = tensors.get
-        return torch.ops.qkernels.linear_w8a8(
-            x,
-            get("packed"),
-            get("colsum"),
-            get("weight_scale"),
-            get("bias"),
-            self.out_features,
-            self.in_features,
-            True,
-            self.scheme.activation_symmetric,
-            get("act_scale"),
-            get("act_zero_point"),
-            get("inv_smooth"),
-            out_dtype,
-        )
-
-    def weight_of(self, tensors: Mapping[str, Tensor | None], dtype: torch.dtype) -> Tensor:
-        """Through ``torch.ops.qkernels.dequantize_w8``."""
-        get = tensors.get
-        return torch.ops.qkernels.dequantize_w8(
-            get("packed"), get("weight_scale"), get("inv_smooth"), self.out_features, self.in_features, dtype
-        )
-
-    def canonical(self) -> dict[str, Tensor]:
-        """Unpacks the weight; the small tensors are the resident ones."""
-        tensors = self.resident()
-        canonical = {"weight": cuda.unpack_w8(tensors.pop("packed"), self.out_features, self.in_features)}
-        del tensors["colsum"]
-        canonical.update(tensors)
-        return canonical
+    @staticmethod
+    def unpack(packed: Tensor, rows: int, features: int) -> Tensor:
+        """See the base class."""
+        return cuda.unpack_w8(packed, rows, features)
 
     def load(self, canonical: Mapping[str, Tensor]) -> None:
         """Packs into the resident memory."""

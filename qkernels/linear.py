@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from . import reference
-from .checks import TensorSpec, canonical_specs, check_multiplied, check_out_dtype
+from .checks import TensorSpec, canonical_specs, check_out_dtype
 from .deferred import Handoff, hand_term
 from .epilogues import check_epilogue
 from .groups import InputGroup
@@ -248,7 +248,6 @@ class QuantLinear(QuantModule):
         self._settle()
 
     def _overwrite(self, canonical: Mapping[str, Tensor]) -> None:
-        check_multiplied(canonical, self.scheme)
         self._prepared.load(canonical)
         self._settle()
 

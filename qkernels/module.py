@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checks import TensorSpec
+from .checks import TensorSpec, check_values
+from .scheme import Scheme
 from .views import DequantizedWeight
 
 __all__ = ["QuantModule"]
@@ -25,10 +26,12 @@ class QuantModule(nn.Module):
     """Base of the quantized modules.
 
     Attributes:
+        scheme: what the canonical tensors mean.
         dtype: dtype of ``weight``; follows ``.to(dtype)``, ``.half()`` and the like, which change nothing else.
     """
 
     _version = 1
+    scheme: Scheme
     dtype: torch.dtype
     _buffers: dict[str, Any]
 
@@ -131,6 +134,7 @@ class QuantModule(nn.Module):
         unexpected: list[str] = []
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected, error_msgs)
         unexpected_keys.extend(key for key in unexpected if key[len(prefix) :] not in specs)
+        assign = bool(local_metadata.get("assign_to_params_buffers", False))
         found: dict[str, Tensor] = {}
         complaints: list[str] = []
         for name, spec in specs.items():
@@ -139,7 +143,7 @@ class QuantModule(nn.Module):
                 if strict:
                     missing_keys.append(key)
                 continue
-            complaint = spec.complaint(name, state_dict[key])
+            complaint = spec.complaint(name, state_dict[key]) or self._objection(name, state_dict[key], assign)
             if complaint is None:
                 found[name] = state_dict[key].detach()
             else:
@@ -147,7 +151,6 @@ class QuantModule(nn.Module):
         if complaints or not found:
             error_msgs.extend(complaints)
             return
-        assign = bool(local_metadata.get("assign_to_params_buffers", False))
         if self._device().type == "meta" and not assign:
             warnings.warn(
                 f"{prefix}weight: the module is on the meta device, so loading has no effect; "
@@ -165,6 +168,16 @@ class QuantModule(nn.Module):
                 error_msgs.append(f"{prefix}weight: expected {lacking} beside {', '.join(found)}, got only these")
         except (TypeError, ValueError) as error:
             error_msgs.append(f"{prefix}{error}")
+
+    def _objection(self, name: str, tensor: Tensor, assign: bool) -> Exception | None:
+        """What is wrong with the values of a tensor to load whose shape and dtype are right, or None."""
+        if tensor.device.type == "meta" and not assign and self._device().type != "meta":
+            return ValueError(f"{name}: expected values, got a meta tensor (pass assign=True to take it as it is)")
+        try:
+            check_values(name, tensor.detach(), self.scheme)
+        except ValueError as error:
+            return error
+        return None
 
     # -- copies ---------------------------------------------------------------------------------------------------
 

@@ -1,4 +1,5 @@
-"""Layers over packed weights, whichever device packs them: what runs under ``torch.ops.qkernels.linear_packed``."""
+"""Layers over packed weights, whichever device packs them: what runs under ``torch.ops.qkernels.linear_packed`` and
+``linear_w8a8``."""
 
 from __future__ import annotations
 
@@ -14,7 +15,15 @@ from .cuda_slices import split_float32
 from .prepared import Prepared
 from .scheme import Scheme
 
-__all__ = ["GROUPED", "PackedLayer", "check_multiplier", "check_resident", "codebook_tensor", "group_count"]
+__all__ = [
+    "GROUPED",
+    "PackedLayer",
+    "PackedW8A8",
+    "check_multiplier",
+    "check_resident",
+    "codebook_tensor",
+    "group_count",
+]
 
 GROUPED = {
     "weight_scale": "packed_scale",
@@ -143,3 +152,53 @@ class PackedLayer(Prepared):
         """Unpacks; the small tensors are the resident ones."""
         small = {name: tensor for name, tensor in self.resident().items() if not name.startswith("packed")}
         return {**self.unpack(), **small}
+
+
+class PackedW8A8(Prepared):
+    """A layer of 8-bit weights per output channel under 8-bit activations, whichever device packs them.
+
+    Resident: ``packed``, the sums ``colsum`` of its rows, and the small canonical tensors.
+    """
+
+    names = ("packed", "colsum", "weight_scale", "bias", "act_scale", "act_zero_point", "inv_smooth")
+    has_minus128 = True
+    """Whether -128 may be among the weights."""
+
+    @staticmethod
+    @abstractmethod
+    def unpack(packed: Tensor, rows: int, features: int) -> Tensor:
+        """The weight int8 ``[N, K]``, without loss."""
+
+    def product(self, x: Tensor, tensors: Mapping[str, Tensor | None], out_dtype: torch.dtype | None) -> Tensor:
+        """Through ``torch.ops.qkernels.linear_w8a8``."""
+        get = tensors.get
+        return torch.ops.qkernels.linear_w8a8(
+            x,
+            get("packed"),
+            get("colsum"),
+            get("weight_scale"),
+            get("bias"),
+            self.out_features,
+            self.in_features,
+            self.has_minus128,
+            self.scheme.activation_symmetric,
+            get("act_scale"),
+            get("act_zero_point"),
+            get("inv_smooth"),
+            out_dtype,
+        )
+
+    def weight_of(self, tensors: Mapping[str, Tensor | None], dtype: torch.dtype) -> Tensor:
+        """Through ``torch.ops.qkernels.dequantize_w8``."""
+        get = tensors.get
+        return torch.ops.qkernels.dequantize_w8(
+            get("packed"), get("weight_scale"), get("inv_smooth"), self.out_features, self.in_features, dtype
+        )
+
+    def canonical(self) -> dict[str, Tensor]:
+        """Unpacks the weight; the small tensors are the resident ones."""
+        tensors = self.resident()
+        canonical = {"weight": self.unpack(tensors.pop("packed"), self.out_features, self.in_features)}
+        del tensors["colsum"]
+        canonical.update(tensors)
+        return canonical

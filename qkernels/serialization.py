@@ -17,8 +17,9 @@ import torch
 from torch import nn
 
 from ._atomic import replacing
-from ._manifest import MANIFEST, LayerEntry, Manifest, check_values, read_manifest
+from ._manifest import MANIFEST, LayerEntry, Manifest, read_manifest
 from ._safetensors import sha256_of, write_tensors
+from .checks import check_values
 from .experts import take_apart
 from .nn import QuantEmbedding, QuantLinear
 from .progress import Progress, tracking
@@ -160,7 +161,7 @@ def _check_small_tensors(manifest: Manifest, reader: Reader) -> None:
     for name, entry in manifest.layers.items():
         for suffix in entry.specs():
             if suffix not in ("weight", "bias") and f"{name}.{suffix}" in manifest.headers:
-                check_values(name, suffix, reader.read(f"{name}.{suffix}"), entry.scheme)
+                check_values(suffix, reader.read(f"{name}.{suffix}"), entry.scheme, f"{name}.")
 
 
 # --------------------------------------------------------------------------------------------------------------- saving

@@ -28,21 +28,8 @@ TOOLS = {"memcheck": 1101, "racecheck": 257}
 PHASED_FEATURES = 1024
 """Fewer than these no kernel shares out among phases."""
 
-TILES = [(tokens, 1) for tokens in (8, 16, 32, 64, 128, 256)]
-PHASED_TILES = {
-    16: [(8, 2), (16, 2), (8, 8), (16, 8), (8, 4), (16, 4), (32, 4), (64, 2), (128, 2)],
-    8: [(8, 2), (16, 2), (8, 8), (16, 8), (8, 4), (16, 4), (32, 4)],
-}
-"""Of 4-bit weights by wgmma: tokens, phases (``csrc/cuda/w4.h``); the latter by the bits of activations."""
-
-PHASED_TILES_MULTIPLIERS = [*PHASED_TILES[16], (32, 2)]
-"""The same where groups have multipliers."""
-
 MMA_TILES = [8, 16, 64, 128]
 """Tokens of 4-bit weights under 8-bit activations by mma.sync."""
-
-PHASED_TILES_W8A16 = [(8, 2), (16, 2), (64, 2), (16, 4), (32, 4), (8, 8), (16, 8)]
-"""The same of 8-bit weights under floating-point activations."""
 
 CLUSTERS = 24
 """That take a tile each, or share them all."""
@@ -155,10 +142,12 @@ def run_kernels(k: int) -> None:
                 weight = cuda_w4.describe(prepared.tensors, scheme, n, k) if bits[0] == 4 else ()
                 whole = scheme.group_scales == "int"
                 if bits[0] == 8:
-                    phased = PHASED_TILES_W8A16
+                    phased = cuda_w8a16.PHASED_TILES
+                elif whole:
+                    phased = cuda_w4.PHASED_TILES_MULTIPLIERS
                 else:
-                    phased = PHASED_TILES_MULTIPLIERS if whole else PHASED_TILES[16 if scheme.weight_only else 8]
-                for tokens, phases in TILES + (phased if k >= PHASED_FEATURES else []):
+                    phased = cuda_w4.PHASED_TILES[16 if scheme.weight_only else 8]
+                for tokens, phases in cuda_w4.TILES + (phased if k >= PHASED_FEATURES else []):
                     name = f"{scheme.name}, tiles of {tokens}, {phases} phases"
                     wanted = reference.linear(wide, tensors, scheme, k)
                     if scheme.weight_only:

@@ -18,11 +18,24 @@ transformers = pytest.importorskip("transformers")
 from qkernels import hf  # noqa: E402
 
 
-def save_bert(directory: Path) -> Path:
+def save_words(directory: Path, *, unk_token: str, **others: str) -> None:
+    """A tokenizer of 64 words: three special ones in the order of the arguments, then w3, w4, ..."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = [unk_token, *others.values(), *(f"w{number}" for number in range(3, 64))]
+    vocabulary = {word: number for number, word in enumerate(words)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=unk_token))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token=unk_token, **others).save_pretrained(
+        directory
+    )
+
+
+def save_bert(directory: Path, vocab_size: int = 200) -> Path:
     """A BERT encoder of two small layers, without a tokenizer."""
     torch.manual_seed(0)
     config = transformers.BertConfig(
-        vocab_size=200, hidden_size=48, num_hidden_layers=2, num_attention_heads=4, intermediate_size=80
+        vocab_size=vocab_size, hidden_size=48, num_hidden_layers=2, num_attention_heads=4, intermediate_size=80
     )
     transformers.BertModel(config).save_pretrained(directory)
     return directory
@@ -30,8 +43,6 @@ def save_bert(directory: Path) -> Path:
 
 def save_llama(directory: Path) -> Path:
     """A tied Llama of two small layers, with a tokenizer of words."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=64,
@@ -46,12 +57,7 @@ def save_llama(directory: Path) -> Path:
         pad_token_id=2,
     )
     transformers.LlamaForCausalLM(config).save_pretrained(directory)
-    words = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"w{number}": number for number in range(3, 64)}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
-    ).save_pretrained(directory)
+    save_words(directory, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
     return directory
 
 

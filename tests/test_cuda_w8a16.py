@@ -22,7 +22,7 @@ import torch
 from helpers import DTYPES, assert_bits_equal, assert_compiled_and_differentiated, hazard_rows, seeded, strided
 from torch import Tensor, nn
 
-from qkernels import cuda, cuda_w8a16, ops, reference
+from qkernels import cuda, cuda_w4, cuda_w8a16, ops, reference
 from qkernels.cuda_w8a16 import PreparedCudaW8A16, fused_rows
 from qkernels.nn import QuantEmbedding, QuantLinear
 from qkernels.scheme import Scheme
@@ -34,9 +34,7 @@ gpu = [
 ]
 STEP = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 SCHEME = Scheme.from_preset("w8a16")
-TILES = [(tokens, 1) for tokens in (8, 16, 32, 64, 128, 256)]
-TILES += [(8, 2), (16, 2), (64, 2), (16, 4), (32, 4), (8, 8), (16, 8)]
-"""Of the wgmma kernel: tokens, phases (``w8a16_has_tile``)."""
+TILES = [*cuda_w4.TILES, *cuda_w8a16.PHASED_TILES]
 SHAPES = [(8, 64), (1, 1), (203, 1000), (136, 333), (576, 1536)]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import time
 from pathlib import Path
 
@@ -177,3 +178,11 @@ def test_demo_runs_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         assert result["quality"]["cosine to fp32, min"][key] >= 0.99
         assert result["quality"]["cosine to fp32, mean"][key] >= 0.995
     assert picture.stat().st_size > 10_000
+
+
+def test_demo_without_transformers_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert cli.main(["demo", "--quick", "--no-plot"]) == 2
+    assert 'error: the demo needs transformers: pip install "qkernels[demo]"' in capsys.readouterr().err

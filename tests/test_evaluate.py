@@ -10,7 +10,7 @@ import pytest
 import torch
 from families import batches, build
 from helpers import seeded
-from test_cli import save_llama
+from test_cli import save_bert, save_llama, save_words
 from torch import nn
 
 import qkernels as qk
@@ -70,20 +70,8 @@ def test_cosines_of_rows():
 
 
 def save_bert_with_words(directory: Path) -> Path:
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    torch.manual_seed(0)
-    config = transformers.BertConfig(
-        vocab_size=64, hidden_size=48, num_hidden_layers=2, num_attention_heads=4, intermediate_size=80
-    )
-    transformers.BertModel(config).save_pretrained(directory)
-    words = {"[UNK]": 0, "[PAD]": 1, "[MASK]": 2} | {f"w{number}": number for number in range(3, 64)}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="[UNK]", pad_token="[PAD]", mask_token="[MASK]"
-    ).save_pretrained(directory)
-    return directory
+    save_words(directory, unk_token="[UNK]", pad_token="[PAD]", mask_token="[MASK]")
+    return save_bert(directory, vocab_size=64)
 
 
 @pytest.fixture(scope="module")

@@ -216,7 +216,8 @@ def test_load_bad_static_scale_and_zero_points(tmp_path):
     asymmetric = qk.Scheme(activation_granularity="per_tensor", activation_dynamic=False, activation_symmetric=False)
     for number, (name, value, match) in enumerate(
         [
-            ("act_scale", torch.tensor(float("nan")), "positive finite"),
+            ("act_scale", torch.tensor(float("nan")), "finite values > 0"),
+            ("act_scale", torch.tensor(1e-40), "reciprocal is finite"),
             ("act_zero_point", torch.tensor(256, dtype=torch.int32), "0 to 255"),
         ]
     ):

@@ -8,22 +8,17 @@ from helpers import W4_KINDS, seeded
 from torch import Tensor
 
 from qkernels import cuda, ops, reference
+from qkernels.cuda_w4 import PHASED_TILES, PHASED_TILES_MULTIPLIERS, TILES
 from qkernels.cuda_w4_layer import PreparedCudaW4
 from qkernels.scheme import Scheme
+
+__all__ = ["MMA_TILES", "PHASED_TILES", "PHASED_TILES_MULTIPLIERS", "TILES", "canonical", "gpu", "on_gpu", "scheme_of"]
 
 gpu = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device, or a torch built without CUDA"),
     pytest.mark.skipif(cuda._cuda is None, reason="this installation was built without the CUDA module"),
 ]
-TILES = [(tokens, 1) for tokens in (8, 16, 32, 64, 128, 256)]
-PHASED_TILES = {
-    16: [(8, 2), (16, 2), (8, 8), (16, 8), (8, 4), (16, 4), (32, 4), (64, 2), (128, 2)],
-    8: [(8, 2), (16, 2), (8, 8), (16, 8), (8, 4), (16, 4), (32, 4)],
-}
-"""Of the wgmma kernels: tokens, phases (``csrc/cuda/w4.h``); the latter by the bits of activations."""
-PHASED_TILES_MULTIPLIERS = [*PHASED_TILES[16], (32, 2)]
-"""The latter where groups have multipliers."""
 MMA_TILES = [(tokens, 0) for tokens in (8, 16, 64, 128)]
 """Of 8-bit activations by mma.sync."""
 

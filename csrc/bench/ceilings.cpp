@@ -27,16 +27,7 @@ void int8_baseline(int64_t steps) {
   __m128i c0 = a, c1 = a, c2 = a, c3 = a, c4 = a, c5 = a, c6 = a, c7 = a;
 #define QK_CHAIN(c)                                                                                                    \
   __asm__ volatile("movdqa %2, %1\n\tpmaddwd %3, %1\n\tpaddd %1, %0" : "+x"(c), "=&x"(t) : "x"(a), "x"(b))
-  for (int64_t i = 0; i < steps; ++i) {
-    QK_CHAIN(c0);
-    QK_CHAIN(c1);
-    QK_CHAIN(c2);
-    QK_CHAIN(c3);
-    QK_CHAIN(c4);
-    QK_CHAIN(c5);
-    QK_CHAIN(c6);
-    QK_CHAIN(c7);
-  }
+  for (int64_t i = 0; i < steps; ++i) QK_8_CHAINS(QK_CHAIN)
 #undef QK_CHAIN
 }
 constexpr int64_t kBaselineOps = 8 * 8 * 2;
@@ -45,16 +36,7 @@ void fp32_baseline(int64_t steps) {
   const __m128 a = _mm_set1_ps(0.5f), b = _mm_set1_ps(1.0f);
   __m128 c0 = b, c1 = b, c2 = b, c3 = b, c4 = b, c5 = b, c6 = b, c7 = b;
 #define QK_CHAIN(c) __asm__ volatile("mulps %1, %0\n\taddps %2, %0" : "+x"(c) : "x"(a), "x"(b))
-  for (int64_t i = 0; i < steps; ++i) {
-    QK_CHAIN(c0);
-    QK_CHAIN(c1);
-    QK_CHAIN(c2);
-    QK_CHAIN(c3);
-    QK_CHAIN(c4);
-    QK_CHAIN(c5);
-    QK_CHAIN(c6);
-    QK_CHAIN(c7);
-  }
+  for (int64_t i = 0; i < steps; ++i) QK_8_CHAINS(QK_CHAIN)
 #undef QK_CHAIN
 }
 constexpr int64_t kBaselineFlops = 8 * 4 * 2;

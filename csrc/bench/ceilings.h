@@ -19,6 +19,29 @@ struct LoopTable {
   uint64_t (*read)(const uint8_t* data, int64_t bytes);
 };
 
+// A step of a loop: an instruction on each of the independent chains c0, c1, ...
+#define QK_8_CHAINS(chain)                                                                                             \
+  {                                                                                                                    \
+    chain(c0);                                                                                                         \
+    chain(c1);                                                                                                         \
+    chain(c2);                                                                                                         \
+    chain(c3);                                                                                                         \
+    chain(c4);                                                                                                         \
+    chain(c5);                                                                                                         \
+    chain(c6);                                                                                                         \
+    chain(c7);                                                                                                         \
+  }
+#define QK_10_CHAINS(chain)                                                                                            \
+  {                                                                                                                    \
+    QK_8_CHAINS(chain) chain(c8);                                                                                      \
+    chain(c9);                                                                                                         \
+  }
+#define QK_12_CHAINS(chain)                                                                                            \
+  {                                                                                                                    \
+    QK_10_CHAINS(chain) chain(c10);                                                                                    \
+    chain(c11);                                                                                                        \
+  }
+
 const LoopTable& loops_scalar();
 const LoopTable& loops_avx2();
 const LoopTable& loops_avxvnni();

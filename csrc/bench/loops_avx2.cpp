@@ -17,18 +17,7 @@ void int8_ymm(int64_t steps) {
   __asm__ volatile("vpaddw %3, %4, %1\n\tvpaddw %4, %3, %2\n\tvpmaddwd %1, %2, %1\n\tvpaddd %1, %0, %0"                \
                    : "+x"(c), "=&x"(s), "=&x"(t)                                                                       \
                    : "x"(a), "x"(w))
-  for (int64_t i = 0; i < steps; ++i) {
-    QK_CHAIN(c0);
-    QK_CHAIN(c1);
-    QK_CHAIN(c2);
-    QK_CHAIN(c3);
-    QK_CHAIN(c4);
-    QK_CHAIN(c5);
-    QK_CHAIN(c6);
-    QK_CHAIN(c7);
-    QK_CHAIN(c8);
-    QK_CHAIN(c9);
-  }
+  for (int64_t i = 0; i < steps; ++i) QK_10_CHAINS(QK_CHAIN)
 #undef QK_CHAIN
 }
 
@@ -36,18 +25,7 @@ void fp32_ymm(int64_t steps) {
   const __m256 a = _mm256_set1_ps(1.0f), b = _mm256_set1_ps(0.5f);
   __m256 c0 = a, c1 = a, c2 = a, c3 = a, c4 = a, c5 = a, c6 = a, c7 = a, c8 = a, c9 = a;
 #define QK_CHAIN(c) __asm__ volatile("vfmadd213ps %2, %1, %0" : "+x"(c) : "x"(b), "x"(a))
-  for (int64_t i = 0; i < steps; ++i) {
-    QK_CHAIN(c0);
-    QK_CHAIN(c1);
-    QK_CHAIN(c2);
-    QK_CHAIN(c3);
-    QK_CHAIN(c4);
-    QK_CHAIN(c5);
-    QK_CHAIN(c6);
-    QK_CHAIN(c7);
-    QK_CHAIN(c8);
-    QK_CHAIN(c9);
-  }
+  for (int64_t i = 0; i < steps; ++i) QK_10_CHAINS(QK_CHAIN)
 #undef QK_CHAIN
 }
 

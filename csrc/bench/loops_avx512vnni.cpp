@@ -10,20 +10,7 @@ void int8_zmm(int64_t steps) {
   const __m512i a = _mm512_set1_epi8(3), w = _mm512_set1_epi8(-5);
   __m512i c0 = a, c1 = a, c2 = a, c3 = a, c4 = a, c5 = a, c6 = a, c7 = a, c8 = a, c9 = a, c10 = a, c11 = a;
 #define QK_CHAIN(c) __asm__ volatile("vpdpbusd %2, %1, %0" : "+v"(c) : "v"(a), "v"(w))
-  for (int64_t i = 0; i < steps; ++i) {
-    QK_CHAIN(c0);
-    QK_CHAIN(c1);
-    QK_CHAIN(c2);
-    QK_CHAIN(c3);
-    QK_CHAIN(c4);
-    QK_CHAIN(c5);
-    QK_CHAIN(c6);
-    QK_CHAIN(c7);
-    QK_CHAIN(c8);
-    QK_CHAIN(c9);
-    QK_CHAIN(c10);
-    QK_CHAIN(c11);
-  }
+  for (int64_t i = 0; i < steps; ++i) QK_12_CHAINS(QK_CHAIN)
 #undef QK_CHAIN
 }
 
@@ -31,20 +18,7 @@ void fp32_zmm(int64_t steps) {
   const __m512 a = _mm512_set1_ps(1.0f), b = _mm512_set1_ps(0.5f);
   __m512 c0 = a, c1 = a, c2 = a, c3 = a, c4 = a, c5 = a, c6 = a, c7 = a, c8 = a, c9 = a, c10 = a, c11 = a;
 #define QK_CHAIN(c) __asm__ volatile("vfmadd213ps %2, %1, %0" : "+v"(c) : "v"(b), "v"(a))
-  for (int64_t i = 0; i < steps; ++i) {
-    QK_CHAIN(c0);
-    QK_CHAIN(c1);
-    QK_CHAIN(c2);
-    QK_CHAIN(c3);
-    QK_CHAIN(c4);
-    QK_CHAIN(c5);
-    QK_CHAIN(c6);
-    QK_CHAIN(c7);
-    QK_CHAIN(c8);
-    QK_CHAIN(c9);
-    QK_CHAIN(c10);
-    QK_CHAIN(c11);
-  }
+  for (int64_t i = 0; i < steps; ++i) QK_12_CHAINS(QK_CHAIN)
 #undef QK_CHAIN
 }
 

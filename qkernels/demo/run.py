@@ -25,6 +25,7 @@ def run_demo(*, models: list[str] | None = None, quick: bool = False, plot: str 
 
     Raises:
         ValueError: a package with a model is not installed, or an unknown model name.
+        ImportError: transformers is not installed.
     """
     names = list(MODELS) if models is None else models
     for name in names:
@@ -55,8 +56,10 @@ def run_demo(*, models: list[str] | None = None, quick: bool = False, plot: str 
 
 def machine() -> dict[str, Any]:
     """CPU, threads, kernels and versions that the figures belong to."""
-    import transformers
-
+    try:
+        import transformers
+    except ImportError as error:
+        raise ImportError('the demo needs transformers: pip install "qkernels[demo]"') from error
     facts = qkernels.info()
     return {
         "cpu": facts["processor"],

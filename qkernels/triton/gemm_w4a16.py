@@ -26,7 +26,7 @@ from .splits import add_splits
 from .tiles import Tile, shared_bytes, short_rows
 from .unpack import halves, nibbles_to_float
 
-__all__ = ["SLICED_ROWS", "block_for", "gemm_w4a16", "tile_for"]
+__all__ = ["SLICED_ROWS", "block_for", "fitting_block", "gemm_w4a16", "tile_for"]
 
 
 @triton.jit
@@ -138,6 +138,18 @@ def block_for(features: int, group: int, most: int = 128) -> int:
     return next((size for size in (128, 64, 32) if size <= most and (group >= features or group % size == 0)), 0)
 
 
+def fitting_block(features: int, group: int, most: int = 128) -> int:
+    """:func:`block_for`.
+
+    Raises:
+        ValueError: there is none.
+    """
+    size = block_for(features, group, most)
+    if not size:
+        raise ValueError(f"group_size: expected a multiple of 32, or at least {features}, got {group}")
+    return size
+
+
 SLICED_ROWS = 512
 """As many rows of 16-bit values or more: the weight is dequantized in slices (measured on an H200)."""
 
@@ -198,8 +210,7 @@ def gemm_w4a16(
     rows, features = x.shape
     channels = weight.shape[0]
     group = features if group_size is None else min(group_size, features)
-    if not block_for(features, group):
-        raise ValueError(f"group_size: expected a multiple of 32, or at least {features}, got {group_size}")
+    fitting_block(features, group)
     out_dtype = out_dtype or x.dtype
     if not rows or not channels:
         return torch.empty((rows, channels), dtype=out_dtype, device=x.device)

@@ -19,8 +19,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .blocks_w4a8 import load_block, operand_blocks, store_transposed, words_of
 from .gemm_w4a8_intscale import gemm_w4a8_intscale
-from .gemm_w4a16 import block_for
+from .gemm_w4a16 import fitting_block
 from .group_sums import group_sums
 from .raster import grouped_tile
 from .tiles import ENOUGH_INT8_PROGRAMS, Tile, shared_bytes, short_rows
@@ -48,22 +49,12 @@ def _step(
     FEW: tl.constexpr,
 ):
     """One block of k, up to ``end``, into the sums of its group."""
-    ks = k + tl.arange(0, BLOCK_K)
-    if MASKED:
-        words = k // CODES + tl.arange(0, BLOCK_K // CODES)
-        q = tl.load(q_block + k + q_places, mask=there & (ks[None, :] < end), other=0)
-        codes = tl.load(weight_block + k // CODES + weight_places, mask=CODES * words[None, :] < end, other=0)
-    else:
-        if FEW:
-            q = tl.load(q_block + k + q_places, mask=there, other=0)
-        else:
-            q = tl.load(q_block + k + q_places)
-        codes = tl.load(weight_block + k // CODES + weight_places)
+    q, codes = load_block(q_block, q_places, weight_block, weight_places, there, k, end, BLOCK_K, CODES, MASKED, FEW)
     w = nibbles_to_int8(codes, zeros, CODES == 4)
     acc = tl.dot(w, tl.trans(q), acc, out_dtype=tl.int32)
     if SHIFTED:  # q - x_zero = stored - shift: what the shift adds
         if MASKED:
-            w = tl.where(ks[None, :] < end, w, 0)
+            w = tl.where((k + tl.arange(0, BLOCK_K))[None, :] < end, w, 0)
         weight_sums += tl.sum(w.to(tl.int32), axis=1)
     return acc, weight_sums
 
@@ -106,15 +97,11 @@ def _gemm_kernel(
     tokens = first_m + tl.arange(0, BLOCK_M)
     channels = first_n + tl.arange(0, BLOCK_N)
     there = (tokens < M)[:, None]
-    channel_mask = channels < N
-    # Rows outside are the last one there is: what they give is not stored. Where they are most of a block, they are
-    # not loaded either. 64 bits for a block's first element, 32 from there on: addresses are much of the arithmetic.
     token_rows = tl.minimum(tokens, M - 1)
     channel_rows = tl.minimum(tl.arange(0, BLOCK_N), N - 1 - first_n)
-    q_block = q_ptr + first_m.to(tl.int64) * q_stride
-    q_places = (token_rows - first_m)[:, None] * q_stride + tl.arange(0, BLOCK_K)[None, :]
-    weight_block = weight_ptr + first_n.to(tl.int64) * weight_stride
-    weight_places = channel_rows[:, None] * weight_stride + tl.arange(0, BLOCK_K // CODES)[None, :]
+    q_block, q_places, weight_block, weight_places = operand_blocks(
+        q_ptr, weight_ptr, first_m, first_n, token_rows, channel_rows, q_stride, weight_stride, BLOCK_K, CODES
+    )
     group_block = first_n.to(tl.int64) * scale_stride
     group_places = channel_rows * scale_stride
     if SHIFTED:
@@ -180,11 +167,7 @@ def _gemm_kernel(
             low = tl.load(min_ptr + group_block + g + group_places).to(tl.float32)
             total = total + low[:, None] * sums.to(tl.float32)[None, :]
     y = total * tl.load(x_scale_ptr + token_rows)[None, :]
-    if BIAS:
-        y = y + tl.load(bias_ptr + channels, mask=channel_mask, other=0.0)[:, None]
-    to = y_ptr + tokens.to(tl.int64)[:, None] * y_stride + channels[None, :]
-    mask = there & channel_mask[None, :]
-    tl.store(to, tl.trans(y.to(y_ptr.dtype.element_ty)), mask=mask)
+    store_transposed(y, bias_ptr, y_ptr, tokens, channels, there, N, y_stride, BIAS)
 
 
 def tile_for(rows: int, channels: int) -> Tile:
@@ -253,17 +236,13 @@ def gemm_w4a8(
     channels = weight.shape[0]
     group = features if group_size is None else min(group_size, features)
     tile = tile_for(rows, channels) if tile is None else tile
-    size = block_for(features, group, tile.k)
-    if not size:
-        raise ValueError(f"group_size: expected a multiple of 32, or at least {features}, got {group_size}")
+    size = fitting_block(features, group, tile.k)
     out = torch.empty((rows, channels), dtype=out_dtype, device=q.device)
     if not rows or not channels:
         return out
-    weight, scales = weight.contiguous(), weight_scale.contiguous().view(channels, -1)
+    weight, codes = words_of(weight, features)
+    scales = weight_scale.contiguous().view(channels, -1)
     q = short_rows(q)
-    quads = features % 4 == 0 and weight.data_ptr() % 2 == 0
-    if quads:
-        weight = weight.view(torch.int16)
     _gemm_kernel[(tile.programs(rows, channels),)](
         q,
         weight,
@@ -287,7 +266,7 @@ def gemm_w4a8(
         BLOCK_N=tile.n,
         BLOCK_K=size,
         GROUP_M=tile.group,
-        CODES=4 if quads else 2,
+        CODES=codes,
         SHIFTED=x_zero_point is not None,
         ZERO_POINT=weight_zero_point is not None,
         MINIMUM=weight_min is not None,

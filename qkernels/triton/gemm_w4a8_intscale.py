@@ -18,7 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .gemm_w4a16 import block_for
+from .blocks_w4a8 import load_block, operand_blocks, store_transposed, words_of
+from .gemm_w4a16 import fitting_block
 from .raster import grouped_tile
 from .tiles import ENOUGH_INT8_PROGRAMS, Tile, shared_bytes, short_rows
 from .unpack import multiplied_nibbles
@@ -62,15 +63,11 @@ def _gemm_kernel(
     tokens = first_m + tl.arange(0, BLOCK_M)
     channels = first_n + tl.arange(0, BLOCK_N)
     there = (tokens < M)[:, None]
-    # Rows outside are the last one there is, as in gemm_w4a8.
     token_rows = tl.minimum(tokens, M - 1)
     channel_rows = tl.minimum(tl.arange(0, BLOCK_N), N - 1 - first_n)
-    ks = tl.arange(0, BLOCK_K)[None, :]
-    words = tl.arange(0, BLOCK_K // CODES)[None, :]
-    q_block = q_ptr + first_m.to(tl.int64) * q_stride
-    q_places = (token_rows - first_m)[:, None] * q_stride + ks
-    weight_block = weight_ptr + first_n.to(tl.int64) * weight_stride
-    weight_places = channel_rows[:, None] * weight_stride + words
+    q_block, q_places, weight_block, weight_places = operand_blocks(
+        q_ptr, weight_ptr, first_m, first_n, token_rows, channel_rows, q_stride, weight_stride, BLOCK_K, CODES
+    )
     GROUPS: tl.constexpr = tl.cdiv(K, GROUP)
     group_block = first_n.to(tl.int64) * GROUPS
     group_places = channel_rows * GROUPS
@@ -82,15 +79,9 @@ def _gemm_kernel(
             zero = tl.load(zero_ptr + group + group_places).to(tl.int32)
         else:
             zero = 8
-        if K % BLOCK_K != 0:
-            q = tl.load(q_block + k + q_places, mask=there & (ks + k < K), other=0)
-            codes = tl.load(weight_block + k // CODES + weight_places, mask=CODES * words + k < K, other=0)
-        else:
-            if FEW:
-                q = tl.load(q_block + k + q_places, mask=there, other=0)
-            else:
-                q = tl.load(q_block + k + q_places)
-            codes = tl.load(weight_block + k // CODES + weight_places)
+        q, codes = load_block(
+            q_block, q_places, weight_block, weight_places, there, k, K, BLOCK_K, CODES, K % BLOCK_K != 0, FEW
+        )
         offsets = (128 - multiplier * zero) * 0x01010101
         w = multiplied_nibbles(codes, multiplier[:, None], offsets[:, None], CODES == 4)
         acc = tl.dot(w, tl.trans(q), acc, out_dtype=tl.int32)
@@ -100,10 +91,7 @@ def _gemm_kernel(
         acc = acc - tl.load(colsum_ptr + channels, mask=channel_mask, other=0)[:, None] * shift[None, :]
     y = acc.to(tl.float32) * tl.load(x_scale_ptr + token_rows)[None, :]
     y = y * tl.load(weight_scale_ptr + channels, mask=channel_mask, other=0.0)[:, None]
-    if BIAS:
-        y = y + tl.load(bias_ptr + channels, mask=channel_mask, other=0.0)[:, None]
-    to = y_ptr + tokens.to(tl.int64)[:, None] * y_stride + channels[None, :]
-    tl.store(to, tl.trans(y.to(y_ptr.dtype.element_ty)), mask=there & channel_mask[None, :])
+    store_transposed(y, bias_ptr, y_ptr, tokens, channels, there, N, y_stride, BIAS)
 
 
 def tile_for(rows: int, channels: int) -> Tile:
@@ -149,17 +137,13 @@ def gemm_w4a8_intscale(
     if x_zero_point is not None and colsum is None:
         raise ValueError("colsum: expected a tensor beside x_zero_point, got None")
     tile = tile_for(rows, channels) if tile is None else tile
-    size = block_for(features, group_size, tile.k)
-    if not size:
-        raise ValueError(f"group_size: expected a multiple of 32, or at least {features}, got {group_size}")
+    size = fitting_block(features, group_size, tile.k)
     out = torch.empty((rows, channels), dtype=out_dtype, device=q.device)
     if not rows or not channels:
         return out
-    weight, multiplier = weight.contiguous(), weight_multiplier.contiguous()
+    weight, codes = words_of(weight, features)
+    multiplier = weight_multiplier.contiguous()
     q = short_rows(q)
-    quads = features % 4 == 0 and weight.data_ptr() % 2 == 0
-    if quads:
-        weight = weight.view(torch.int16)
     _gemm_kernel[(tile.programs(rows, channels),)](
         q,
         weight,
@@ -182,7 +166,7 @@ def gemm_w4a8_intscale(
         BLOCK_N=tile.n,
         BLOCK_K=size,
         GROUP_M=tile.group,
-        CODES=4 if quads else 2,
+        CODES=codes,
         SHIFTED=x_zero_point is not None,
         ZERO_POINT=weight_zero_point is not None,
         BIAS=bias is not None,
