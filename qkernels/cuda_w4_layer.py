@@ -113,8 +113,8 @@ def _pack_grid(canonical: Mapping[str, Tensor], scheme: Scheme, features: int) -
 class PreparedCudaW4(TakesIntegers, Joinable, PackedLayer):
     """4-bit weights on a GPU, by the CUDA kernels.
 
-    Resident: the packed codes, what belongs to their groups transposed, and the small canonical tensors; beside multipliers,
-    under asymmetric activations, ``packed_sum`` too (:func:`qkernels.packed.channel_sums`).
+    Resident: the packed codes, what belongs to their groups transposed, and the small canonical tensors; beside
+    multipliers, under asymmetric activations, ``packed_sum`` too (:func:`qkernels.packed.channel_sums`).
     """
 
     granule = BLOCK_ROWS

@@ -182,7 +182,8 @@ __global__ void __launch_bounds__(kThreads, 2) wide_kernel(const Job job) {
   const auto load = [&](uint32_t stage, int slab) {
     load_codes<S::kChannels, kThreads>(job, stage, slab, n0, tid);
     load_activations<S::kTokens, kThreads>(job, stage + S::kTokensAt, slab, m0, tid);
-    load_factors<S::kChannels>(job, stage + S::kFactorsAt, slab, n0, tid);
+    // A few threads' addresses, found out anew: the loop has no registers to keep them in.
+    load_factors<S::kChannels>(job, stage + S::kFactorsAt, slab, n0, static_cast<int>(ptx::keep(tid)));
   };
   const auto multiply = [&](int stage, int) {
     const uint8_t* codes = shared + stage + warp_n * S::kBlocksN * kW4BlockBytes;
