@@ -22,7 +22,7 @@ from .checks import DTYPE_CODES, check_features, check_input, check_out_dtype, c
 from .eager import is_plain
 from .epilogues import epilogue_code
 from .native import ALIGNMENT, pack_w8, run_native, run_native_plus, unpack_w8
-from .packed import GROUPED, PackedLayer, check_multiplier, codebook_tensor, group_count
+from .packed import GROUPED, PackedLayer, check_multiplier, check_sum, codebook_tensor, group_count
 from .prepared import effective_weight, input_gradient, scheme_from_key
 from .scheme import MAX_INTEGER_K, Scheme
 
@@ -122,7 +122,7 @@ def _native(
     features: int,
 ) -> Any:
     """The binding's object for these addresses (0: absent), in the order of ``PreparedPacked.names``."""
-    packed, scale, zero_point, low, multiplier, bias, _, _, smooth = addresses
+    packed, scale, zero_point, low, multiplier, _, bias, _, _, smooth = addresses
     group = scheme.resolve_group_size(features)
     if scheme.activation_bits:
         return _C.LinearW4A8(
@@ -307,6 +307,7 @@ def _linear_packed(
     packed_zero_point: Tensor | None,
     packed_min: Tensor | None,
     packed_multiplier: Tensor | None,
+    packed_sum: Tensor | None,
     bias: Tensor | None,
     act_scale: Tensor | None,
     act_zero_point: Tensor | None,
@@ -333,6 +334,7 @@ def _linear_packed(
                 packed_zero_point,
                 packed_min,
                 packed_multiplier,
+                packed_sum,
                 bias,
                 act_scale,
                 act_zero_point,
@@ -344,6 +346,7 @@ def _linear_packed(
     tensors = {name: None if tensor is None else tensor.contiguous() for name, tensor in given.items()}
     present = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     check_multiplier(present, rule, torch.uint8)
+    check_sum(present, rule, False)  # the kernels work them out
     if not _sizes_fit(present, rule, N, K):
         sizes = ", ".join(f"{name} {tensor.numel()}" for name, tensor in present.items())
         raise ValueError(f"packed: expected tensors of a [{N}, {K}] layer of scheme {rule.name}, got elements {sizes}")
@@ -357,11 +360,11 @@ def _linear_packed(
 
 
 def _linear_packed_fake(x: Tensor, *rest: Any) -> Tensor:
-    N, K, out_dtype = rest[10:13]
+    N, K, out_dtype = rest[11:14]
     check_features(x, K, "x")
     check_out_dtype(out_dtype)
-    if len(rest) > 13 and rest[13] is not None:
-        check_residual(rest[13], x, N, out_dtype or x.dtype)
+    if len(rest) > 14 and rest[14] is not None:
+        check_residual(rest[14], x, N, out_dtype or x.dtype)
     return x.new_empty((*x.shape[:-1], N), dtype=out_dtype or x.dtype)
 
 
@@ -391,14 +394,14 @@ def _dequantize_packed_fake(packed: Tensor, *rest: Any) -> Tensor:
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, packed, scale, zero_point, low, multiplier, _, _, _, smooth, scheme, rows, features, _, residual = inputs
+    x, packed, scale, zero_point, low, multiplier, *_, smooth, scheme, rows, features, _, residual = inputs
     ctx.save_for_backward(packed, scale, zero_point, low, multiplier, smooth)
     ctx.layer, ctx.dtype, ctx.has_residual = (scheme, rows, features), x.dtype, residual is not None
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     weight = torch.ops.qkernels.dequantize_packed(*ctx.saved_tensors, *ctx.layer, torch.float32)
-    return (input_gradient(grad, weight, ctx.dtype), *(None,) * 13, grad if ctx.has_residual else None)
+    return (input_gradient(grad, weight, ctx.dtype), *(None,) * 14, grad if ctx.has_residual else None)
 
 
 def register_operators(library: torch.library.Library) -> None:
@@ -407,8 +410,9 @@ def register_operators(library: torch.library.Library) -> None:
         "Tensor packed, Tensor packed_scale, Tensor? packed_zero_point, Tensor? packed_min, Tensor? packed_multiplier"
     )
     library.define(
-        f"linear_packed(Tensor x, {packed}, Tensor? bias, Tensor? act_scale, Tensor? act_zero_point, "
-        "Tensor? inv_smooth, str scheme, int N, int K, ScalarType? out_dtype, Tensor? residual=None) -> Tensor"
+        f"linear_packed(Tensor x, {packed}, Tensor? packed_sum, Tensor? bias, Tensor? act_scale, "
+        "Tensor? act_zero_point, Tensor? inv_smooth, str scheme, int N, int K, ScalarType? out_dtype, "
+        "Tensor? residual=None) -> Tensor"
     )
     library.define(
         f"dequantize_packed({packed}, Tensor? inv_smooth, str scheme, int N, int K, ScalarType dtype) -> Tensor"

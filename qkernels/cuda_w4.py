@@ -71,12 +71,16 @@ BLOCK_BYTES = 1024
 ORDERS = {None: 0, 8: 1}
 """``W4Order`` of ``csrc/cuda/w4.h``, by the bits of activations."""
 
+_MULTIPLIER = 3
+"""``W4Kind`` of groups with multipliers."""
+
 _BOOK_BYTES = 64
 """From the entries of a codebook to each of their terms (:func:`qkernels.packed.codebook_tensor`)."""
 
 Weight = tuple[int, ...]
 """Addresses of packed, scale (or multipliers), zero point, minimum and codebook; scale dtype code; order; N, K, group;
-blocks from slab to slab; address of the scales of channels beside multipliers."""
+blocks from slab to slab; addresses of the scales and, under asymmetric activations, the sums of channels beside
+multipliers."""
 
 Plan = tuple[int, ...]
 """``W4Plan`` of ``csrc/cuda/w4.h``: kernel, tokens of a tile, phases, CTAs, counters, partial sums."""
@@ -171,12 +175,13 @@ def describe(tensors: Mapping[str, Tensor | None], scheme: Scheme, rows: int, fe
         scheme.resolve_group_size(features),
         blocks_of(packed, of_groups, rows),
         0 if multiplier is None else scale.data_ptr(),
+        _address(tensors.get("packed_sum")),
     )
 
 
 def _kind(weight: Weight) -> int:
     """``W4Kind`` of ``csrc/cuda/w4.h``."""
-    return 3 if weight[11] else 2 if weight[4] else 1 if weight[3] else 0
+    return _MULTIPLIER if weight[11] else 2 if weight[4] else 1 if weight[3] else 0
 
 
 def blocks_of(packed: Tensor, scale: Tensor, rows: int) -> int:
@@ -245,17 +250,18 @@ def _plan(
     Args:
         weight: N, K, group.
         kind: ``W4Kind``.
-        shifted: activations have zero points, which the kernels of mma.sync alone take.
+        shifted: activations have zero points, which the kernels of mma.sync alone take, but for those of multipliers.
     """
     sms = torch.cuda.get_device_properties(index).multi_processor_count
-    most = min(capability(index), MMA_CAPABILITY) if shifted else capability(index)
+    most = min(capability(index), MMA_CAPABILITY) if shifted and kind != _MULTIPLIER else capability(index)
     return _cuda.plan_w4(activation_bits == 8, rows, *weight, kind, most, sms)
 
 
 def wgmma_objection(scheme: Scheme, found: int) -> str:
     """Why a device of compute capability ``found`` serves a layer by mma.sync although it has wgmma; "" otherwise."""
-    if found == 90 and _cuda.has_sm90a() and not scheme.weight_only and not scheme.activation_symmetric:
-        return "no wgmma kernel for 4-bit weights under asymmetric activations: mma.sync serves them"
+    shifted = not scheme.weight_only and not scheme.activation_symmetric
+    if found == 90 and _cuda.has_sm90a() and shifted and scheme.group_scales == "float":
+        return "no wgmma kernel for float scales of 4-bit groups under asymmetric activations: mma.sync serves them"
     return ""
 
 
@@ -377,7 +383,8 @@ def gemm_w4a8(
 
     Args:
         x_scale: float32 ``[M]``; bias: float32 ``[N]``.
-        x_zero_point: int32 ``[M]``, for codes of an asymmetric grid less 128; a kernel of mma.sync multiplies them.
+        x_zero_point: int32 ``[M]``, for codes of an asymmetric grid less 128; of the kernels of wgmma, only that of
+            multipliers takes them.
         plan: None: the module's own choice.
         dependent: the launch may fetch weights while the kernel before it ends; that one must not write them.
     """

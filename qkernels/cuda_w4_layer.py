@@ -40,7 +40,17 @@ from .cuda_w4 import (
 from .deferred import Deferred, TakesIntegers
 from .eager import is_plain
 from .joint import Joinable, Rows
-from .packed import GROUPED, PackedLayer, check_multiplier, check_resident, codebook_tensor, group_count
+from .packed import (
+    GROUPED,
+    PackedLayer,
+    channel_sums,
+    check_multiplier,
+    check_resident,
+    check_sum,
+    codebook_tensor,
+    group_count,
+    has_channel_sums,
+)
 from .prepared import effective_weight, scheme_from_key
 from .scheme import Scheme
 
@@ -88,19 +98,23 @@ def _grid(tensors: Mapping[str, Tensor | None], scheme: Scheme) -> RowGrid:
     return RowGrid(scheme.activation_symmetric, tensors.get("act_scale"), zero_point, tensors.get("inv_smooth"))
 
 
-def _pack_grid(canonical: Mapping[str, Tensor], scheme: Scheme) -> dict[str, Tensor]:
-    """What belongs to groups, as it is resident."""
+def _pack_grid(canonical: Mapping[str, Tensor], scheme: Scheme, features: int) -> dict[str, Tensor]:
+    """What belongs to groups, as it is resident, and what products with zero points need of whole rows."""
     if scheme.group_scales == "int":
         zero = canonical.get("weight_zero_point")
         multiplier = pack_multipliers(canonical["weight_multiplier"], zero, scheme.zero_code)
-        return {"packed_scale": canonical["weight_scale"], "packed_multiplier": multiplier}
+        packed = {"packed_scale": canonical["weight_scale"], "packed_multiplier": multiplier}
+        if has_channel_sums(scheme):
+            packed["packed_sum"] = channel_sums(canonical, scheme, features)
+        return packed
     return {own: pack_groups(canonical[name]) for name, own in GROUPED.items() if name in canonical}
 
 
 class PreparedCudaW4(TakesIntegers, Joinable, PackedLayer):
     """4-bit weights on a GPU, by the CUDA kernels.
 
-    Resident: the packed codes, what belongs to their groups transposed, and the small canonical tensors.
+    Resident: the packed codes, what belongs to their groups transposed, and the small canonical tensors; beside
+    multipliers, under asymmetric activations, ``packed_sum`` too (:func:`qkernels.packed.channel_sums`).
     """
 
     granule = BLOCK_ROWS
@@ -123,7 +137,7 @@ class PreparedCudaW4(TakesIntegers, Joinable, PackedLayer):
     def pack(cls, canonical: Mapping[str, Tensor], scheme: Scheme, in_features: int) -> dict[str, Tensor]:
         """See the base class."""
         packed = {"packed": pack_w4(canonical["weight"].contiguous(), in_features, ORDERS[scheme.activation_bits])}
-        packed.update(_pack_grid(canonical, scheme))
+        packed.update(_pack_grid(canonical, scheme, in_features))
         if scheme.codebook is not None:  # here: a copy to the device has no place in a CUDA graph
             codebook_tensor(scheme.codebook, packed["packed"].device)
         settle(packed["packed"].device)
@@ -179,7 +193,7 @@ class PreparedCudaW4(TakesIntegers, Joinable, PackedLayer):
         """See :class:`qkernels.joint.Joinable`."""
         if name == "packed":
             return Rows(tensor.reshape(-(-self.in_features // SLAB_K), -1, BLOCK_BYTES), 1)
-        if name == "packed_scale" and self.scheme.group_scales == "int":
+        if name == "packed_sum" or (name == "packed_scale" and self.scheme.group_scales == "int"):
             return Rows(tensor, 0)
         if name in GROUPED.values():
             return Rows(tensor.reshape(group_count(self.scheme, self.in_features), -1), 1)
@@ -203,9 +217,10 @@ class PreparedCudaW4(TakesIntegers, Joinable, PackedLayer):
     def load(self, canonical: Mapping[str, Tensor]) -> None:
         """Packs into the resident memory."""
         with torch.no_grad():
-            if self.scheme.group_scales == "int" and GROUPED.keys() & canonical.keys():
-                here = {name: tensor.detach().to(self.device) for name, tensor in canonical.items() if name in GROUPED}
-                for name, tensor in _pack_grid({**self.unpack(), **here}, self.scheme).items():
+            of_weight = {"weight", *GROUPED} & canonical.keys()
+            if self.scheme.group_scales == "int" and of_weight:  # one says something of another
+                here = {name: canonical[name].detach().to(self.device) for name in of_weight}
+                for name, tensor in _pack_grid({**self.unpack(), **here}, self.scheme, self.in_features).items():
                     self.tensors[name].copy_(tensor.view(self.tensors[name].shape))
                 canonical = {name: tensor for name, tensor in canonical.items() if name not in GROUPED}
             for name, tensor in canonical.items():
@@ -242,12 +257,12 @@ def _checked(given: Mapping[str, Tensor | None], scheme: Scheme, rows: int, feat
     sizes = {"packed": _cuda.packed_w4_bytes(rows, features), "bias": rows, "inv_smooth": features}
     sizes |= {"act_scale": 1, "act_zero_point": 1}
     if scheme.group_scales == "int":
-        sizes["packed_scale"] = rows
+        sizes["packed_scale"] = sizes["packed_sum"] = rows
     check_multiplier(given, scheme, torch.int16)
     check_resident(given, sizes, groups, scheme, rows, features)
     tensors: dict[str, Tensor | None] = {}
     for name, tensor in given.items():
-        if tensor is not None and not (joined and name.startswith("packed")):
+        if tensor is not None and not (joined and name.startswith("packed") and tensor.dim() > 1):
             tensor = tensor.contiguous()
             if name.startswith("packed"):
                 tensor = tensor.flatten()
@@ -277,7 +292,9 @@ def linear_packed(x: Tensor, *rest: Any) -> Tensor:
     check_input(x, features, given[0].device, "x")
     check_out_dtype(out_dtype)
     scheme = scheme_from_key(key)
-    tensors = _checked(dict(zip(PackedLayer.names, given, strict=True)), scheme, rows, features)
+    named = dict(zip(PackedLayer.names, given, strict=True))
+    check_sum(named, scheme, has_channel_sums(scheme))
+    tensors = _checked(named, scheme, rows, features)
     return _run(x, tensors, scheme, rows, features, out_dtype or x.dtype, False)
 
 

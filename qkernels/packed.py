@@ -11,6 +11,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from . import reference
 from .cuda_slices import split_float32
 from .prepared import Prepared
 from .scheme import Scheme
@@ -19,10 +20,13 @@ __all__ = [
     "GROUPED",
     "PackedLayer",
     "PackedW8A8",
+    "channel_sums",
     "check_multiplier",
     "check_resident",
+    "check_sum",
     "codebook_tensor",
     "group_count",
+    "has_channel_sums",
 ]
 
 GROUPED = {
@@ -33,10 +37,31 @@ GROUPED = {
 }
 """What belongs to groups: its canonical name, and that of its resident form."""
 
+_SUMMED_AT_ONCE = 1 << 22
+"""Weights, whose whole numbers need memory of their own while they are added up."""
+
 
 def group_count(scheme: Scheme, features: int) -> int:
     """Groups of a row, at least one."""
     return max(1, -(-features // scheme.resolve_group_size(features)))
+
+
+def has_channel_sums(scheme: Scheme) -> bool:
+    """Whether a product needs :func:`channel_sums`: zero points of activations times one integer sum over all K."""
+    return scheme.group_scales == "int" and not scheme.activation_symmetric
+
+
+def channel_sums(canonical: Mapping[str, Tensor], scheme: Scheme, in_features: int) -> Tensor:
+    """The sum over K of ``multiplier * (q - zero_point)``, int32 ``[N]``, of weights of ``group_scales="int"``."""
+    names = [name for name in ("weight", "weight_multiplier", "weight_zero_point") if name in canonical]
+    count, step = canonical["weight"].shape[0], max(1, _SUMMED_AT_ONCE // max(1, in_features))
+    sums = [
+        reference.multiplied_codes(
+            {name: canonical[name][first : first + step] for name in names}, scheme, in_features
+        ).sum(1, dtype=torch.int32)
+        for first in range(0, max(1, count), step)
+    ]
+    return torch.cat(sums)
 
 
 def check_resident(
@@ -80,6 +105,18 @@ def check_multiplier(given: Mapping[str, Tensor | None], scheme: Scheme, dtype: 
         raise ValueError(f"packed_scale: expected float32 for scheme {scheme.name}, got {scale.dtype}")
 
 
+def check_sum(given: Mapping[str, Tensor | None], scheme: Scheme, wanted: bool) -> None:
+    """Whether int32 sums of channels are there just where kernels read them.
+
+    Raises:
+        ValueError: naming the tensor.
+    """
+    found = None if (sums := given.get("packed_sum")) is None else sums.dtype
+    if found != (torch.int32 if wanted else None):
+        expected = torch.int32 if wanted else "none"
+        raise ValueError(f"packed_sum: expected {expected} for scheme {scheme.name}, got {found or 'none'}")
+
+
 @functools.cache
 def codebook_tensor(entries: tuple[float, ...], device: torch.device) -> Tensor:
     """Float32 ``[4, 16]``, kept for good, since kernels borrow its address: the entries, and three terms of bfloat16
@@ -97,6 +134,7 @@ class PackedLayer(Prepared):
         "packed_zero_point",
         "packed_min",
         "packed_multiplier",
+        "packed_sum",
         "bias",
         "act_scale",
         "act_zero_point",

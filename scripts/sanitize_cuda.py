@@ -162,10 +162,13 @@ def run_kernels(k: int) -> None:
                     elif scheme.weight_only:
                         y = cuda_w4.gemm_w4a16(wide.to("cuda"), weight, None, torch.bfloat16, plan=plan)
                         check(name, y, wanted, bound)
-                    elif scheme.activation_symmetric and (tokens < 256 or whole):
-                        a, s, _ = cuda.quantize_rows(wide.to("cuda"))
+                    elif whole or (scheme.activation_symmetric and tokens < 256):
+                        a, s, zero = cuda.quantize_rows(
+                            wide.to("cuda"), symmetric=scheme.activation_symmetric, for_gemm=True
+                        )
                         plan = (1, tokens, phases, CLUSTERS, 0, 0)
-                        check(name, cuda_w4.gemm_w4a8(a, s, weight, None, torch.bfloat16, plan=plan), wanted)
+                        y = cuda_w4.gemm_w4a8(a, s, weight, None, torch.bfloat16, x_zero_point=zero, plan=plan)
+                        check(name, y, wanted)
     torch.cuda.synchronize()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from w4_on_gpu import MMA_TILES, PHASED_TILES_MULTIPLIERS, TILES, gpu, on_gpu
 
 import qkernels as qk
-from qkernels import cuda, cuda_w4, ops, reference
+from qkernels import cuda, cuda_w4, cuda_w4_layer, joint, ops, packed, reference
 from qkernels.cuda_w4_layer import PreparedCudaW4
 from qkernels.scheme import Scheme
 
@@ -32,12 +33,126 @@ def canonical(scheme: Scheme, n: int, k: int, *, bias: bool = True) -> dict[str,
     return {**tensors, "bias": seeded(n, seed=1)} if bias else tensors
 
 
-def skip_without_wgmma(phases: int, symmetric: bool = True) -> None:
-    """No phases: the kernel of mma.sync, which every GPU has, and which alone takes activations with zero points."""
-    if phases and not symmetric:
-        pytest.skip("no such instance")
-    if phases and not (cuda.capability(torch.cuda.current_device()) == 90 and cuda._cuda.has_sm90a()):
+def has_wgmma() -> bool:
+    return cuda.capability(torch.cuda.current_device()) == 90 and cuda._cuda.has_sm90a()
+
+
+def skip_without_wgmma(phases: int) -> None:
+    """No phases: the kernel of mma.sync, which every GPU has."""
+    if phases and not has_wgmma():
         pytest.skip("wgmma needs compute capability 9.0 and a build for sm_90a")
+
+
+def tiles_of(k: int) -> list[tuple[int, int]]:
+    """Those that run here on ``k`` features: each phase takes a slab."""
+    return [(tokens, phases) for tokens, phases in MULTIPLIER_TILES if phases <= (-(-k // 128) if has_wgmma() else 0)]
+
+
+# -- without a GPU ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def packs_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Codes stay as they are; the rest of a layer's memory is what it is on a GPU."""
+
+    def pack(weight: Tensor, features: int, order: int, into: Tensor | None = None) -> Tensor:
+        return weight.flatten().clone() if into is None else into.copy_(weight.flatten())
+
+    module = SimpleNamespace(w4_group_pitch=lambda n: -(-n // 16) * 16, has_sm90a=lambda: True)
+    monkeypatch.setattr(cuda_w4, "_cuda", module)
+    monkeypatch.setattr(cuda_w4_layer, "pack_w4", pack)
+    monkeypatch.setattr(cuda_w4_layer, "unpack_w4", lambda codes, n, k, order: codes.reshape(n, -1))
+    monkeypatch.setattr(cuda_w4_layer, "settle", lambda device: None)
+    monkeypatch.setattr(cuda_w4_layer, "capability", lambda index: 90)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("group", [32, 96, 4096])
+@pytest.mark.parametrize("at_once", [1, 3000, 1 << 22])
+def test_channel_sums_are_those_of_the_whole_numbers(
+    kind: str, group: int, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packed, "_SUMMED_AT_ONCE", at_once)
+    scheme = scheme_of(kind, group, symmetric=False)
+    for n, k in ((1, 1), (37, 333), (16, 1000)):
+        tensors = canonical(scheme, n, k)
+        sums = packed.channel_sums(tensors, scheme, k)
+        assert sums.dtype == torch.int32
+        assert sums.tolist() == reference.multiplied_codes(tensors, scheme, k).long().sum(1).tolist()
+
+
+def test_totals_less_the_shift_fit_int32_and_equal_the_reference() -> None:
+    """What the kernels do at the end of K, at the ends of all there is: K, zero points, weights."""
+    k, scheme = reference.MAX_INTEGER_K, scheme_of("symmetric", 65536, symmetric=False)
+    for code, multiplier, stored in ((0, 15, -128), (0, 15, 127), (15, 15, 127), (15, 15, -128)):
+        tensors = {
+            "weight": torch.full((1, k // 2), code * 17, dtype=torch.uint8),
+            "weight_scale": torch.ones(1),
+            "weight_multiplier": torch.full((1, 1), multiplier, dtype=torch.uint8),
+        }
+        sums = packed.channel_sums(tensors, scheme, k)
+        total = stored * sums  # of one value in all places
+        for zero in (0, 255):
+            whole = total - (zero - 128) * sums
+            assert whole.dtype == torch.int32
+            assert int(whole) == (stored + 128 - zero) * (code - 8) * multiplier * k
+
+
+@pytest.mark.usefixtures("packs_on_cpu")
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_sums_are_resident_where_zero_points_meet_them_and_follow_loads(kind: str, symmetric: bool) -> None:
+    scheme, n, k = scheme_of(kind, 64, symmetric=symmetric), 32, 256
+    tensors, other = canonical(scheme, n, k), reference.quantize_weight(seeded(n, k, seed=8), scheme)
+    layer = PreparedCudaW4.from_canonical(tensors, scheme, k)
+    assert ("packed_sum" in layer.resident()) != symmetric
+    assert layer.reason == ""
+    where = None if symmetric else layer.tensors["packed_sum"].data_ptr()
+    for name in [None, *other]:  # one by one
+        if name is not None:
+            layer.load({name: other[name]})
+            tensors[name] = other[name]
+        for own, tensor in layer.canonical().items():
+            assert_bits_equal(tensor, tensors[own], own)
+        assert layer.canonical().keys() == tensors.keys()
+        assert (cuda_w4.describe(layer.tensors, scheme, n, k)[12] == 0) == symmetric
+        if not symmetric:
+            assert layer.tensors["packed_sum"].data_ptr() == where
+            assert_bits_equal(layer.tensors["packed_sum"], packed.channel_sums(tensors, scheme, k), str(name))
+
+
+@pytest.mark.usefixtures("packs_on_cpu")
+def test_sums_of_layers_over_one_input_lie_side_by_side() -> None:
+    scheme, k = scheme_of("symmetric", 64, symmetric=False), 256
+    each = [canonical(scheme, n, k, bias=False) for n in (32, 16)]
+    layers = [PreparedCudaW4.from_canonical(tensors, scheme, k) for tensors in each]
+    sums = [packed.channel_sums(tensors, scheme, k) for tensors in each]
+    together = joint.join(layers)
+    assert together is not None
+    assert_bits_equal(together.whole.tensors["packed_sum"], torch.cat(sums))
+    for layer, own in zip(layers, sums, strict=True):
+        assert_bits_equal(layer.tensors["packed_sum"], own)
+        assert layer.tensors["packed_sum"].untyped_storage().nbytes() == 4 * 48
+    joint.separate(layers[0])
+    assert layers[0].tensors["packed_sum"].untyped_storage().nbytes() == 4 * 32
+
+
+def test_operators_want_sums_just_where_their_kernels_read_them() -> None:
+    x = seeded(3, 256)
+    for symmetric in (True, False):
+        scheme = scheme_of("symmetric", 64, symmetric=symmetric)
+        prepared = ops.prepare(canonical(scheme, 32, 256), scheme, 256)
+        given = {name: prepared.tensors.get(name) for name in prepared.names}
+        rest, sums = (prepared.scheme_key, 32, 256, None), torch.zeros(32, dtype=torch.int32)
+        with pytest.raises(ValueError, match="packed_sum: expected none"):  # the CPU's kernels work them out
+            torch.ops.qkernels.linear_packed(x, *{**given, "packed_sum": sums}.values(), *rest)
+        for wrong in (sums,) if symmetric else (None, sums.float()):
+            expected = "none" if symmetric else "torch.int32"
+            with pytest.raises(ValueError, match=f"packed_sum: expected {expected} "):
+                cuda_w4_layer.linear_packed(x, *{**given, "packed_sum": wrong}.values(), *rest)
+
+
+# -- with one ---------------------------------------------------------------------------------------------------------
 
 
 class Product:
@@ -73,8 +188,7 @@ class TestMultipliers:
             tensors = canonical(scheme, n, k, bias=n != 136)
             prepared = on_gpu(tensors, scheme, k)
             found = cuda.capability(torch.cuda.current_device())
-            mma = "mma." if cuda_w4.wgmma_objection(scheme, found) else ""
-            assert prepared.kernel == f"w4a8.cuda.{mma}sm{found}"
+            assert prepared.kernel == f"w4a8.cuda.sm{found}"
             moved = {name: tensor.to("cuda") for name, tensor in tensors.items()}
             for rows in (1, 2, 7, 8, 9, 16, 17, 33, 64, 65, 330):
                 x = (seeded(rows, k, seed=rows) + torch.linspace(-4.0, 4.0, rows)[:, None]).to("cuda", dtype)
@@ -89,7 +203,7 @@ class TestMultipliers:
     @pytest.mark.parametrize("kind", KINDS)
     @pytest.mark.parametrize("symmetric", [True, False])
     def test_every_tile_of_every_size(self, tokens: int, phases: int, kind: str, symmetric: bool) -> None:
-        skip_without_wgmma(phases, symmetric)
+        skip_without_wgmma(phases)
         n, k = 264, 1100
         for group in (32, 64, 96, 128, 256, 512, 2048):
             scheme = scheme_of(kind, group, symmetric=symmetric)
@@ -112,6 +226,20 @@ class TestMultipliers:
                     y = product.by_tile(x, tokens, phases, 1, out)
                     assert_bits_equal(y, product.wanted(x, out), f"{n}x{k}, {rows} rows, {out}")
 
+    @pytest.mark.parametrize(("tokens", "phases"), MULTIPLIER_TILES)
+    @pytest.mark.parametrize("symmetric", [True, False])
+    def test_tiles_of_uneven_sizes(self, tokens: int, phases: int, symmetric: bool) -> None:
+        """The same with K that every phase has a share of, and tokens that end within a tile."""
+        skip_without_wgmma(phases)
+        for n, k, kind in ((203, 1027, "zero point"), (72, 1152, "symmetric"), (1, 1000, "symmetric")):
+            scheme = scheme_of(kind, 64, symmetric=symmetric)
+            product = Product(canonical(scheme, n, k, bias=n != 72), scheme, k)
+            for rows in (1, 9, tokens - 1, tokens + 1, 2 * tokens + 5):
+                x = (seeded(rows, k, seed=rows) + torch.linspace(-3.0, 3.0, rows)[:, None]).to("cuda")
+                for out in DTYPES:
+                    y = product.by_tile(x, tokens, phases, 1 + rows % 3, out)
+                    assert_bits_equal(y, product.wanted(x, out), f"{n}x{k}, {rows} rows, {out}")
+
     @pytest.mark.parametrize(("tokens", "phases"), MMA_TILES)
     @pytest.mark.parametrize("symmetric", [True, False])
     def test_mma_tiles_of_short_last_groups(self, tokens: int, phases: int, symmetric: bool) -> None:
@@ -128,7 +256,7 @@ class TestMultipliers:
     def test_tiles_repeat_to_the_bit(self, tokens: int, phases: int) -> None:
         """K of many slabs, a full chip of tiles."""
         skip_without_wgmma(phases)
-        for symmetric in (True, False) if phases == 0 else (True,):
+        for symmetric in (True, False):
             scheme, n, k = scheme_of("symmetric", 128, symmetric=symmetric), 4096, 9600 + 40
             product = Product(canonical(scheme, n, k), scheme, k)
             x = seeded(2 * tokens + 9, k).to("cuda", torch.bfloat16)
@@ -153,9 +281,9 @@ class TestMultipliers:
                 x[0].neg_()
                 wanted = product.wanted(x)
                 assert_bits_equal(product.prepared.run(x), wanted, f"{n}x{k}, {rows} rows")
-                for tokens, phases in MMA_TILES:
+                for tokens, phases in tiles_of(k):
                     y = product.by_tile(x, tokens, phases, 1)
-                    assert_bits_equal(y, wanted, f"{n}x{k}, {rows} rows in tiles of {tokens}")
+                    assert_bits_equal(y, wanted, f"{n}x{k}, {rows} rows in tiles of {tokens}, {phases} phases")
 
     @pytest.mark.parametrize("zero", [0, 15])
     def test_zero_points_at_their_ends(self, zero: int) -> None:
@@ -175,8 +303,9 @@ class TestMultipliers:
         assert zeros.min() == 0
         assert zeros.max() == 255
         assert_bits_equal(product.prepared.run(x), product.wanted(x))
-        for tokens, phases in MMA_TILES:
-            assert_bits_equal(product.by_tile(x, tokens, phases, 1), product.wanted(x), f"tiles of {tokens}")
+        for tokens, phases in tiles_of(k):
+            y = product.by_tile(x, tokens, phases, 1)
+            assert_bits_equal(y, product.wanted(x), f"tiles of {tokens}, {phases} phases")
 
     @pytest.mark.parametrize("symmetric", [True, False])
     @pytest.mark.parametrize("static", [False, True])
@@ -247,14 +376,49 @@ class TestMultipliers:
         graph.replay()
         assert_bits_equal(y, prepared.run(x))
 
-    def test_asymmetric_activations_are_served_and_say_by_what(self) -> None:
+    def test_asymmetric_activations_are_served_as_symmetric_ones(self) -> None:
         scheme = scheme_of("symmetric", 128, symmetric=False)
         prepared = ops.prepare(reference.quantize_weight(seeded(32, 256), scheme), scheme, 256, device="cuda")
         assert isinstance(prepared, PreparedCudaW4)
-        found = cuda.capability(torch.cuda.current_device())
-        assert prepared.reason == cuda_w4.wgmma_objection(scheme, found)
-        kernel, tokens, *_ = cuda_w4._plan(8, 4, (32, 256, 128), 3, torch.cuda.current_device(), shifted=True)
-        assert (kernel, tokens) == (0, 8)
+        assert prepared.reason == ""
+        for rows in (4, 40, 400):
+            asked = (8, rows, (32, 256, 128), 3, torch.cuda.current_device())
+            plan = cuda_w4._plan(*asked, shifted=True)
+            assert plan == cuda_w4._plan(*asked)
+            assert plan[0] == has_wgmma()
+
+    @pytest.mark.parametrize("symmetric", [True, False])
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_sums_of_channels_follow_what_is_loaded(self, kind: str, symmetric: bool) -> None:
+        scheme, n, k = scheme_of(kind, 96, symmetric=symmetric), 136, 1000
+        tensors = canonical(scheme, n, k)
+        prepared = on_gpu(tensors, scheme, k)
+        assert ("packed_sum" in prepared.resident()) != symmetric
+        assert prepared.canonical().keys() == tensors.keys()
+        other = reference.quantize_weight(seeded(n, k, seed=8), scheme)
+        x = (seeded(19, k) + 1.0).to("cuda")
+        for name in other:  # one by one
+            prepared.load({name: other[name]})
+            tensors[name] = other[name]
+            moved = {own: tensor.to("cuda") for own, tensor in tensors.items()}
+            assert_bits_equal(prepared.run(x), reference.linear(x, moved, scheme, k), name)
+            if not symmetric:
+                wanted = reference.multiplied_codes(tensors, scheme, k).sum(1, dtype=torch.int32)
+                assert_bits_equal(prepared.tensors["packed_sum"].cpu(), wanted, name)
+
+    def test_operator_refuses_sums_that_are_not_what_kernels_read(self) -> None:
+        scheme, n, k = scheme_of("symmetric", 128, symmetric=False), 32, 256
+        prepared = on_gpu(canonical(scheme, n, k), scheme, k)
+        op, x = torch.ops.qkernels.linear_packed, (seeded(3, k) + 1.0).to("cuda")
+        resident = {name: prepared.tensors.get(name) for name in prepared.names}
+        rest = (prepared.scheme_key, n, k, None)
+        assert_bits_equal(op(x, *resident.values(), *rest), prepared.run(x))
+        sums = resident["packed_sum"]
+        spread = torch.stack((sums, -sums), 1)[:, 0]
+        assert_bits_equal(op(x, *{**resident, "packed_sum": spread}.values(), *rest), prepared.run(x))
+        for wrong in (None, sums[:16], sums.float(), sums.cpu()):
+            with pytest.raises(ValueError, match="packed_sum: expected"):
+                op(x, *{**resident, "packed_sum": wrong}.values(), *rest)
 
     def test_what_no_instance_serves_is_refused(self) -> None:
         scheme, n, k = scheme_of("symmetric", 128, symmetric=False), 32, 256
@@ -262,5 +426,7 @@ class TestMultipliers:
         x = seeded(3, k).to("cuda")
         with pytest.raises(ValueError, match="expected a tile of 8, 16, 64 or 128 tokens, got 32"):
             product.by_tile(x, 32, 0, 1)
-        with pytest.raises(ValueError, match=r"expected the mma\.sync kernel"):
-            product.by_tile(x, 8, 1, 1)
+        product.weight = (*product.weight[:-1], 0)
+        for tokens, phases in ((8, 0), (8, 1)):
+            with pytest.raises(ValueError, match="expected sums of channels"):
+                product.by_tile(x, tokens, phases, 1)

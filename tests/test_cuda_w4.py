@@ -127,7 +127,7 @@ class Plans:
 
 
 @pytest.mark.parametrize(("capability", "asked"), [(80, 80), (89, 89), (90, 89), (100, 89)])
-def test_w4a8_with_zero_points_is_planned_for_mma_and_says_so(
+def test_w4a8_of_float_scales_with_zero_points_is_planned_for_mma_and_says_so(
     capability: int, asked: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cuda_w4, "_cuda", Plans())
@@ -135,16 +135,16 @@ def test_w4a8_with_zero_points_is_planned_for_mma_and_says_so(
         monkeypatch.setattr(module, "capability", lambda index: capability)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(multi_processor_count=132))
     plan = cuda_w4._plan.__wrapped__
-    for kind in (1, 3):
-        assert plan(8, 5, (264, 1100, 128), kind, 0, shifted=True) == (True, 5, 264, 1100, 128, kind, asked, 132)
+    for kind, wanted in ((1, asked), (3, capability)):
+        assert plan(8, 5, (264, 1100, 128), kind, 0, shifted=True) == (True, 5, 264, 1100, 128, kind, wanted, 132)
         assert plan(8, 5, (264, 1100, 128), kind, 0) == (True, 5, 264, 1100, 128, kind, capability, 132)
     assert not cuda_w4.wgmma_objection(scheme_of("symmetric", 128), capability)
     for symmetric in (scheme_of("symmetric", 128, activation_bits=8), INTEGER_SCALES):
-        shifted = symmetric.replace(activation_symmetric=False)
-        assert ("mma.sync" in cuda_w4.wgmma_objection(shifted, capability)) == (capability == 90)
+        shifted, mma = symmetric.replace(activation_symmetric=False), capability == 90 and symmetric != INTEGER_SCALES
+        assert ("mma.sync" in cuda_w4.wgmma_objection(shifted, capability)) == mma
         assert not cuda_w4.wgmma_objection(symmetric, capability)
         layer = PreparedCudaW4({"packed": torch.empty(0), "weight_scale": torch.empty(0)}, shifted, 256, 64)
-        assert layer.kernel == ("w4a8.cuda.mma.sm90" if capability == 90 else f"w4a8.cuda.sm{capability}")
+        assert layer.kernel == f"w4a8.cuda.{'mma.' if mma else ''}sm{capability}"
 
 
 # -- packing ----------------------------------------------------------------------------------------------------------

@@ -17,9 +17,9 @@ W4Order order_of(int code) {
 }
 
 // (packed, scale, zero point, minimum, codebook) as addresses, 0: absent; scale dtype code; order; N, K, group; blocks;
-// the address of the channels' scales, 0: groups have their own.
+// the address of the channels' scales, 0: groups have their own; that of the channels' sums, which gemm_w4a8 reads.
 W4Weight weight_of(const py::tuple& v) {
-  QK_CHECK_EQ(v.size(), size_t{12});
+  QK_CHECK_EQ(v.size(), size_t{13});
   const auto address = [&](size_t i) { return v[i].cast<Address>(); };
   W4Weight w = {};
   w.packed = pointer<const uint8_t>(address(0)), w.scale = pointer<const void>(address(1));
@@ -111,11 +111,15 @@ void gemm_w4a8_at(const py::tuple& weight, Address xq, int64_t m, int64_t x_stri
   QK_CHECK_EQ(x_stride % 16, 0);
   a.xq = pointer<const int8_t>(xq), a.x_stride = x_stride, a.x_scale = pointer<const float>(x_scale);
   a.x_zero_point = pointer<const int32_t>(x_zero_point);
+  a.channel_sum = pointer<const int32_t>(weight[12].cast<Address>());
   a.bias = pointer<const float>(bias), a.m = static_cast<int32_t>(m);
   a.y = pointer<void>(y), a.y_dtype = dtype(y_dtype), a.y_stride = y_stride;
   const W4Plan p = plan_of(plan);
-  if (a.x_zero_point && p.kernel != W4Kernel::kMma) {
+  if (a.x_zero_point && a.weight.kind != W4Kind::kMultiplier && p.kernel != W4Kernel::kMma) {
     throw std::invalid_argument("plan: expected the mma.sync kernel beside x_zero_point, got the wgmma kernel");
+  }
+  if (a.x_zero_point && a.weight.kind == W4Kind::kMultiplier && !a.channel_sum) {
+    throw std::invalid_argument("weight: expected sums of channels beside multipliers and x_zero_point, got none");
   }
   gemm_w4a8(a, p, dependent, stream_of(stream));
 }

@@ -56,14 +56,12 @@ struct TokenTerms {
   int32_t zero;  // 0..255
 };
 
-// Without kColsum there is none in memory.
-template <bool kColsum = true>
 __device__ __forceinline__ ChannelTerms load_channel(const Epilogue& e, int n) {
   ChannelTerms c = {0.0f, -0.0f, 0};
   if (n < e.n) {
     c.scale = __ldg(e.weight_scale + n);
     if (e.bias) c.bias = __ldg(e.bias + n);
-    if (kColsum && e.x_zero_point) c.colsum = __ldg(e.colsum + n);
+    if (e.x_zero_point) c.colsum = __ldg(e.colsum + n);
   }
   return c;
 }

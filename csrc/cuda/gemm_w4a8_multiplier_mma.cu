@@ -6,18 +6,17 @@
 // products of all of K add to the same sums: nothing happens at the end of a group, but that other multipliers meet the
 // codes after it. A slab has as many rows of them as groups_w4.cuh says, one for each 128, 64 or 32 k.
 //
-// Activations with zero points ("shifted") have instances of their own, which sum up weights as shift_w4a8.cuh says and
-// set the totals right once, at the end. No sum overflows for K up to 65,536: those of stored activations, and of
-// weights times a shift, are at most 128 * 120 * K < 2^30, and their difference is at most 255 * 120 * K < 2^31.
+// Activations with zero points hold stored = q - 128, and the totals are set right once, at the end, by the sums of
+// weights over all K that come with them (GemmW4A8Args::channel_sum): d = sum stored * w - (zero_x - 128) * sum w. No
+// sum overflows for K up to 65,536: those of stored activations, and of weights times a shift, are at most
+// 128 * 120 * K < 2^30, and their difference is at most 255 * 120 * K < 2^31.
 //
 // Tiles are those of tiles_w4a8.cuh. Few tokens ("narrow"): warps run over slabs without waiting for one another, and
 // their sums meet in shared memory at the end.
 //
 //     warp 0: slab 0, 8, ...   warp 1: slab 1, 9, ...  ...  warp 7: slab 7, 15, ...
 //
-// More tokens ("wide"): each warp walks all of K. A single set of sums leaves registers for two CTAs to an SM, but
-// where those of weights come on top of 128 tokens'.
-#include "shift_w4a8.cuh"
+// More tokens ("wide"): each warp walks all of K. A single set of sums leaves registers for two CTAs to an SM.
 #include "tiles_w4a8.cuh"
 
 namespace qk::cuda {
@@ -43,11 +42,10 @@ __device__ __forceinline__ void load_factors(const Job& job, uint32_t target, in
 
 // Adds the products of a slab. `codes`: the warp's blocks; `factors`: those of the first channel of its first row;
 // kOneRow: there is only that row.
-template <typename S, bool kOneRow, int kWeightsN>
+template <typename S, bool kOneRow>
 __device__ __forceinline__ void multiply_slab(const Job& job, const uint8_t* codes, uint32_t tokens,
-                                              const uint8_t* factors, int slab, int lane,
-                                              int32_t (&acc)[S::kBlocksN][S::kBlocksM][4],
-                                              int32_t (&weights)[kWeightsN][4]) {
+                                              const uint8_t* factors, int lane,
+                                              int32_t (&acc)[S::kBlocksN][S::kBlocksM][4]) {
   Multiplier m[S::kBlocksN][2];
   uint4 half[S::kBlocksN];
 #pragma unroll
@@ -67,7 +65,6 @@ __device__ __forceinline__ void multiply_slab(const Job& job, const uint8_t* cod
       const uint32_t first = quarter % 2 ? half[i].z : half[i].x, second = quarter % 2 ? half[i].w : half[i].y;
       f[i][0] = low_bytes(first, m[i][0]), f[i][1] = high_bytes(first, m[i][1]);
       f[i][2] = low_bytes(second, m[i][0]), f[i][3] = high_bytes(second, m[i][1]);
-      if constexpr (S::kShifted) add_weights(weights[i], f[i], slab * kW4SlabK + quarter * 32, job.a.weight.k, lane);
     }
     constexpr int kAtOnce = S::kBlocksM < 2 ? 1 : 2;  // blocks of tokens in registers: what one ldmatrix brings
 #pragma unroll
@@ -85,10 +82,9 @@ __device__ __forceinline__ void multiply_slab(const Job& job, const uint8_t* cod
 
 // ---- Few tokens ----------------------------------------------------------------------------------------------------
 
-template <int kTokens_, bool kShifted_>
+template <int kTokens_>
 struct Narrow : NarrowTile<kTokens_> {
   using Tile = NarrowTile<kTokens_>;
-  static constexpr bool kShifted = kShifted_;
   static constexpr int kTokensAt = Tile::kWeightBytes, kFactorsAt = kTokensAt + kTokens_ * kTokenBytes;  // in a stage
   static constexpr int kStageBytes = kFactorsAt + kMostRows * Tile::kChannels * kFactorBytes;  // of a warp
   static constexpr int kSharedBytes = kWarps * Tile::kStages * kStageBytes;
@@ -99,7 +95,6 @@ struct Narrow : NarrowTile<kTokens_> {
 template <typename S>
 __global__ void __launch_bounds__(kThreads, 2) narrow_kernel(const Job job) {
   extern __shared__ __align__(128) uint8_t shared[];
-  const GemmW4A8Args& a = job.a;
   const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5;
   const int n0 = blockIdx.x * S::kChannels, m0 = blockIdx.y * S::kTokens;
   const int count = (job.slabs - warp + kWarps - 1) / kWarps;  // slabs of this warp
@@ -122,7 +117,7 @@ __global__ void __launch_bounds__(kThreads, 2) narrow_kernel(const Job job) {
   const OwnOutputs<S> outputs;
   ChannelTerms of_channel[S::kPerThread];  // wanted at the end, and far away; as those of tokens
 #pragma unroll
-  for (int i = 0; i < S::kPerThread; ++i) of_channel[i] = load_channel<false>(job.e, n0 + outputs.channel[i]);
+  for (int i = 0; i < S::kPerThread; ++i) of_channel[i] = load_channel(job.e, n0 + outputs.channel[i]);
   ptx::grid_dependency_wait();  // the quantizer's rows; weights were there before
   for (int t = 0; t < S::kStages - 1; ++t) {
     if (t < count) load_x(t);
@@ -131,13 +126,8 @@ __global__ void __launch_bounds__(kThreads, 2) narrow_kernel(const Job job) {
   TokenTerms of_token[S::kPerThread];
 #pragma unroll
   for (int i = 0; i < S::kPerThread; ++i) of_token[i] = load_token(job.e, m0 + outputs.token[i]);
-  [[maybe_unused]] int32_t shifts[S::kShifted ? S::kBlocksM : 1][2];
-  if constexpr (S::kShifted) {
-#pragma unroll
-    for (int j = 0; j < S::kBlocksM; ++j) load_shift(a, m0 + 8 * j + 2 * (lane & 3), shifts[j]);
-  }
 
-  int32_t acc[S::kBlocksN][S::kBlocksM][4] = {}, weights[S::kShifted ? S::kBlocksN : 1][4] = {};
+  int32_t acc[S::kBlocksN][S::kBlocksM][4] = {};
   for (int turn = 0; turn < count; ++turn) {
     ptx::cp_async_wait<S::kStages - 2>();
     __syncwarp();  // the slab has landed for all lanes, and all are done with the stage refilled below
@@ -147,11 +137,10 @@ __global__ void __launch_bounds__(kThreads, 2) narrow_kernel(const Job job) {
     }
     ptx::cp_async_commit();
     const int stage = turn % S::kStages * S::kStageBytes;
-    multiply_slab<S, false>(job, own + stage, own_address + stage + S::kTokensAt, own + stage + S::kFactorsAt,
-                            turn * kWarps + warp, lane, acc, weights);
+    multiply_slab<S, false>(job, own + stage, own_address + stage + S::kTokensAt, own + stage + S::kFactorsAt, lane,
+                            acc);
   }
   ptx::grid_launch_dependents();
-  if constexpr (S::kShifted) take_shift_off(acc, shifts, weights);
   __syncthreads();  // all stages have been read
   int32_t* sums = reinterpret_cast<int32_t*>(shared);
 #pragma unroll
@@ -168,43 +157,42 @@ __global__ void __launch_bounds__(kThreads, 2) narrow_kernel(const Job job) {
     int32_t d = 0;
 #pragma unroll
     for (int other = 0; other < kWarps; ++other) d += sums[other * S::kOutputs + tid + i * kThreads];
-    return finish<false>(d, of_token[i], of_channel[i]);
+    return finish(d, of_token[i], of_channel[i]);
   });
 }
 
 // ---- More tokens ---------------------------------------------------------------------------------------------------
 
-template <int kTokens_, bool kShifted_>
+template <int kTokens_>
 struct Wide : WideTile<kTokens_> {
   using Tile = WideTile<kTokens_>;
-  static constexpr bool kShifted = kShifted_;
-  static constexpr int kPerSm = kTokens_ == 128 && kShifted ? 1 : 2;  // CTAs
   static constexpr int kTokensAt = Tile::kWeightBytes, kFactorsAt = kTokensAt + kTokens_ * kTokenBytes;  // in a stage
   static constexpr int kMostBytes = Tile::kStages * (kFactorsAt + kMostRows * Tile::kChannels * kFactorBytes);
   static_assert(kMostBytes <= 99 * 1024, "sm_86 and sm_89 have 99 KB");
 };
 
 template <typename S>
-__global__ void __launch_bounds__(kThreads, S::kPerSm) wide_kernel(const Job job) {
+__global__ void __launch_bounds__(kThreads, 2) wide_kernel(const Job job) {
   extern __shared__ __align__(128) uint8_t shared[];
   const uint32_t base = ptx::smem_u32(shared);
   const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, warp_n = warp & 3, warp_m = warp >> 2;
   const int n0 = blockIdx.y * S::kChannels, m0 = blockIdx.x * S::kTokens;  // neighbours share weights
-  int32_t acc[S::kBlocksN][S::kBlocksM][4] = {}, weights[S::kShifted ? S::kBlocksN : 1][4] = {};
+  int32_t acc[S::kBlocksN][S::kBlocksM][4] = {};
 
   const auto load = [&](uint32_t stage, int slab) {
     load_codes<S::kChannels, kThreads>(job, stage, slab, n0, tid);
     load_activations<S::kTokens, kThreads>(job, stage + S::kTokensAt, slab, m0, tid);
-    load_factors<S::kChannels>(job, stage + S::kFactorsAt, slab, n0, tid);
+    // A few threads' addresses, found out anew: the loop has no registers to keep them in.
+    load_factors<S::kChannels>(job, stage + S::kFactorsAt, slab, n0, static_cast<int>(ptx::keep(tid)));
   };
-  const auto multiply = [&](int stage, int slab) {
+  const auto multiply = [&](int stage, int) {
     const uint8_t* codes = shared + stage + warp_n * S::kBlocksN * kW4BlockBytes;
     const uint8_t* factors = shared + stage + S::kFactorsAt + warp_n * S::kBlocksN * kW4Rows * kFactorBytes;
     const uint32_t tokens = base + stage + S::kTokensAt + warp_m * (S::kTokens / 2) * kTokenBytes;
     if (job.groups.row_shift == 0) {
-      multiply_slab<S, true>(job, codes, tokens, factors, slab, lane, acc, weights);
+      multiply_slab<S, true>(job, codes, tokens, factors, lane, acc);
     } else {
-      multiply_slab<S, false>(job, codes, tokens, factors, slab, lane, acc, weights);
+      multiply_slab<S, false>(job, codes, tokens, factors, lane, acc);
     }
   };
   ptx::grid_dependency_wait();
@@ -215,28 +203,26 @@ __global__ void __launch_bounds__(kThreads, S::kPerSm) wide_kernel(const Job job
 #pragma unroll
   for (int i = 0; i < S::kBlocksN; ++i) {
     const int n = n0 + (warp_n * S::kBlocksN + i) * 16;
-    ChannelTerms low = load_channel<false>(job.e, n + (lane >> 2)),
-                 high = load_channel<false>(job.e, n + (lane >> 2) + 8);
-    if constexpr (S::kShifted) low.colsum = weights[i][0], high.colsum = weights[i][2];
+    const ChannelTerms low = load_channel(job.e, n + (lane >> 2)), high = load_channel(job.e, n + (lane >> 2) + 8);
     store_blocks<S::kBlocksM>(job.e, n, m, lane, [&](int j, float (&v)[4]) {
       const int even = m + 8 * j + 2 * (lane & 3);
-      finish_channels_by_tokens<S::kShifted>(acc[i][j], low, high, load_token(job.e, even), load_token(job.e, even + 1),
-                                             v);
+      finish_channels_by_tokens(acc[i][j], low, high, load_token(job.e, even), load_token(job.e, even + 1), v);
     });
   }
 }
 
+}  // namespace
+
 // ---- Launches ------------------------------------------------------------------------------------------------------
 
-template <bool kShifted>
-void run_tokens(const GemmW4A8Args& args, int32_t tokens, bool dependent, cudaStream_t stream) {
+void gemm_w4a8_multiplier_mma(const GemmW4A8Args& args, int32_t tokens, bool dependent, cudaStream_t stream) {
   constexpr const char* kName = "gemm_w4a8_multiplier_mma";
   with_tile(kName, tokens, [&](auto tile) {
     constexpr int kTokens = decltype(tile)::value;
     constexpr bool kFew = kTokens <= 16;
-    using S = typename std::conditional<kFew, Narrow<kTokens, kShifted>, Wide<kTokens, kShifted>>::type;
+    using S = typename std::conditional<kFew, Narrow<kTokens>, Wide<kTokens>>::type;
     Job job = make_job<S>(args);
-    job.e.x_scale = args.x_scale, job.e.x_zero_point = args.x_zero_point;
+    job.e.x_scale = args.x_scale, job.e.x_zero_point = args.x_zero_point, job.e.colsum = args.channel_sum;
     job.e.weight_scale = args.weight.channel_scale, job.e.bias = args.bias;
     if constexpr (kFew) {
       static std::atomic<uint64_t> allowed{0};
@@ -246,13 +232,6 @@ void run_tokens(const GemmW4A8Args& args, int32_t tokens, bool dependent, cudaSt
       launch_wide<S>(wide_kernel<S>, job, stream, kName);
     }
   });
-}
-
-}  // namespace
-
-void gemm_w4a8_multiplier_mma(const GemmW4A8Args& args, int32_t tokens, bool dependent, cudaStream_t stream) {
-  if (args.x_zero_point) return run_tokens<true>(args, tokens, dependent, stream);
-  return run_tokens<false>(args, tokens, dependent, stream);
 }
 
 }  // namespace qk::cuda

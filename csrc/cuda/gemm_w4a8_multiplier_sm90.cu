@@ -1,5 +1,6 @@
 // W4A8 products by wgmma (gemm_w4_sm90.cuh) of weights whose groups have multipliers: equal to those of the 8-bit
-// weights multiplier * (q - zero), bit for bit. Integers add up in any order.
+// weights multiplier * (q - zero), bit for bit. Integers add up in any order. Zero points of activations cost nothing
+// but a correction of the totals (share_w4_sm90.cuh).
 #include "run_w4_sm90.cuh"
 
 namespace qk::cuda {
@@ -26,6 +27,7 @@ void gemm_w4a8_multiplier_sm90(const GemmW4A8Args& args, const W4Plan& plan, boo
   job.weight = args.weight;
   job.e = make_store(args.y, args.y_dtype, args.y_stride, args.m, args.weight.n);
   job.e.bias = args.bias, job.e.x_scale = args.x_scale, job.e.weight_scale = args.weight.channel_scale;
+  job.e.x_zero_point = args.x_zero_point, job.e.colsum = args.channel_sum;
   const auto& a = args;
   const bool found = run_if<8>(a, job, plan, dependent, stream) || run_if<16>(a, job, plan, dependent, stream) ||
                      run_if<32>(a, job, plan, dependent, stream) || run_if<64>(a, job, plan, dependent, stream) ||

@@ -6,10 +6,18 @@
 namespace qk::cuda {
 namespace {
 
+// What sets the totals right where activations have zero points, which takes one sum over all K.
+template <int kTokens, int kWidth>
+struct ShiftTerms {
+  alignas(8) int32_t zero[kTokens];  // of tokens
+  int32_t colsum[kWidth];
+};
+struct NoShiftTerms {};
+
 // What the outputs of a tile are multiplied by and added to: on its way from memory while the products run, since each
 // read at their end would take as long as half a slab. One for each group of 64 channels.
 template <typename S>
-struct Terms {
+struct Terms : std::conditional<S::kMultiplier, ShiftTerms<S::kTokens, S::kChannels / S::kGroups>, NoShiftTerms>::type {
   static constexpr int kWidth = S::kChannels / S::kGroups, kThreads = S::kConsumers / S::kGroups;
   alignas(8) float x_scale[S::kBytes ? S::kTokens : 1];
   float scale[S::kOneSum ? kWidth : 1], bias[kWidth];
@@ -23,7 +31,7 @@ struct Terms {
   // what others have.
   __device__ __forceinline__ void start(const Job& job, int m0, int n0, int member) {
     const Epilogue& e = job.e;
-    const auto copy = [&](float* to, const float* from, int first, int count, int end) {
+    const auto copy = [&](auto* to, const auto* from, int first, int count, int end) {
 #pragma unroll
       for (int i = member; i < count; i += kThreads) {
         ptx::cp_async_4(ptx::smem_u32(to + i), from + min(first + i, end - 1));
@@ -32,6 +40,12 @@ struct Terms {
     if constexpr (S::kBytes) copy(x_scale, e.x_scale, m0, S::kTokens, e.m);
     if constexpr (S::kOneSum) copy(scale, e.weight_scale, n0, kWidth, e.n);
     if (e.bias) copy(bias, e.bias, n0, kWidth, e.n);
+    if constexpr (S::kMultiplier) {
+      if (e.x_zero_point) {
+        copy(this->zero, e.x_zero_point, m0, S::kTokens, e.m);
+        copy(this->colsum, e.colsum, n0, kWidth, e.n);
+      }
+    }
   }
 };
 
@@ -192,16 +206,30 @@ __device__ __forceinline__ bool meet(const Job& job, int shared, bool from_first
   return true;
 }
 
-// Totals of kTokens tokens from `first` on of the tile that begins at token m0 and, for this warp, at channel n0.
+// Totals of kTokens tokens from `first` on of the tile that begins at token m0 and, for this warp, at channel n0; they
+// lose what the shift of activations with zero points added to them.
 template <typename S, int kTokens>
 __device__ __forceinline__ void store_tile(const Job& job, int m0, int n0, int first, const Terms<S>& terms,
-                                           const typename S::Total (&total)[kTokens / 2]) {
+                                           typename S::Total (&total)[kTokens / 2]) {
   const int lane = threadIdx.x & 31;
   const Epilogue& e = job.e;
   const int channel = Terms<S>::channel_of(threadIdx.x >> 5, lane), token = first + 2 * (lane & 3);
   const float low = e.bias ? terms.bias[channel] : -0.0f, high = e.bias ? terms.bias[channel + 8] : -0.0f;
   [[maybe_unused]] float low_scale, high_scale;
   if constexpr (S::kOneSum) low_scale = terms.scale[channel], high_scale = terms.scale[channel + 8];
+  if constexpr (S::kMultiplier) {
+    if (e.x_zero_point) {
+      const int32_t low_sum = terms.colsum[channel], high_sum = terms.colsum[channel + 8];
+#pragma unroll
+      for (int j = 0; j < kTokens / 8; ++j) {
+        const int2 zero = *reinterpret_cast<const int2*>(terms.zero + token + 8 * j);
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+          total[4 * j + c] -= ((c & 1 ? zero.y : zero.x) - kZeroShift) * (c < 2 ? low_sum : high_sum);
+        }
+      }
+    }
+  }
   store_blocks<kTokens / 8>(e, n0, m0 + first, lane, [&](int j, float (&v)[4]) {
     [[maybe_unused]] float2 x_scale;
     if constexpr (S::kBytes) x_scale = *reinterpret_cast<const float2*>(terms.x_scale + token + 8 * j);

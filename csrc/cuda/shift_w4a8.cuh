@@ -1,4 +1,5 @@
-// Activations with zero points in W4A8 products by mma.sync. They hold stored = q - 128, and int32 sums stay exact:
+// Activations with zero points in W4A8 products by mma.sync, where groups have float scales. They hold
+// stored = q - 128, and int32 sums stay exact:
 //
 //     sum (q - zero_x) (w - zero_w) = sum stored (w - zero_w) - (zero_x - 128) sum (w - zero_w)
 //

@@ -133,7 +133,8 @@ struct GemmW4A8Args {
   const int8_t* xq;  // [M, K], 16-byte aligned; q, or q - 128 where x_zero_point is given
   int64_t x_stride;  // bytes between rows, a multiple of 16
   const float* x_scale;  // [M]
-  const int32_t* x_zero_point;  // [M], 0..255, or nullptr; kMma only
+  const int32_t* x_zero_point;  // [M], 0..255, or nullptr; kMma only, but for kMultiplier
+  const int32_t* channel_sum;  // kMultiplier, beside x_zero_point: [N], sum of multiplier * (q - zero) over all K
   const float* bias;  // [N] or nullptr
   int32_t m;
   void* y;

@@ -8,12 +8,13 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from .. import cuda, reference
+from .. import cuda
 from ..backends import PreparedReference
 from ..checks import DTYPE_CODES
 from ..cpu_packed import PreparedPacked
 from ..cpu_w8a8 import PreparedW8A8
 from ..eager import is_plain
+from ..packed import channel_sums, has_channel_sums
 from ..scheme import Scheme
 from . import available, unfit
 
@@ -144,9 +145,9 @@ class PreparedTritonW4A8(_IntegerProduct):
     @classmethod
     def sums(cls, canonical: Mapping[str, Tensor], scheme: Scheme, in_features: int) -> Tensor | None:
         """See the base class: of asymmetric activations times integer scales of groups."""
-        if scheme.group_scales != "int" or scheme.activation_symmetric:
+        if not has_channel_sums(scheme):
             return None
-        return reference.multiplied_codes(canonical, scheme, in_features).sum(1, dtype=torch.int32)
+        return channel_sums(canonical, scheme, in_features)
 
     @property
     def kernel(self) -> str:
