@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -108,14 +108,25 @@ def kernel_name(rows: int, out_features: int, in_features: int, device: torch.de
     return ".".join(parts)
 
 
+_raw_stream: Callable[[int], int] | None = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+_current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
+"""Of tensors that are there already: torch's public functions make an object of what is known, or look whether CUDA has
+been started, and take longer than the rest of a call."""
+
+_STAY = contextlib.nullcontext()
+
+
 def _stream(device: torch.device) -> int:
-    return torch.cuda.current_stream(device).cuda_stream
+    """The address of torch's current stream."""
+    if _raw_stream is None or device.index is None:
+        return torch.cuda.current_stream(device).cuda_stream
+    return _raw_stream(device.index)
 
 
 def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """Launches go to the current device: make it that of the tensors."""
-    if device.index is None or device.index == torch.cuda.current_device():
-        return contextlib.nullcontext()
+    if device.index is None or device.index == _current_device():
+        return _STAY
     return torch.cuda.device(device)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from . import cuda
 from .checks import DTYPE_CODES
 from .cuda_w4 import workspace
-from .eager import is_plain
+from .eager import are_plain
 
 __all__ = ["attention", "attention_serves", "rotary", "rotary_serves"]
 
@@ -30,8 +30,8 @@ def rotary_serves(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> bool:
     if not q.is_cuda or q.dtype not in DTYPE_CODES or q.dim() != 4 or k.dim() != 4 or not q.numel() or not k.numel():
         return False
     batch, _, tokens, size = q.shape
-    alike = all(is_plain(x) and x.dtype == q.dtype and x.device == q.device for x in (q, k, cos, sin))
-    if not alike or size % 2:
+    alike = all(x.dtype == q.dtype and x.device == q.device for x in (k, cos, sin))
+    if not alike or size % 2 or not are_plain(q, k, cos, sin):
         return False
     if (k.shape[0], *k.shape[2:]) != (batch, tokens, size) or cuda.unavailable(q.device):
         return False
@@ -82,12 +82,12 @@ def attention_serves(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bo
     if k.shape != (batch, key_heads, length, size) or heads % key_heads or heads // key_heads * tokens > MOST_QUERIES:
         return False
     for x in (q, k, v):
-        fits = x.dtype == q.dtype and x.device == q.device and is_plain(x) and not x.is_neg()
+        fits = x.dtype == q.dtype and x.device == q.device and not x.is_neg()
         if not fits or x.stride(3) != 1 or x.data_ptr() % 16 or any(step % 8 for step in x.stride()[:3]):
             return False
     if mask is None:
-        return True
-    if mask.dtype != torch.bool or mask.dim() != 4 or mask.device != q.device or not is_plain(mask):
+        return are_plain(q, k, v)
+    if mask.dtype != torch.bool or mask.dim() != 4 or mask.device != q.device or not are_plain(q, k, v, mask):
         return False
     broadcast = zip(mask.shape[:3], (batch, heads, tokens), strict=True)
     return mask.shape[3] == length and mask.stride(3) == 1 and all(n in (1, full) for n, full in broadcast)

@@ -109,12 +109,16 @@ class Deferred(Tensor):
     _build: Callable[[], Tensor]
     _value: Tensor | None
     _seen: int
+    _like: tuple[
+        torch.Size, torch.dtype, torch.device
+    ]  # ours to ask: torch's own answers come through a subclass's hook
 
     @staticmethod
     def __new__(cls: type[_Kind], like: Tensor, build: Callable[[], Tensor]) -> _Kind:
         """A tensor shaped like ``like``, whose values come from ``build()``."""
         tensor = torch.Tensor._make_wrapper_subclass(cls, like.shape, dtype=like.dtype, device=like.device)
         tensor._build, tensor._value, tensor._seen = build, None, 0
+        tensor._like = like.shape, like.dtype, like.device
         return tensor
 
     def untouched(self) -> bool:
@@ -184,7 +188,8 @@ class QuantizedInput(Deferred):
         grid, own = self._grid, prepared.input_grid()
         if not self.untouched():
             return None
-        if own is None or prepared.in_features != self.shape[-1] or prepared.device != self.device:
+        shape, _, device = self._like
+        if own is None or prepared.in_features != shape[-1] or prepared.device != device:
             return None
         if own.symmetric != grid.symmetric or not is_plain(self._codes.scale):
             return None
@@ -218,7 +223,8 @@ class TakesIntegers(HandsOn):
         codes = x.codes_for(self) if isinstance(x, QuantizedInput) else None
         if codes is None:
             return None
-        return self.finished(self.product_of(codes, x.dtype).view(*x.shape[:-1], self.out_features))
+        shape, dtype, _ = x._like
+        return self.finished(self.product_of(codes, dtype).view(*shape[:-1], self.out_features))
 
 
 class _HeldActivation(Deferred):

@@ -8,7 +8,7 @@ from torch.autograd import forward_ad
 
 from .prepared import function_transform
 
-__all__ = ["autocast", "dispatch_modes", "is_plain", "jit_trace"]
+__all__ = ["are_plain", "autocast", "dispatch_modes", "is_plain", "jit_trace"]
 
 # Where a release of torch does not know one of these questions, the dispatcher serves every call.
 dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
@@ -27,3 +27,8 @@ def is_plain(x: Tensor) -> bool:
         and not autocast()
         and forward_ad._current_level < 0
     )
+
+
+def are_plain(*tensors: Tensor) -> bool:
+    """Whether all are ordinary tensors, with nobody listening.  At least one."""
+    return is_plain(tensors[0]) and all(type(x) is Tensor and not x.requires_grad for x in tensors)

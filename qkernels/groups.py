@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from . import _C
+from . import _C, cuda
 from .checks import DTYPE_CODES
 from .cpu_w8a8 import PreparedW8A8
 from .deferred import Deferred, version
@@ -214,7 +214,8 @@ def _state(x: Tensor) -> Any:
 
 def _place(x: Tensor) -> int:
     """The stream that a product of ``x`` goes to: what another one computes may not be there yet."""
-    return torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
+    device = x._like[2] if isinstance(x, Deferred) else x.device
+    return cuda._stream(device) if device.type == "cuda" else 0
 
 
 def compatible(one: QuantLinear, other: QuantLinear) -> bool:

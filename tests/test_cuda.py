@@ -115,6 +115,25 @@ def test_bench_tables_and_pictures(tmp_path: Path) -> None:
 # -- on a GPU ---------------------------------------------------------------------------------------------------------
 
 
+def test_streams_and_devices_by_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "_raw_stream", lambda index: 100 + index)
+    monkeypatch.setattr(cuda, "_current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: f"to {device}")
+    assert cuda._stream(torch.device("cuda", 3)) == 103
+    assert cuda._on(torch.device("cuda", 0)) == "to cuda:0"
+    with cuda._on(torch.device("cuda", 1)), cuda._on(torch.device("cuda", 1)), cuda._on(torch.device("cuda")):
+        pass
+
+
+def test_streams_without_torchs_shortcut(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Stream:
+        cuda_stream = 7
+
+    monkeypatch.setattr(cuda, "_raw_stream", None)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream)
+    assert cuda._stream(torch.device("cuda", 0)) == 7
+
+
 @needs_gpu
 @needs_module
 @pytest.mark.gpu
