@@ -18,8 +18,9 @@ from .eager import are_plain
 
 __all__ = ["attention", "attention_serves", "rotary", "rotary_serves"]
 
-MOST_QUERIES = 64
-"""Over one head of keys: four tiles of rows.  Beyond them, kernels that share keys among more queries are faster."""
+MOST_QUERIES, MOST_TOKENS = 64, 16
+"""Over one head of keys: four tiles of rows, which read the keys anew each.  Beyond them, and for the short inputs of
+encoders, whose heads share nothing, torch's kernels are made."""
 
 _SIZES = (64, 128)
 _HALVES = (torch.bfloat16, torch.float16)
@@ -79,7 +80,9 @@ def attention_serves(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bo
     length, key_heads = k.shape[2], k.shape[1]
     if size not in _SIZES or not q.numel() or not k.numel() or v.shape != k.shape or cuda.unavailable(q.device):
         return False
-    if k.shape != (batch, key_heads, length, size) or heads % key_heads or heads // key_heads * tokens > MOST_QUERIES:
+    if k.shape != (batch, key_heads, length, size) or heads % key_heads:
+        return False
+    if tokens > MOST_TOKENS or heads // key_heads * tokens > MOST_QUERIES:
         return False
     for x in (q, k, v):
         fits = x.dtype == q.dtype and x.device == q.device and not x.is_neg()

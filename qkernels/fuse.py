@@ -154,7 +154,7 @@ def fuse_(model: nn.Module, *, on_failure: OnFailure | None = None) -> dict[str,
     for module in blocks:
         module.__dict__["forward"] = AttentionForward(module)
         first = family.children_of(module)[0]
-        note(first, "attention of few tokens in two kernels" if not cuda.unavailable(first._device()) else "")
+        note(first, "attention of few tokens by a kernel" if not cuda.unavailable(first._device()) else "")
     return done
 
 

@@ -175,7 +175,8 @@ def test_attention_declines() -> None:
     k, v = (seeded(1, 2, 100, 128, seed=seed).bfloat16().cuda() for seed in (1, 2))
     assert attention_serves(q, k, v, None)
     assert not attention_serves(q.float(), k.float(), v.float(), None), "fp32"
-    assert not attention_serves(heads(1, 8, 17, 128, 0, torch.bfloat16), k, v, None), f"over {MOST_QUERIES} queries"
+    assert not attention_serves(heads(1, 32, 5, 128, 0, torch.bfloat16), k, v, None), f"over {MOST_QUERIES} queries"
+    assert not attention_serves(heads(1, 2, 17, 128, 0, torch.bfloat16), k, v, None), "over 16 tokens"
     assert not attention_serves(q[..., :96], k[..., :96], v[..., :96], None), "96 features"
     assert not attention_serves(q, k, v, torch.zeros(1, 1, 1, 100, device="cuda")), "a mask of floats"
     assert not attention_serves(q, k, v, torch.ones(1, 1, 1, 99, device="cuda", dtype=torch.bool)), "another length"
