@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -10,6 +11,14 @@ import torch
 from qkernels import _C
 
 TIERS = ("scalar", "avx2", "avxvnni", "avx512vnni", "amx")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def nothing_compiled() -> None:
+    """A file of tests begins without what ``torch.compile`` made in others: torch counts how often it compiled a
+    function of its own anew, and stops at eight times a process, whichever models they were."""
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
 
 
 @pytest.fixture(params=TIERS)
