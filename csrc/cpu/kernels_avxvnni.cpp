@@ -33,8 +33,8 @@ struct AvxVnni : YmmVerbs {
   static constexpr const char* kIsa = "avxvnni";
   static constexpr int kTileM = 6, kTileN = 16, kOffset = 128, kSliceK = 1024;
   static constexpr int kDepthAlign = 8, kMaxBlockTiles = 16, kDirectRows = 1, kDirectTiles = 6;
-  static constexpr bool kFusesGroups = false, kPrefetchesSlices = true, kFinishesTiles = false, kWidens = false,
-                        kJoinsGroups = true;
+  static constexpr bool kFusesGroups = false, kPrefetchesSlices = true, kLooksAhead = false, kFinishesTiles = false,
+                        kWidens = false, kJoinsGroups = true;
   static constexpr int64_t kBlockBytes = 384 << 10;
   struct Session {
     Session() {}

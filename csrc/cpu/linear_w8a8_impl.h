@@ -8,6 +8,7 @@
 //   kBlockBytes       activations of a block of row tiles, at most kMaxBlockTiles of them
 //   kDepthAlign       a tile's depth is rounded up to this; both operands are padded with zeros up to 64
 //   kPrefetchesSlices whether the next slice is asked for while one is worked on
+//   kLooksAhead       whether tile and finished_tile take what they are to ask for on the way (ahead.h)
 //   kFinishesTiles    whether finished_tile<D>(...) takes the sums of kFinishedRows rows or more through the epilogue
 //                     without storing them
 //   Session           constructed in each thread around its tiles
@@ -38,6 +39,7 @@
 #include "../args.h"
 #include "../layout.h"
 #include "activation.h"
+#include "ahead.h"
 #include "quantize_rows.h"
 #include "row_chunks.h"
 #include "store_row.h"
@@ -52,6 +54,10 @@ bool is_wide(int64_t m, int64_t k) {
   if constexpr (V::kWidens) return k > 0 && m >= V::wide_rows(k);
   return false;
 }
+
+// Weights of more bytes are taken to come from memory; with fewer, which a cache may hold, few rows lose more by asking
+// ahead than they can gain.
+constexpr int64_t kUncachedBytes = 8 << 20;
 
 // Bytes of a quantized row.
 template <class V>
@@ -73,6 +79,7 @@ class LinearW8A8 {
         wide_(is_wide<V>(members->m, members->k)),
         stride_(w8a8_row_bytes<V>(members->m, members->k)) {
     for (int i = 0; i < count; ++i) superblocks_ += ceil_div(members[i].n, kBlockN);
+    streams_ = superblocks_ * kBlockN * padded_k(p_.k) >= kUncachedBytes;
   }
 
   void run() const {
@@ -134,13 +141,16 @@ class LinearW8A8 {
 
   void gemm(int64_t row, int64_t rows, const uint8_t* q, const RowScale* scales, int thread, int team) const {
     int64_t tile_m = V::kTileM, block_bytes = V::kBlockBytes;
+    // A slice of the block is in use at a time. Fewer rows would have weights come from memory more often than L2 lacks
+    // activations.
+    int64_t slice_bytes = stride_ < V::kSliceK + kRowPad ? stride_ : V::kSliceK + kRowPad;
     if constexpr (V::kWidens) {
-      if (wide_) tile_m = V::kWideTileM, block_bytes = V::kWideBlockBytes;
+      if (wide_) tile_m = V::kWideTileM, block_bytes = V::kWideBlockBytes, slice_bytes = stride_;
     }
     const int64_t tiles = ceil_div(rows, tile_m);
-    share_out(tiles, block_bytes / (tile_m * stride_), thread, team,
-              [&](const LinearW8A8Args& member, int64_t nb, Range range, bool /*more*/) {
-                superblock(member, nb, row, rows, tiles, range, q, scales);
+    share_out(tiles, block_bytes / (tile_m * slice_bytes), thread, team,
+              [&](const LinearW8A8Args& member, int64_t nb, Range range, bool more) {
+                superblock(member, nb, row, rows, tiles, range, more, q, scales);
               });
   }
 
@@ -209,7 +219,8 @@ class LinearW8A8 {
     return columns;
   }
 
-  void superblock(const LinearW8A8Args& w, int64_t nb, int64_t row, int64_t rows, int64_t tiles, Range range,
+  // more: whether the thread goes on to the next one.
+  void superblock(const LinearW8A8Args& w, int64_t nb, int64_t row, int64_t rows, int64_t tiles, Range range, bool more,
                   const uint8_t* q, const RowScale* scales) const {
     const int64_t n0 = nb * kBlockN;
     ColumnCopies copies;
@@ -225,7 +236,8 @@ class LinearW8A8 {
       return;
     }
     if constexpr (V::kFinishesTiles) {
-      if (finishes(columns, rows, tiles)) return finished(row, rows, tiles, range, q, scales, columns, weights, n0);
+      if (finishes(columns, rows, tiles))
+        return finished(row, rows, tiles, range, more, q, scales, columns, weights, n0);
     }
     alignas(kAlign) int32_t sums[V::kMaxBlockTiles * V::kTileM * kBlockN];
     for (int64_t k0 = 0;; k0 += V::kSliceK) {
@@ -242,14 +254,26 @@ class LinearW8A8 {
           const Range tile_rows = share(rows, static_cast<int>(t), static_cast<int>(tiles));
           const int64_t count = tile_rows.end - tile_rows.begin;
           if (last) prefetch(row, tile_rows, *columns.member, n0 + j, V::kTileN);
-          V::tile(static_cast<int>(count), q + tile_rows.begin * stride_ + k0, stride_, b,
-                  round_up(depth, V::kDepthAlign) / kPackK, c, k0 > 0, w.has_minus128);
+          const uint8_t* a = q + tile_rows.begin * stride_ + k0;
+          const int64_t steps = round_up(depth, V::kDepthAlign) / kPackK;
+          if constexpr (V::kLooksAhead)
+            V::tile(static_cast<int>(count), a, stride_, b, steps, c, k0 > 0, w.has_minus128,
+                    look_ahead(b, depth, range, t, more || !last));
+          else
+            V::tile(static_cast<int>(count), a, stride_, b, steps, c, k0 > 0, w.has_minus128);
           if (last) epilogue<V::kTileN>(row, tile_rows, scales, c, columns, n0, j);
           if (p_.k > V::kSliceK) c += V::kTileM * V::kTileN;  // otherwise one tile's worth of L1 serves them all
         }
       }
       if (last) break;
     }
+  }
+
+  // What tile t of the range asks for: the weights behind `depth` k of its own, if there is `more`.
+  Ahead look_ahead(const int8_t* b, int64_t depth, Range range, int64_t t, bool more) const {
+    const int64_t tiles = range.end - range.begin, steps = padded_k(depth) / kPackK;
+    if (tiles == 1) return streams_ ? ahead_in_stream(b) : Ahead{};
+    return more ? ahead_of(b + steps * kStepBytes, t - range.begin, tiles, steps) : Ahead{};
   }
 
   // The same order of loops over widened operands.
@@ -301,21 +325,21 @@ class LinearW8A8 {
            !columns.member->residual.rows && rows / tiles >= V::kFinishedRows;
   }
 
-  void finished(int64_t row, int64_t rows, int64_t tiles, Range range, const uint8_t* q, const RowScale* scales,
-                const Columns& columns, const int8_t* weights, int64_t n0) const {
+  void finished(int64_t row, int64_t rows, int64_t tiles, Range range, bool more, const uint8_t* q,
+                const RowScale* scales, const Columns& columns, const int8_t* weights, int64_t n0) const {
     switch (columns.member->y_dtype) {
       case DType::kF32:
-        return finished_as<DType::kF32>(row, rows, tiles, range, q, scales, columns, weights, n0);
+        return finished_as<DType::kF32>(row, rows, tiles, range, more, q, scales, columns, weights, n0);
       case DType::kBF16:
-        return finished_as<DType::kBF16>(row, rows, tiles, range, q, scales, columns, weights, n0);
+        return finished_as<DType::kBF16>(row, rows, tiles, range, more, q, scales, columns, weights, n0);
       default:
-        return finished_as<DType::kF16>(row, rows, tiles, range, q, scales, columns, weights, n0);
+        return finished_as<DType::kF16>(row, rows, tiles, range, more, q, scales, columns, weights, n0);
     }
   }
 
   template <DType D>
-  void finished_as(int64_t row, int64_t rows, int64_t tiles, Range range, const uint8_t* q, const RowScale* scales,
-                   const Columns& columns, const int8_t* weights, int64_t n0) const {
+  void finished_as(int64_t row, int64_t rows, int64_t tiles, Range range, bool more, const uint8_t* q,
+                   const RowScale* scales, const Columns& columns, const int8_t* weights, int64_t n0) const {
     const LinearW8A8Args& w = *columns.member;
     const int64_t steps = round_up(p_.k, V::kDepthAlign) / kPackK;
     for (int64_t t = range.begin; t < range.end; ++t) {
@@ -329,7 +353,7 @@ class LinearW8A8 {
                                   (row + tile_rows.begin) * w.y_stride + n0,
                                   w.y_stride};
       V::template finished_tile<D>(static_cast<int>(tile_rows.end - tile_rows.begin), q + tile_rows.begin * stride_,
-                                   stride_, weights, steps, epilogue);
+                                   stride_, weights, steps, epilogue, look_ahead(weights, p_.k, range, t, more));
     }
   }
 
@@ -395,6 +419,7 @@ class LinearW8A8 {
   const bool wide_;
   const int64_t stride_;
   int64_t superblocks_ = 0;  // of all members
+  bool streams_ = false;  // whether the weights are too many to have stayed in a cache
 };
 
 // Returns the tier that ran.

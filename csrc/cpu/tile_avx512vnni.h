@@ -1,7 +1,10 @@
 // Micro-kernels of the AVX512-VNNI tier, which the AMX tier uses too where there are few rows.
 #pragma once
 
+#include <type_traits>
+
 #include "../layout.h"
+#include "ahead.h"
 #include "verbs_zmm.h"
 
 // c += sum of four u8 x s8 products, per 32-bit lane (VPDPBUSD, not the saturating VPDPBUSDS). Inline assembly over
@@ -24,8 +27,8 @@ struct Avx512Vnni : ZmmVerbs {
   static constexpr const char* kIsa = "avx512vnni";
   static constexpr int kTileM = 6, kTileN = 64, kOffset = 128, kSliceK = 4096;
   static constexpr int kDepthAlign = 8, kMaxBlockTiles = 16, kDirectRows = 4, kDirectTiles = 6;
-  static constexpr bool kFusesGroups = true, kPrefetchesSlices = false, kFinishesTiles = true, kWidens = false,
-                        kJoinsGroups = true;
+  static constexpr bool kFusesGroups = true, kPrefetchesSlices = false, kLooksAhead = true, kFinishesTiles = true,
+                        kWidens = false, kJoinsGroups = true;
   static constexpr int64_t kBlockBytes = 384 << 10;
   struct Session {
     Session() {}
@@ -47,7 +50,7 @@ struct Avx512Vnni : ZmmVerbs {
       QK_DOT4(c##r##3, v, b3);                                                                                         \
     }                                                                                                                  \
   }
-// All steps of six rows, and something for each of the rows.
+// All steps of six rows, with what they ask for on the way, and something for each of the rows.
 #define QK_STEPS()                                                                                                     \
   const uint8_t* a3 = a + 3 * lda;                                                                                     \
   for (int64_t k = 0; k < steps; ++k, b += kBlockN * kPackK) {                                                         \
@@ -59,6 +62,7 @@ struct Avx512Vnni : ZmmVerbs {
     QK_ROW(3, a3)                                                                                                      \
     QK_ROW(4, a3 + lda)                                                                                                \
     QK_ROW(5, a3 + 2 * lda)                                                                                            \
+    for (int i = 0; i < kLines; ++i) __builtin_prefetch(ahead.at + k * ahead.stride + i * ahead.apart, 0, 2);          \
   }
 #define QK_SIX(what) what(0) what(1) what(2) what(3) what(4) what(5)
 #define QK_INIT(r)                                                                                                     \
@@ -77,13 +81,28 @@ struct Avx512Vnni : ZmmVerbs {
     store_i(c + r * kTileN + 48, c##r##3);                                                                             \
   }
 
-  template <bool kUnsignedWeights, int kRows>
+  template <bool kUnsignedWeights, int kRows, int kLines>
   QK_NOINLINE static void tile_rows(const uint8_t* a, int64_t lda, const int8_t* b, int64_t steps, int32_t* c,
-                                    bool accumulate) {
+                                    bool accumulate, const Ahead& ahead) {
     const __m512i zero = _mm512_setzero_si512();
     QK_SIX(QK_INIT)
     QK_STEPS()
     QK_SIX(QK_SAVE)
+  }
+
+  // call(lines), a constant.
+  template <class Call>
+  static void with_lines(const Ahead& ahead, const Call& call) {
+    switch (ahead.lines) {
+      case 0:
+        return call(std::integral_constant<int, 0>{});
+      case 1:
+        return call(std::integral_constant<int, 1>{});
+      case 2:
+        return call(std::integral_constant<int, 2>{});
+      default:
+        return call(std::integral_constant<int, 4>{});
+    }
   }
 
   // A tile whose sums become results without a stop in memory: they start at minus the zero point times the sum of the
@@ -113,9 +132,9 @@ struct Avx512Vnni : ZmmVerbs {
     QK_FINISH_VECTOR(c##r##0, 0)                                                                                       \
     QK_FINISH_VECTOR(c##r##1, 16) QK_FINISH_VECTOR(c##r##2, 32) QK_FINISH_VECTOR(c##r##3, 48)                          \
   }
-  template <DType D, int kRows, class Epilogue>
+  template <DType D, int kRows, int kLines, class Epilogue>
   QK_NOINLINE static void finished_rows(const uint8_t* a, int64_t lda, const int8_t* b, int64_t steps,
-                                        const Epilogue& e) {
+                                        const Epilogue& e, const Ahead& ahead) {
     constexpr bool kUnsignedWeights = false;
     const __m512i zero = _mm512_setzero_si512();
     QK_SIX(QK_BEGIN)
@@ -129,16 +148,18 @@ struct Avx512Vnni : ZmmVerbs {
   // Rows of a tile that finished_tile serves.
   static constexpr int kFinishedRows = 4;
   template <DType D, class Epilogue>
-  static void finished_tile(int rows, const uint8_t* a, int64_t lda, const int8_t* b, int64_t steps,
-                            const Epilogue& e) {
-    switch (rows) {
-      case 4:
-        return finished_rows<D, 4>(a, lda, b, steps, e);
-      case 5:
-        return finished_rows<D, 5>(a, lda, b, steps, e);
-      default:
-        return finished_rows<D, 6>(a, lda, b, steps, e);
-    }
+  static void finished_tile(int rows, const uint8_t* a, int64_t lda, const int8_t* b, int64_t steps, const Epilogue& e,
+                            const Ahead& ahead) {
+    with_lines(ahead, [&](auto lines) {
+      switch (rows) {
+        case 4:
+          return finished_rows<D, 4, lines()>(a, lda, b, steps, e, ahead);
+        case 5:
+          return finished_rows<D, 5, lines()>(a, lda, b, steps, e, ahead);
+        default:
+          return finished_rows<D, 6, lines()>(a, lda, b, steps, e, ahead);
+      }
+    });
   }
 
   // As tile, over a whole group of 4-bit weights with one zero point: total [rows, 64] += float(start + sum) * scale
@@ -158,6 +179,8 @@ struct Avx512Vnni : ZmmVerbs {
   QK_NOINLINE static void group_rows(const uint8_t* a, int64_t lda, const int8_t* b, int64_t steps,
                                      const int32_t* start, const T* scale, T* total) {
     constexpr bool kUnsignedWeights = true;
+    constexpr int kLines = 0;
+    constexpr Ahead ahead{};
     QK_SIX(QK_START)
     QK_STEPS()
     QK_SIX(QK_TOTAL)
@@ -170,32 +193,32 @@ struct Avx512Vnni : ZmmVerbs {
 #undef QK_INIT
 #undef QK_SAVE
 
-  template <bool kUnsignedWeights>
+  template <bool kUnsignedWeights, int kLines>
   static void tile_of(int rows, const uint8_t* a, int64_t lda, const int8_t* b, int64_t steps, int32_t* c,
-                      bool accumulate) {
+                      bool accumulate, const Ahead& ahead) {
     switch (rows) {
       case 1:
-        return tile_rows<kUnsignedWeights, 1>(a, lda, b, steps, c, accumulate);
+        return tile_rows<kUnsignedWeights, 1, kLines>(a, lda, b, steps, c, accumulate, ahead);
       case 2:
-        return tile_rows<kUnsignedWeights, 2>(a, lda, b, steps, c, accumulate);
+        return tile_rows<kUnsignedWeights, 2, kLines>(a, lda, b, steps, c, accumulate, ahead);
       case 3:
-        return tile_rows<kUnsignedWeights, 3>(a, lda, b, steps, c, accumulate);
+        return tile_rows<kUnsignedWeights, 3, kLines>(a, lda, b, steps, c, accumulate, ahead);
       case 4:
-        return tile_rows<kUnsignedWeights, 4>(a, lda, b, steps, c, accumulate);
+        return tile_rows<kUnsignedWeights, 4, kLines>(a, lda, b, steps, c, accumulate, ahead);
       case 5:
-        return tile_rows<kUnsignedWeights, 5>(a, lda, b, steps, c, accumulate);
+        return tile_rows<kUnsignedWeights, 5, kLines>(a, lda, b, steps, c, accumulate, ahead);
       default:
-        return tile_rows<kUnsignedWeights, 6>(a, lda, b, steps, c, accumulate);
+        return tile_rows<kUnsignedWeights, 6, kLines>(a, lda, b, steps, c, accumulate, ahead);
     }
   }
   // b is 64-byte aligned.
   static void tile(int rows, const uint8_t* a, int64_t lda, const int8_t* b, int64_t steps, int32_t* c, bool accumulate,
-                   bool /*minus128*/) {
-    tile_of<false>(rows, a, lda, b, steps, c, accumulate);
+                   bool /*minus128*/, const Ahead& ahead) {
+    with_lines(ahead, [&](auto lines) { tile_of<false, lines()>(rows, a, lda, b, steps, c, accumulate, ahead); });
   }
   static void tile4(int rows, const uint8_t* a, int64_t lda, const int8_t* b, int64_t steps, int32_t* c,
                     bool accumulate) {
-    tile_of<true>(rows, a, lda, b, steps, c, accumulate);
+    tile_of<true, 0>(rows, a, lda, b, steps, c, accumulate, Ahead{});
   }
 
   template <class T>
