@@ -215,6 +215,14 @@ def test_rival_that_refuses_a_shape_is_reported(capsys: pytest.CaptureFixture) -
     assert "\nfp32 " in text
 
 
+def test_shape_too_small_to_be_cold_has_no_rows(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    result = tmp_path / "result.json"
+    arguments = ["--shapes", "64x64", "--rows", "1", "--state", "cold", "--rivals", "--json", str(result)]
+    assert main(["bench", *arguments]) == 0
+    assert "w8a8 layer: no cold rows at K=64 N=64" in capsys.readouterr().out
+    assert json.loads(result.read_text())["rows"] == []
+
+
 FAKE_ZENTORCH = """
 import torch
 library = torch.library.Library("zentorch", "DEF")
