@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from qkernels import _C, _bench
-from qkernels.bench import ceilings, contenders, grid, rivals, timing
+from qkernels.bench import ceilings, contenders, grid, rivals, rivals_torch, timing
+from qkernels.bench.cli import RIVALS
+from qkernels.bench.rivals_zentorch import Zentorch
 from qkernels.cli import main
 from qkernels.scheme import Scheme
 
@@ -128,6 +130,99 @@ def test_bench_rejects_unknown_rivals_and_shapes(capsys: pytest.CaptureFixture) 
     assert "expected KxN" in capsys.readouterr().err
 
 
+EVERY_SCHEME = {"fp32", "bf16", "quantize_dynamic-x86", "quantize_dynamic-onednn"}
+FOUR_BIT_INTEGERS = {"int4pack", "onnxruntime-w4a8", "openvino-w4a8"}
+
+
+@pytest.mark.parametrize(
+    ("schemes", "names"),
+    [
+        (["w8a8"], {"onnxruntime", "openvino", "zentorch"}),
+        (["w8a8_static"], {"onnxruntime", "openvino", "zentorch"}),
+        (["w4a8"], FOUR_BIT_INTEGERS),
+        (["w4a8_intscale"], FOUR_BIT_INTEGERS),
+        (["w4a16"], {"int4pack", "onnxruntime-w4a16", "openvino-w4a16"}),
+        (["w8a16"], {"int8pack", "onnxruntime-w8a16", "openvino-w8a16"}),
+        (["w2a16"], set()),
+        (["w8a8", "w4a8"], {"onnxruntime", "openvino", "zentorch", *FOUR_BIT_INTEGERS}),
+    ],
+)
+def test_rivals_are_those_that_go_with_the_schemes(schemes: list[str], names: set[str]) -> None:
+    chosen, missing = rivals.rivals(None, schemes, None)
+    assert {rival.name for rival in chosen} | set(missing) == EVERY_SCHEME | names
+    for rival in chosen:
+        assert rival.rival_of == tuple(schemes) if rival.name in EVERY_SCHEME else set(rival.rival_of) <= set(schemes)
+
+
+def test_rivals_named_are_chosen_whatever_the_scheme() -> None:
+    chosen, missing = rivals.rivals(RIVALS, ["w4a16"], None)
+    assert {rival.name for rival in chosen} | set(missing) == set(RIVALS)
+    assert all(rival.rival_of == ("w4a16",) for rival in chosen)
+
+
+# fp32 sums; bf16 inputs, scales and outputs, 2^-9 each at most; the others: int8 inputs of normal values. A scale for a
+# row or group makes steps of at most 4.5 / 127 deviations, so an error of at most 4.5 / 127 / sqrt(12) = 0.011; torch's
+# quantize_dynamic has 7 bits for the values of all rows, 0.02, and rounds the weight to one scale, 0.01.
+TOLERANCES = {"fp32": 1e-5, "w4a16": 1e-5, "w8a16": 1e-5, "bf16": 0.008, "int4pack": 0.008, "int8pack": 0.008}
+
+
+@pytest.mark.parametrize("name", [name for name in RIVALS if name != "zentorch"])
+@pytest.mark.parametrize(("m", "k", "n"), [(1, 256, 96), (3, 320, 80), (5, 200, 90)])
+def test_rivals_are_right(name: str, m: int, k: int, n: int) -> None:
+    chosen, missing = rivals.rivals([name], ["w8a8"], None)
+    if missing:
+        pytest.skip(f"{name}: {missing[name]}")
+    (rival,) = chosen
+    if rival.refuses(k, n):
+        assert (k, n) == (200, 90)  # tails of K and N
+        assert name in ("int4pack", "int8pack", "openvino-w4a8", "openvino-w4a16")
+        return
+    generator = torch.Generator().manual_seed(m + k + n)
+    weight, bias, x = (torch.randn(shape, generator=generator) for shape in ((n, k), (n,), (m, k)))
+    rival.build(weight, bias, 2)
+    rival.bind(x)
+    assert rival.sampler(cold=True).sample(3) > 0
+    truth = torch.nn.functional.linear(x, grid.held_weights([rival], weight)[rival.holds], bias)
+    error = float((rival.output().float() - truth).norm() / truth.norm())
+    assert error < TOLERANCES.get(name.split("-")[-1], 0.03)
+    # Eight bits show, or it computes in floating point and is none of W8A8's and W4A8's rivals.
+    if rival.scheme.activation_bits == 8 and name not in ("fp32", "bf16") and "avx512vnni" in _C.info()["usable"]:
+        assert error > 1e-3
+
+
+def test_rivals_of_four_bits_are_wrong_only_if_they_multiply_wrong(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    result = tmp_path / "result.json"
+    arguments = ["bench", "--quick", "--rows", "3", "--schemes", "w4a8", "w8a16", "--rivals", "int4pack", "int8pack"]
+    assert main([*arguments, "--json", str(result)]) == 0
+    assert "WRONG" not in capsys.readouterr().out
+    rows = {row["contender"]: row for row in json.loads(result.read_text())["rows"]}
+    assert (rows["int4pack"]["scheme"], rows["int4pack"]["rival_of"]) == ("w4a16", ["w4a8"])
+    assert (rows["int8pack"]["scheme"], rows["int8pack"]["rival_of"]) == ("w8a16", ["w8a16"])
+    assert rows["int4pack"]["relative_error"] > 0.05 > rows["int4pack"]["arithmetic_error"]
+    monkeypatch.setattr(rivals_torch.Int4Pack, "output", lambda self: self.calls[0]() + 1)
+    assert main(arguments) == 0
+    wrong = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.endswith(" WRONG")]
+    assert wrong == ["int4pack"]
+
+
+def test_rival_that_refuses_a_shape_is_reported(capsys: pytest.CaptureFixture) -> None:
+    arguments = ["--shapes", "200x90", "--rows", "2", "--schemes", "w4a16", "--rivals", "fp32", "int4pack"]
+    assert main(["bench", "--quick", *arguments]) == 0
+    text = capsys.readouterr().out
+    assert "int4pack: not measured at K=200 N=90: N must be a multiple of 16" in text
+    assert "\nfp32 " in text
+
+
+def test_shape_too_small_to_be_cold_has_no_rows(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    result = tmp_path / "result.json"
+    arguments = ["--shapes", "64x64", "--rows", "1", "--state", "cold", "--rivals", "--json", str(result)]
+    assert main(["bench", *arguments]) == 0
+    assert "w8a8 layer: no cold rows at K=64 N=64" in capsys.readouterr().out
+    assert json.loads(result.read_text())["rows"] == []
+
+
 FAKE_ZENTORCH = """
 import torch
 library = torch.library.Library("zentorch", "DEF")
@@ -149,7 +244,7 @@ print("libraries print")
 def test_rival_in_another_interpreter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "zentorch.py").write_text(FAKE_ZENTORCH)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    rival = rivals.Zentorch(Path(sys.executable))
+    rival = Zentorch(Path(sys.executable))
     try:
         weight, bias, x = torch.randn(8, 16), torch.randn(8), torch.randn(3, 16)
         rival.build(weight, bias, 2)

@@ -10,7 +10,11 @@ SHAPES = ("768x768", "768x3072", "3072x768", "4096x4096", "4096x14336")
 QUICK_SHAPES = ("256x128",)
 ROWS = (1, 8, 32, 128, 512)
 QUICK_ROWS = (1, 32)
-RIVALS = ("fp32", "bf16", "quantize_dynamic-x86", "quantize_dynamic-onednn", "onnxruntime", "openvino", "zentorch")
+RIVALS = (
+    *("fp32", "bf16", "quantize_dynamic-x86", "quantize_dynamic-onednn", "int4pack", "int8pack"),
+    *("onnxruntime", "onnxruntime-w4a8", "onnxruntime-w4a16", "onnxruntime-w8a16"),
+    *("openvino", "openvino-w4a8", "openvino-w4a16", "openvino-w8a16", "zentorch"),
+)
 
 
 def _shape(text: str) -> tuple[int, int]:
@@ -47,7 +51,10 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the input")
     parser.add_argument(
-        "--rivals", nargs="*", metavar="NAME", help=f"default: all that are installed, of {', '.join(RIVALS)}"
+        "--rivals",
+        nargs="*",
+        metavar="NAME",
+        help=f"of {', '.join(RIVALS)} (default: those that are installed and go with the schemes)",
     )
     parser.add_argument(
         "--zentorch-python", type=Path, metavar="PYTHON", help="interpreter of an environment with zentorch"

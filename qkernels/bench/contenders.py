@@ -27,13 +27,23 @@ class Contender(ABC):
         bytes_per_weight: what one weight takes in memory; decides how many copies make a cold rotation.
         most_copies: more than these take too long to make.
         input_itemsize: bytes of one value that it reads; None: of the dtype of the run.
+        scheme: what it computes; its limit is what its times are measured against. W8A8 where it computes no scheme.
+        holds: the scheme whose codes and scales it was given; None: it made its own of the weight, or took it as it is.
+        rival_of: names of the schemes of the run that a rival is compared with.
     """
 
     name: str
     ours: ClassVar[bool] = False
+    scheme: Scheme = Scheme.resolve("w8a8")
+    holds: Scheme | None = None
+    rival_of: tuple[str, ...] = ()
     bytes_per_weight: float = 1.0
     most_copies: int = MAX_COPIES
     input_itemsize: int | None = None
+
+    def refuses(self, k: int, n: int) -> str | None:
+        """Why it cannot take a weight of ``n`` x ``k``; None if it can."""
+        return None
 
     @abstractmethod
     def build(self, weight: Tensor, bias: Tensor, copies: int) -> None:
@@ -63,6 +73,21 @@ class Contender(ABC):
         """Give back processes and memory."""
 
 
+def signed_codes(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
+    """The codes of a symmetric ``scheme`` less their zero point, int8 [N, G, group], and their scales, fp32 [N, G].
+
+    Per channel G is 1. A short last group is filled up with zeros.
+    """
+    n, k = weight.shape
+    canonical = reference.quantize_weight(weight, scheme)
+    codes = canonical["weight"]
+    if scheme.weight_bits == 4:
+        codes = reference.unpack_int4(codes, k).to(torch.int8) - scheme.zero_code
+    group = scheme.resolve_group_size(k)
+    codes = torch.nn.functional.pad(codes, (0, -k % group))
+    return codes.reshape(n, -1, group), canonical["weight_scale"].float().reshape(n, -1)
+
+
 class LocalContender(Contender):
     """A contender of this process: calls that take no argument."""
 
@@ -83,7 +108,7 @@ class Layer(LocalContender):
     ours = True
 
     def __init__(self, scheme: Scheme) -> None:
-        self.scheme = scheme
+        self.scheme = self.holds = scheme
         self.name = f"{scheme.name} layer"
         self.bytes_per_weight = scheme.weight_bits / 8
         self.layers: list[nn.QuantLinear] = []
@@ -117,7 +142,7 @@ class _NativeW8A8(LocalContender):
     ours = True
 
     def __init__(self, scheme: Scheme) -> None:
-        self.scheme = scheme
+        self.scheme = self.holds = scheme
         self.weights: list[tuple[Tensor, Tensor, Any]] = []  # packed, colsum, and the object that borrows both
         self.canonical: dict[str, Tensor] = {}
 

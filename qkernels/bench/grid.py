@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qkernels import _C
+from qkernels import _C, reference
 from qkernels.bench import rivals as others
 from qkernels.bench.ceilings import Ceilings, describe, limit_seconds
 from qkernels.bench.contenders import Contender, ours
@@ -27,19 +27,24 @@ from qkernels.progress import tracking
 from qkernels.scheme import Scheme
 
 _CHECKED_ROWS = 64
-_SUSPICIOUS_ERROR = 0.05
+_SUSPICIOUS_ERROR = 0.05  # more than int8 inputs and bf16 sums lose
 
 
 @dataclass(frozen=True)
 class Row:
     """One contender at one shape, number of rows and state of the cache. Times in seconds.
 
-    ``limit`` and ``percent_of_limit`` are those of the scheme; a rival is measured against W8A8's, whatever it computes
-    in. ``exact``: equal to the reference to the last bit; None where no exact result is defined (every rival).
+    ``limit`` and ``percent_of_limit`` are those of ``scheme``: what it computes, rivals as well as ours; W8A8 where a
+    rival computes no scheme (``fp32``, ``bf16``). ``rival_of``: the schemes that a rival is compared with.
+    ``relative_error``: against the fp32 product of the weight as it was. ``arithmetic_error``: against that of the
+    weight that its codes stand for, which tells whether it multiplies right; the same where it makes codes of its own.
+    ``exact``: equal to the reference to the last bit; None where no exact result is defined (every rival).
     """
 
     contender: str
     ours: bool
+    scheme: str
+    rival_of: tuple[str, ...]
     k: int
     n: int
     m: int
@@ -51,6 +56,7 @@ class Row:
     percent_of_limit: float
     gops: float
     relative_error: float
+    arithmetic_error: float
     exact: bool | None
     rotated_bytes: int
 
@@ -74,7 +80,7 @@ def run_grid(args: argparse.Namespace) -> int:
         torch.set_num_threads(args.threads)
     if args.isa:
         _C.set_isa(args.isa)
-    chosen, missing = others.rivals(args.rivals, args.zentorch_python)
+    chosen, missing = others.rivals(args.rivals, args.schemes, args.zentorch_python)
     contenders = [*ours(args.schemes), *chosen]
     ceilings = Ceilings(torch.get_num_threads())
     ceilings.refresh(samples=3 if args.quick else 20)
@@ -135,6 +141,10 @@ def _run_shape(
     generator = torch.Generator().manual_seed(k * 7919 + n)
     weight = torch.randn(n, k, generator=generator) / math.sqrt(k)
     bias = torch.randn(n, generator=generator) / 10
+    refusals = {contender.name: contender.refuses(k, n) for contender in contenders}
+    notes += [f"{name}: not measured at K={k} N={n}: {reason}" for name, reason in refusals.items() if reason]
+    contenders = [contender for contender in contenders if not refusals[contender.name]]
+    held = held_weights(contenders, weight)
     copies: dict[str, int] = {}
     for contender in contenders:
         wanted = contender.copies_for(n * k, args.cold_mb << 20) if args.state != "warm" else 1
@@ -150,15 +160,15 @@ def _run_shape(
         checks = {}
         for contender in contenders:
             contender.bind(x)
-            checks[contender.name] = _check(contender, x, weight, bias)
-            if checks[contender.name][1] is False:
+            checks[contender.name] = _check(contender, x, weight, held, bias)
+            if checks[contender.name].exact is False:
                 notes.append(f"{contender.name}: NOT EXACT at K={k} N={n} M={m}, so not timed")
         for state in ("cold", "warm") if args.state == "both" else (args.state,):
             # Nothing wrong of ours is timed, and nothing is called cold that stays in the cache.
             timed = [
                 c
                 for c in contenders
-                if checks[c.name][1] is not False
+                if checks[c.name].exact is not False
                 and (state == "warm" or copies[c.name] > 1 or n * k * c.bytes_per_weight >= args.cold_mb << 20)
             ]
             samplers = [contender.sampler(cold=state == "cold") for contender in timed]
@@ -168,15 +178,16 @@ def _run_shape(
             timings = interleave(samplers, rounds=args.rounds, seconds=args.seconds, warm=state == "warm")
             ceilings.refresh()
             for contender, timing in zip(timed, timings, strict=True):
-                scheme = getattr(contender, "scheme", None) or Scheme.resolve("w8a8")
+                scheme = contender.scheme
                 moved = traffic(scheme, k, n, m, dtype.itemsize, contender.input_itemsize)
                 bandwidth = ceilings.bandwidth(None if state == "cold" else int(moved))
                 limit = limit_seconds(moved, 2.0 * m * n * k, bandwidth, _peak(ceilings, scheme))
-                error, exact = checks[contender.name]
                 rows.append(
                     Row(
                         contender=contender.name,
                         ours=contender.ours,
+                        scheme=scheme.name,
+                        rival_of=contender.rival_of,
                         k=k,
                         n=n,
                         m=m,
@@ -187,12 +198,12 @@ def _run_shape(
                         limit=limit,
                         percent_of_limit=100 * limit / timing.median,
                         gops=2e-9 * m * n * k / timing.median,
-                        relative_error=error,
-                        exact=exact,
+                        **asdict(checks[contender.name]),
                         rotated_bytes=int(copies[contender.name] * n * k * contender.bytes_per_weight),
                     )
                 )
-            print("\n" + table([row for row in rows if (row.m, row.state) == (m, state)]), flush=True)
+            if timed:
+                print("\n" + table([row for row in rows if (row.m, row.state) == (m, state)]), flush=True)
         step(done + index + 1, f"K={k} N={n} M={m}")
     return rows
 
@@ -202,26 +213,51 @@ def _peak(ceilings: Ceilings, scheme: Scheme) -> float:
     return ceilings.peak("int8", _C.info()["isa"]) if scheme.activation_bits == 8 else ceilings.peak("fp32")
 
 
-def _check(contender: Contender, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[float, bool | None]:
-    """(relative error against fp32, equal to the last bit or None where nothing exact is defined), on some rows."""
+@dataclass(frozen=True)
+class _Check:
+    """What a contender's output is like; the fields are those of a row."""
+
+    relative_error: float
+    arithmetic_error: float
+    exact: bool | None
+
+
+def held_weights(contenders: Sequence[Contender], weight: Tensor) -> dict[Scheme | None, Tensor]:
+    """The weights that contenders multiply by, by the scheme that they hold; None: ``weight`` itself."""
+    held: dict[Scheme | None, Tensor] = {None: weight}
+    for scheme in {contender.holds for contender in contenders if contender.holds is not None}:
+        held[scheme] = reference.dequantize_weight(reference.quantize_weight(weight, scheme), scheme, weight.shape[1])
+    return held
+
+
+def _check(
+    contender: Contender, x: Tensor, weight: Tensor, held: Mapping[Scheme | None, Tensor], bias: Tensor
+) -> _Check:
+    """Compares some rows of the output with fp32 products, and with the exact result where one is defined."""
     y = contender.output()
     rows = torch.linspace(0, x.shape[0] - 1, min(x.shape[0], _CHECKED_ROWS)).long()
     x, y = x[rows], y[rows]
-    truth = torch.nn.functional.linear(x.float(), weight, bias)
-    error = float((y.float() - truth).norm() / truth.norm())
+
+    def error(of: Tensor) -> float:
+        truth = torch.nn.functional.linear(x.float(), of, bias)
+        return float((y.float() - truth).norm() / truth.norm())
+
     expected = contender.expected(x, weight, bias)
-    return error, None if expected is None else bool(torch.equal(y, expected))
+    exact = None if expected is None else bool(torch.equal(y, expected))
+    return _Check(error(weight), error(held[contender.holds]), exact)
 
 
 def table(rows: Sequence[Row]) -> str:
-    """The rows of one shape, M and state, fastest rival last column's one."""
+    """The rows of one shape, M and state; "x rival": as fast as the fastest right rival of the scheme, times this."""
     first = rows[0]
-    rival = min((row.median for row in rows if not row.ours and row.relative_error < _SUSPICIOUS_ERROR), default=None)
     lines = [f"K={first.k} N={first.n} M={first.m} {first.state}: limit {first.limit * 1e6:.1f} us (first row's)"]
     lines.append(f"{'':24}{'us':>11}{'GOPS':>9}{'% limit':>9}{'x rival':>9}{'error':>10}")
+    right = [row for row in rows if not row.ours and row.arithmetic_error < _SUSPICIOUS_ERROR]
     for row in rows:
+        schemes = {row.scheme} if row.ours else set(row.rival_of)
+        rival = min((other.median for other in right if schemes.intersection(other.rival_of)), default=None)
         speedup = "" if rival is None else f"{rival / row.median:.2f}"
-        verdict = " WRONG" if row.relative_error > _SUSPICIOUS_ERROR and not row.ours else ""
+        verdict = "" if row.arithmetic_error < _SUSPICIOUS_ERROR else " WRONG"  # NaN too
         lines.append(
             f"{row.contender:24}{row.median * 1e6:11.1f}{row.gops:9.0f}{row.percent_of_limit:9.1f}{speedup:>9}"
             f"{row.relative_error:10.1e}{verdict}"

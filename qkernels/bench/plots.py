@@ -67,7 +67,7 @@ def _roofline(axis: Any, result: dict[str, Any]) -> None:
         rows = [row for row in result["rows"] if row["contender"] == name and row["state"] == state]
         if not rows:
             continue
-        scheme = Scheme.resolve(name.split()[0] if rows[0]["ours"] else "w8a8")
+        scheme = Scheme.resolve(rows[0]["scheme"])
         xs = [2 * r["m"] * r["n"] * r["k"] / traffic(scheme, r["k"], r["n"], r["m"], itemsize) for r in rows]
         marker = "o" if rows[0]["ours"] else "x"
         axis.plot(xs, [row["gops"] for row in rows], marker, ms=5, color=f"C{index % 10}", label=name)
@@ -77,12 +77,12 @@ def _roofline(axis: Any, result: dict[str, Any]) -> None:
 
 
 def _against_rows(axis: Any, result: dict[str, Any], scheme: str, shape: tuple[int, int]) -> None:
-    """Time against M at one shape: ours, the rivals, the limit."""
+    """Time against M at one shape: ours, the rivals of the scheme, its limit."""
     here = [row for row in result["rows"] if (row["k"], row["n"]) == shape]
     state = "cold" if any(row["state"] == "cold" for row in here) else "warm"
     here = [row for row in here if row["state"] == state]
     layer = f"{scheme} layer"
-    names = [name for name in dict.fromkeys(r["contender"] for r in here) if name == layer or not _is_ours(here, name)]
+    names = list(dict.fromkeys(r["contender"] for r in here if r["contender"] == layer or scheme in r["rival_of"]))
     for index, name in enumerate(names):
         rows = sorted((row for row in here if row["contender"] == name), key=lambda row: row["m"])
         thick = {"lw": 2.5, "color": "C3"} if name == layer else {"lw": 1, "color": f"C{(index + 3) % 10}"}
@@ -90,7 +90,3 @@ def _against_rows(axis: Any, result: dict[str, Any], scheme: str, shape: tuple[i
         if name == layer:
             axis.plot([r["m"] for r in rows], [r["limit"] * 1e6 for r in rows], "k--", lw=1, label="limit")
     axis.set(xscale="log", yscale="log", xlabel="M", title=f"K={shape[0]} N={shape[1]}, {state}")
-
-
-def _is_ours(rows: Sequence[dict[str, Any]], name: str) -> bool:
-    return any(row["ours"] for row in rows if row["contender"] == name)

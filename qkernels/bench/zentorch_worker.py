@@ -1,5 +1,5 @@
-"""The process that :class:`qkernels.bench.rivals.Zentorch` talks to. It runs under another interpreter, so it imports
-nothing of qkernels; one JSON object a line goes in, one comes out.
+"""The process that :class:`qkernels.bench.rivals_zentorch.Zentorch` talks to. It runs under another interpreter, so it
+imports nothing of qkernels; one JSON object a line goes in, one comes out.
 """
 
 from __future__ import annotations
