@@ -20,6 +20,7 @@ namespace {
 struct Cpu {
   bool avx2 = false, avxvnni = false, avx512vnni = false, amx = false;
   bool avx512bf16 = false;  // AVX512-BF16 and AVX512-VBMI: no tier of its own
+  bool intel = false;
 };
 
 #if defined(__x86_64__)
@@ -38,6 +39,8 @@ bool request_amx_permission() {
 Cpu detect() {
   Cpu cpu;
   unsigned a, b, c, d;
+  if (!__get_cpuid(0, &a, &b, &c, &d)) return cpu;
+  cpu.intel = b == signature_INTEL_ebx && c == signature_INTEL_ecx && d == signature_INTEL_edx;
   if (!__get_cpuid(1, &a, &b, &c, &d)) return cpu;
   const bool osxsave = bit(c, 27), avx = bit(c, 28), f16c = bit(c, 29), fma = bit(c, 12);
   if (!osxsave || !avx || !f16c || !fma) return cpu;
@@ -159,6 +162,8 @@ const WeightOnlyTable& weight_only_kernels(const LinearWxA16Args& args) {
 }
 
 const char* isa_reason() { return active_reason; }
+
+bool is_intel() { return cpu().intel; }
 
 void init_dispatch() {
   if (const char* wanted = std::getenv("QKERNELS_ISA")) {

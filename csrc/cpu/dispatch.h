@@ -57,6 +57,9 @@ const KernelTable& kernels();  // the tier in use
 const WeightOnlyTable& weight_only_kernels(const LinearWxA16Args& args);  // of that tier, best for the activations
 const char* isa_reason();  // why this tier
 
+// Whether 512-bit shifts and logic take the two ports of the dot products, as on Intel's processors; AMD's have others.
+bool is_intel();
+
 // Reads QKERNELS_ISA; called once when the module loads. Throws as force_isa does.
 void init_dispatch();
 

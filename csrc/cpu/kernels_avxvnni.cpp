@@ -32,10 +32,11 @@ inline __m256i broadcast4(const uint8_t* p) {
 struct AvxVnni : YmmVerbs {
   static constexpr const char* kIsa = "avxvnni";
   static constexpr int kTileM = 6, kTileN = 16, kOffset = 128, kSliceK = 1024;
-  static constexpr int kDepthAlign = 8, kMaxBlockTiles = 16, kDirectRows = 1, kDirectTiles = 6;
+  static constexpr int kDepthAlign = 8, kMaxBlockTiles = 16, kDirectRows = 1;
   static constexpr bool kFusesGroups = false, kPrefetchesSlices = true, kLooksAhead = false, kFinishesTiles = false,
                         kWidens = false, kJoinsGroups = true;
   static constexpr int64_t kBlockBytes = 384 << 10;
+  static int64_t direct_tiles() { return 6; }
   struct Session {
     Session() {}
   };

@@ -15,13 +15,13 @@
 // (kJoinsGroups), multiplier * (q - zero point) + 128 goes into the panel, and each panel is one group, whose zero
 // point is 128.
 //
-// Few rows (kDirectTiles times kDirectRows) skip the panel: codes are unpacked in registers, for kDirectRows rows at a
-// time, from a group that stays in L1. K is never split between threads, so tiers and thread counts agree to the bit.
+// Few rows (direct_tiles() times kDirectRows) skip the panel: codes are unpacked in registers, for kDirectRows rows at
+// a time, from a group that stays in L1. K is never split between threads, so tiers and thread counts agree to the bit.
 //
 // A tier provides, beside what linear_w8a8_impl.h asks for: tile4 (as tile, u8 weights and s8 activations, depth in
-// lines of 4 k), tile4_direct (rows <= kDirectRows, c [rows, 64], straight from packed lines of 8 k), kDirectTiles (so
-// many of those beat a panel, measured), and, where kFusesGroups, tile4_group (a group's sums of at least the columns
-// that are there go to the totals, float or int32, without a stop in memory).
+// lines of 4 k), tile4_direct (rows <= kDirectRows, c [rows, 64], straight from packed lines of 8 k), direct_tiles()
+// (so many of those beat a panel, measured), and, where kFusesGroups, tile4_group (a group's sums of at least the
+// columns that are there go to the totals, float or int32, without a stop in memory).
 #pragma once
 
 #include <cstring>
@@ -30,6 +30,7 @@
 #include "../args.h"
 #include "../layout.h"
 #include "activation.h"
+#include "ahead.h"
 #include "quantize_rows.h"
 #include "row_chunks.h"
 #include "store_row.h"
@@ -39,7 +40,7 @@ namespace qk {
 namespace {
 
 constexpr int64_t kPanelK = 512;  // deepest panel: 32 KiB
-constexpr int64_t kLineK = 2 * kPackK;
+constexpr int64_t kLineK = 2 * kPackK, kLineBytes = kBlockN * kPackK;
 constexpr int64_t kTotalsRows = 96;  // rows of a block: their float totals are 24 KiB a superblock
 
 inline int64_t w4a8_row_bytes(int64_t k, int64_t groups) {
@@ -57,7 +58,7 @@ template <class V, bool kWhole>
 class LinearW4A8 {
  public:
   explicit LinearW4A8(const LinearW4A8Args& args)
-      : LinearW4A8(args, args.group_size, V::kJoinsGroups && args.m > V::kDirectTiles * V::kDirectRows) {}
+      : LinearW4A8(args, args.group_size, V::kJoinsGroups && args.m > V::direct_tiles() * V::kDirectRows) {}
 
   void run() const {
     for_row_chunks<V>(
@@ -125,7 +126,7 @@ class LinearW4A8 {
     const Range mine = share(blocks * superblocks, thread, team);
     for (int64_t u = mine.begin; u < mine.end; ++u) {
       const Range block = share(rows, static_cast<int>(u / superblocks), static_cast<int>(blocks));
-      superblock(u % superblocks, row, block, q, scales);
+      superblock(u % superblocks, row, block, u + 1 < mine.end, q, scales);
     }
   }
 
@@ -215,13 +216,19 @@ class LinearW4A8 {
     }
   }
 
-  void superblock(int64_t nb, int64_t row, Range block, const uint8_t* q, const RowScale* scales) const {
+  // more: whether the thread goes on to the next one.
+  void superblock(int64_t nb, int64_t row, Range block, bool more, const uint8_t* q, const RowScale* scales) const {
     const int64_t rows = block.end - block.begin, tiles = ceil_div(rows, V::kTileM);
-    const bool direct = !joins_ && rows <= V::kDirectTiles * V::kDirectRows;
+    const bool direct = !joins_ && rows <= V::direct_tiles() * V::kDirectRows;
     const int64_t columns =
         p_.n - nb * kBlockN < kBlockN ? p_.n - nb * kBlockN : kBlockN;  // tiles of padding are left out
     const uint8_t* a = q + block.begin * stride_;
-    const uint8_t* codes = p_.packed + nb * (padded_k(p_.k) / kLineK) * kBlockN * kPackK;
+    const int64_t code_bytes = padded_k(p_.k) / kLineK * kLineBytes;
+    const uint8_t* codes = p_.packed + nb * code_bytes;
+    const int64_t direct_tiles = ceil_div(rows, V::kDirectRows < 1 ? 1 : V::kDirectRows);
+    const LookAhead look_ahead(codes + code_bytes, code_bytes, direct ? direct_tiles : tiles,
+                               direct ? kLineBytes : kLineBytes / 2);
+    const bool streams = p_.n * p_.k / 2 >= kUncachedBytes;
     alignas(kAlign) Total totals[kTotalsRows * kBlockN];
     alignas(kAlign) uint8_t panel[kPanelK * kBlockN];
     alignas(kAlign) int32_t sums[(kTotalsRows + V::kTileM) * kBlockN];
@@ -234,8 +241,12 @@ class LinearW4A8 {
       if (direct) {
         for (int64_t r = 0; r < rows; r += V::kDirectRows) {
           const Range tile{r, r + V::kDirectRows < rows ? r + V::kDirectRows : rows};
-          V::tile4_direct(static_cast<int>(tile.end - r), a + r * stride_ + begin, stride_,
-                          codes + begin / kLineK * kBlockN * kPackK, ceil_div(end - begin, kLineK), sums);
+          const uint8_t* from = codes + begin / kLineK * kLineBytes;
+          const int64_t lines = ceil_div(end - begin, kLineK);
+          tile_direct(static_cast<int>(tile.end - r), a + r * stride_ + begin, stride_, from, lines, sums,
+                      direct_tiles == 1 ? streams ? ahead_in_stream(from) : Ahead{}
+                      : more            ? look_ahead.of(begin / kLineK * kLineBytes, r / V::kDirectRows, lines)
+                                        : Ahead{});
           finish_group(g, end - begin, tile, a, scales + block.begin, sums, kBlockN, 0, group, totals);
         }
         continue;
@@ -246,7 +257,7 @@ class LinearW4A8 {
         unpack_panel(nb, codes, k0, depth, steps, panel);
         if constexpr (V::kFusesGroups) {
           if (fuses_) {
-            fused_group(g, columns, tiles, rows, a, begin, steps, panel, group, totals);
+            fused_group(g, columns, tiles, rows, a, begin, steps, panel, group, totals, more ? &look_ahead : nullptr);
             continue;
           }
         }
@@ -272,18 +283,33 @@ class LinearW4A8 {
       finish_row(row + block.begin + r, scales[block.begin + r].scale, totals + r * kBlockN, nb * kBlockN, kBlockN);
   }
 
+  static void tile_direct(int rows, const uint8_t* a, int64_t lda, const uint8_t* packed, int64_t lines, int32_t* c,
+                          const Ahead& ahead) {
+    if constexpr (V::kLooksAhead)
+      V::tile4_direct(rows, a, lda, packed, lines, c, ahead);
+    else
+      V::tile4_direct(rows, a, lda, packed, lines, c);
+  }
+
   // A group of one panel whose zero points are all 8, or 128: the accumulators start at minus that times sum(a) and end
   // in the totals.
   void fused_group(int64_t g, int64_t columns, int64_t tiles, int64_t rows, const uint8_t* a, int64_t begin,
-                   int64_t steps, const uint8_t* panel, const Group& group, Total* totals) const {
+                   int64_t steps, const uint8_t* panel, const Group& group, Total* totals,
+                   const LookAhead* look_ahead) const {
     for (int64_t t = 0; t < tiles; ++t) {
       const Range tile = share(rows, static_cast<int>(t), static_cast<int>(tiles));
       int32_t start[V::kTileM];
       for (int64_t r = tile.begin; r < tile.end; ++r)
         start[r - tile.begin] = (joins_ ? -128 : -8) * group_sums(a + r * stride_)[g];
-      V::tile4_group(static_cast<int>(tile.end - tile.begin), a + tile.begin * stride_ + begin, stride_,
-                     reinterpret_cast<const int8_t*>(panel), columns, steps, start, group.scale,
-                     totals + tile.begin * kBlockN);
+      const uint8_t* from = a + tile.begin * stride_ + begin;
+      const int8_t* b = reinterpret_cast<const int8_t*>(panel);
+      Total* total = totals + tile.begin * kBlockN;
+      const int count = static_cast<int>(tile.end - tile.begin);
+      if constexpr (V::kLooksAhead)
+        V::tile4_group(count, from, stride_, b, columns, steps, start, group.scale, total,
+                       look_ahead ? look_ahead->of(begin / kLineK * kLineBytes, t, steps) : Ahead{});
+      else
+        V::tile4_group(count, from, stride_, b, columns, steps, start, group.scale, total);
     }
   }
 
@@ -297,7 +323,7 @@ class LinearW4A8 {
       const int64_t depth = end - k0 < kPanelK ? end - k0 : kPanelK, lines = ceil_div(depth, kLineK);
       const uint8_t* packed = codes + k0 / kLineK * kBlockN * kPackK;
       if (V::kDirectRows > 0 && !joins_) {
-        V::tile4_direct(1, ones, 0, packed, lines, sums);
+        tile_direct(1, ones, 0, packed, lines, sums, Ahead{});
         for (int j = 0; j < kBlockN; ++j) group.code_sum[j] += sums[j];
         continue;
       }

@@ -55,10 +55,6 @@ bool is_wide(int64_t m, int64_t k) {
   return false;
 }
 
-// Weights of more bytes are taken to come from memory; with fewer, which a cache may hold, few rows lose more by asking
-// ahead than they can gain.
-constexpr int64_t kUncachedBytes = 8 << 20;
-
 // Bytes of a quantized row.
 template <class V>
 int64_t w8a8_row_bytes(int64_t m, int64_t k) {
@@ -271,9 +267,10 @@ class LinearW8A8 {
 
   // What tile t of the range asks for: the weights behind `depth` k of its own, if there is `more`.
   Ahead look_ahead(const int8_t* b, int64_t depth, Range range, int64_t t, bool more) const {
-    const int64_t tiles = range.end - range.begin, steps = padded_k(depth) / kPackK;
+    const int64_t tiles = range.end - range.begin, bytes = padded_k(depth) * kBlockN;
     if (tiles == 1) return streams_ ? ahead_in_stream(b) : Ahead{};
-    return more ? ahead_of(b + steps * kStepBytes, t - range.begin, tiles, steps) : Ahead{};
+    if (!more) return {};
+    return LookAhead(b + bytes, bytes, tiles, kBlockN * kPackK).of(0, t - range.begin, padded_k(depth) / kPackK);
   }
 
   // The same order of loops over widened operands.

@@ -5,6 +5,7 @@
 
 #include "../layout.h"
 #include "ahead.h"
+#include "dispatch.h"
 #include "verbs_zmm.h"
 
 // c += sum of four u8 x s8 products, per 32-bit lane (VPDPBUSD, not the saturating VPDPBUSDS). Inline assembly over
@@ -26,10 +27,13 @@ inline __m512i broadcast4(const uint8_t* p) {
 struct Avx512Vnni : ZmmVerbs {
   static constexpr const char* kIsa = "avx512vnni";
   static constexpr int kTileM = 6, kTileN = 64, kOffset = 128, kSliceK = 4096;
-  static constexpr int kDepthAlign = 8, kMaxBlockTiles = 16, kDirectRows = 4, kDirectTiles = 6;
+  static constexpr int kDepthAlign = 8, kMaxBlockTiles = 16, kDirectRows = 4;
   static constexpr bool kFusesGroups = true, kPrefetchesSlices = false, kLooksAhead = true, kFinishesTiles = true,
                         kWidens = false, kJoinsGroups = true;
   static constexpr int64_t kBlockBytes = 384 << 10;
+  // Codes are unpacked anew for each direct tile: 12 instructions beside 32 dot products, which they hold up on Intel's
+  // ports and not on AMD's.
+  static int64_t direct_tiles() { return is_intel() ? 2 : 6; }
   struct Session {
     Session() {}
   };
@@ -175,12 +179,10 @@ struct Avx512Vnni : ZmmVerbs {
     add_group(t + 32, c##r##2, scale + 32);                                                                            \
     add_group(t + 48, c##r##3, scale + 48);                                                                            \
   }
-  template <int kRows, class T>
+  template <int kRows, int kLines, class T>
   QK_NOINLINE static void group_rows(const uint8_t* a, int64_t lda, const int8_t* b, int64_t steps,
-                                     const int32_t* start, const T* scale, T* total) {
+                                     const int32_t* start, const T* scale, T* total, const Ahead& ahead) {
     constexpr bool kUnsignedWeights = true;
-    constexpr int kLines = 0;
-    constexpr Ahead ahead{};
     QK_SIX(QK_START)
     QK_STEPS()
     QK_SIX(QK_TOTAL)
@@ -223,21 +225,23 @@ struct Avx512Vnni : ZmmVerbs {
 
   template <class T>
   static void tile4_group(int rows, const uint8_t* a, int64_t lda, const int8_t* b, int64_t /*columns: always 64*/,
-                          int64_t steps, const int32_t* start, const T* scale, T* total) {
-    switch (rows) {
-      case 1:
-        return group_rows<1>(a, lda, b, steps, start, scale, total);
-      case 2:
-        return group_rows<2>(a, lda, b, steps, start, scale, total);
-      case 3:
-        return group_rows<3>(a, lda, b, steps, start, scale, total);
-      case 4:
-        return group_rows<4>(a, lda, b, steps, start, scale, total);
-      case 5:
-        return group_rows<5>(a, lda, b, steps, start, scale, total);
-      default:
-        return group_rows<6>(a, lda, b, steps, start, scale, total);
-    }
+                          int64_t steps, const int32_t* start, const T* scale, T* total, const Ahead& ahead) {
+    with_lines(ahead, [&](auto lines) {
+      switch (rows) {
+        case 1:
+          return group_rows<1, lines()>(a, lda, b, steps, start, scale, total, ahead);
+        case 2:
+          return group_rows<2, lines()>(a, lda, b, steps, start, scale, total, ahead);
+        case 3:
+          return group_rows<3, lines()>(a, lda, b, steps, start, scale, total, ahead);
+        case 4:
+          return group_rows<4, lines()>(a, lda, b, steps, start, scale, total, ahead);
+        case 5:
+          return group_rows<5, lines()>(a, lda, b, steps, start, scale, total, ahead);
+        default:
+          return group_rows<6, lines()>(a, lda, b, steps, start, scale, total, ahead);
+      }
+    });
   }
 
   // Four column vectors are too few chains for the latency, so odd steps have accumulators of their own. steps is even.
@@ -283,8 +287,9 @@ struct Avx512Vnni : ZmmVerbs {
   store_i(c + r * kBlockN + 32, c##r##2);                                                                              \
   store_i(c + r * kBlockN + 48, c##r##3);
 
-  template <int kRows>
-  QK_NOINLINE static void direct_rows(const uint8_t* a, int64_t lda, const uint8_t* packed, int64_t lines, int32_t* c) {
+  template <int kRows, int kLines>
+  QK_NOINLINE static void direct_rows(const uint8_t* a, int64_t lda, const uint8_t* packed, int64_t lines, int32_t* c,
+                                      const Ahead& ahead) {
     const __m512i zero = _mm512_setzero_si512(), nibble = _mm512_set1_epi8(15);
     __m512i c00 = zero, c01 = zero, c02 = zero, c03 = zero, c10 = zero, c11 = zero, c12 = zero, c13 = zero;
     __m512i c20 = zero, c21 = zero, c22 = zero, c23 = zero, c30 = zero, c31 = zero, c32 = zero, c33 = zero;
@@ -295,7 +300,10 @@ struct Avx512Vnni : ZmmVerbs {
       if constexpr (kRows > 1) v1 = broadcast4(a + lda), w1 = broadcast4(a + lda + kPackK);
       if constexpr (kRows > 2) v2 = broadcast4(a + 2 * lda), w2 = broadcast4(a + 2 * lda + kPackK);
       if constexpr (kRows > 3) v3 = broadcast4(a + 3 * lda), w3 = broadcast4(a + 3 * lda + kPackK);
-      QK_COLUMN(0) QK_COLUMN(1) QK_COLUMN(2) QK_COLUMN(3)
+      QK_COLUMN(0)
+      QK_COLUMN(1)
+      QK_COLUMN(2) QK_COLUMN(3) for (int i = 0; i < kLines; ++i)
+          __builtin_prefetch(ahead.at + l * ahead.stride + i * ahead.apart, 0, 2);
     }
     if constexpr (kRows == 1) {
       c00 = add_i(c00, c10), c01 = add_i(c01, c11), c02 = add_i(c02, c12), c03 = add_i(c03, c13);
@@ -313,17 +321,20 @@ struct Avx512Vnni : ZmmVerbs {
   }
 #undef QK_COLUMN
 #undef QK_SAVE
-  static void tile4_direct(int rows, const uint8_t* a, int64_t lda, const uint8_t* packed, int64_t lines, int32_t* c) {
-    switch (rows) {
-      case 1:
-        return direct_rows<1>(a, lda, packed, lines, c);
-      case 2:
-        return direct_rows<2>(a, lda, packed, lines, c);
-      case 3:
-        return direct_rows<3>(a, lda, packed, lines, c);
-      default:
-        return direct_rows<4>(a, lda, packed, lines, c);
-    }
+  static void tile4_direct(int rows, const uint8_t* a, int64_t lda, const uint8_t* packed, int64_t lines, int32_t* c,
+                           const Ahead& ahead) {
+    with_lines(ahead, [&](auto asked) {
+      switch (rows) {
+        case 1:
+          return direct_rows<1, asked()>(a, lda, packed, lines, c, ahead);
+        case 2:
+          return direct_rows<2, asked()>(a, lda, packed, lines, c, ahead);
+        case 3:
+          return direct_rows<3, asked()>(a, lda, packed, lines, c, ahead);
+        default:
+          return direct_rows<4, asked()>(a, lda, packed, lines, c, ahead);
+      }
+    });
   }
 };
 
