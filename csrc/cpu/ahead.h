@@ -4,6 +4,8 @@
 // later ones would leave memory idle. So each tile asks for its share of what lies behind the bytes it reads.
 #pragma once
 
+#include <type_traits>
+
 #include "../layout.h"
 
 namespace qk {
@@ -19,6 +21,21 @@ struct Ahead {
   int64_t stride = 0, apart = 0;
   int lines = 0;  // 0, 1, 2 or 4
 };
+
+// call(lines), a constant.
+template <class Call>
+void with_lines(const Ahead& ahead, const Call& call) {
+  switch (ahead.lines) {
+    case 0:
+      return call(std::integral_constant<int, 0>{});
+    case 1:
+      return call(std::integral_constant<int, 1>{});
+    case 2:
+      return call(std::integral_constant<int, 2>{});
+    default:
+      return call(std::integral_constant<int, 4>{});
+  }
+}
 
 // Shares `bytes` bytes behind the weights that `tiles` tiles read together among their steps. A step of one tile reads
 // step_bytes.

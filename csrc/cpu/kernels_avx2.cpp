@@ -46,8 +46,8 @@ struct Avx2 : YmmVerbs {
   static constexpr const char* kIsa = "avx2";
   static constexpr int kTileM = 4, kTileN = 16, kOffset = 0, kSliceK = 512;
   static constexpr int kDepthAlign = 8, kMaxBlockTiles = 16, kDirectRows = 2;
-  static constexpr bool kFusesGroups = true, kPrefetchesSlices = false, kLooksAhead = false, kFinishesTiles = false,
-                        kWidens = true, kJoinsGroups = false;
+  static constexpr bool kFusesGroups = true, kLooksAhead = false, kFinishesTiles = false, kWidens = true,
+                        kJoinsGroups = false;
   static constexpr int64_t kBlockBytes = 384 << 10, kWideBlockBytes = 1536 << 10;
   static constexpr int kWideTileM = 4, kWideSliceK = 512, kWideBlockTiles = 32;
   // Measured on Zen 3: fewer rows do not earn back the panel, least of all where weights come from L3 or memory.

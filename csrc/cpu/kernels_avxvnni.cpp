@@ -33,17 +33,17 @@ struct AvxVnni : YmmVerbs {
   static constexpr const char* kIsa = "avxvnni";
   static constexpr int kTileM = 6, kTileN = 16, kOffset = 128, kSliceK = 1024;
   static constexpr int kDepthAlign = 8, kMaxBlockTiles = 16, kDirectRows = 1;
-  static constexpr bool kFusesGroups = false, kPrefetchesSlices = true, kLooksAhead = false, kFinishesTiles = false,
-                        kWidens = false, kJoinsGroups = true;
+  static constexpr bool kFusesGroups = false, kLooksAhead = true, kFinishesTiles = false, kWidens = false,
+                        kJoinsGroups = true;
   static constexpr int64_t kBlockBytes = 384 << 10;
-  static int64_t direct_tiles() { return 6; }
+  static int64_t direct_tiles() { return 4; }
   struct Session {
     Session() {}
   };
 
-  template <class W, int kRows>
+  template <class W, int kRows, int kLines>
   QK_NOINLINE static void tile_rows(const uint8_t* a, int64_t lda, const int8_t* b, int64_t steps, int32_t* c,
-                                    bool accumulate) {
+                                    bool accumulate, const Ahead& ahead) {
     __m256i c00, c01, c10, c11, c20, c21, c30, c31, c40, c41, c50, c51;
     const auto init = [&](int r, __m256i& x0, __m256i& x1) {
       x0 = accumulate ? load_i(c + r * kTileN) : _mm256_setzero_si256();
@@ -75,6 +75,7 @@ struct AvxVnni : YmmVerbs {
       if constexpr (kRows > 3) row(a3, c30, c31);
       if constexpr (kRows > 4) row(a3 + lda, c40, c41);
       if constexpr (kRows > 5) row(a3 + 2 * lda, c50, c51);
+      for (int i = 0; i < kLines; ++i) __builtin_prefetch(ahead.at + k * ahead.stride + i * ahead.apart, 0, 2);
     }
     save(0, c00, c01);
     if constexpr (kRows > 1) save(1, c10, c11);
@@ -104,34 +105,41 @@ struct AvxVnni : YmmVerbs {
 
   template <class W>
   static void tile_of(int rows, const uint8_t* a, int64_t lda, const int8_t* b, int64_t steps, int32_t* c,
-                      bool accumulate) {
-    switch (rows) {
-      case 1:
-        return tile_rows<W, 1>(a, lda, b, steps, c, accumulate);
-      case 2:
-        return tile_rows<W, 2>(a, lda, b, steps, c, accumulate);
-      case 3:
-        return tile_rows<W, 3>(a, lda, b, steps, c, accumulate);
-      case 4:
-        return tile_rows<W, 4>(a, lda, b, steps, c, accumulate);
-      case 5:
-        return tile_rows<W, 5>(a, lda, b, steps, c, accumulate);
-      default:
-        return tile_rows<W, 6>(a, lda, b, steps, c, accumulate);
-    }
+                      bool accumulate, const Ahead& ahead) {
+    with_lines(ahead, [&](auto lines) {
+      switch (rows) {
+        case 1:
+          return tile_rows<W, 1, lines()>(a, lda, b, steps, c, accumulate, ahead);
+        case 2:
+          return tile_rows<W, 2, lines()>(a, lda, b, steps, c, accumulate, ahead);
+        case 3:
+          return tile_rows<W, 3, lines()>(a, lda, b, steps, c, accumulate, ahead);
+        case 4:
+          return tile_rows<W, 4, lines()>(a, lda, b, steps, c, accumulate, ahead);
+        case 5:
+          return tile_rows<W, 5, lines()>(a, lda, b, steps, c, accumulate, ahead);
+        default:
+          return tile_rows<W, 6, lines()>(a, lda, b, steps, c, accumulate, ahead);
+      }
+    });
   }
 
   static void tile(int rows, const uint8_t* a, int64_t lda, const int8_t* b, int64_t steps, int32_t* c, bool accumulate,
-                   bool /*minus128*/) {
-    tile_of<SignedWeights>(rows, a, lda, b, steps, c, accumulate);
+                   bool /*minus128*/, const Ahead& ahead) {
+    tile_of<SignedWeights>(rows, a, lda, b, steps, c, accumulate, ahead);
   }
   static void tile4(int rows, const uint8_t* a, int64_t lda, const int8_t* b, int64_t steps, int32_t* c,
-                    bool accumulate) {
-    tile_of<UnsignedWeights>(rows, a, lda, b, steps, c, accumulate);
+                    bool accumulate, const Ahead& ahead) {
+    tile_of<UnsignedWeights>(rows, a, lda, b, steps, c, accumulate, ahead);
   }
 
-  QK_NOINLINE static void tile4_direct(int /*rows: 1*/, const uint8_t* a, int64_t /*lda*/, const uint8_t* packed,
-                                       int64_t lines, int32_t* c) {
+  static void tile4_direct(int /*rows: 1*/, const uint8_t* a, int64_t /*lda*/, const uint8_t* packed, int64_t lines,
+                           int32_t* c, const Ahead& ahead) {
+    with_lines(ahead, [&](auto asked) { direct_row<asked()>(a, packed, lines, c, ahead); });
+  }
+  template <int kLines>
+  QK_NOINLINE static void direct_row(const uint8_t* a, const uint8_t* packed, int64_t lines, int32_t* c,
+                                     const Ahead& ahead) {
     const __m256i nibble = _mm256_set1_epi8(15);
     __m256i c0, c1, c2, c3, c4, c5, c6, c7;
     c0 = c1 = c2 = c3 = c4 = c5 = c6 = c7 = _mm256_setzero_si256();
@@ -151,6 +159,7 @@ struct AvxVnni : YmmVerbs {
       column(5, c5);
       column(6, c6);
       column(7, c7);
+      for (int i = 0; i < kLines; ++i) __builtin_prefetch(ahead.at + l * ahead.stride + i * ahead.apart, 0, 2);
     }
     store_run(c, c0, c1, c2, c3, c4, c5, c6, c7);
   }

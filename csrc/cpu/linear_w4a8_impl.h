@@ -226,7 +226,7 @@ class LinearW4A8 {
     const int64_t code_bytes = padded_k(p_.k) / kLineK * kLineBytes;
     const uint8_t* codes = p_.packed + nb * code_bytes;
     const int64_t direct_tiles = ceil_div(rows, V::kDirectRows < 1 ? 1 : V::kDirectRows);
-    const LookAhead look_ahead(codes + code_bytes, code_bytes, direct ? direct_tiles : tiles,
+    const LookAhead look_ahead(codes + code_bytes, code_bytes, direct ? direct_tiles : kBlockN / V::kTileN * tiles,
                                direct ? kLineBytes : kLineBytes / 2);
     const bool streams = p_.n * p_.k / 2 >= kUncachedBytes;
     alignas(kAlign) Total totals[kTotalsRows * kBlockN];
@@ -265,8 +265,9 @@ class LinearW4A8 {
         for (int j = 0; j < columns; j += V::kTileN) {
           for (int64_t t = 0; t < tiles; ++t) {
             const Range tile = share(rows, static_cast<int>(t), static_cast<int>(tiles));
-            V::tile4(static_cast<int>(tile.end - tile.begin), a + tile.begin * stride_ + k0, stride_,
-                     reinterpret_cast<const int8_t*>(panel) + j * kPackK, steps, c, k0 > begin);
+            tile_panel(static_cast<int>(tile.end - tile.begin), a + tile.begin * stride_ + k0, stride_,
+                       panel + j * kPackK, steps, c, k0 > begin,
+                       more ? look_ahead.of(k0 / kLineK * kLineBytes, j / V::kTileN * tiles + t, steps) : Ahead{});
             if (k0 + depth == end)
               finish_group(g, end - begin, tile, a, scales + block.begin, c, V::kTileN, j, group, totals);
             if (end - begin > kPanelK) c += V::kTileM * V::kTileN;
@@ -283,6 +284,14 @@ class LinearW4A8 {
       finish_row(row + block.begin + r, scales[block.begin + r].scale, totals + r * kBlockN, nb * kBlockN, kBlockN);
   }
 
+  static void tile_panel(int rows, const uint8_t* a, int64_t lda, const uint8_t* panel, int64_t steps, int32_t* c,
+                         bool accumulate, const Ahead& ahead) {
+    const int8_t* b = reinterpret_cast<const int8_t*>(panel);
+    if constexpr (V::kLooksAhead)
+      V::tile4(rows, a, lda, b, steps, c, accumulate, ahead);
+    else
+      V::tile4(rows, a, lda, b, steps, c, accumulate);
+  }
   static void tile_direct(int rows, const uint8_t* a, int64_t lda, const uint8_t* packed, int64_t lines, int32_t* c,
                           const Ahead& ahead) {
     if constexpr (V::kLooksAhead)
@@ -330,7 +339,7 @@ class LinearW4A8 {
       const int64_t steps = round_up(depth, V::kDepthAlign) / kPackK;
       unpack_panel(nb, codes, k0, depth, steps, panel);
       for (int64_t j = 0; j < kBlockN; j += V::kTileN) {
-        V::tile4(1, ones, 0, reinterpret_cast<const int8_t*>(panel) + j * kPackK, steps, sums, false);
+        tile_panel(1, ones, 0, panel + j * kPackK, steps, sums, false, Ahead{});
         for (int i = 0; i < V::kTileN; ++i) group.code_sum[j + i] += sums[i];
       }
     }

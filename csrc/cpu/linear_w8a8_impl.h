@@ -7,7 +7,6 @@
 //   kSliceK           depth of a K slice, so that kTileN columns of it stay in the cache they are meant for
 //   kBlockBytes       activations of a block of row tiles, at most kMaxBlockTiles of them
 //   kDepthAlign       a tile's depth is rounded up to this; both operands are padded with zeros up to 64
-//   kPrefetchesSlices whether the next slice is asked for while one is worked on
 //   kLooksAhead       whether tile and finished_tile take what they are to ask for on the way (ahead.h)
 //   kFinishesTiles    whether finished_tile<D>(...) takes the sums of kFinishedRows rows or more through the epilogue
 //                     without storing them
@@ -242,10 +241,6 @@ class LinearW8A8 {
       int32_t* c = sums;
       for (int j = 0; j < columns.count; j += V::kTileN) {
         const int8_t* b = weights + k0 * kBlockN + j * kPackK;
-        if (V::kPrefetchesSlices) {  // this tile jumps over lines, which the hardware prefetcher does not follow
-          const int8_t* ahead = weights + (k0 + V::kSliceK) * kBlockN + j * V::kSliceK;
-          for (int64_t i = 0; i < V::kSliceK * V::kTileN; i += kAlign) __builtin_prefetch(ahead + i);
-        }
         for (int64_t t = range.begin; t < range.end; ++t) {
           const Range tile_rows = share(rows, static_cast<int>(t), static_cast<int>(tiles));
           const int64_t count = tile_rows.end - tile_rows.begin;
@@ -254,7 +249,7 @@ class LinearW8A8 {
           const int64_t steps = round_up(depth, V::kDepthAlign) / kPackK;
           if constexpr (V::kLooksAhead)
             V::tile(static_cast<int>(count), a, stride_, b, steps, c, k0 > 0, w.has_minus128,
-                    look_ahead(b, depth, range, t, more || !last));
+                    look_ahead(weights + k0 * kBlockN, depth, range, t, j / V::kTileN, more || !last));
           else
             V::tile(static_cast<int>(count), a, stride_, b, steps, c, k0 > 0, w.has_minus128);
           if (last) epilogue<V::kTileN>(row, tile_rows, scales, c, columns, n0, j);
@@ -265,12 +260,15 @@ class LinearW8A8 {
     }
   }
 
-  // What tile t of the range asks for: the weights behind `depth` k of its own, if there is `more`.
-  Ahead look_ahead(const int8_t* b, int64_t depth, Range range, int64_t t, bool more) const {
+  // What tile t of the range asks for in a column tile: the weights behind `depth` k of the superblock's own, if there
+  // is `more`.
+  Ahead look_ahead(const int8_t* weights, int64_t depth, Range range, int64_t t, int64_t column, bool more) const {
+    constexpr int64_t kColumns = kBlockN / V::kTileN;
     const int64_t tiles = range.end - range.begin, bytes = padded_k(depth) * kBlockN;
-    if (tiles == 1) return streams_ ? ahead_in_stream(b) : Ahead{};
+    if (kColumns * tiles == 1) return streams_ ? ahead_in_stream(weights) : Ahead{};
     if (!more) return {};
-    return LookAhead(b + bytes, bytes, tiles, kBlockN * kPackK).of(0, t - range.begin, padded_k(depth) / kPackK);
+    const LookAhead ahead(weights + bytes, bytes, kColumns * tiles, kBlockN * kPackK);
+    return ahead.of(0, column * tiles + t - range.begin, padded_k(depth) / kPackK);
   }
 
   // The same order of loops over widened operands.
@@ -350,7 +348,7 @@ class LinearW8A8 {
                                   (row + tile_rows.begin) * w.y_stride + n0,
                                   w.y_stride};
       V::template finished_tile<D>(static_cast<int>(tile_rows.end - tile_rows.begin), q + tile_rows.begin * stride_,
-                                   stride_, weights, steps, epilogue, look_ahead(weights, p_.k, range, t, more));
+                                   stride_, weights, steps, epilogue, look_ahead(weights, p_.k, range, t, 0, more));
     }
   }
 

@@ -1,8 +1,6 @@
 // Micro-kernels of the AVX512-VNNI tier, which the AMX tier uses too where there are few rows.
 #pragma once
 
-#include <type_traits>
-
 #include "../layout.h"
 #include "ahead.h"
 #include "dispatch.h"
@@ -28,8 +26,8 @@ struct Avx512Vnni : ZmmVerbs {
   static constexpr const char* kIsa = "avx512vnni";
   static constexpr int kTileM = 6, kTileN = 64, kOffset = 128, kSliceK = 4096;
   static constexpr int kDepthAlign = 8, kMaxBlockTiles = 16, kDirectRows = 4;
-  static constexpr bool kFusesGroups = true, kPrefetchesSlices = false, kLooksAhead = true, kFinishesTiles = true,
-                        kWidens = false, kJoinsGroups = true;
+  static constexpr bool kFusesGroups = true, kLooksAhead = true, kFinishesTiles = true, kWidens = false,
+                        kJoinsGroups = true;
   static constexpr int64_t kBlockBytes = 384 << 10;
   // Codes are unpacked anew for each direct tile: 12 instructions beside 32 dot products, which they hold up on Intel's
   // ports and not on AMD's.
@@ -92,21 +90,6 @@ struct Avx512Vnni : ZmmVerbs {
     QK_SIX(QK_INIT)
     QK_STEPS()
     QK_SIX(QK_SAVE)
-  }
-
-  // call(lines), a constant.
-  template <class Call>
-  static void with_lines(const Ahead& ahead, const Call& call) {
-    switch (ahead.lines) {
-      case 0:
-        return call(std::integral_constant<int, 0>{});
-      case 1:
-        return call(std::integral_constant<int, 1>{});
-      case 2:
-        return call(std::integral_constant<int, 2>{});
-      default:
-        return call(std::integral_constant<int, 4>{});
-    }
   }
 
   // A tile whose sums become results without a stop in memory: they start at minus the zero point times the sum of the
@@ -219,8 +202,8 @@ struct Avx512Vnni : ZmmVerbs {
     with_lines(ahead, [&](auto lines) { tile_of<false, lines()>(rows, a, lda, b, steps, c, accumulate, ahead); });
   }
   static void tile4(int rows, const uint8_t* a, int64_t lda, const int8_t* b, int64_t steps, int32_t* c,
-                    bool accumulate) {
-    tile_of<true, 0>(rows, a, lda, b, steps, c, accumulate, Ahead{});
+                    bool accumulate, const Ahead& ahead) {
+    with_lines(ahead, [&](auto lines) { tile_of<true, lines()>(rows, a, lda, b, steps, c, accumulate, ahead); });
   }
 
   template <class T>
@@ -302,7 +285,8 @@ struct Avx512Vnni : ZmmVerbs {
       if constexpr (kRows > 3) v3 = broadcast4(a + 3 * lda), w3 = broadcast4(a + 3 * lda + kPackK);
       QK_COLUMN(0)
       QK_COLUMN(1)
-      QK_COLUMN(2) QK_COLUMN(3) for (int i = 0; i < kLines; ++i)
+      QK_COLUMN(2)
+      QK_COLUMN(3) for (int i = 0; i < kLines; ++i)
           __builtin_prefetch(ahead.at + l * ahead.stride + i * ahead.apart, 0, 2);
     }
     if constexpr (kRows == 1) {
