@@ -152,14 +152,20 @@ void force_isa(const char* name, const char* reason) {
 
 const KernelTable& kernels() { return *active_table; }
 
-const WeightOnlyTable& weight_only_kernels(const LinearWxA16Args& args) {
+WeightOnlyTables weight_only_tables(const LinearWxA16Args& args) {
 #ifdef QK_HAVE_AVX512BF16
   const bool bf16 = args.x_dtype == DType::kBF16 && !args.inv_smooth && !args.codebook;
-  if (bf16 && cpu().avx512bf16 && active_weight_only == &weight_only_avx512()) return weight_only_avx512bf16();
+  if (bf16 && cpu().avx512bf16 && active_weight_only == &weight_only_avx512()) {
+    // Intel's vdpbf16ps takes as long as four multiply-adds, which do twice as much.
+    const WeightOnlyTable *own = &weight_only_avx512bf16(), *widened = active_weight_only;
+    return cpu().intel ? WeightOnlyTables{{widened, own}, 2} : WeightOnlyTables{{own, widened}, 2};
+  }
 #endif
   (void)args;
-  return *active_weight_only;
+  return {{active_weight_only, nullptr}, 1};
 }
+
+const WeightOnlyTable& weight_only_kernels(const LinearWxA16Args& args) { return *weight_only_tables(args).tables[0]; }
 
 const char* isa_reason() { return active_reason; }
 

@@ -54,7 +54,15 @@ TierList usable_tiers();  // compiled, and the processor and operating system su
 void force_isa(const char* name, const char* reason);
 
 const KernelTable& kernels();  // the tier in use
-const WeightOnlyTable& weight_only_kernels(const LinearWxA16Args& args);  // of that tier, best for the activations
+
+// Those of that tier that can take the activations, the fastest one here first.
+struct WeightOnlyTables {
+  const WeightOnlyTable* tables[2];
+  int count;
+};
+WeightOnlyTables weight_only_tables(const LinearWxA16Args& args);
+const WeightOnlyTable& weight_only_kernels(const LinearWxA16Args& args);  // the first of these
+
 const char* isa_reason();  // why this tier
 
 // Whether 512-bit shifts and logic take the two ports of the dot products, as on Intel's processors; AMD's have others.

@@ -10,6 +10,7 @@
 //   kUnitK                      consecutive k that one 32-bit lane of an activation holds: 1 (fp32) or 2 (a bf16 pair)
 //   kTileM, kTileN              rows and columns of the register tile; kTileN divides the 64 columns of a superblock
 //   kStreamRows                 rows that a decoded register of weights serves
+//   kStreams                    whether it has stream
 //   stream_max<W>()             rows up to which decoding anew for each kStreamRows of them beats a panel, measured
 //   kScaledPanel                whether a decoded panel holds weights (fp32), or integers whose scale comes later
 //   (bf16) kTables                     whether decoding looks 4-bit values up in a table anyway, so that a codebook
@@ -199,7 +200,7 @@ class LinearWxA16 {
   // ---- few rows ----------------------------------------------------------------------------------------------
 
   void stream_product(int64_t rows, const uint32_t* x, float* area, int thread, int team) const {
-    if constexpr (V::template stream_max<W>() > 0) {
+    if constexpr (V::kStreams) {
       const int64_t tiles = ceil_div(rows, V::kStreamRows);
       const Range mine = share(ceil_div(p_.n, kBlockN) * tiles, thread, team);
       for (int64_t u = mine.begin; u < mine.end;) {
@@ -212,7 +213,7 @@ class LinearWxA16 {
   }
 
   void stream_superblock(int64_t nb, int64_t rows, int64_t tiles, Range range, const uint32_t* x, float* c) const {
-    if constexpr (V::template stream_max<W>() > 0) {
+    if constexpr (V::kStreams) {
       alignas(kAlign) float scale[kBlockN], offset[kBlockN];
       const Range mine = rows_of(range, rows, tiles);
       std::memset(c, 0, static_cast<size_t>((mine.end - mine.begin) * kBlockN) * sizeof(float));

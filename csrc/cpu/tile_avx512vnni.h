@@ -286,8 +286,8 @@ struct Avx512Vnni : ZmmVerbs {
       QK_COLUMN(0)
       QK_COLUMN(1)
       QK_COLUMN(2)
-      QK_COLUMN(3) for (int i = 0; i < kLines; ++i)
-          __builtin_prefetch(ahead.at + l * ahead.stride + i * ahead.apart, 0, 2);
+      QK_COLUMN(3)
+      for (int i = 0; i < kLines; ++i) __builtin_prefetch(ahead.at + l * ahead.stride + i * ahead.apart, 0, 2);
     }
     if constexpr (kRows == 1) {
       c00 = add_i(c00, c10), c01 = add_i(c01, c11), c02 = add_i(c02, c12), c03 = add_i(c03, c13);

@@ -10,6 +10,7 @@ namespace {
 // 6 x 16 tile: 12 accumulators, 2 weight registers, 1 for the broadcast activation, of 16.
 struct Avx2 : YmmVerbs {
   static constexpr int kUnitK = 1, kTileM = 6, kTileVecs = 2, kStreamRows = 4;
+  static constexpr bool kStreams = true;
   static constexpr bool kScaledPanel = true, kTables = false, kEmbedsBroadcast = false;
   static constexpr int stream_vecs(int rows) { return rows == 1 ? 8 : 2; }
 
@@ -60,7 +61,7 @@ struct Avx2 : YmmVerbs {
   // Streams leave a byte or nibble where it is in a 16-bit half of the dword: after masking, it is the unsigned number
   // times 2^shift, and the activation is multiplied by 2^-shift. A mask and a conversion are all the decoding there is.
   template <class W>
-  static constexpr int stream_max() {
+  static int64_t stream_max() {
     return 12;
   }
   template <class W>

@@ -10,6 +10,7 @@ namespace {
 // 6 x 64 tile: 24 accumulators, 4 weight registers, 1 for the broadcast activation, of 32.
 struct Avx512 : ZmmVerbs {
   static constexpr int kUnitK = 1, kTileM = 6, kTileVecs = 4, kStreamRows = 6;
+  static constexpr bool kStreams = true;
   static constexpr bool kScaledPanel = true, kTables = true, kEmbedsBroadcast = true;
   static constexpr int stream_vecs(int /*rows*/) { return 4; }
 
@@ -50,9 +51,10 @@ struct Avx512 : ZmmVerbs {
 
   // Streams of 8-bit weights leave a byte where it is in a 16-bit half of the dword: after masking, it is the unsigned
   // number times 1 or 2^8, and the activation is multiplied by 1 or 2^-8. Shifts would crowd the ports that have them.
+  // Decoding takes two instructions beside six multiply-adds, on the same ports where is_intel().
   template <class W>
-  static constexpr int stream_max() {
-    return 64;
+  static int64_t stream_max() {
+    return is_intel() ? 24 : 64;
   }
   template <class W>
   static constexpr float stream_bias() {

@@ -18,6 +18,7 @@ namespace {
 // 6 x 64 tile: 24 accumulators, 4 weight registers, 1 for the broadcast pair, of 32.
 struct Avx512Bf16 : ZmmVerbs {
   static constexpr int kUnitK = 2, kTileM = 6, kTileVecs = 4, kStreamRows = 6;
+  static constexpr bool kStreams = true;
   static constexpr bool kScaledPanel = false, kTables = true, kEmbedsBroadcast = true;
   static constexpr int stream_vecs(int /*rows*/) { return 4; }
 
@@ -84,7 +85,7 @@ struct Avx512Bf16 : ZmmVerbs {
   }
 
   template <class W>
-  static constexpr int stream_max() {
+  static int64_t stream_max() {
     return W::kBits == 4 ? 64 : 8;
   }
   template <class W>

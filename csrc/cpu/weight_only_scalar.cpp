@@ -23,8 +23,9 @@ struct Scalar : ScalarVerbs {
   static F fma(F a, F b, F c) { return a * b + c; }  // two roundings
   static float reduce_add(F v) { return v; }
 
+  static constexpr bool kStreams = false;
   template <class W>
-  static constexpr int stream_max() {
+  static int64_t stream_max() {
     return 0;
   }
   template <class W>

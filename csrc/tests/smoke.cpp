@@ -135,19 +135,10 @@ struct Weight {
 // Weight-only kernels sum floats in an order of their own: equal to double precision within k + 8 roundings of fp32
 // and one of the output. `args` brings the weight, `weight_at(j, i)` tells what it stands for.
 template <class WeightAt>
-void check_weight_only(int bits, const Case& c, qk::LinearWxA16Args args, const void* x, const WeightAt& weight_at) {
+void check_weight_only(const qk::WeightOnlyTable& table, int bits, const Case& c, qk::LinearWxA16Args args,
+                       const WeightAt& weight_at) {
   auto y = buffer<uint8_t>(c.m * c.n * bytes_of(c.dtype), 0xAB);
-  args.n = c.n;
-  args.k = c.k;
-  args.x = x;
-  args.x_dtype = c.dtype;
-  args.x_stride = c.k;
-  args.m = c.m;
   args.y = y.data();
-  args.y_dtype = c.dtype;
-  args.y_stride = c.n;
-  args.threads = c.threads;
-  const qk::WeightOnlyTable& table = qk::weight_only_kernels(args);
   auto scratch = aligned<uint8_t>(table.scratch_bytes(c.m, c.k, args.group_size, c.threads));
   args.scratch = scratch.get();
   (bits == 8 ? table.linear_w8a16 : table.linear_w4a16)(args);
@@ -157,7 +148,7 @@ void check_weight_only(int bits, const Case& c, qk::LinearWxA16Args args, const 
     for (int64_t j = 0; j < c.n; ++j, ++checks) {
       double sum = args.bias ? static_cast<double>(args.bias[j]) : 0.0, magnitude = std::fabs(sum);
       for (int64_t i = 0; i < c.k; ++i) {
-        const double value = static_cast<double>(load(c.dtype, x, r * c.k + i));
+        const double value = static_cast<double>(load(c.dtype, args.x, r * c.k + i));
         const Weight weight = weight_at(j, i);
         sum += value * weight.value;
         magnitude += std::fabs(value) * weight.reach;
@@ -169,6 +160,22 @@ void check_weight_only(int bits, const Case& c, qk::LinearWxA16Args args, const 
       }
     }
   }
+}
+
+// By every kernel that can take the activations.
+template <class WeightAt>
+void check_weight_only(int bits, const Case& c, qk::LinearWxA16Args args, const void* x, const WeightAt& weight_at) {
+  args.n = c.n;
+  args.k = c.k;
+  args.x = x;
+  args.x_dtype = c.dtype;
+  args.x_stride = c.k;
+  args.m = c.m;
+  args.y_dtype = c.dtype;
+  args.y_stride = c.n;
+  args.threads = c.threads;
+  const qk::WeightOnlyTables all = qk::weight_only_tables(args);
+  for (int i = 0; i < all.count; ++i) check_weight_only(*all.tables[i], bits, c, args, weight_at);
 }
 
 void check_linear(const Case& c, std::mt19937& random) {
