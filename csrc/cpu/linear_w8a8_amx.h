@@ -44,7 +44,8 @@ class LinearW8A8Amx : LinearW8A8<V> {
   using typename Base::ColumnCopies;
   using typename Base::Columns;
 
-  static constexpr int64_t kSliceSteps = V::kSliceK / 64, kMostAhead = 8;
+  static constexpr int64_t kSliceSteps = V::kSliceK / 64;
+  static constexpr int kStreams = 4;  // see ahead.h
 
   // A block whose sums wait for the epilogue: rows [next, end) of the chunk, the first of which is row `begin`.
   struct Pending {
@@ -69,8 +70,8 @@ class LinearW8A8Amx : LinearW8A8<V> {
   // What the vector units do meanwhile, and what is asked for.
   struct Meanwhile {
     Pending pending;
-    const int8_t* ahead = nullptr;  // L2 prefetch, `lines` of them each step
-    int64_t lines = 0;
+    const int8_t* ahead = nullptr;  // L2 prefetch: each step so many lines of each stream, apart bytes from one another
+    int64_t lines = 0, apart = 0;
   };
 
   template <int kTiles>
@@ -92,10 +93,13 @@ class LinearW8A8Amx : LinearW8A8<V> {
           __builtin_prefetch(pb + PackedTiles::kStep + l * PackedTiles::kLine + 64);
         }
       }
+      for (int stream = i; stream < kStreams; stream += 2 * kTiles)
+        for (int64_t l = 0; l < meanwhile.lines; ++l)
+          __builtin_prefetch(meanwhile.ahead + stream * meanwhile.apart + l * 64, 0, 2);
       if (i == 1) {
-        for (int64_t l = 0; l < meanwhile.lines; ++l, meanwhile.ahead += 64) __builtin_prefetch(meanwhile.ahead, 0, 2);
         if (meanwhile.pending.next < meanwhile.pending.end) finish(meanwhile.pending, count, row, scales);
       }
+      if (i == 2 * kTiles - 1) meanwhile.ahead += meanwhile.lines * 64;
     });
     if (meanwhile.pending.next < meanwhile.pending.end) finish(meanwhile.pending, kPairRows, row, scales);
     store_sums<kTiles>(c);
@@ -108,19 +112,22 @@ class LinearW8A8Amx : LinearW8A8<V> {
     Pending& pending = meanwhile.pending;
     int64_t visits = 0;
     const int64_t steps = padded_ / 64;
-    this->share_out(ceil_div(rows, kPairRows), V::kBlockBytes / (kPairRows * (padded_ > 0 ? padded_ : 1)), thread, team,
+    // A slice of the block's activations is in use at a time.
+    const int64_t slice = steps < kSliceSteps ? steps : kSliceSteps;
+    this->share_out(ceil_div(rows, kPairRows), V::kBlockBytes / (kPairBytes * (slice > 0 ? slice : 1)), thread, team,
                     [&](const LinearW8A8Args& w, int64_t nb, Range range, bool more) {
                       Columns columns = this->columns_of(w, nb, rows, copies[visits++ % 2]);
                       if (p_.act.symmetric) columns.shared = nullptr;  // all zero
                       const bool streams = streams_ && has_whole_lines(w.y, w.y_dtype, w.y_stride);
                       const int8_t* weights = w.packed + nb * kBlockN * padded_;
-                      meanwhile.ahead = weights + kBlockN * padded_;
-                      // Few tiles would be held up by so many requests.
-                      const int64_t lines = ceil_div(PackedTiles::kStep / 64 / 2, range.end - range.begin);
-                      meanwhile.lines = more && lines <= kMostAhead ? lines : 0;
                       for (int64_t s0 = 0; s0 == 0 || s0 < steps; s0 += kSliceSteps) {
                         const int64_t depth = steps - s0 < kSliceSteps ? steps - s0 : kSliceSteps;
                         const bool last = s0 + depth == steps;
+                        // The next slice, or the first one of the next superblock, shared among this one's steps.
+                        meanwhile.ahead = weights + (s0 + depth) * PackedTiles::kStep;
+                        meanwhile.apart = depth * PackedTiles::kStep / kStreams;
+                        const int64_t pairs = kBlockN / kPairRows * (range.end - range.begin);
+                        meanwhile.lines = more || !last ? ceil_div(PackedTiles::kStep / 64, kStreams * pairs) : 0;
                         int32_t* c = sums;
                         for (int j = 0; j < columns.count; j += kPairRows) {
                           const int8_t* b = weights + s0 * PackedTiles::kStep + j * kPackK;
