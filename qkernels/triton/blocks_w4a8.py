@@ -1,4 +1,4 @@
-"""What the kernels of W4A8 share: a program's blocks of operands, and its store of a product computed transposed.
+"""What the kernels of W4A8 share: a program's rows, its blocks of operands, its store of a product computed transposed.
 
 A program owns BLOCK_M tokens x BLOCK_N channels and computes ``w @ q^T``, block of k by block of k.  Rows outside of
 either operand are the last one there is: what they give is not stored.  Where they are most of a block of tokens (FEW),
@@ -12,11 +12,38 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["load_block", "operand_blocks", "store_transposed", "words_of"]
+from .raster import grouped_tile
+
+__all__ = ["load_block", "operand_blocks", "rows_of_program", "store_transposed", "words_of"]
 
 
 @triton.jit
-def operand_blocks(  # noqa: ANN201 (what Triton makes of it)
+def rows_of_program(  # noqa: ANN201 (what Triton makes of it)
+    M,
+    N,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    """The tokens and the channels of a program: the first, all of them, and the rows to load for them.
+
+    ``token_rows`` are rows of ``q``, ``channel_rows`` those of the weight from ``first_n`` on; ``there [BLOCK_M, 1]``
+    says which tokens exist.
+    """
+    program = tl.program_id(0)
+    tile_m, tile_n = grouped_tile(program, tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
+    first_m = tile_m * BLOCK_M
+    first_n = tile_n * BLOCK_N
+    tokens = first_m + tl.arange(0, BLOCK_M)
+    channels = first_n + tl.arange(0, BLOCK_N)
+    there = (tokens < M)[:, None]
+    token_rows = tl.minimum(tokens, M - 1)
+    channel_rows = tl.minimum(tl.arange(0, BLOCK_N), N - 1 - first_n)
+    return first_m, tokens, token_rows, there, first_n, channels, channel_rows
+
+
+@triton.jit
+def operand_blocks(  # noqa: ANN201
     q_ptr,
     weight_ptr,
     first_m,

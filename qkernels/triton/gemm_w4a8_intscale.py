@@ -18,9 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .blocks_w4a8 import load_block, operand_blocks, store_transposed, words_of
+from .blocks_w4a8 import load_block, operand_blocks, rows_of_program, store_transposed, words_of
 from .gemm_w4a16 import fitting_block
-from .raster import grouped_tile
 from .tiles import ENOUGH_INT8_PROGRAMS, Tile, shared_bytes, short_rows
 from .unpack import multiplied_nibbles
 
@@ -56,15 +55,9 @@ def _gemm_kernel(
     BIAS: tl.constexpr,
     FEW: tl.constexpr,  # fewer tokens than a block has
 ):
-    program = tl.program_id(0)
-    tile_m, tile_n = grouped_tile(program, tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
-    first_m = tile_m * BLOCK_M
-    first_n = tile_n * BLOCK_N
-    tokens = first_m + tl.arange(0, BLOCK_M)
-    channels = first_n + tl.arange(0, BLOCK_N)
-    there = (tokens < M)[:, None]
-    token_rows = tl.minimum(tokens, M - 1)
-    channel_rows = tl.minimum(tl.arange(0, BLOCK_N), N - 1 - first_n)
+    first_m, tokens, token_rows, there, first_n, channels, channel_rows = rows_of_program(
+        M, N, BLOCK_M, BLOCK_N, GROUP_M
+    )
     q_block, q_places, weight_block, weight_places = operand_blocks(
         q_ptr, weight_ptr, first_m, first_n, token_rows, channel_rows, q_stride, weight_stride, BLOCK_K, CODES
     )
