@@ -39,11 +39,6 @@ __device__ __forceinline__ float quad_sum(float v) {
   return __fadd_rn(v, __shfl_xor_sync(0xffffffffu, v, 2));
 }
 
-template <typename T>
-__device__ __forceinline__ uint32_t pair(float lo, float hi) {
-  return pack_pair(std::is_same_v<T, __half> ? DType::kF16 : DType::kBF16, lo, hi);
-}
-
 // Row `row` of the queries that read one head of keys.
 struct Query {
   int head, token;
@@ -173,8 +168,8 @@ __device__ __forceinline__ void attend(const AttentionArgs& a, int key_head, int
       }
       part.maximum[r] = most;
       part.sum[r] = __fadd_rn(__fmul_rn(part.sum[r], shrink[r]), quad_sum(sum));
-      weights[r] = pair<T>(p[0], p[1]);
-      weights[2 + r] = pair<T>(p[2], p[3]);
+      weights[r] = pack_pair<T>(p[0], p[1]);
+      weights[2 + r] = pack_pair<T>(p[2], p[3]);
     }
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
@@ -210,8 +205,7 @@ __device__ __forceinline__ void weigh(Shared<kSize>& shared, int rows, int count
       sum = __fadd_rn(sum, __fmul_rn(of[j].y, weight));
       if (lane + 32 * j < count) shared.weight[lane + 32 * j][row] = weight;
     }
-#pragma unroll
-    for (int step = 16; step; step /= 2) sum = __fadd_rn(sum, __shfl_xor_sync(0xffffffffu, sum, step));
+    sum = warp_sum(sum);
     if (lane == 0) shared.joined[row] = make_float2(maximum, sum);
   }
   __syncthreads();
@@ -238,7 +232,7 @@ __device__ __forceinline__ void store(const AttentionArgs& a, int key_head, int 
   T* y = static_cast<T*>(a.out) + blockIdx.z * a.out_at.batch + at.head * a.out_at.head + at.token * a.out_at.token;
   const auto over = [&](float v) { return sum == 0.0f ? 0.0f : __fdividef(v, sum); };
   *reinterpret_cast<uint2*>(y + feature) =
-      make_uint2(pair<T>(over(out.x), over(out.y)), pair<T>(over(out.z), over(out.w)));
+      make_uint2(pack_pair<T>(over(out.x), over(out.y)), pack_pair<T>(over(out.z), over(out.w)));
 }
 
 template <typename T, int kSize>

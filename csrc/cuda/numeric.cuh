@@ -5,6 +5,7 @@
 #include <cuda_fp16.h>
 
 #include <cstdint>
+#include <type_traits>
 
 #include "args.h"
 
@@ -35,6 +36,12 @@ __device__ __forceinline__ __half narrow<__half>(float v) {
   return __float2half_rn(v);
 }
 
+// What is left of `v` in the type T.
+template <typename T>
+__device__ __forceinline__ float rounded(float v) {
+  return widen(narrow<T>(v));
+}
+
 // Two values as 16-bit floats, `lo` in the low half.
 __device__ __forceinline__ uint32_t pack_pair(DType dtype, float lo, float hi) {
   if (dtype == DType::kBF16) {
@@ -43,6 +50,10 @@ __device__ __forceinline__ uint32_t pack_pair(DType dtype, float lo, float hi) {
   }
   const __half2 v = __floats2half2_rn(lo, hi);
   return *reinterpret_cast<const uint32_t*>(&v);
+}
+template <typename T>
+__device__ __forceinline__ uint32_t pack_pair(float lo, float hi) {
+  return pack_pair(std::is_same_v<T, __half> ? DType::kF16 : DType::kBF16, lo, hi);
 }
 
 // a / b of finite fp32 values, b != 0, rounded to nearest even like __fdiv_rn, without its out-of-line path for extreme

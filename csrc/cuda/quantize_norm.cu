@@ -19,16 +19,12 @@ namespace {
 
 // Sum over the threads that share a row. `place` is shared memory for one value a warp, used by one call alone.
 __device__ __forceinline__ float row_sum(float v, float* place) {
-#pragma unroll
-  for (int offset = 16; offset; offset /= 2) v = __fadd_rn(v, __shfl_xor_sync(0xffffffffu, v, offset));
+  v = warp_sum(v);
   if (blockDim.x == 32) return v;
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warps = blockDim.x >> 5;
   if (lane == 0) place[warp] = v;
   __syncthreads();
-  v = lane < warps ? place[lane] : 0.0f;
-#pragma unroll
-  for (int offset = 16; offset; offset /= 2) v = __fadd_rn(v, __shfl_xor_sync(0xffffffffu, v, offset));
-  return v;
+  return warp_sum(lane < warps ? place[lane] : 0.0f);
 }
 
 // By pairs.
@@ -41,11 +37,6 @@ __device__ __forceinline__ float sum_of_eight(const float (&v)[kVector]) {
 __device__ __forceinline__ float reciprocal_deviation(float squares, int64_t k, float eps) {
   if (abs_bits(squares) >= kInfBits) return nan_value();
   return __frsqrt_rn(__fadd_rn(divide(squares, static_cast<float>(k)), eps));
-}
-
-template <typename T>
-__device__ __forceinline__ float rounded_sum(float x, float residual) {
-  return widen(narrow<T>(__fadd_rn(x, residual)));
 }
 
 // Eight values of weight or bias at k.
@@ -116,7 +107,7 @@ __global__ void __launch_bounds__(kManyThreads) quantize_norm_kernel(const Quant
       float r[kVector];
       raw[i].widened(r);
 #pragma unroll
-      for (int j = 0; j < kVector; ++j) v[i][j] = rounded_sum<T>(v[i][j], r[j]);
+      for (int j = 0; j < kVector; ++j) v[i][j] = rounded<T>(__fadd_rn(v[i][j], r[j]));
       store_values(total + k, v[i]);
     }
   }
@@ -177,7 +168,7 @@ __global__ void __launch_bounds__(1024) quantize_norm_scalar_kernel(const Quanti
   const T* x = static_cast<const T*>(a.x) + row * a.x_stride;
   const T* residual = static_cast<const T*>(n.residual) + row * n.residual_stride;
   const auto total = [&](int64_t k) {
-    return n.residual ? rounded_sum<T>(widen(x[k]), widen(residual[k])) : widen(x[k]);
+    return n.residual ? rounded<T>(__fadd_rn(widen(x[k]), widen(residual[k]))) : widen(x[k]);
   };
   float sum = 0.0f;
   for (int64_t k = threadIdx.x; k < a.k; k += blockDim.x) {

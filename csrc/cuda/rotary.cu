@@ -10,11 +10,6 @@ namespace {
 
 constexpr int kMostThreads = 256;
 
-template <typename T>
-__device__ __forceinline__ float rounded(float v) {
-  return widen(narrow<T>(v));
-}
-
 // a * cos +- b * sin; negating a product is exact, so the sign may go to the sum.
 template <typename T, bool kFirst>
 __device__ __forceinline__ float turned(float own, float other, float cos, float sin) {

@@ -6,8 +6,6 @@
 // so a warp reads 512 contiguous bytes of 16-bit values and writes 256.
 #pragma once
 
-#include <type_traits>
-
 #include "host.h"
 #include "launch.h"
 #include "numeric.cuh"
@@ -26,6 +24,13 @@ __device__ __forceinline__ void begin_rows(const QuantizeRowsArgs& a) {
   if (a.settled) ptx::grid_launch_dependents();
   ptx::grid_dependency_wait();
   ptx::grid_launch_dependents();
+}
+
+// The same in every lane; a tree, so that the order of the additions is fixed.
+__device__ __forceinline__ float warp_sum(float v) {
+#pragma unroll
+  for (int offset = 16; offset; offset /= 2) v = __fadd_rn(v, __shfl_xor_sync(0xffffffffu, v, offset));
+  return v;
 }
 
 // Bits of the largest |x| (symmetric), or of the largest x and the largest -x, both at least 0 (asymmetric).
@@ -129,9 +134,8 @@ __device__ __forceinline__ void store_values(T* p, const float (&v)[kVector]) {
     reinterpret_cast<float4*>(p)[0] = make_float4(v[0], v[1], v[2], v[3]);
     reinterpret_cast<float4*>(p)[1] = make_float4(v[4], v[5], v[6], v[7]);
   } else {
-    constexpr DType kType = std::is_same<T, __half>::value ? DType::kF16 : DType::kBF16;
-    *reinterpret_cast<uint4*>(p) = make_uint4(pack_pair(kType, v[0], v[1]), pack_pair(kType, v[2], v[3]),
-                                              pack_pair(kType, v[4], v[5]), pack_pair(kType, v[6], v[7]));
+    *reinterpret_cast<uint4*>(p) = make_uint4(pack_pair<T>(v[0], v[1]), pack_pair<T>(v[2], v[3]),
+                                              pack_pair<T>(v[4], v[5]), pack_pair<T>(v[6], v[7]));
   }
 }
 
