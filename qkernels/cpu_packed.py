@@ -35,9 +35,15 @@ _dtype_code = DTYPE_CODES.get
 _strided = torch.strided
 
 
+def _of_channels(name: str, scheme: Scheme) -> bool:
+    """Whether a resident tensor belongs to channels as a whole though the scheme has groups: scales beside multipliers
+    do."""
+    return name == "packed_scale" and scheme.group_scales == "int"
+
+
 def _groups_of(name: str, scheme: Scheme, features: int) -> int:
-    """Values of a row that a resident tensor holds: one for each group; of scales beside multipliers, one."""
-    return 1 if name == "packed_scale" and scheme.group_scales == "int" else group_count(scheme, features)
+    """Values of a row that a resident tensor holds."""
+    return 1 if _of_channels(name, scheme) else group_count(scheme, features)
 
 
 def _op(scheme: Scheme) -> str:
@@ -99,8 +105,8 @@ def _unpack(packed: Mapping[str, Tensor | None], scheme: Scheme, rows: int, feat
             canonical[name] = tensor
             continue
         groups = _groups_of(own, scheme, features)
-        of_channels = own == "packed_scale" and scheme.group_scales == "int"
-        shape = (rows,) if of_channels or scheme.weight_granularity == "per_channel" else (rows, groups)
+        single = scheme.weight_granularity == "per_channel" or _of_channels(own, scheme)
+        shape = (rows,) if single else (rows, groups)
         canonical[name] = torch.empty(shape, dtype=tensor.dtype, device=device)
         if device.type == "cpu":
             target = canonical[name].data_ptr()

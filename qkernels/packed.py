@@ -95,12 +95,8 @@ def check_multiplier(given: Mapping[str, Tensor | None], scheme: Scheme, dtype: 
     Raises:
         ValueError: naming the tensor.
     """
-    multiplier, scale = given.get("packed_multiplier"), given.get("packed_scale")
-    whole = scheme.group_scales == "int"
-    found = None if multiplier is None else multiplier.dtype
-    if found != (dtype if whole else None):
-        expected = dtype if whole else "none"
-        raise ValueError(f"packed_multiplier: expected {expected} for scheme {scheme.name}, got {found or 'none'}")
+    whole, scale = scheme.group_scales == "int", given.get("packed_scale")
+    _check_presence("packed_multiplier", given, dtype if whole else None, scheme)
     if whole and scale is not None and scale.dtype != torch.float32:
         raise ValueError(f"packed_scale: expected float32 for scheme {scheme.name}, got {scale.dtype}")
 
@@ -111,10 +107,14 @@ def check_sum(given: Mapping[str, Tensor | None], scheme: Scheme, wanted: bool) 
     Raises:
         ValueError: naming the tensor.
     """
-    found = None if (sums := given.get("packed_sum")) is None else sums.dtype
-    if found != (torch.int32 if wanted else None):
-        expected = torch.int32 if wanted else "none"
-        raise ValueError(f"packed_sum: expected {expected} for scheme {scheme.name}, got {found or 'none'}")
+    _check_presence("packed_sum", given, torch.int32 if wanted else None, scheme)
+
+
+def _check_presence(name: str, given: Mapping[str, Tensor | None], dtype: torch.dtype | None, scheme: Scheme) -> None:
+    """Whether a tensor has a dtype; None: whether there is none."""
+    found = None if (tensor := given.get(name)) is None else tensor.dtype
+    if found != dtype:
+        raise ValueError(f"{name}: expected {dtype or 'none'} for scheme {scheme.name}, got {found or 'none'}")
 
 
 @functools.cache

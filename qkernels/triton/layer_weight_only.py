@@ -36,10 +36,7 @@ class PreparedTritonWeightOnly(PreparedReference):
             return f"no Triton kernel for scheme {scheme.name}"
         if scheme.weight_bits == 8 and scheme.weight_granularity != "per_channel":
             return f"no Triton kernel for group-wise 8-bit weights (scheme {scheme.name})"
-        reason = unfit(scheme, in_features, out_features)
-        if reason:
-            return reason
-        return available()
+        return unfit(scheme, in_features, out_features) or available()
 
     @property
     def kernel(self) -> str:
