@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qkernels.scheme import PRESETS
+from qkernels.scheme import PRESETS, Scheme
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SERVED = [scheme for scheme in PRESETS.values() if scheme.weight_bits >= 4]
@@ -127,6 +127,14 @@ def hazard_rows(k: int) -> Tensor:
 def seeded(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
     """Reproducible normal values."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * scale
+
+
+def static_grid(scheme: Scheme, scale: float, zero_point: int) -> dict[str, Tensor]:
+    """The canonical tensors of the activations of a static scheme; none of a dynamic one."""
+    grid = {"act_scale": torch.tensor(scale), "act_zero_point": torch.tensor(zero_point, dtype=torch.int32)}
+    if scheme.activation_symmetric:
+        del grid["act_zero_point"]
+    return {} if scheme.activation_dynamic else grid
 
 
 def strided(x: Tensor) -> Tensor:

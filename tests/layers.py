@@ -21,10 +21,7 @@ def make(scheme: Scheme | str = "w8a8", *, bias: bool = True, smooth: bool = Fal
     scheme = Scheme.resolve(scheme)
     made = reference.quantize_weight(H.seeded(N, K, seed=seed), scheme)
     made["bias"] = H.seeded(N, seed=seed + 1) if bias else None
-    if not scheme.activation_dynamic:
-        made["act_scale"] = torch.tensor(0.02 + seed / 100)
-        if not scheme.activation_symmetric:
-            made["act_zero_point"] = torch.tensor(99 + seed, dtype=torch.int32)
+    made |= H.static_grid(scheme, 0.02 + seed / 100, 99 + seed)
     if smooth:
         made["inv_smooth"] = torch.linspace(0.5, 2.0, K)
     return QuantLinear(K, N, made, scheme)

@@ -8,7 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import DTYPES, assert_bits_equal, assert_compiled_and_differentiated, hazard_rows, seeded, strided
+from helpers import (
+    DTYPES,
+    assert_bits_equal,
+    assert_compiled_and_differentiated,
+    hazard_rows,
+    seeded,
+    static_grid,
+    strided,
+)
 
 from qkernels import cuda, ops, reference
 from qkernels.cuda_w8a8 import PreparedCudaW8A8
@@ -31,10 +39,7 @@ SCHEMES = {
 def canonical(scheme: Scheme, n: int, k: int, *, smooth: bool = False) -> dict[str, torch.Tensor]:
     tensors = reference.quantize_weight(seeded(n, k, seed=n + k), scheme)
     tensors["bias"] = seeded(n, seed=1)
-    if not scheme.activation_dynamic:
-        tensors["act_scale"] = torch.tensor(0.021)
-        if not scheme.activation_symmetric:
-            tensors["act_zero_point"] = torch.tensor(117, dtype=torch.int32)
+    tensors |= static_grid(scheme, 0.021, 117)
     if smooth:
         tensors["inv_smooth"] = seeded(k, seed=2).abs() + 0.5
     return tensors

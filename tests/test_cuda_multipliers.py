@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import DTYPES, assert_bits_equal, hazard_rows, seeded
+from helpers import DTYPES, assert_bits_equal, hazard_rows, seeded, static_grid
 from torch import Tensor, nn
 from w4_on_gpu import MMA_TILES, PHASED_TILES_MULTIPLIERS, TILES, gpu, on_gpu
 
@@ -317,9 +317,7 @@ class TestMultipliers:
             tensors["inv_smooth"] = seeded(k, seed=2).abs() + 0.5
         if static:
             scheme = scheme.replace(activation_dynamic=False, activation_granularity="per_tensor")
-            tensors["act_scale"] = torch.tensor(0.021)
-            if not symmetric:
-                tensors["act_zero_point"] = torch.tensor(201, dtype=torch.int32)
+            tensors |= static_grid(scheme, 0.021, 201)
         prepared = on_gpu(tensors, scheme, k)
         x = hazard_rows(k)
         assert_bits_equal(prepared.run(x.to("cuda")), reference.linear(x, tensors, scheme, k))

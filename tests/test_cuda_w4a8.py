@@ -6,12 +6,7 @@ import itertools
 
 import pytest
 import torch
-from helpers import (
-    DTYPES,
-    assert_bits_equal,
-    hazard_rows,
-    seeded,
-)
+from helpers import DTYPES, assert_bits_equal, hazard_rows, seeded, static_grid
 from w4_on_gpu import MMA_TILES, PHASED_TILES, TILES, canonical, gpu, on_gpu, scheme_of
 
 from qkernels import cuda, cuda_w4, reference
@@ -133,9 +128,7 @@ class TestW4A8:
             tensors = canonical(scheme, 72, k, smooth=smooth)
             if static:
                 scheme = scheme.replace(activation_dynamic=False, activation_granularity="per_tensor")
-                tensors["act_scale"] = torch.tensor(0.021)
-                if not symmetric:
-                    tensors["act_zero_point"] = torch.tensor(201, dtype=torch.int32)
+                tensors |= static_grid(scheme, 0.021, 201)
             prepared = on_gpu(tensors, scheme, k)
             x = hazard_rows(k)
             assert_bits_equal(prepared.run(x.to("cuda")), reference.linear(x, tensors, scheme, k))

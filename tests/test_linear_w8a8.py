@@ -33,11 +33,7 @@ def tensors(n: int, k: int, scheme: Scheme = SCHEMES[0], *, seed: int = 0, bias:
     }
     if bias:
         made["bias"] = torch.randn(n, generator=generator)
-    if not scheme.activation_dynamic:
-        made["act_scale"] = torch.tensor(0.0173)
-        if not scheme.activation_symmetric:
-            made["act_zero_point"] = torch.tensor(101, dtype=torch.int32)
-    return made
+    return {**made, **H.static_grid(scheme, 0.0173, 101)}
 
 
 def check(x: Tensor, made: dict[str, Tensor], scheme: Scheme, isa: str) -> Tensor:

@@ -22,12 +22,7 @@ from qkernels.nn import QuantLinear
 @by_scheme
 def test_linear_from_linear_and_back(scheme):
     linear = nn.Linear(K, N).eval()
-    given = {}
-    if not scheme.activation_dynamic:
-        given["act_scale"] = torch.tensor(0.02)
-        if not scheme.activation_symmetric:
-            given["act_zero_point"] = torch.tensor(9, dtype=torch.int32)
-    layer = QuantLinear.from_linear(linear, scheme, **given)
+    layer = QuantLinear.from_linear(linear, scheme, **H.static_grid(scheme, 0.02, 9))
     assert not layer.training
     assert (layer.in_features, layer.out_features, layer.scheme) == (K, N, scheme)
     assert torch.equal(layer.bias, linear.bias)

@@ -31,10 +31,7 @@ by_scheme = pytest.mark.parametrize("scheme", SCHEMES, ids=lambda s: s.name)
 def canonical(scheme: Scheme, *, smooth: bool = False) -> dict[str, Tensor]:
     made = reference.quantize_weight(H.seeded(N, K), scheme)
     made["bias"] = H.seeded(N, seed=1)
-    if not scheme.activation_dynamic:
-        made["act_scale"] = torch.tensor(0.02)
-        if not scheme.activation_symmetric:
-            made["act_zero_point"] = torch.tensor(99, dtype=torch.int32)
+    made |= H.static_grid(scheme, 0.02, 99)
     if smooth:
         made["inv_smooth"] = torch.linspace(0.5, 2.0, K)
     return made

@@ -9,7 +9,7 @@ import os
 
 import pytest
 import torch
-from helpers import DTYPES, W4_KINDS, assert_bits_equal, hazard_rows, run_in_interpreter, seeded
+from helpers import DTYPES, W4_KINDS, assert_bits_equal, hazard_rows, run_in_interpreter, seeded, static_grid
 from torch import Tensor
 
 from qkernels import reference
@@ -194,9 +194,7 @@ else:
         for static in (False, True):
             if static:
                 scheme = scheme.replace(activation_dynamic=False, activation_granularity="per_tensor")
-                tensors["act_scale"] = torch.tensor(0.021)
-                if not symmetric:
-                    tensors["act_zero_point"] = torch.tensor(101, dtype=torch.int32)
+                tensors |= static_grid(scheme, 0.021, 101)
             moved = {name: tensor.to(DEVICE) for name, tensor in tensors.items()}
             prepared = PreparedTritonW4A8.from_canonical(moved, scheme, k)
             assert prepared.kernel == "w4a8.triton"
