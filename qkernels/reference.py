@@ -49,7 +49,7 @@ from qkernels._weights import (
     weight_grid,
     widen_groups,
 )
-from qkernels.checks import check_residual, check_vector
+from qkernels.checks import canonical_specs, check_residual, check_vector
 from qkernels.scheme import MAX_INTEGER_K, Scheme
 
 __all__ = [
@@ -392,16 +392,8 @@ def linear(
         y = linear(x, tensors, scheme, in_features, torch.float32)
         check_residual(residual, x, y.shape[-1], rounded)
         return (y + residual.to(torch.float32)).to(rounded)
-    missing = [name for name in ("weight", "weight_scale") if name not in tensors]
-    if not scheme.weight_symmetric:
-        missing += [
-            n for n in ["weight_zero_point" if scheme.weight_zero == "int" else "weight_min"] if n not in tensors
-        ]
-    if not scheme.activation_dynamic:
-        needed = ["act_scale"] if scheme.activation_symmetric else ["act_scale", "act_zero_point"]
-        missing += [name for name in needed if name not in tensors]
-    if scheme.group_scales == "int" and "weight_multiplier" not in tensors:
-        missing.append("weight_multiplier")
+    specs = canonical_specs(scheme, in_features, out_features=0)  # rows do not matter to what is needed
+    missing = [name for name, spec in specs.items() if spec.required and name not in tensors]
     if missing:
         raise ValueError(f"tensors: expected {', '.join(missing)} for scheme {scheme.name}, got {sorted(tensors)}")
     weight, scale, bias = tensors["weight"], tensors["weight_scale"], tensors.get("bias")
