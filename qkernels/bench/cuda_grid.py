@@ -19,15 +19,11 @@ ours is timed before its result equals the reference bit for bit.  Data are rand
 from __future__ import annotations
 
 import argparse
-import datetime
 import itertools
-import json
 import random
 import statistics
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -39,7 +35,8 @@ from qkernels.bench.cuda_cutlass import Cutlass
 from qkernels.bench.cuda_rows import ProblemRows
 from qkernels.bench.cuda_w4 import ProblemW4
 from qkernels.bench.cuda_w8a16 import ProblemW8A16
-from qkernels.bench.grid import commit, traffic, versions
+from qkernels.bench.grid import traffic
+from qkernels.bench.outcome import outcome
 from qkernels.info import info
 from qkernels.progress import tracking
 from qkernels.scheme import Scheme
@@ -276,23 +273,16 @@ def run_cuda_grid(args: argparse.Namespace) -> int:
             new = _run_problem(_problem(name, k, n, m, cold, dtype, cutlass), ceilings, args.rounds, notes)
             print("\n" + table(new), flush=True)
             rows += new
-    for note in notes:
-        print(note)
-    result = {
-        "when": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "command": ["qkernels", *sys.argv[1:]],
-        "machine": {name: value for name, value in info().items() if name != "openmp"},
-        "device": torch.cuda.get_device_name(),
-        "capability": cuda.capability(torch.cuda.current_device()),
-        "dtype": args.dtype,
-        "versions": dict(versions()),
-        "commit": commit(),
-        "ceilings": asdict(ceilings),
-        "notes": notes,
-        "rows": [asdict(row) for row in rows],
-    }
-    if args.json:
-        Path(args.json).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    result = outcome(
+        args,
+        notes,
+        rows,
+        machine={name: value for name, value in info().items() if name != "openmp"},
+        device=torch.cuda.get_device_name(),
+        capability=cuda.capability(torch.cuda.current_device()),
+        dtype=args.dtype,
+        ceilings=asdict(ceilings),
+    )
     if args.plot:
         from qkernels.bench.cuda_plots import draw
 

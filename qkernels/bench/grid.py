@@ -3,15 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import datetime
-import importlib.metadata
-import json
 import math
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +15,7 @@ from qkernels import _C, reference
 from qkernels.bench import rivals as others
 from qkernels.bench.ceilings import Ceilings, describe, limit_seconds
 from qkernels.bench.contenders import Contender, ours
+from qkernels.bench.outcome import outcome
 from qkernels.bench.timing import interleave
 from qkernels.info import info
 from qkernels.progress import tracking
@@ -101,24 +96,17 @@ def run_grid(args: argparse.Namespace) -> int:
     finally:
         for contender in contenders:
             contender.close()
-    result = {
-        "when": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "command": ["qkernels", *sys.argv[1:]],
-        "machine": info(),
-        "isa": _C.info()["isa"],
-        "threads": torch.get_num_threads(),
-        "input_dtype": args.dtype,
-        "versions": versions(),
-        "commit": commit(),
-        "ceilings": ceilings.to_dict(),
-        "not_measured": missing,
-        "notes": notes,
-        "rows": [asdict(row) for row in rows],
-    }
-    for note in notes:
-        print(note)
-    if args.json:
-        Path(args.json).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    result = outcome(
+        args,
+        notes,
+        rows,
+        machine=info(),
+        isa=_C.info()["isa"],
+        threads=torch.get_num_threads(),
+        input_dtype=args.dtype,
+        ceilings=ceilings.to_dict(),
+        not_measured=missing,
+    )
     if args.plot:
         from qkernels.bench.plots import draw
 
@@ -263,28 +251,3 @@ def table(rows: Sequence[Row]) -> str:
             f"{row.relative_error:10.1e}{verdict}"
         )
     return "\n".join(lines)
-
-
-def versions() -> Mapping[str, str]:
-    """Of everything that was, or could have been, measured."""
-    found = {}
-    for name in ("qkernels", "torch", "numpy", "onnxruntime", "openvino"):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def commit() -> str | None:
-    """The commit of the checkout that runs, with "+" if it has changes; None outside a checkout."""
-    root = Path(__file__).resolve().parent
-
-    def git(*arguments: str) -> str:
-        done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True)
-        return done.stdout.strip()
-
-    try:
-        return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return None
