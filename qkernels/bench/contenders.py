@@ -102,6 +102,17 @@ class LocalContender(Contender):
         return Rotation(self.calls if cold else self.calls[:1])
 
 
+class FillingContender(LocalContender):
+    """One whose calls write what they compute into ``y``."""
+
+    y: Tensor
+
+    def output(self) -> Tensor:
+        """See :meth:`Contender.output`."""
+        self.calls[0]()
+        return self.y
+
+
 class Layer(LocalContender):
     """``QuantLinear`` called as a model calls it."""
 
@@ -136,7 +147,7 @@ class Layer(LocalContender):
         return self.layers[0].kernel
 
 
-class _NativeW8A8(LocalContender):
+class _NativeW8A8(FillingContender):
     """The binding's object over copies of packed weights, writing into one output."""
 
     ours = True
@@ -174,11 +185,6 @@ class _NativeW8A8(LocalContender):
     def arguments(self, x: Tensor, y: Tensor) -> tuple[Any, ...]:
         """Its arguments."""
         raise TypeError("a subclass says which")
-
-    def output(self) -> Tensor:
-        """See :meth:`Contender.output`."""
-        self.calls[0]()
-        return self.y
 
     def expected(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor | None:
         """The reference's result."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from qkernels import reference
-from qkernels.bench.contenders import LocalContender, signed_codes
+from qkernels.bench.contenders import FillingContender, signed_codes
 from qkernels.scheme import Scheme
 
 _BLOCK = 128  # inputs under one scale, for weights of one scale a channel
@@ -26,7 +26,7 @@ class _Operator:
     attributes: dict[str, Any] = field(default_factory=dict)
 
 
-class OnnxRuntime(LocalContender):
+class OnnxRuntime(FillingContender):
     """``DynamicQuantizeMatMul``, what ONNX Runtime's own dynamic quantization fuses a Linear into.
 
     All sessions share one thread pool: pools of their own would spin against each other.
@@ -81,11 +81,6 @@ class OnnxRuntime(LocalContender):
             binding.bind_input("x", "cpu", 0, "float32", tuple(rows.shape), rows.data_ptr())
             binding.bind_output("y", "cpu", 0, "float32", tuple(self.y.shape), self.y.data_ptr())
             self.calls.append(functools.partial(session.run_with_iobinding, binding))
-
-    def output(self) -> Tensor:
-        """See the base class."""
-        self.calls[0]()
-        return self.y
 
 
 class MatMulNBits(OnnxRuntime):

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from qkernels import reference
-from qkernels.bench.contenders import LocalContender, signed_codes
+from qkernels.bench.contenders import FillingContender, signed_codes
 from qkernels.scheme import Scheme
 
 _GROUPS = (128, 64, 32)  # inputs under one scale that its documentation recommends, the fastest first
 
 
-class OpenVino(LocalContender):
+class OpenVino(FillingContender):
     """A MatMul whose constant weight is converted, scaled (and reshaped) as its own weight compression writes it.
 
     8 bits with a scale a channel, or 4 with one a group. For schemes of 8-bit inputs the CPU plug-in quantizes the rows
@@ -87,8 +87,3 @@ class OpenVino(LocalContender):
             request.set_input_tensor(openvino.Tensor(self.x.numpy(), shared_memory=True))
             request.set_output_tensor(openvino.Tensor(self.y.numpy(), shared_memory=True))
         self.calls = [request.infer for request in self.requests]
-
-    def output(self) -> Tensor:
-        """See the base class."""
-        self.calls[0]()
-        return self.y
