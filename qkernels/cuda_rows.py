@@ -28,6 +28,8 @@ class RowGrid(NamedTuple):
     inv_smooth: Tensor | None = None
 
 
+_new_empty = Tensor.new_empty
+
 _Addresses = tuple[int, int, int, int, int, int, int, bool]
 """Of codes and of the grid they are on, as the module takes them."""
 
@@ -92,7 +94,7 @@ def normalize(
     Returns:
         The norm, and ``x + residual`` (None without a residual), both contiguous in the dtype and shape of ``x``.
     """
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    y = _new_empty(x, *x.shape)
     return y, _norm(x, weight, bias, eps, layer, residual, for_gemm, y)
 
 
@@ -108,37 +110,36 @@ def _norm(
 ) -> Tensor | None:
     """The norm, to a tensor or to codes; the sum, if there is one."""
     x, step = _rows(x)
-    total, residual_step = None, 0
+    total, residual_step, dtype, shape, device = None, 0, x.dtype, x.shape, x.device
     if residual is not None:
         residual, residual_step = _rows(residual)
-        total = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    factors = [t for t in (weight, bias) if t is not None]
-    wide = any(factor.dtype != x.dtype for factor in factors) or x.dtype == torch.float32
+        total = _new_empty(x, *shape)
+    wide = any(factor is not None and factor.dtype != dtype for factor in (weight, bias))
     if wide:
         weight = None if weight is None else weight.to(torch.float32)
         bias = None if bias is None else bias.to(torch.float32)
-    if x.numel():
-        features = x.shape[-1]
-        with cuda._on(x.device):
-            cuda._cuda.quantize_norm(
-                x.data_ptr(),
-                DTYPE_CODES[x.dtype],
-                x.numel() // features,
-                features,
-                step,
-                *_target(target),
-                layer,
-                eps,
-                cuda._address(residual),
-                residual_step,
-                cuda._address(total),
-                cuda._address(weight),
-                cuda._address(bias),
-                wide,
-                for_gemm and cuda.overlaps(x.device),
-                for_gemm,
-                cuda._stream(x.device),
-            )
+    count, features = x.numel(), shape[-1]
+    if count:
+        cuda.launch(
+            device,
+            cuda._cuda.quantize_norm,
+            x.data_ptr(),
+            DTYPE_CODES[dtype],
+            count // features,
+            features,
+            step,
+            *_target(target),
+            layer,
+            eps,
+            0 if residual is None else residual.data_ptr(),
+            residual_step,
+            0 if total is None else total.data_ptr(),
+            0 if weight is None else weight.data_ptr(),
+            0 if bias is None else bias.data_ptr(),
+            wide or dtype == torch.float32,
+            for_gemm and cuda.overlaps(device),
+            for_gemm,
+        )
     return total
 
 
@@ -164,7 +165,7 @@ def activate(x: Tensor, activation: str | None, up: Tensor | None, *, for_gemm: 
         x, up, activation: as in :func:`quantize_activation`.
         for_gemm: as in :func:`normalize`.
     """
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    y = _new_empty(x, *x.shape)
     _activation(x, activation, up, for_gemm, y)
     return y
 
@@ -177,22 +178,23 @@ def _activation(
     up_step = 0
     if up is not None:
         up, up_step = _rows(up)
-    if x.numel():
-        with cuda._on(x.device):
-            cuda._cuda.quantize_activation(
-                x.data_ptr(),
-                DTYPE_CODES[x.dtype],
-                x.numel() // x.shape[-1],
-                x.shape[-1],
-                step,
-                *_target(target),
-                0 if activation is None else EPILOGUES[activation],
-                cuda._address(up),
-                up_step,
-                for_gemm and cuda.overlaps(x.device),
-                for_gemm,
-                cuda._stream(x.device),
-            )
+    count, features, device = x.numel(), x.shape[-1], x.device
+    if count:
+        cuda.launch(
+            device,
+            cuda._cuda.quantize_activation,
+            x.data_ptr(),
+            DTYPE_CODES[x.dtype],
+            count // features,
+            features,
+            step,
+            *_target(target),
+            0 if activation is None else EPILOGUES[activation],
+            0 if up is None else up.data_ptr(),
+            up_step,
+            for_gemm and cuda.overlaps(device),
+            for_gemm,
+        )
 
 
 def _target(target: Tensor | _Addresses) -> tuple[_Addresses | tuple[()], int]:
@@ -217,18 +219,18 @@ def _outputs(x: Tensor, grid: RowGrid, for_gemm: bool) -> tuple[Codes, _Addresse
     rows, stride = x.numel() // features, features
     if for_gemm:
         stride = -(-features // cuda._ACTIVATION_ALIGNMENT) * cuda._ACTIVATION_ALIGNMENT
-    dtype = torch.int8 if grid.symmetric or for_gemm else torch.uint8
-    q = torch.empty((rows, stride), dtype=dtype, device=x.device)
-    scale = torch.empty(rows, dtype=torch.float32, device=x.device)
-    zero_point = None if grid.symmetric else torch.empty(rows, dtype=torch.int32, device=x.device)
+    symmetric, static_scale, static_zero_point, inv_smooth = grid
+    q = _new_empty(x, rows, stride, dtype=torch.int8 if symmetric or for_gemm else torch.uint8)
+    scale = _new_empty(x, rows, dtype=torch.float32)
+    zero_point = None if symmetric else _new_empty(x, rows, dtype=torch.int32)
     addresses = (
         q.data_ptr(),
         stride,
         scale.data_ptr(),
-        cuda._address(zero_point),
-        cuda._address(grid.inv_smooth),
-        cuda._address(grid.scale),
-        cuda._address(grid.zero_point),
+        0 if zero_point is None else zero_point.data_ptr(),
+        0 if inv_smooth is None else inv_smooth.data_ptr(),
+        0 if static_scale is None else static_scale.data_ptr(),
+        0 if static_zero_point is None else static_zero_point.data_ptr(),
         for_gemm,
     )
-    return Codes(q[:, :features], scale, zero_point), addresses
+    return Codes(q if stride == features else q[:, :features], scale, zero_point), addresses
