@@ -16,7 +16,7 @@ from torch import Tensor
 from . import _C
 from .checks import DTYPE_CODES, row_stride
 from .cuda import _cuda, _on, _stream, launch, settle
-from .cuda_rows import Codes, RowGrid
+from .cuda_rows import GemmCodes, RowGrid
 from .cuda_w4 import workspace
 from .deferred import Deferred, HandsOn, TakesIntegers
 from .eager import is_plain
@@ -196,7 +196,7 @@ class IntegerLayer(BoundLayer, TakesIntegers):
         bound = self.bound()
         return None if bound is None else bound.grid
 
-    def product_of(self, codes: Codes, out_dtype: torch.dtype) -> Tensor:
+    def product_of(self, codes: GemmCodes, out_dtype: torch.dtype) -> Tensor:
         """See the base class.
 
         Raises:
@@ -205,19 +205,10 @@ class IntegerLayer(BoundLayer, TakesIntegers):
         bound = self.bound()
         if bound is None:
             raise ValueError(f"packed: expected a tensor that the kernels can read, got one on {self.device}")
-        q, scale, zero_point = codes
-        y = _new_empty(q, (q.shape[0], self.out_features), dtype=out_dtype)
-        launch(
-            bound.device,
-            bound.layer.product,
-            q.data_ptr(),
-            q.shape[0],
-            q.stride(0),
-            scale.data_ptr(),
-            0 if zero_point is None else zero_point.data_ptr(),
-            y.data_ptr(),
-            DTYPE_CODES[out_dtype],
-        )
+        memory, rows = codes
+        y = _new_empty(memory, rows, self.out_features, dtype=out_dtype)
+        code = DTYPE_CODES[out_dtype]
+        launch(bound.device, bound.layer.product, memory.data_ptr(), rows, y.data_ptr(), code)
         return y
 
     def through(self, bound: Bound, x: Tensor) -> Tensor | None:
@@ -230,15 +221,6 @@ class IntegerLayer(BoundLayer, TakesIntegers):
         y = _new_empty(x, (*x.shape[:-1], self.out_features))
         memory = _new_empty(x, _cuda.workspace_bytes(rows, features), dtype=torch.int8)
         code = DTYPE_CODES[x.dtype]
-        launch(
-            bound.device,
-            bound.layer.run,
-            x.data_ptr(),
-            code,
-            rows,
-            stride,
-            memory.data_ptr(),
-            y.data_ptr(),
-            code,
-        )
+        at, to = x.data_ptr(), y.data_ptr()
+        launch(bound.device, bound.layer.run, at, code, rows, stride, memory.data_ptr(), to, code)
         return y

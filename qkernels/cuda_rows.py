@@ -16,7 +16,7 @@ from . import cuda
 from .checks import DTYPE_CODES, row_stride
 from .epilogues import EPILOGUES
 
-__all__ = ["Codes", "RowGrid", "activate", "normalize", "quantize_activation", "quantize_norm"]
+__all__ = ["Codes", "GemmCodes", "RowGrid", "activate", "normalize", "quantize_activation", "quantize_norm"]
 
 
 class RowGrid(NamedTuple):
@@ -38,7 +38,7 @@ class Codes(NamedTuple):
     """Quantized rows, as :func:`qkernels.cuda.gemm_w8a8` takes them.
 
     Attributes:
-        q: ``[M, K]``, int8; uint8 on an asymmetric grid, or ``q - 128`` as int8 where that was asked for.
+        q: ``[M, K]``, int8; uint8 on an asymmetric grid.
         scale: float32 ``[M]``.
         zero_point: int32 ``[M]``, or None.
     """
@@ -46,6 +46,14 @@ class Codes(NamedTuple):
     q: Tensor
     scale: Tensor
     zero_point: Tensor | None
+
+
+class GemmCodes(NamedTuple):
+    """The same as products of layers take them, in one piece of memory: codes, less 128 on an asymmetric grid, in rows
+    at multiples of 16 bytes, then scales, then zero points (``csrc/cuda/bindings_layers.h``)."""
+
+    memory: Tensor
+    rows: int
 
 
 def quantize_norm(
@@ -58,21 +66,21 @@ def quantize_norm(
     layer: bool,
     residual: Tensor | None = None,
     for_gemm: bool = False,
-) -> tuple[Codes, Tensor | None]:
+) -> tuple[Codes | GemmCodes, Tensor | None]:
     """A norm of ``x + residual``, quantized.
 
     Args:
         x, residual: float32, bfloat16 or float16 ``[..., K]``, K > 0, of one dtype and shape, on one GPU.
         weight, bias: ``[K]``, contiguous.
         layer: layer norm; else RMS norm, without a bias.
-        for_gemm: rows begin at multiples of 16 bytes, and codes of an asymmetric grid are less 128.  What follows may
-            fetch weights at once: those of layers, which no kernel still writes.
+        for_gemm: the codes are for the product of a layer.  What follows may fetch weights at once: those of layers,
+            which no kernel still writes.
 
     Returns:
         Codes of the rows, and ``x + residual`` in the dtype and shape of ``x`` (None without a residual).
     """
     codes, addresses = _outputs(x, grid, for_gemm)
-    return codes, _norm(x, weight, bias, eps, layer, residual, for_gemm, addresses)
+    return codes, _norm(x, weight, bias, eps, layer, residual, for_gemm, addresses, 0)
 
 
 def normalize(
@@ -95,7 +103,7 @@ def normalize(
         The norm, and ``x + residual`` (None without a residual), both contiguous in the dtype and shape of ``x``.
     """
     y = _new_empty(x, *x.shape)
-    return y, _norm(x, weight, bias, eps, layer, residual, for_gemm, y)
+    return y, _norm(x, weight, bias, eps, layer, residual, for_gemm, (), y.data_ptr())
 
 
 def _norm(
@@ -106,15 +114,16 @@ def _norm(
     layer: bool,
     residual: Tensor | None,
     for_gemm: bool,
-    target: Tensor | _Addresses,
+    codes: _Addresses | tuple[()],
+    y: int,
 ) -> Tensor | None:
-    """The norm, to a tensor or to codes; the sum, if there is one."""
+    """The norm, to codes or to the tensor at ``y``; the sum, if there is one."""
     x, step = _rows(x)
     total, residual_step, dtype, shape, device = None, 0, x.dtype, x.shape, x.device
     if residual is not None:
         residual, residual_step = _rows(residual)
         total = _new_empty(x, *shape)
-    wide = any(factor is not None and factor.dtype != dtype for factor in (weight, bias))
+    wide = (weight is not None and weight.dtype != dtype) or (bias is not None and bias.dtype != dtype)
     if wide:
         weight = None if weight is None else weight.to(torch.float32)
         bias = None if bias is None else bias.to(torch.float32)
@@ -128,7 +137,8 @@ def _norm(
             count // features,
             features,
             step,
-            *_target(target),
+            codes,
+            y,
             layer,
             eps,
             0 if residual is None else residual.data_ptr(),
@@ -145,7 +155,7 @@ def _norm(
 
 def quantize_activation(
     x: Tensor, activation: str | None, up: Tensor | None, grid: RowGrid, *, for_gemm: bool = False
-) -> Codes:
+) -> Codes | GemmCodes:
     """``activation(x) * up``, quantized.
 
     Args:
@@ -154,7 +164,7 @@ def quantize_activation(
         for_gemm: as in :func:`quantize_norm`.
     """
     codes, addresses = _outputs(x, grid, for_gemm)
-    _activation(x, activation, up, for_gemm, addresses)
+    _activation(x, activation, up, for_gemm, addresses, 0)
     return codes
 
 
@@ -166,14 +176,14 @@ def activate(x: Tensor, activation: str | None, up: Tensor | None, *, for_gemm: 
         for_gemm: as in :func:`normalize`.
     """
     y = _new_empty(x, *x.shape)
-    _activation(x, activation, up, for_gemm, y)
+    _activation(x, activation, up, for_gemm, (), y.data_ptr())
     return y
 
 
 def _activation(
-    x: Tensor, activation: str | None, up: Tensor | None, for_gemm: bool, target: Tensor | _Addresses
+    x: Tensor, activation: str | None, up: Tensor | None, for_gemm: bool, codes: _Addresses | tuple[()], y: int
 ) -> None:
-    """The product, to a tensor or to codes."""
+    """The product, to codes or to the tensor at ``y``."""
     x, step = _rows(x)
     up_step = 0
     if up is not None:
@@ -188,18 +198,14 @@ def _activation(
             count // features,
             features,
             step,
-            *_target(target),
+            codes,
+            y,
             0 if activation is None else EPILOGUES[activation],
             0 if up is None else up.data_ptr(),
             up_step,
             for_gemm and cuda.overlaps(device),
             for_gemm,
         )
-
-
-def _target(target: Tensor | _Addresses) -> tuple[_Addresses | tuple[()], int]:
-    """Where rows go, as the module takes it: the addresses of codes, or that of a tensor."""
-    return ((), target.data_ptr()) if isinstance(target, Tensor) else (target, 0)
 
 
 def _rows(x: Tensor) -> tuple[Tensor, int]:
@@ -213,24 +219,23 @@ def _rows(x: Tensor) -> tuple[Tensor, int]:
     return x, step
 
 
-def _outputs(x: Tensor, grid: RowGrid, for_gemm: bool) -> tuple[Codes, _Addresses]:
+def _outputs(x: Tensor, grid: RowGrid, for_gemm: bool) -> tuple[Codes | GemmCodes, _Addresses]:
     """Room for the codes of ``x [..., K]``, and the addresses that the module takes."""
     features = x.shape[-1]
-    rows, stride = x.numel() // features, features
+    rows = x.numel() // features
+    symmetric, *given = grid
+    scale, zero_point, smooth = (0 if tensor is None else tensor.data_ptr() for tensor in given)
     if for_gemm:
+        memory = _new_empty(x, cuda._cuda.workspace_bytes(rows, features), dtype=torch.int8)
         stride = -(-features // cuda._ACTIVATION_ALIGNMENT) * cuda._ACTIVATION_ALIGNMENT
-    symmetric, static_scale, static_zero_point, inv_smooth = grid
-    q = _new_empty(x, rows, stride, dtype=torch.int8 if symmetric or for_gemm else torch.uint8)
-    scale = _new_empty(x, rows, dtype=torch.float32)
-    zero_point = None if symmetric else _new_empty(x, rows, dtype=torch.int32)
-    addresses = (
-        q.data_ptr(),
-        stride,
-        scale.data_ptr(),
-        0 if zero_point is None else zero_point.data_ptr(),
-        0 if inv_smooth is None else inv_smooth.data_ptr(),
-        0 if static_scale is None else static_scale.data_ptr(),
-        0 if static_zero_point is None else static_zero_point.data_ptr(),
-        for_gemm,
+        at = memory.data_ptr()
+        scales = at + rows * stride
+        zeros = 0 if symmetric else scales + rows * 4
+        return GemmCodes(memory, rows), (at, stride, scales, zeros, smooth, scale, zero_point, True)
+    codes = Codes(
+        _new_empty(x, rows, features, dtype=torch.int8 if symmetric else torch.uint8),
+        _new_empty(x, rows, dtype=torch.float32),
+        None if symmetric else _new_empty(x, rows, dtype=torch.int32),
     )
-    return Codes(q if stride == features else q[:, :features], scale, zero_point), addresses
+    places = [0 if tensor is None else tensor.data_ptr() for tensor in codes]
+    return codes, (places[0], features, places[1], places[2], smooth, scale, zero_point, False)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from .cuda_rows import Codes, RowGrid, activate, quantize_activation
+from .cuda_rows import Codes, GemmCodes, RowGrid, activate, quantize_activation
 from .eager import is_plain
 from .epilogues import apply_epilogue
 from .prepared import Prepared
@@ -203,20 +203,20 @@ def _values(tree: Any) -> Any:
 class QuantizedInput(Deferred):
     """The input of Linears, quantized where it was computed."""
 
-    _codes: Codes
+    _codes: Codes | GemmCodes
     _grid: RowGrid
     _handoff: Handoff
 
     @classmethod
     def of(
-        cls, like: Tensor, build: Callable[[], Tensor], codes: Codes, grid: RowGrid, handoff: Handoff
+        cls, like: Tensor, build: Callable[[], Tensor], codes: Codes | GemmCodes, grid: RowGrid, handoff: Handoff
     ) -> QuantizedInput:
         """An input shaped like ``like`` whose rows are ``codes`` on ``grid``, and whose values are ``build()``."""
         tensor = cls.__new__(cls, like, build)
         tensor._codes, tensor._grid, tensor._handoff = codes, grid, handoff
         return tensor
 
-    def codes_for(self, prepared: Prepared) -> Codes | None:
+    def codes_for(self, prepared: Prepared) -> Codes | GemmCodes | None:
         """The integers, if a layer would have made these from the values; None where the values count."""
         if not self.untouched():
             return None
@@ -224,7 +224,7 @@ class QuantizedInput(Deferred):
         shape, _, device = self._like
         if own is None or prepared.in_features != shape[-1] or prepared.device != device:
             return None
-        if own.symmetric != grid.symmetric or not is_plain(self._codes.scale):
+        if own.symmetric != grid.symmetric or not is_plain(self._codes[0]):
             return None
         if own is grid:
             return self._codes
@@ -252,8 +252,13 @@ class TakesIntegers(HandsOn):
     """A layer whose kernel multiplies 8-bit integers, and takes them where they come ready."""
 
     @abstractmethod
-    def product_of(self, codes: Codes, out_dtype: torch.dtype) -> Tensor:
-        """``[M, N]`` of rows that are integers already, bias included, without the epilogue."""
+    def product_of(self, codes: Any, out_dtype: torch.dtype) -> Tensor:
+        """``[M, N]`` of rows that are integers already, bias included, without the epilogue.
+
+        Args:
+            codes: as the kernels in front of the layer make them.
+            out_dtype: of the output.
+        """
 
     def over_codes(self, x: Deferred) -> Tensor | None:
         """The layer's output for an input that came as integers it would have made; None where the values count."""

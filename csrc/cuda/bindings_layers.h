@@ -108,32 +108,31 @@ class CodeLayer {
   // Quantizes into `workspace`, then multiplies.
   void run(Address x, int x_dtype, int64_t m, int64_t x_stride, Address workspace, Address y, int y_dtype,
            Address stream) const {
-    QK_CHECK_GE(m, 0);
-    const int64_t k = features_of(args_), q_stride = activation_stride(k);
-    const Address scale = workspace + static_cast<Address>(m * q_stride);
-    const Address zero_point = symmetric_ ? 0 : scale + static_cast<Address>(m * 4);
     const int capability = device_capability();
+    Args a = args_;
+    put_workspace(a, workspace, m, y, y_dtype);
     QuantizeRowsArgs g = grid_;
-    g.x = pointer<const void>(x), g.x_dtype = dtype(x_dtype), g.m = m, g.k = k, g.x_stride = x_stride;
-    g.q = pointer<int8_t>(workspace), g.q_stride = q_stride, g.scale = pointer<float>(scale);
-    g.zero_point = pointer<int32_t>(zero_point);
+    g.x = pointer<const void>(x), g.x_dtype = dtype(x_dtype), g.m = m, g.k = features_of(a), g.x_stride = x_stride;
+    g.q = pointer<int8_t>(workspace), g.q_stride = a.x_stride, g.scale = const_cast<float*>(a.x_scale);
+    g.zero_point = const_cast<int32_t*>(a.x_zero_point);
     g.dependent = capability >= 90, g.settled = g.settled && m <= kSettledRows;
     quantize_rows(g, stream_of(stream));
-    product_on(capability, workspace, m, q_stride, scale, zero_point, y, y_dtype, stream);
+    multiply(a, capability, stream_of(stream));
   }
 
-  // Multiplies codes that a kernel before this made.
-  void product(Address xq, int64_t m, int64_t x_stride, Address x_scale, Address x_zero_point, Address y, int y_dtype,
-               Address stream) const {
-    product_on(device_capability(), xq, m, x_stride, x_scale, x_zero_point, y, y_dtype, stream);
+  // Multiplies what a kernel before this quantized into `workspace`.
+  void product(Address workspace, int64_t m, Address y, int y_dtype, Address stream) const {
+    Args a = args_;
+    put_workspace(a, workspace, m, y, y_dtype);
+    multiply(a, device_capability(), stream_of(stream));
   }
 
  private:
-  void product_on(int capability, Address xq, int64_t m, int64_t x_stride, Address x_scale, Address x_zero_point,
-                  Address y, int y_dtype, Address stream) const {
-    Args a = args_;
-    put_codes(a, xq, m, x_stride, x_scale, x_zero_point, y, y_dtype, channels_of(a));
-    multiply(a, capability, stream_of(stream));
+  void put_workspace(Args& a, Address workspace, int64_t m, Address y, int y_dtype) const {
+    const int64_t q_stride = activation_stride(features_of(a));
+    const Address scale = workspace + static_cast<Address>(m * q_stride);
+    const Address zero_point = symmetric_ ? 0 : scale + static_cast<Address>(m * 4);
+    put_codes(a, workspace, m, q_stride, scale, zero_point, y, y_dtype, channels_of(a));
   }
 
   Args args_;
@@ -156,8 +155,8 @@ auto bind_codes(pybind11::module_& m, const char* name) {
   return py::class_<CodeLayer<Args>>(m, name)
       .def("run", &CodeLayer<Args>::run, py::arg("x"), py::arg("x_dtype"), py::arg("m"), py::arg("x_stride"),
            py::arg("workspace"), py::arg("y"), py::arg("y_dtype"), py::arg("stream"))
-      .def("product", &CodeLayer<Args>::product, py::arg("xq"), py::arg("m"), py::arg("x_stride"), py::arg("x_scale"),
-           py::arg("x_zero_point"), py::arg("y"), py::arg("y_dtype"), py::arg("stream"));
+      .def("product", &CodeLayer<Args>::product, py::arg("workspace"), py::arg("m"), py::arg("y"), py::arg("y_dtype"),
+           py::arg("stream"));
 }
 
 }  // namespace qk::cuda
