@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
+#include <utility>
 #include <vector>
 
 #include "bindings.h"
@@ -10,31 +11,48 @@ namespace py = pybind11;
 
 namespace {
 
-// A call of a layer asks this first. In Python it would take longer than the rest of what stands before a launch.
+// A call of a layer asks this first. In Python it would take longer than the rest of what stands before a launch. It
+// refers to the tensors weakly: whoever replaces them gets their memory back at once.
 class Held {
  public:
   // Those of `tensors` under `names`; a name that is missing counts as None.
   Held(const py::dict& tensors, const py::tuple& names) {
     for (const py::handle name : names) {
       PyObject* tensor = entry(tensors, name);
-      entries_.push_back({py::reinterpret_borrow<py::object>(name), py::reinterpret_borrow<py::object>(tensor),
-                          tensor == Py_None ? 0 : address(tensor)});
+      Entry e = {py::reinterpret_borrow<py::object>(name), py::none(), 0};
+      if (tensor != Py_None) e.address = address(tensor), e.reference = py::weakref(tensor);
+      entries_.push_back(std::move(e));
     }
   }
 
   bool holds(const py::dict& tensors) const {
     for (const Entry& e : entries_) {
       PyObject* tensor = entry(tensors, e.name);
-      if (tensor != e.tensor.ptr() || (tensor != Py_None && address(tensor) != e.address)) return false;
+      if (e.reference.is_none() || tensor == Py_None) {
+        if (!e.reference.is_none() || tensor != Py_None) return false;
+      } else if (!refers(e.reference, tensor) || address(tensor) != e.address) {
+        return false;
+      }
     }
     return true;
   }
 
  private:
   struct Entry {
-    py::object name, tensor;
+    py::object name, reference;  // None where there was no tensor
     uintptr_t address;
   };
+
+  static bool refers(const py::object& reference, PyObject* tensor) {
+#if PY_VERSION_HEX >= 0x030D0000
+    PyObject* found = nullptr;
+    if (PyWeakref_GetRef(reference.ptr(), &found) < 0) throw py::error_already_set();
+    Py_XDECREF(found);  // `tensor` is somebody's
+    return found == tensor;
+#else
+    return PyWeakref_GET_OBJECT(reference.ptr()) == tensor;
+#endif
+  }
 
   static PyObject* entry(const py::dict& tensors, const py::handle name) {
     PyObject* found = PyDict_GetItemWithError(tensors.ptr(), name.ptr());  // borrowed

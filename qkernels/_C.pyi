@@ -40,7 +40,7 @@ def pack_groups(source: int, element_bytes: int, N: int, groups: int, packed: in
 def unpack_groups(packed: int, element_bytes: int, N: int, groups: int, target: int) -> None: ...
 
 class Held:
-    """The tensors of a layer whose addresses an object borrowed; a name that is missing counts as None."""
+    """The tensors of a layer whose addresses an object borrowed, referred to weakly; a name that is missing is None."""
 
     def __init__(self, tensors: dict[str, Any], names: tuple[str, ...]) -> None: ...
     def holds(self, tensors: dict[str, Any]) -> bool:

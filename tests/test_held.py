@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 
@@ -39,6 +41,15 @@ def test_held_no_longer_after_a_removal_or_a_move_in_place() -> None:
     gone = {name: tensor for name, tensor in own.items() if name != "scale"}
     assert not held.holds(gone)
     own["packed"].data = torch.zeros(8)  # type: ignore[union-attr]
+    assert not held.holds(own)
+
+
+def test_held_keeps_nothing_alive() -> None:
+    own = tensors()
+    held = _C.Held(own, NAMES)
+    reference = weakref.ref(own["packed"])
+    own["packed"] = torch.zeros(8)
+    assert reference() is None
     assert not held.holds(own)
 
 
