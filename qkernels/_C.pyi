@@ -5,7 +5,7 @@ the low nibble. Functions applied to the output: 0 none, 1 ReLU, 2 GELU, 3 GELU 
 Sizes are in elements unless named otherwise. ValueError where a size or code makes no sense.
 """
 
-from typing import TypedDict, type_check_only
+from typing import Any, TypedDict, type_check_only
 
 @type_check_only
 class _Info(TypedDict):
@@ -38,6 +38,13 @@ def pack_groups(source: int, element_bytes: int, N: int, groups: int, packed: in
     """Scales, minima or zero points ``[N, groups]`` of 1, 2 or 4 bytes each to the order that kernels read."""
 
 def unpack_groups(packed: int, element_bytes: int, N: int, groups: int, target: int) -> None: ...
+
+class Held:
+    """The tensors of a layer whose addresses an object borrowed, referred to weakly; a name that is missing is None."""
+
+    def __init__(self, tensors: dict[str, Any], names: tuple[str, ...]) -> None: ...
+    def holds(self, tensors: dict[str, Any]) -> bool:
+        """Whether a mapping has the very same tensors, and their memory is where it was."""
 
 class LinearW8A8:
     """One layer's weights. ``act_scale`` 0.0: measured per row."""

@@ -119,9 +119,8 @@ class _Rotary:
 
     def __call__(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Turned queries and keys."""
-        if not args and not kwargs and cuda_attention.rotary_serves(q, k, cos, sin):
-            return cuda_attention.rotary(q, k, cos, sin)
-        return self._original(q, k, cos, sin, *args, **kwargs)
+        turned = None if args or kwargs else cuda_attention.rotary(q, k, cos, sin)
+        return self._original(q, k, cos, sin, *args, **kwargs) if turned is None else turned
 
 
 class _Interfaces:
@@ -167,7 +166,9 @@ def _attention(
     usual = usual and not kwargs.get("output_attentions")
     # several queries without a mask see only keys before them
     few = attention_mask is not None or query.shape[2] == 1
-    if usual and few and cuda_attention.attention_serves(query, key, value, attention_mask):
+    if usual and few:
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        return cuda_attention.attention(query, key, value, attention_mask, scale), None
+        out = cuda_attention.attention(query, key, value, attention_mask, scale)
+        if out is not None:
+            return out, None
     return original(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)

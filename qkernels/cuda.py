@@ -33,6 +33,7 @@ __all__ = [
     "dequantize",
     "gemm_w8a8",
     "kernel_name",
+    "launch",
     "linear_w8a8",
     "pack_w8",
     "packed_w8_bytes",
@@ -128,6 +129,16 @@ def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     if device.index is None or device.index == _current_device():
         return _STAY
     return torch.cuda.device(device)
+
+
+def launch(device: torch.device, function: Callable[..., Any], *args: Any) -> None:
+    """``function(*args, stream)``, the stream being torch's current one of the device."""
+    index = device.index
+    if _raw_stream is not None and index is not None and index == _current_device():
+        function(*args, _raw_stream(index))
+        return
+    with _on(device):
+        function(*args, _stream(device))
 
 
 def settle(device: torch.device) -> None:
@@ -339,47 +350,46 @@ def linear_w8a8(
     act_zero_point: Tensor | None,
     inv_smooth: Tensor | None,
     out_dtype: torch.dtype,
-    *,
-    settled: bool = False,
 ) -> Tensor:
     """Checked tensors through quantizer and GEMM: two launches, one workspace from torch's allocator.
 
-    Arguments as those of ``torch.ops.qkernels.linear_w8a8``; static scales are read on the GPU.  ``settled``: no kernel
-    still writes the weight.
+    Arguments as those of ``torch.ops.qkernels.linear_w8a8``; static scales are read on the GPU.  Layers come by another
+    way (:mod:`qkernels.cuda_bound`).
     """
     step: int | None = features
     if not x.is_contiguous():
         step = row_stride(x)
         if step is None or x.is_neg():
             x, step = x.resolve_neg().contiguous(), features
-    shape, device = x.shape, x.device
-    out = x.new_empty((*shape[:-1], rows), dtype=out_dtype)
+    out = x.new_empty((*x.shape[:-1], rows), dtype=out_dtype)
     count = x.numel() // features
     if count:
-        with _on(device):
-            workspace = torch.empty(_cuda.workspace_bytes(count, features), dtype=torch.int8, device=device)
-            _cuda.linear_w8a8(
-                x.data_ptr(),
-                DTYPE_CODES[x.dtype],
-                count,
-                features,
-                step,
-                workspace.data_ptr(),
-                symmetric,
-                _address(inv_smooth),
-                _address(act_scale),
-                _address(act_zero_point),
-                packed.data_ptr(),
-                slab_rows(packed, rows),
-                colsum.data_ptr(),
-                weight_scale.data_ptr(),
-                _address(bias),
-                rows,
-                out.data_ptr(),
-                DTYPE_CODES[out_dtype],
-                settled,
-                _stream(device),
-            )
+        layer = _cuda.LinearW8A8(
+            packed.data_ptr(),
+            slab_rows(packed, rows),
+            colsum.data_ptr(),
+            weight_scale.data_ptr(),
+            _address(bias),
+            rows,
+            features,
+            symmetric,
+            _address(inv_smooth),
+            _address(act_scale),
+            _address(act_zero_point),
+            False,
+        )
+        workspace = x.new_empty(_cuda.workspace_bytes(count, features), dtype=torch.int8)
+        launch(
+            x.device,
+            layer.run,
+            x.data_ptr(),
+            DTYPE_CODES[x.dtype],
+            count,
+            step,
+            workspace.data_ptr(),
+            out.data_ptr(),
+            DTYPE_CODES[out_dtype],
+        )
     return out
 
 

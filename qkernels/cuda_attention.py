@@ -7,6 +7,7 @@ Definitions in :mod:`qkernels._attention`, kernels in ``csrc/cuda/rotary.cu`` an
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,34 +17,20 @@ from .checks import DTYPE_CODES
 from .cuda_w4 import workspace
 from .eager import are_plain
 
-__all__ = ["attention", "attention_serves", "rotary", "rotary_serves"]
+__all__ = ["attention", "rotary"]
 
 MOST_QUERIES, MOST_TOKENS = 64, 16
 """Over one head of keys: four tiles of rows, which read the keys anew each.  Beyond them, and for the short inputs of
 encoders, whose heads share nothing, torch's kernels are made."""
 
 _SIZES = (64, 128)
-_HALVES = (torch.bfloat16, torch.float16)
 
 
-def rotary_serves(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> bool:
-    """Whether :func:`rotary` takes these tensors."""
-    if not q.is_cuda or q.dtype not in DTYPE_CODES or q.dim() != 4 or k.dim() != 4 or not q.numel() or not k.numel():
-        return False
-    batch, _, tokens, size = q.shape
-    alike = all(x.dtype == q.dtype and x.device == q.device for x in (k, cos, sin))
-    if not alike or size % 2 or not are_plain(q, k, cos, sin):
-        return False
-    if (k.shape[0], *k.shape[2:]) != (batch, tokens, size) or cuda.unavailable(q.device):
-        return False
-    angles = ((batch, tokens, size), (1, tokens, size))
-    if cos.shape not in angles or sin.shape != cos.shape or sin.stride() != cos.stride():
-        return False
-    return all(x.stride(-1) == 1 and not x.is_neg() for x in (q, k, cos, sin))
+Steps = tuple[int, ...]
 
 
-def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """:func:`qkernels.reference.rotary` of queries and keys in one launch.
+def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor] | None:
+    """:func:`qkernels.reference.rotary` of queries and keys in one launch; None where the kernel does not serve.
 
     Args:
         q: float32, bfloat16 or float16 ``[B, H, T, D]``, features side by side, on one GPU with the others.
@@ -53,54 +40,56 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tens
     Returns:
         Both in their shapes; in memory ``[B, T, H, D]`` and ``[B, T, G, D]``.
     """
-    batch, heads, tokens, size = q.shape
-    turned = [
-        torch.empty((batch, tokens, x.shape[1], size), dtype=q.dtype, device=q.device).transpose(1, 2) for x in (q, k)
-    ]
-    with cuda._on(q.device):
-        cuda._cuda.rotary(
-            DTYPE_CODES[q.dtype],
-            (batch, heads, k.shape[1], tokens, size),
-            *(_heads(x) for x in (q, k, *turned)),
-            cos.data_ptr(),
-            sin.data_ptr(),
-            cos.stride(0) if cos.shape[0] > 1 else 0,
-            cos.stride(1),
-            cuda.overlaps(q.device),
-            cuda._stream(q.device),
-        )
-    return turned[0], turned[1]
+    dtype, code = q.dtype, DTYPE_CODES.get(q.dtype)
+    if not q.is_cuda or code is None or not are_plain(q, k, cos, sin):
+        return None
+    device, index = q.device, q.get_device()
+    if not (
+        k.dtype == cos.dtype == sin.dtype == dtype and k.get_device() == cos.get_device() == sin.get_device() == index
+    ):
+        return None
+    if q.is_neg() or k.is_neg() or cos.is_neg() or sin.is_neg():
+        return None
+    of_q, of_k, angles, steps = q.shape, k.shape, cos.shape, cos.stride()
+    if sin.shape != angles or sin.stride() != steps:
+        return None
+    way = _rotary_way(of_q, q.stride(), of_k, k.stride(), angles, steps, device)
+    if way is None:
+        return None
+    run, of_q_out, of_k_out = way
+    turned = q.new_empty_strided(of_q, of_q_out), q.new_empty_strided(of_k, of_k_out)
+    addresses = q.data_ptr(), k.data_ptr(), cos.data_ptr(), sin.data_ptr()
+    cuda.launch(device, run, code, *addresses, turned[0].data_ptr(), turned[1].data_ptr())
+    return turned
 
 
-def attention_serves(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
-    """Whether :func:`attention` takes these tensors, and is meant for so few queries."""
-    if not q.is_cuda or q.dtype not in _HALVES or any(x.dim() != 4 for x in (q, k, v)):
-        return False
-    batch, heads, tokens, size = q.shape
-    length, key_heads = k.shape[2], k.shape[1]
-    if size not in _SIZES or not q.numel() or not k.numel() or v.shape != k.shape or cuda.unavailable(q.device):
-        return False
-    if k.shape != (batch, key_heads, length, size) or heads % key_heads:
-        return False
-    if tokens > MOST_TOKENS or heads // key_heads * tokens > MOST_QUERIES:
-        return False
-    for x in (q, k, v):
-        fits = x.dtype == q.dtype and x.device == q.device and not x.is_neg()
-        if not fits or x.stride(3) != 1 or x.data_ptr() % 16 or any(step % 8 for step in x.stride()[:3]):
-            return False
-    if mask is None:
-        return are_plain(q, k, v)
-    if mask.dtype != torch.bool or mask.dim() != 4 or mask.device != q.device or not are_plain(q, k, v, mask):
-        return False
-    broadcast = zip(mask.shape[:3], (batch, heads, tokens), strict=True)
-    return mask.shape[3] == length and mask.stride(3) == 1 and all(n in (1, full) for n, full in broadcast)
+@functools.lru_cache(maxsize=4096)
+def _rotary_way(
+    q: Steps, q_steps: Steps, k: Steps, k_steps: Steps, angles: Steps, angle_steps: Steps, device: torch.device
+) -> tuple[Any, Steps, Steps] | None:
+    """For tensors of these shapes and strides: what the module runs, and the strides of its outputs; None where it does
+    not take them."""
+    if len(q) != 4 or len(k) != 4 or not all((*q, *k)) or cuda.unavailable(device):
+        return None
+    batch, heads, tokens, size = q
+    if (k[0], *k[2:]) != (batch, tokens, size) or size % 2 or angles not in ((batch, tokens, size), (1, tokens, size)):
+        return None
+    if q_steps[3] != 1 or k_steps[3] != 1 or angle_steps[2] != 1:
+        return None
+    outputs = [(tokens * n * size, size, n * size, 1) for n in (heads, k[1])]
+    places = [_steps(*of) for of in ((q, q_steps), (k, k_steps), (q, outputs[0]), (k, outputs[1]))]
+    of_angles = (angle_steps[0] if angles[0] > 1 else 0, 0, angle_steps[1])
+    sizes = (batch, heads, k[1], tokens, size)
+    overlaps = cuda.overlaps(device)
+    return cuda._cuda.Rotary(sizes, *places, of_angles, overlaps).run, outputs[0], outputs[1]
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """:func:`qkernels.reference.attention` of at most :data:`MOST_QUERIES` queries of a head of keys.
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor | None:
+    """:func:`qkernels.reference.attention` of few queries; None where the kernel does not serve, or is not meant to.
 
     Args:
-        q: bfloat16 or float16 ``[B, H, T, D]``, D 64 or 128, features side by side, rows at multiples of 16 bytes.
+        q: bfloat16 or float16 ``[B, H, T, D]``, D 64 or 128, features side by side, rows at multiples of 16 bytes; at
+            most :data:`MOST_QUERIES` of a head of keys and :data:`MOST_TOKENS` tokens.
         k, v: ``[B, G, L, D]``, likewise.
         mask: bool ``[B or 1, H or 1, T or 1, L]``, keys side by side, or None.
         scale: factor of the scores.
@@ -108,39 +97,72 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
     Returns:
         ``[B, T, H, D]``, contiguous.
     """
-    batch, heads, tokens, size = q.shape
-    sizes, length = (batch, heads, k.shape[1], tokens, size), k.shape[2]
-    out = torch.empty((batch, tokens, heads, size), dtype=q.dtype, device=q.device)
-    plan = _plan(sizes, length, q.device.index or 0)
-    stream = cuda._stream(q.device)
-    with cuda._on(q.device):
-        cuda._cuda.attention(
-            DTYPE_CODES[q.dtype],
-            sizes,
-            length,
-            _heads(q),
-            _heads(k),
-            _heads(v),
-            _heads(out.transpose(1, 2)),
-            (0, 0, 0, 0) if mask is None else _heads(mask),
-            scale,
-            plan,
-            *(workspace(q.device, stream, *plan[2:]) if plan[2] else (0, 0)),
-            cuda.overlaps(q.device),
-            stream,
-        )
+    dtype, code = q.dtype, DTYPE_CODES.get(q.dtype)
+    if not q.is_cuda or not code or not are_plain(q, k, v, *(() if mask is None else (mask,))):
+        return None
+    device, index = q.device, q.get_device()
+    if k.dtype != dtype or v.dtype != dtype or k.get_device() != index or v.get_device() != index:
+        return None
+    of_mask = None
+    if mask is not None:
+        if mask.dtype != torch.bool or mask.get_device() != index:
+            return None
+        of_mask = mask.shape, mask.stride()
+    at_q, at_k, at_v = q.data_ptr(), k.data_ptr(), v.data_ptr()
+    if (at_q | at_k | at_v) % 16 or q.is_neg() or k.is_neg() or v.is_neg():
+        return None
+    way = _attention_way(q.shape, q.stride(), k.shape, k.stride(), v.shape, v.stride(), of_mask, device)
+    if way is None:
+        return None
+    run, of_out, counters, floats = way
+    out = q.new_empty(of_out)
+    memory = workspace(device, cuda._stream(device), counters, floats) if counters else (0, 0)
+    at_mask = 0 if mask is None else mask.data_ptr()
+    cuda.launch(device, run, code, at_q, at_k, at_v, at_mask, out.data_ptr(), scale, *memory)
     return out
 
 
 @functools.lru_cache(maxsize=4096)
-def _plan(sizes: tuple[int, ...], length: int, index: int) -> tuple[int, int, int, int]:
-    """Parts of the keys, keys of a part, counters, partial sums."""
-    sms = torch.cuda.get_device_properties(index).multi_processor_count
-    return cuda._cuda.plan_attention(sizes, length, sms)
+def _attention_way(
+    q: Steps,
+    q_steps: Steps,
+    k: Steps,
+    k_steps: Steps,
+    v: Steps,
+    v_steps: Steps,
+    of_mask: tuple[Steps, Steps] | None,
+    device: torch.device,
+) -> tuple[Any, Steps, int, int] | None:
+    """For tensors of these shapes and strides: what the module runs, the shape of its output, and the counters and
+    partial sums it needs; None where it does not take them."""
+    if len(q) != 4 or len(k) != 4 or v != k or not all((*q, *k)) or cuda.unavailable(device):
+        return None
+    batch, heads, tokens, size = q
+    key_heads, length = k[1], k[2]
+    if size not in _SIZES or k != (batch, key_heads, length, size) or heads % key_heads:
+        return None
+    if tokens > MOST_TOKENS or heads // key_heads * tokens > MOST_QUERIES:
+        return None
+    if any(steps[3] != 1 or any(step % 8 for step in steps[:3]) for steps in (q_steps, k_steps, v_steps)):
+        return None
+    mask_steps: Steps = (0, 0, 0)
+    if of_mask is not None:
+        mask, steps = of_mask
+        if len(mask) != 4 or mask[3] != length or steps[3] != 1:
+            return None
+        if any(n not in (1, full) for n, full in zip(mask[:3], (batch, heads, tokens), strict=True)):
+            return None
+        mask_steps = _steps(mask, steps)
+    sms = torch.cuda.get_device_properties(device).multi_processor_count
+    sizes, of_out = (batch, heads, key_heads, tokens, size), (batch, tokens, heads, size)
+    plan = cuda._cuda.plan_attention(sizes, length, sms)
+    out_steps = _steps(q, (tokens * heads * size, size, heads * size, 1))
+    places = [_steps(q, q_steps), _steps(k, k_steps), _steps(v, v_steps), out_steps, mask_steps]
+    overlaps = cuda.overlaps(device)
+    return cuda._cuda.Attention(sizes, length, *places, plan, overlaps).run, of_out, plan[2], plan[3]
 
 
-def _heads(x: Tensor) -> tuple[int, int, int, int]:
-    """Address, and elements from one index to the next in the first three dimensions; 0 in those of one."""
-    steps = (step if n > 1 else 0 for n, step in zip(x.shape[:3], x.stride()[:3], strict=True))
-    batch, head, token = steps
-    return x.data_ptr(), batch, head, token
+def _steps(shape: Steps, strides: Steps) -> tuple[int, int, int]:
+    """Elements from one index to the next in the first three dimensions; 0 in those of one."""
+    batch, head, token = (step if n > 1 else 0 for n, step in zip(shape[:3], strides[:3], strict=True))
+    return batch, head, token

@@ -16,7 +16,7 @@ from . import cuda
 from .checks import DTYPE_CODES, row_stride
 from .epilogues import EPILOGUES
 
-__all__ = ["Codes", "RowGrid", "activate", "normalize", "quantize_activation", "quantize_norm"]
+__all__ = ["Codes", "GemmCodes", "RowGrid", "activate", "normalize", "quantize_activation", "quantize_norm"]
 
 
 class RowGrid(NamedTuple):
@@ -28,6 +28,8 @@ class RowGrid(NamedTuple):
     inv_smooth: Tensor | None = None
 
 
+_new_empty = Tensor.new_empty
+
 _Addresses = tuple[int, int, int, int, int, int, int, bool]
 """Of codes and of the grid they are on, as the module takes them."""
 
@@ -36,7 +38,7 @@ class Codes(NamedTuple):
     """Quantized rows, as :func:`qkernels.cuda.gemm_w8a8` takes them.
 
     Attributes:
-        q: ``[M, K]``, int8; uint8 on an asymmetric grid, or ``q - 128`` as int8 where that was asked for.
+        q: ``[M, K]``, int8; uint8 on an asymmetric grid.
         scale: float32 ``[M]``.
         zero_point: int32 ``[M]``, or None.
     """
@@ -44,6 +46,14 @@ class Codes(NamedTuple):
     q: Tensor
     scale: Tensor
     zero_point: Tensor | None
+
+
+class GemmCodes(NamedTuple):
+    """The same as products of layers take them, in one piece of memory: codes, less 128 on an asymmetric grid, in rows
+    at multiples of 16 bytes, then scales, then zero points (``csrc/cuda/bindings_layers.h``)."""
+
+    memory: Tensor
+    rows: int
 
 
 def quantize_norm(
@@ -56,21 +66,21 @@ def quantize_norm(
     layer: bool,
     residual: Tensor | None = None,
     for_gemm: bool = False,
-) -> tuple[Codes, Tensor | None]:
+) -> tuple[Codes | GemmCodes, Tensor | None]:
     """A norm of ``x + residual``, quantized.
 
     Args:
         x, residual: float32, bfloat16 or float16 ``[..., K]``, K > 0, of one dtype and shape, on one GPU.
         weight, bias: ``[K]``, contiguous.
         layer: layer norm; else RMS norm, without a bias.
-        for_gemm: rows begin at multiples of 16 bytes, and codes of an asymmetric grid are less 128.  What follows may
-            fetch weights at once: those of layers, which no kernel still writes.
+        for_gemm: the codes are for the product of a layer.  What follows may fetch weights at once: those of layers,
+            which no kernel still writes.
 
     Returns:
         Codes of the rows, and ``x + residual`` in the dtype and shape of ``x`` (None without a residual).
     """
     codes, addresses = _outputs(x, grid, for_gemm)
-    return codes, _norm(x, weight, bias, eps, layer, residual, for_gemm, addresses)
+    return codes, _norm(x, weight, bias, eps, layer, residual, for_gemm, addresses, 0)
 
 
 def normalize(
@@ -92,8 +102,8 @@ def normalize(
     Returns:
         The norm, and ``x + residual`` (None without a residual), both contiguous in the dtype and shape of ``x``.
     """
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    return y, _norm(x, weight, bias, eps, layer, residual, for_gemm, y)
+    y = _new_empty(x, *x.shape)
+    return y, _norm(x, weight, bias, eps, layer, residual, for_gemm, (), y.data_ptr())
 
 
 def _norm(
@@ -104,47 +114,48 @@ def _norm(
     layer: bool,
     residual: Tensor | None,
     for_gemm: bool,
-    target: Tensor | _Addresses,
+    codes: _Addresses | tuple[()],
+    y: int,
 ) -> Tensor | None:
-    """The norm, to a tensor or to codes; the sum, if there is one."""
+    """The norm, to codes or to the tensor at ``y``; the sum, if there is one."""
     x, step = _rows(x)
-    total, residual_step = None, 0
+    total, residual_step, dtype, shape, device = None, 0, x.dtype, x.shape, x.device
     if residual is not None:
         residual, residual_step = _rows(residual)
-        total = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    factors = [t for t in (weight, bias) if t is not None]
-    wide = any(factor.dtype != x.dtype for factor in factors) or x.dtype == torch.float32
+        total = _new_empty(x, *shape)
+    wide = (weight is not None and weight.dtype != dtype) or (bias is not None and bias.dtype != dtype)
     if wide:
         weight = None if weight is None else weight.to(torch.float32)
         bias = None if bias is None else bias.to(torch.float32)
-    if x.numel():
-        features = x.shape[-1]
-        with cuda._on(x.device):
-            cuda._cuda.quantize_norm(
-                x.data_ptr(),
-                DTYPE_CODES[x.dtype],
-                x.numel() // features,
-                features,
-                step,
-                *_target(target),
-                layer,
-                eps,
-                cuda._address(residual),
-                residual_step,
-                cuda._address(total),
-                cuda._address(weight),
-                cuda._address(bias),
-                wide,
-                for_gemm and cuda.overlaps(x.device),
-                for_gemm,
-                cuda._stream(x.device),
-            )
+    count, features = x.numel(), shape[-1]
+    if count:
+        cuda.launch(
+            device,
+            cuda._cuda.quantize_norm,
+            x.data_ptr(),
+            DTYPE_CODES[dtype],
+            count // features,
+            features,
+            step,
+            codes,
+            y,
+            layer,
+            eps,
+            0 if residual is None else residual.data_ptr(),
+            residual_step,
+            0 if total is None else total.data_ptr(),
+            0 if weight is None else weight.data_ptr(),
+            0 if bias is None else bias.data_ptr(),
+            wide or dtype == torch.float32,
+            for_gemm and cuda.overlaps(device),
+            for_gemm,
+        )
     return total
 
 
 def quantize_activation(
     x: Tensor, activation: str | None, up: Tensor | None, grid: RowGrid, *, for_gemm: bool = False
-) -> Codes:
+) -> Codes | GemmCodes:
     """``activation(x) * up``, quantized.
 
     Args:
@@ -153,7 +164,7 @@ def quantize_activation(
         for_gemm: as in :func:`quantize_norm`.
     """
     codes, addresses = _outputs(x, grid, for_gemm)
-    _activation(x, activation, up, for_gemm, addresses)
+    _activation(x, activation, up, for_gemm, addresses, 0)
     return codes
 
 
@@ -164,40 +175,37 @@ def activate(x: Tensor, activation: str | None, up: Tensor | None, *, for_gemm: 
         x, up, activation: as in :func:`quantize_activation`.
         for_gemm: as in :func:`normalize`.
     """
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    _activation(x, activation, up, for_gemm, y)
+    y = _new_empty(x, *x.shape)
+    _activation(x, activation, up, for_gemm, (), y.data_ptr())
     return y
 
 
 def _activation(
-    x: Tensor, activation: str | None, up: Tensor | None, for_gemm: bool, target: Tensor | _Addresses
+    x: Tensor, activation: str | None, up: Tensor | None, for_gemm: bool, codes: _Addresses | tuple[()], y: int
 ) -> None:
-    """The product, to a tensor or to codes."""
+    """The product, to codes or to the tensor at ``y``."""
     x, step = _rows(x)
     up_step = 0
     if up is not None:
         up, up_step = _rows(up)
-    if x.numel():
-        with cuda._on(x.device):
-            cuda._cuda.quantize_activation(
-                x.data_ptr(),
-                DTYPE_CODES[x.dtype],
-                x.numel() // x.shape[-1],
-                x.shape[-1],
-                step,
-                *_target(target),
-                0 if activation is None else EPILOGUES[activation],
-                cuda._address(up),
-                up_step,
-                for_gemm and cuda.overlaps(x.device),
-                for_gemm,
-                cuda._stream(x.device),
-            )
-
-
-def _target(target: Tensor | _Addresses) -> tuple[_Addresses | tuple[()], int]:
-    """Where rows go, as the module takes it: the addresses of codes, or that of a tensor."""
-    return ((), target.data_ptr()) if isinstance(target, Tensor) else (target, 0)
+    count, features, device = x.numel(), x.shape[-1], x.device
+    if count:
+        cuda.launch(
+            device,
+            cuda._cuda.quantize_activation,
+            x.data_ptr(),
+            DTYPE_CODES[x.dtype],
+            count // features,
+            features,
+            step,
+            codes,
+            y,
+            0 if activation is None else EPILOGUES[activation],
+            0 if up is None else up.data_ptr(),
+            up_step,
+            for_gemm and cuda.overlaps(device),
+            for_gemm,
+        )
 
 
 def _rows(x: Tensor) -> tuple[Tensor, int]:
@@ -211,24 +219,23 @@ def _rows(x: Tensor) -> tuple[Tensor, int]:
     return x, step
 
 
-def _outputs(x: Tensor, grid: RowGrid, for_gemm: bool) -> tuple[Codes, _Addresses]:
+def _outputs(x: Tensor, grid: RowGrid, for_gemm: bool) -> tuple[Codes | GemmCodes, _Addresses]:
     """Room for the codes of ``x [..., K]``, and the addresses that the module takes."""
     features = x.shape[-1]
-    rows, stride = x.numel() // features, features
+    rows = x.numel() // features
+    symmetric, *given = grid
+    scale, zero_point, smooth = (0 if tensor is None else tensor.data_ptr() for tensor in given)
     if for_gemm:
+        memory = _new_empty(x, cuda._cuda.workspace_bytes(rows, features), dtype=torch.int8)
         stride = -(-features // cuda._ACTIVATION_ALIGNMENT) * cuda._ACTIVATION_ALIGNMENT
-    dtype = torch.int8 if grid.symmetric or for_gemm else torch.uint8
-    q = torch.empty((rows, stride), dtype=dtype, device=x.device)
-    scale = torch.empty(rows, dtype=torch.float32, device=x.device)
-    zero_point = None if grid.symmetric else torch.empty(rows, dtype=torch.int32, device=x.device)
-    addresses = (
-        q.data_ptr(),
-        stride,
-        scale.data_ptr(),
-        cuda._address(zero_point),
-        cuda._address(grid.inv_smooth),
-        cuda._address(grid.scale),
-        cuda._address(grid.zero_point),
-        for_gemm,
+        at = memory.data_ptr()
+        scales = at + rows * stride
+        zeros = 0 if symmetric else scales + rows * 4
+        return GemmCodes(memory, rows), (at, stride, scales, zeros, smooth, scale, zero_point, True)
+    codes = Codes(
+        _new_empty(x, rows, features, dtype=torch.int8 if symmetric else torch.uint8),
+        _new_empty(x, rows, dtype=torch.float32),
+        None if symmetric else _new_empty(x, rows, dtype=torch.int32),
     )
-    return Codes(q[:, :features], scale, zero_point), addresses
+    places = [0 if tensor is None else tensor.data_ptr() for tensor in codes]
+    return codes, (places[0], features, places[1], places[2], smooth, scale, zero_point, False)

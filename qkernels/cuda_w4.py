@@ -277,7 +277,7 @@ def gemm_w4a16(
     """The fused kernel over 16-bit ``x [M, K]``, M >= 1; arguments as in :func:`gemm_w4a8`."""
     rows, channels, device = x.shape[0], weight[7], x.device
     x = aligned_rows(x)
-    out = torch.empty((rows, channels), dtype=out_dtype, device=device)
+    out = x.new_empty((rows, channels), dtype=out_dtype)
     if plan is None:
         plan = _plan(None, rows, weight[7:10], _kind(weight), device.index or 0)
     with _on(device):
@@ -389,7 +389,7 @@ def gemm_w4a8(
         dependent: the launch may fetch weights while the kernel before it ends; that one must not write them.
     """
     rows, channels, device = q.shape[0], weight[7], q.device
-    out = torch.empty((rows, channels), dtype=out_dtype, device=device)
+    out = q.new_empty((rows, channels), dtype=out_dtype)
     if rows:
         if plan is None:
             plan = _plan(8, rows, weight[7:10], _kind(weight), device.index or 0, shifted=x_zero_point is not None)

@@ -7,16 +7,18 @@ CPU (:mod:`qkernels.cpu_packed`), whose schema, shape function and gradient serv
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from .checks import DTYPE_CODES, check_input, check_out_dtype
+from .checks import check_input, check_out_dtype
 from .cpu_packed import PreparedPacked
-from .cuda import _cuda, capability, settle, unavailable
-from .cuda_rows import Codes, RowGrid
+from .cuda import _address, _cuda, capability, settle, unavailable
+from .cuda_bound import Bound, FloatLayer, IntegerLayer
+from .cuda_rows import RowGrid
 from .cuda_w4 import (
     BLOCK_BYTES,
     BLOCK_ROWS,
@@ -26,19 +28,17 @@ from .cuda_w4 import (
     SLAB_K,
     dequantize_w4,
     describe,
+    fused_rows,
     linear_w4a8,
     linear_w4a16,
     pack_groups,
     pack_multipliers,
     pack_w4,
-    product_w4a8,
     unpack_groups,
     unpack_multipliers,
     unpack_w4,
     wgmma_objection,
 )
-from .deferred import Deferred, TakesIntegers
-from .eager import is_plain
 from .joint import Joinable, Rows
 from .packed import (
     GROUPED,
@@ -110,7 +110,7 @@ def _pack_grid(canonical: Mapping[str, Tensor], scheme: Scheme, features: int) -
     return {own: pack_groups(canonical[name]) for name, own in GROUPED.items() if name in canonical}
 
 
-class PreparedCudaW4(TakesIntegers, Joinable, PackedLayer):
+class PreparedCudaW4(IntegerLayer, FloatLayer, Joinable, PackedLayer):
     """4-bit weights on a GPU, by the CUDA kernels.
 
     Resident: the packed codes, what belongs to their groups transposed, and the small canonical tensors; beside
@@ -163,31 +163,29 @@ class PreparedCudaW4(TakesIntegers, Joinable, PackedLayer):
         mma = "mma." if wgmma_objection(self.scheme, found) else ""
         return f"w4a{self.scheme.activation_bits or 16}.cuda.{mma}sm{found}"
 
-    def run(self, x: Tensor) -> Tensor:
-        """See :meth:`Prepared.run`.  Plain eager calls go straight to the binding."""
-        if isinstance(x, Deferred):
-            taken = self.over_codes(x)
-            if taken is not None:
-                return taken
-            x = x.value()
-        if is_plain(x) and x.is_cuda:
-            tensors = self.tensors
-            packed = tensors["packed"]
-            if (
-                type(packed) is Tensor
-                and packed.device == x.device
-                and x.dtype in DTYPE_CODES
-                and x.dim()
-                and x.shape[-1] == self.in_features
-                and x.layout is torch.strided
-                and packed.data_ptr() % 16 == 0
-            ):
-                return self.finished(_run(x, tensors, self.scheme, self.out_features, self.in_features, x.dtype, True))
-        return self.around(x)
+    def bind(self) -> tuple[Any, float]:
+        """See :class:`qkernels.cuda_bound.BoundLayer`."""
+        weight = describe(self.tensors, self.scheme, self.out_features, self.in_features)
+        bias = _address(self.tensors.get("bias"))
+        if not self.scheme.weight_only:
+            grid = _grid(self.tensors, self.scheme)
+            addresses = map(_address, (grid.inv_smooth, grid.scale, grid.zero_point))
+            return _cuda.LinearW4A8(weight, bias, grid.symmetric, *addresses), math.inf
+        smoothed = self.tensors.get("inv_smooth") is not None  # and so in float32
+        fused = 0 if smoothed else fused_rows(self.device.index or 0, minima=weight[3] != 0)
+        return _cuda.LinearW4A16(weight, bias), fused
 
-    def moved(self) -> None:
-        """Wait for the copies."""
-        settle(self.device)
+    def grid(self) -> RowGrid | None:
+        """See the base class."""
+        return None if self.scheme.weight_only else _grid(self.tensors, self.scheme)
+
+    def through(self, bound: Bound, x: Tensor) -> Tensor | None:
+        """See the base classes."""
+        return (FloatLayer if self.scheme.weight_only else IntegerLayer).through(self, bound, x)
+
+    def general(self, x: Tensor) -> Tensor:
+        """See the base class."""
+        return _run(x, self.tensors, self.scheme, self.out_features, self.in_features, x.dtype, True)
 
     def rows_of(self, name: str, tensor: Tensor) -> Rows | None:
         """See :class:`qkernels.joint.Joinable`."""
@@ -199,20 +197,9 @@ class PreparedCudaW4(TakesIntegers, Joinable, PackedLayer):
             return Rows(tensor.reshape(group_count(self.scheme, self.in_features), -1), 1)
         return Rows(tensor, 0) if name == "bias" else None
 
-    def input_grid(self) -> RowGrid | None:
-        """See :meth:`Prepared.input_grid`."""
-        if self.scheme.weight_only or self.tensors["packed"].data_ptr() % 16:
-            return None
-        return _grid(self.tensors, self.scheme)
-
     def takes_floats(self) -> bool:
         """See :meth:`Prepared.takes_floats`."""
         return self.scheme.weight_only
-
-    def product_of(self, codes: Codes, out_dtype: torch.dtype) -> Tensor:
-        """See the base class."""
-        weight = describe(self.tensors, self.scheme, self.out_features, self.in_features)
-        return product_w4a8(codes, weight, self.tensors.get("bias"), out_dtype)
 
     def load(self, canonical: Mapping[str, Tensor]) -> None:
         """Packs into the resident memory."""

@@ -22,10 +22,9 @@ from ._library import plus_residual, vmap_rows
 from .checks import DTYPE_CODES, check_input, check_out_dtype
 from .cpu_packed import PreparedPacked
 from .cuda import _address, _cuda, _on, _stream, capability, settle
+from .cuda_bound import FloatLayer
 from .cuda_slices import aligned_rows, by_slices, by_terms
 from .cuda_w4 import Plan, workspace
-from .deferred import Deferred, HandsOn
-from .eager import is_plain
 from .joint import Joinable, Rows
 from .packed import PackedLayer, check_resident
 from .prepared import effective_weight, scheme_from_key
@@ -134,7 +133,7 @@ def gemm_w8a16(
     x = aligned_rows(x)
     rows, features = x.shape
     channels, device = scale.numel(), x.device
-    out = torch.empty((rows, channels), dtype=out_dtype, device=device)
+    out = x.new_empty((rows, channels), dtype=out_dtype)
     if plan is None:
         plan = _plan(rows, channels, features, device.index or 0)
     with _on(device):
@@ -212,7 +211,7 @@ def linear_w8a16(
 # -- layers -----------------------------------------------------------------------------------------------------------
 
 
-class PreparedCudaW8A16(HandsOn, Joinable, PackedLayer):
+class PreparedCudaW8A16(FloatLayer, Joinable, PackedLayer):
     """8-bit weights per output channel under floating-point activations on a GPU, by the CUDA kernels."""
 
     granule = cuda.ATOM_ROWS
@@ -247,30 +246,20 @@ class PreparedCudaW8A16(HandsOn, Joinable, PackedLayer):
         """``"w8a16.cuda.sm"`` and the compute capability."""
         return f"w8a16.cuda.sm{cuda.capability(self.device.index or 0)}"
 
-    def run(self, x: Tensor) -> Tensor:
-        """See :meth:`Prepared.run`.  Plain eager calls go straight to the binding."""
-        if isinstance(x, Deferred):
-            x = x.value()
-        if is_plain(x) and x.is_cuda:
-            tensors, features = self.tensors, self.in_features
-            packed = tensors["packed"]
-            if (
-                type(packed) is Tensor
-                and packed.device == x.device
-                and x.dtype in DTYPE_CODES
-                and x.dim()
-                and x.shape[-1] == features
-                and x.layout is torch.strided
-                and packed.data_ptr() % 16 == 0
-            ):
-                bias, smooth = tensors.get("bias"), tensors.get("inv_smooth")
-                y = linear_w8a16(x, packed, tensors["packed_scale"], bias, smooth, features, x.dtype, dependent=True)
-                return self.finished(y)
-        return self.around(x)
+    def bind(self) -> tuple[Any, float]:
+        """See :class:`qkernels.cuda_bound.BoundLayer`."""
+        tensors, rows = self.tensors, self.out_features
+        packed, scale, bias = tensors["packed"], tensors["packed_scale"], tensors.get("bias")
+        addresses = packed.data_ptr(), cuda.slab_rows(packed, rows), scale.data_ptr(), _address(bias)
+        smoothed = tensors.get("inv_smooth") is not None  # and so in float32
+        fused = 0 if smoothed else fused_rows(self.device.index or 0, torch.bfloat16)
+        return _cuda.LinearW8A16(*addresses, rows, self.in_features), fused
 
-    def moved(self) -> None:
-        """Wait for the copies."""
-        settle(self.device)
+    def general(self, x: Tensor) -> Tensor:
+        """See the base class."""
+        get = self.tensors.get
+        rest = get("bias"), get("inv_smooth"), self.in_features, x.dtype
+        return linear_w8a16(x, self.tensors["packed"], self.tensors["packed_scale"], *rest, dependent=True)
 
     def rows_of(self, name: str, tensor: Tensor) -> Rows | None:
         """See :class:`qkernels.joint.Joinable`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,11 +11,10 @@ from torch import Tensor
 
 from . import cuda
 from ._library import plus_residual
-from .checks import DTYPE_CODES, check_input, check_out_dtype
+from .checks import check_input, check_out_dtype
 from .cpu_w8a8 import PreparedW8A8
-from .cuda_rows import Codes, RowGrid
-from .deferred import Deferred, TakesIntegers
-from .eager import is_plain
+from .cuda_bound import IntegerLayer
+from .cuda_rows import RowGrid
 from .joint import Joinable, Rows
 from .packed import PackedW8A8
 from .prepared import effective_weight
@@ -109,13 +109,14 @@ def _dequantize_w8(
     return effective_weight(tensors, Scheme(), K, dtype)
 
 
-class PreparedCudaW8A8(TakesIntegers, Joinable, PackedW8A8):
+class PreparedCudaW8A8(IntegerLayer, Joinable, PackedW8A8):
     """8-bit weights per output channel and 8-bit activations on a GPU, by the CUDA kernels.
 
     Resident: ``packed`` and ``colsum`` (see :func:`qkernels.cuda.pack_w8`) and the small canonical tensors.
     """
 
     granule = cuda.ATOM_ROWS
+    alignment = cuda.PACKED_ALIGNMENT
 
     @classmethod
     def objection(cls, scheme: Scheme, in_features: int, out_features: int, device: torch.device) -> str:
@@ -146,46 +147,42 @@ class PreparedCudaW8A8(TakesIntegers, Joinable, PackedW8A8):
         """``"w8a8.cuda.sm"`` and the compute capability; ``cuda.kernel_name`` knows more for a number of rows."""
         return f"w8a8.cuda.sm{cuda.capability(self.device.index or 0)}"
 
-    def run(self, x: Tensor) -> Tensor:
-        """See :meth:`Prepared.run`.  Plain eager calls go straight to the binding."""
-        if isinstance(x, Deferred):
-            taken = self.over_codes(x)
-            if taken is not None:
-                return taken
-            x = x.value()
-        if is_plain(x) and x.is_cuda:
-            tensors = self.tensors
-            packed, scale = tensors["packed"], tensors["weight_scale"]
-            if (
-                type(packed) is Tensor
-                and packed.device == x.device
-                and x.dtype in DTYPE_CODES
-                and x.dim()
-                and x.shape[-1] == self.in_features
-                and packed.data_ptr() % cuda.PACKED_ALIGNMENT == 0
-            ):
-                get = tensors.get
-                y = cuda.linear_w8a8(
-                    x,
-                    packed,
-                    tensors["colsum"],
-                    scale,
-                    get("bias"),
-                    self.out_features,
-                    self.in_features,
-                    self.scheme.activation_symmetric,
-                    get("act_scale"),
-                    get("act_zero_point"),
-                    get("inv_smooth"),
-                    x.dtype,
-                    settled=True,
-                )
-                return self.finished(y)
-        return self.around(x)
+    def bind(self) -> tuple[Any, float]:
+        """See :class:`qkernels.cuda_bound.BoundLayer`."""
+        tensors, rows, grid = self.tensors, self.out_features, self.grid()
+        layer = cuda._cuda.LinearW8A8(
+            tensors["packed"].data_ptr(),
+            cuda.slab_rows(tensors["packed"], rows),
+            tensors["colsum"].data_ptr(),
+            tensors["weight_scale"].data_ptr(),
+            cuda._address(tensors.get("bias")),
+            rows,
+            self.in_features,
+            grid.symmetric,
+            *map(cuda._address, (grid.inv_smooth, grid.scale, grid.zero_point)),
+            True,
+        )
+        return layer, math.inf
 
-    def moved(self) -> None:
-        """Wait for the copies."""
-        cuda.settle(self.device)
+    def grid(self) -> RowGrid:
+        """See the base class."""
+        get, symmetric = self.tensors.get, self.scheme.activation_symmetric
+        return RowGrid(symmetric, get("act_scale"), None if symmetric else get("act_zero_point"), get("inv_smooth"))
+
+    def general(self, x: Tensor) -> Tensor:
+        """See the base class."""
+        get, grid = self.tensors.__getitem__, self.grid()
+        return cuda.linear_w8a8(
+            x,
+            get("packed"),
+            get("colsum"),
+            get("weight_scale"),
+            self.tensors.get("bias"),
+            self.out_features,
+            self.in_features,
+            *grid,
+            x.dtype,
+        )
 
     def rows_of(self, name: str, tensor: Tensor) -> Rows | None:
         """See :class:`qkernels.joint.Joinable`."""
@@ -193,18 +190,6 @@ class PreparedCudaW8A8(TakesIntegers, Joinable, PackedW8A8):
             slabs = -(-self.in_features // cuda.SLAB_K)
             return Rows(tensor.reshape(slabs, -1, cuda.SLAB_K), 1)
         return Rows(tensor, 0) if name in ("colsum", "weight_scale", "bias") else None
-
-    def input_grid(self) -> RowGrid | None:
-        """See :meth:`Prepared.input_grid`."""
-        get, packed = self.tensors.get, self.tensors["packed"]
-        if packed.data_ptr() % cuda.PACKED_ALIGNMENT:
-            return None
-        return RowGrid(self.scheme.activation_symmetric, get("act_scale"), get("act_zero_point"), get("inv_smooth"))
-
-    def product_of(self, codes: Codes, out_dtype: torch.dtype) -> Tensor:
-        """See the base class."""
-        dependent = cuda.overlaps(codes.q.device)
-        return cuda.gemm_w8a8(*codes, self.tensors, out_dtype=out_dtype, dependent=dependent)
 
     @staticmethod
     def unpack(packed: Tensor, rows: int, features: int) -> Tensor:

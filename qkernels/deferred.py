@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from .cuda_rows import Codes, RowGrid, activate, quantize_activation
+from .cuda_rows import Codes, GemmCodes, RowGrid, activate, quantize_activation
 from .eager import is_plain
 from .epilogues import apply_epilogue
 from .prepared import Prepared
@@ -61,25 +61,18 @@ class Handoff:
         """From now on nobody reads."""
         self._reader = None
 
-    def grid(self, x: Tensor) -> RowGrid | None:
-        """How the reader quantizes an input like ``x [..., K]``; None where it does not, or not where ``x`` is."""
-        prepared = self._prepared_for(x)
-        return None if prepared is None else prepared.input_grid()
-
-    def floats(self, x: Tensor) -> bool:
-        """Whether the reader multiplies floats where ``x [..., K]`` is, and the kernels there compute its input."""
-        prepared = self._prepared_for(x)
-        return prepared is not None and prepared.takes_floats()
+    def takes(self, x: Tensor) -> tuple[RowGrid | None, bool]:
+        """What the reader makes of an input like ``x [..., K]``: how it is quantized (None: it is not, or not there),
+        and whether floats are multiplied there by kernels whose input others compute."""
+        reader = None if self._reader is None else self._reader()
+        if reader is None:
+            return None, False
+        return reader._prepared.takes(x)
 
     def serves(self, x: Tensor) -> bool:
         """Whether a kernel computes the reader's input from one like ``x [..., K]``, whatever it rounds to."""
-        return self.grid(x) is not None or self.floats(x)
-
-    def _prepared_for(self, x: Tensor) -> Prepared | None:
-        reader = None if self._reader is None else self._reader()
-        if reader is None or reader.in_features != x.shape[-1] or reader._prepared.device != x.device:
-            return None
-        return reader._prepared if x.numel() else None
+        grid, floats = self.takes(x)
+        return floats or grid is not None
 
     def same(self, a: Tensor | None, b: Tensor | None) -> bool:
         """Whether two of the readers' tensors are equal.  Compared once; while a graph is captured, not at all."""
@@ -101,6 +94,9 @@ def version(tensor: Tensor) -> int:
 
 
 _Kind = TypeVar("_Kind", bound="Deferred")
+_wrap = Tensor._make_wrapper_subclass  # type: ignore[attr-defined]
+_function_modes = getattr(torch._C, "_len_torch_function_stack", lambda: 1)
+"""Where a release of torch does not know the question, operators take torch's way."""
 
 
 class Deferred(Tensor):
@@ -116,10 +112,47 @@ class Deferred(Tensor):
     @staticmethod
     def __new__(cls: type[_Kind], like: Tensor, build: Callable[[], Tensor]) -> _Kind:
         """A tensor shaped like ``like``, whose values come from ``build()``."""
-        tensor = torch.Tensor._make_wrapper_subclass(cls, like.shape, dtype=like.dtype, device=like.device)
-        tensor._build, tensor._value, tensor._seen = build, None, 0
-        tensor._like = like.shape, like.dtype, like.device
-        return tensor
+        shape, dtype, device = own = like.shape, like.dtype, like.device
+        tensor = _wrap(cls, shape, dtype=dtype, device=device)
+        tensor._build, tensor._value, tensor._seen, tensor._like = build, None, 0, own
+        return tensor  # type: ignore[no-any-return]
+
+    # What blocks ask and do between their modules, without the way through torch and back.
+
+    @property
+    def shape(self) -> torch.Size:  # type: ignore[override]
+        """Of the tensor."""
+        return self._like[0]
+
+    @property
+    def dtype(self) -> torch.dtype:  # type: ignore[override]
+        """Of the tensor."""
+        return self._like[1]
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        """Of the tensor."""
+        return self._like[2]
+
+    def __add__(self, other: Any) -> Tensor:
+        """The sum, which may wait."""
+        waiting = None if _function_modes() else _sum(self, other)
+        return super().__add__(other) if waiting is None else waiting
+
+    def __radd__(self, other: Any) -> Tensor:
+        """The sum, which may wait."""
+        waiting = None if _function_modes() else _sum(other, self)
+        return super().__radd__(other) if waiting is None else waiting
+
+    def __mul__(self, other: Any) -> Tensor:
+        """The product, which a held activation waits for."""
+        waiting = None if _function_modes() else _product(self, other)
+        return super().__mul__(other) if waiting is None else waiting
+
+    def __rmul__(self, other: Any) -> Tensor:
+        """The product, which a held activation waits for."""
+        waiting = None if _function_modes() else _product(other, self)
+        return super().__rmul__(other) if waiting is None else waiting
 
     def untouched(self) -> bool:
         """Whether the values are what :meth:`value` gave or will give: nobody wrote to them, nor may have."""
@@ -170,29 +203,31 @@ def _values(tree: Any) -> Any:
 class QuantizedInput(Deferred):
     """The input of Linears, quantized where it was computed."""
 
-    _codes: Codes
+    _codes: Codes | GemmCodes
     _grid: RowGrid
     _handoff: Handoff
 
     @classmethod
     def of(
-        cls, like: Tensor, build: Callable[[], Tensor], codes: Codes, grid: RowGrid, handoff: Handoff
+        cls, like: Tensor, build: Callable[[], Tensor], codes: Codes | GemmCodes, grid: RowGrid, handoff: Handoff
     ) -> QuantizedInput:
         """An input shaped like ``like`` whose rows are ``codes`` on ``grid``, and whose values are ``build()``."""
-        tensor = cls(like, build)
+        tensor = cls.__new__(cls, like, build)
         tensor._codes, tensor._grid, tensor._handoff = codes, grid, handoff
         return tensor
 
-    def codes_for(self, prepared: Prepared) -> Codes | None:
+    def codes_for(self, prepared: Prepared) -> Codes | GemmCodes | None:
         """The integers, if a layer would have made these from the values; None where the values count."""
-        grid, own = self._grid, prepared.input_grid()
         if not self.untouched():
             return None
+        grid, own = self._grid, prepared.input_grid()
         shape, _, device = self._like
         if own is None or prepared.in_features != shape[-1] or prepared.device != device:
             return None
-        if own.symmetric != grid.symmetric or not is_plain(self._codes.scale):
+        if own.symmetric != grid.symmetric or not is_plain(self._codes[0]):
             return None
+        if own is grid:
+            return self._codes
         same = self._handoff.same
         if same(grid.scale, own.scale) and same(grid.zero_point, own.zero_point):
             return self._codes if same(grid.inv_smooth, own.inv_smooth) else None
@@ -204,7 +239,9 @@ class HandsOn(Prepared):
 
     def finished(self, y: Tensor) -> Tensor:
         """See :meth:`Prepared.finished`; the next Linear may get it as integers, or with the product before it."""
-        if self.epilogue is not None and self.feeds is not None:
+        if self.epilogue is None:
+            return y
+        if self.feeds is not None:
             handed = hand_activation(y, self.epilogue, *self.feeds)
             if handed is not None:
                 return handed
@@ -215,16 +252,26 @@ class TakesIntegers(HandsOn):
     """A layer whose kernel multiplies 8-bit integers, and takes them where they come ready."""
 
     @abstractmethod
-    def product_of(self, codes: Codes, out_dtype: torch.dtype) -> Tensor:
-        """``[M, N]`` of rows that are integers already, bias included, without the epilogue."""
+    def product_of(self, codes: Any, out_dtype: torch.dtype) -> Tensor:
+        """``[M, N]`` of rows that are integers already, bias included, without the epilogue.
+
+        Args:
+            codes: as the kernels in front of the layer make them.
+            out_dtype: of the output.
+        """
 
     def over_codes(self, x: Deferred) -> Tensor | None:
         """The layer's output for an input that came as integers it would have made; None where the values count."""
+        y = self.codes_product(x)
+        return None if y is None else self.finished(y)
+
+    def codes_product(self, x: Deferred) -> Tensor | None:
+        """:meth:`over_codes` without the epilogue."""
         codes = x.codes_for(self) if isinstance(x, QuantizedInput) else None
         if codes is None:
             return None
         shape, dtype, _ = x._like
-        return self.finished(self.product_of(codes, dtype).view(*shape[:-1], self.out_features))
+        return self.product_of(codes, dtype).view(*shape[:-1], self.out_features)
 
 
 class _HeldActivation(Deferred):
@@ -246,13 +293,13 @@ def hand_activation(y: Tensor, name: str, handoff: Handoff, gated: bool) -> Tens
     """
     if not is_plain(y):
         return None
-    grid = handoff.grid(y)
-    if grid is None and not (gated and handoff.floats(y)):
+    grid, floats = handoff.takes(y)
+    if grid is None and not (gated and floats):
         return None
     if grid is not None and not gated:
         codes = quantize_activation(y, name, None, grid, for_gemm=True)
         return QuantizedInput.of(y, lambda: apply_epilogue(y, name), codes, grid, handoff)
-    held = _HeldActivation(y, lambda: apply_epilogue(y, name))
+    held = _HeldActivation.__new__(_HeldActivation, y, lambda: apply_epilogue(y, name))
     held._inner, held._name, held._handoff = y, name, handoff
     return held
 
@@ -264,9 +311,9 @@ def _product(a: Any, b: Any) -> Tensor | None:
     inner, name = held._inner, held._name
     if not is_plain(up) or up.shape != inner.shape or up.dtype != inner.dtype or up.device != inner.device:
         return None
-    grid = held._handoff.grid(inner)
+    grid, floats = held._handoff.takes(inner)
     if grid is None:
-        return activate(inner, name, up, for_gemm=True) if held._handoff.floats(inner) else None
+        return activate(inner, name, up, for_gemm=True) if floats else None
     codes = quantize_activation(inner, name, up, grid, for_gemm=True)
     build = unchanged(up, lambda: held.value() * up)
     return QuantizedInput.of(inner, build, codes, grid, held._handoff)
@@ -282,20 +329,28 @@ class PendingSum(Deferred):
     """The sum of two tensors that waits for the norm behind it."""
 
     _terms: tuple[Tensor, Tensor] | None
-    _versions: list[int]
+    _versions: tuple[int, int]
 
     @classmethod
     def of(cls, y: Tensor, residual: Tensor) -> PendingSum:
         """``residual + y``, alike in shape, dtype and device."""
-        pending = cls(y, unchanged(residual, unchanged(y, lambda: residual + y)))
-        pending._terms, pending._versions = (y, residual), [version(y), version(residual)]
+        before = version(y), version(residual)
+
+        def build() -> Tensor:
+            if (version(y), version(residual)) != before:
+                raise RuntimeError(_CHANGED)
+            return residual + y
+
+        pending = cls.__new__(cls, y, build)
+        pending._terms, pending._versions = (y, residual), before
         return pending
 
     def terms(self) -> tuple[Tensor, Tensor] | None:
         """``y`` and the residual, if they are what they were and their sum has not been formed; None otherwise."""
-        if self._value is not None or self._terms is None or [version(t) for t in self._terms] != self._versions:
+        terms = self._terms
+        if self._value is not None or terms is None or (version(terms[0]), version(terms[1])) != self._versions:
             return None
-        return self._terms
+        return terms
 
     def formed(self, total: Tensor) -> None:
         """Take the sum that somebody else computed, and let go of its terms."""
@@ -307,7 +362,7 @@ def hand_term(y: Tensor, handoff: Handoff) -> Tensor:
     the norm would not take it."""
     if not is_plain(y) or not handoff.serves(y):
         return y
-    term = _Term(y, lambda: y)
+    term = _Term.__new__(_Term, y, lambda: y)
     term._value, term._seen, term._handoff = y, version(y), handoff
     return term
 
@@ -323,8 +378,6 @@ def _sum(a: Any, b: Any) -> Tensor | None:
         return None
     if other.shape != y.shape or other.dtype != y.dtype or other.device != y.device:
         return None
-    if not term._handoff.serves(y):
-        return None
     return PendingSum.of(y, other)
 
 
@@ -334,14 +387,16 @@ def unchanged(x: Tensor, build: Callable[[], Tensor]) -> Callable[[], Tensor]:
 
     def checked() -> Tensor:
         if version(x) != before:
-            raise RuntimeError(
-                "a tensor was changed in place between the module that reads it and the first operation on what that "
-                "module returned; qkernels.unfuse_ makes the module compute at once"
-            )
+            raise RuntimeError(_CHANGED)
         return build()
 
     return checked
 
+
+_CHANGED = (
+    "a tensor was changed in place between the module that reads it and the first operation on what that module "
+    "returned; qkernels.unfuse_ makes the module compute at once"
+)
 
 _SUMS = {Tensor.add, torch.add, Tensor.__add__, Tensor.__radd__}
 _PRODUCTS = {Tensor.mul, torch.mul, Tensor.multiply, torch.multiply, Tensor.__mul__, Tensor.__rmul__}

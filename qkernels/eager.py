@@ -31,4 +31,7 @@ def is_plain(x: Tensor) -> bool:
 
 def are_plain(*tensors: Tensor) -> bool:
     """Whether all are ordinary tensors, with nobody listening.  At least one."""
-    return is_plain(tensors[0]) and all(type(x) is Tensor and not x.requires_grad for x in tensors)
+    for x in tensors:
+        if type(x) is not Tensor or x.requires_grad:
+            return False
+    return is_plain(tensors[0])

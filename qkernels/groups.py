@@ -129,8 +129,8 @@ class InputGroup:
                     return prepared.finished(y)
             return prepared.run(x)
         waiting.ahead = None
-        members = self._present()
-        if members is None or not joint.holds([member._prepared for member in members]):
+        members = [m._prepared for ref in self._members if ref is not None and (m := ref()) is not None]
+        if len(members) != len(self._members) or not joint.holds(members):
             self._joint = None
             return prepared.run(x)
         outputs = joint.run(x)

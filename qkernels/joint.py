@@ -14,6 +14,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from . import _C
 from .deferred import Deferred
 from .eager import is_plain
 from .prepared import Prepared
@@ -38,6 +39,13 @@ class Joinable(Prepared):
     def rows_of(self, name: str, tensor: Tensor) -> Rows | None:
         """How a resident tensor holds rows; None: it belongs to the input, which layers of a group have in common."""
 
+    def direct(self, x: Tensor) -> Tensor | None:
+        """The layer without its epilogue, past torch's dispatcher; None where the call has to go around."""
+        if not isinstance(x, Deferred) and not is_plain(x):
+            return None
+        y = self.run(x)
+        return y if is_plain(y) else None
+
 
 class Joint:
     """Layers whose weights lie side by side, and the one layer that they are together.
@@ -48,41 +56,27 @@ class Joint:
         members: the layers.
     """
 
-    def __init__(self, whole: Prepared, parts: Sequence[Mapping[str, Tensor]], members: Sequence[Joinable]) -> None:
+    def __init__(self, whole: Joinable, parts: Sequence[Mapping[str, Tensor]], members: Sequence[Joinable]) -> None:
         self.whole = whole
         self._sizes = [member.out_features for member in members]
-        self._expected = [
-            (member.tensors, name, part.get(name))
-            for member, part in zip(members, parts, strict=True)
-            for name in member.names
-        ]
+        self._held = [_C.Held(dict(part), member.names).holds for member, part in zip(members, parts, strict=True)]
         self._classes = [type(member) for member in members]
 
     def holds(self, members: Sequence[Prepared]) -> bool:
         """Whether layers, in the order of the members, still have the tensors that were joined."""
-        for member, kind in zip(members, self._classes, strict=True):
-            if type(member) is not kind:
-                return False
-        mappings = {id(member.tensors) for member in members}
-        for tensors, name, expected in self._expected:
-            if tensors.get(name) is not expected or id(tensors) not in mappings:
+        for member, kind, held in zip(members, self._classes, self._held, strict=True):
+            if type(member) is not kind or not held(member.tensors):  # type: ignore[arg-type]  # see join
                 return False
         return True
 
-    def run(self, x: Tensor) -> list[Tensor] | None:
+    def run(self, x: Tensor) -> Sequence[Tensor] | None:
         """The output of each layer before its epilogue, slices of one ``[..., sum of N]``; None where each has to run
         alone."""
-        if not isinstance(x, Deferred) and not is_plain(x):
+        y = self.whole.direct(x)
+        if y is None:
             return None
-        y = self.whole.run(x)
-        if not is_plain(y):
-            return None
-        outputs, first = [], 0
-        for size in self._sizes:
-            # As data: views would share one counter of changes, and autograd forbids to change some kinds of them.
-            outputs.append(y.narrow(-1, first, size).data)
-            first += size
-        return outputs
+        # Not as views: they would share one counter of changes, and autograd forbids to change some kinds of them.
+        return torch.unsafe_split_with_sizes(y, self._sizes, -1)
 
 
 def join(members: Sequence[Prepared]) -> Joint | None:

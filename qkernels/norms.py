@@ -87,25 +87,23 @@ class NormHandoff:
         return type(module).forward(module, *args, **kwargs)
 
     def _handed(self, x: Any) -> Tensor | None:
-        terms = x.terms() if isinstance(x, PendingSum) else None
-        waiting, (x, residual) = x, terms or (x.value() if isinstance(x, Deferred) else x, None)
-        if not isinstance(x, Tensor) or not is_plain(x) or x.dtype not in DTYPE_CODES or not x.dim():
+        waiting, residual = x, None
+        if isinstance(x, Deferred):
+            terms = x.terms() if isinstance(x, PendingSum) else None
+            x, residual = (x.value(), None) if terms is None else terms
+        if not is_plain(x) or x.dtype not in DTYPE_CODES or not x.dim():
             return None
         module = self._module
         if module._forward_hooks or torch_module._global_forward_hooks:
             return None  # they would see something new
-        weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
-        for factor in (weight, bias):
-            if factor is None:
-                continue
-            if factor.dtype != x.dtype or factor.device != x.device or not factor.is_contiguous():
-                return None
-            if factor.requires_grad and torch.is_grad_enabled():
-                return None
-        (layer, eps), grid = self._norm, self._handoff.grid(x)
+        parameters = module._parameters
+        weight, bias = parameters.get("weight"), parameters.get("bias")
+        if not (weight is None or _reads(weight, x)) or not (bias is None or _reads(bias, x)):
+            return None
+        (layer, eps), (grid, floats) = self._norm, self._handoff.takes(x)
         if grid is not None:
             codes, total = quantize_norm(x, weight, bias, eps, grid, layer=layer, residual=residual, for_gemm=True)
-        elif self._handoff.floats(x):
+        elif floats:
             y, total = normalize(x, weight, bias, eps, layer=layer, residual=residual, for_gemm=True)
         else:
             return None
@@ -116,3 +114,10 @@ class NormHandoff:
             return y
         build = unchanged(x, lambda: type(module).forward(module, x))
         return QuantizedInput.of(x, build, codes, grid, self._handoff)
+
+
+def _reads(factor: Tensor, x: Tensor) -> bool:
+    """Whether the kernels multiply ``x`` by a factor, or add it, and nobody asks for its gradient."""
+    if factor.dtype != x.dtype or factor.device != x.device or not factor.is_contiguous():
+        return False
+    return not (factor.requires_grad and torch.is_grad_enabled())

@@ -187,6 +187,12 @@ class Prepared(ABC):
         """Whether the inputs stay floats, on a device whose kernels (:mod:`qkernels.cuda_rows`) can compute them."""
         return False
 
+    def takes(self, x: Tensor) -> tuple[RowGrid | None, bool]:
+        """:meth:`input_grid` and :meth:`takes_floats` where an input may be like ``x [..., K]``; neither where not."""
+        if self.in_features != x.shape[-1] or self.device != x.device or not x.numel():
+            return None, False
+        return self.input_grid(), self.takes_floats()
+
     def finished(self, y: Tensor) -> Tensor:
         """The output of a kernel that does not fuse, through the epilogue in torch's own words."""
         return y if self.epilogue is None else apply_epilogue(y, self.epilogue)

@@ -11,14 +11,14 @@ empty tensor.  Not differentiable: whoever needs gradients runs the parts.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from . import cuda, reference
 from .checks import DTYPE_CODES
-from .cuda_rows import Codes, RowGrid, quantize_activation, quantize_norm
+from .cuda_rows import Codes, GemmCodes, RowGrid, quantize_activation, quantize_norm
 
 __all__ = ["activation_quantize", "layer_norm_quantize", "register_operators", "rms_norm_quantize"]
 
@@ -166,8 +166,8 @@ def _empty_like_none(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.new_empty(0, dtype=dtype)
 
 
-def _results(codes: Codes, x: Tensor) -> Results:
-    rows = x.shape[:-1]
+def _results(codes: Codes | GemmCodes, x: Tensor) -> Results:
+    codes, rows = cast(Codes, codes), x.shape[:-1]  # not for a product
     zero = _empty_like_none(x, torch.int32) if codes.zero_point is None else codes.zero_point.view(rows)
     return codes.q.view(x.shape), codes.scale.view(rows), zero
 

@@ -41,8 +41,6 @@ class Recorder:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.turned, self.attended = 0, 0
-        monkeypatch.setattr(cuda_attention, "rotary_serves", lambda *_: True)
-        monkeypatch.setattr(cuda_attention, "attention_serves", lambda *_: True)
         monkeypatch.setattr(cuda_attention, "rotary", self.rotary)
         monkeypatch.setattr(cuda_attention, "attention", self.attention)
 
@@ -285,5 +283,5 @@ def test_options_that_no_kernel_knows_go_where_they_went(odd: dict[str, Any], mo
 
 def test_a_cpu_is_not_served() -> None:
     q, cos = seeded(1, 2, 1, 64).bfloat16(), seeded(1, 1, 64).bfloat16()
-    assert not cuda_attention.rotary_serves(q, q, cos, cos)
-    assert not cuda_attention.attention_serves(q, q, q, None)
+    assert cuda_attention.rotary(q, q, cos, cos) is None
+    assert cuda_attention.attention(q, q, q, None, 1.0) is None

@@ -10,7 +10,7 @@ from w4_on_gpu import gpu
 
 import qkernels as qk
 from qkernels import reference
-from qkernels.cuda_attention import MOST_QUERIES, attention, attention_serves, rotary, rotary_serves
+from qkernels.cuda_attention import MOST_QUERIES, attention, rotary
 
 pytestmark = gpu
 
@@ -34,7 +34,7 @@ def test_rotary(dtype: torch.dtype, batch: int, count: int, key_heads: int, toke
     q, k = heads(batch, count, tokens, size, 0, dtype), heads(batch, key_heads, tokens, size, 1, dtype)
     for angles in (1, batch):
         cos, sin = (seeded(angles, tokens, size, seed=seed).to(dtype).cuda() for seed in (2, 3))
-        assert rotary_serves(q, k, cos, sin)
+        assert rotary(q, k, cos, sin) is not None
         for got, x in zip(rotary(q, k, cos, sin), (q, k), strict=True):
             assert_bits_equal(got, reference.rotary(x, cos, sin))
             assert got.transpose(1, 2).is_contiguous()
@@ -45,7 +45,7 @@ def test_rotary_of_other_strides_and_odd_addresses(dtype: torch.dtype) -> None:
     wide = seeded(2, 6, 4, 70).to(dtype).cuda()
     cos, sin = (seeded(2, 4, 66, seed=seed).to(dtype).cuda()[..., 1:65] for seed in (2, 3))
     q, k = wide[:, :4, :, 3:67], wide[:, 4:, :, 3:67]
-    assert rotary_serves(q, k, cos, sin)
+    assert rotary(q, k, cos, sin) is not None
     for got, x in zip(rotary(q, k, cos, sin), (q, k), strict=True):
         assert_bits_equal(got, reference.rotary(x, cos, sin))
 
@@ -73,13 +73,13 @@ def test_rotary_is_steady() -> None:
 def test_rotary_declines() -> None:
     q, k = heads(1, 4, 3, 64, 0, torch.bfloat16), heads(1, 2, 3, 64, 1, torch.bfloat16)
     cos, sin = (seeded(1, 3, 64, seed=seed).bfloat16().cuda() for seed in (2, 3))
-    assert rotary_serves(q, k, cos, sin)
-    assert not rotary_serves(q, k, cos.float(), sin.float()), "another dtype"
-    assert not rotary_serves(q, k, cos[..., :32], sin[..., :32]), "part of the features"
-    assert not rotary_serves(q, k[:, :, :2], cos, sin), "other tokens"
-    assert not rotary_serves(q, k, cos.cpu(), sin.cpu()), "another device"
-    assert not rotary_serves(q.clone().requires_grad_(), k, cos, sin), "gradients"
-    assert not rotary_serves(q[:, :0], k, cos, sin), "nothing"
+    assert rotary(q, k, cos, sin) is not None
+    assert rotary(q, k, cos.float(), sin.float()) is None, "another dtype"
+    assert rotary(q, k, cos[..., :32], sin[..., :32]) is None, "part of the features"
+    assert rotary(q, k[:, :, :2], cos, sin) is None, "other tokens"
+    assert rotary(q, k, cos.cpu(), sin.cpu()) is None, "another device"
+    assert rotary(q.clone().requires_grad_(), k, cos, sin) is None, "gradients"
+    assert rotary(q[:, :0], k, cos, sin) is None, "nothing"
 
 
 # -- attention --------------------------------------------------------------------------------------------------------
@@ -87,7 +87,7 @@ def test_rotary_declines() -> None:
 
 def check(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, what: str = "") -> None:
     """Within what rounding weights to 16 bits may cost, and one rounding of the result."""
-    assert attention_serves(q, k, v, mask), what
+    assert attention(q, k, v, mask, 1.0) is not None, what
     got, exact = attention(q, k, v, mask, scale), reference.attention(q.double(), k.double(), v.double(), mask, scale)
     assert got.dtype == q.dtype
     assert got.is_contiguous()
@@ -173,16 +173,16 @@ def test_attention_is_steady() -> None:
 def test_attention_declines() -> None:
     q = heads(1, 8, 1, 128, 0, torch.bfloat16)
     k, v = (seeded(1, 2, 100, 128, seed=seed).bfloat16().cuda() for seed in (1, 2))
-    assert attention_serves(q, k, v, None)
-    assert not attention_serves(q.float(), k.float(), v.float(), None), "fp32"
-    assert not attention_serves(heads(1, 32, 5, 128, 0, torch.bfloat16), k, v, None), f"over {MOST_QUERIES} queries"
-    assert not attention_serves(heads(1, 2, 17, 128, 0, torch.bfloat16), k, v, None), "over 16 tokens"
-    assert not attention_serves(q[..., :96], k[..., :96], v[..., :96], None), "96 features"
-    assert not attention_serves(q, k, v, torch.zeros(1, 1, 1, 100, device="cuda")), "a mask of floats"
-    assert not attention_serves(q, k, v, torch.ones(1, 1, 1, 99, device="cuda", dtype=torch.bool)), "another length"
-    assert not attention_serves(q, k.cpu(), v.cpu(), None), "another device"
-    assert not attention_serves(q.clone().requires_grad_(), k, v, None), "gradients"
-    assert not attention_serves(q, k[..., :64, :], v, None), "keys and values of other lengths"
+    assert attention(q, k, v, None, 1.0) is not None
+    assert attention(q.float(), k.float(), v.float(), None, 1.0) is None, "fp32"
+    assert attention(heads(1, 32, 5, 128, 0, torch.bfloat16), k, v, None, 1.0) is None, f"over {MOST_QUERIES} queries"
+    assert attention(heads(1, 2, 17, 128, 0, torch.bfloat16), k, v, None, 1.0) is None, "over 16 tokens"
+    assert attention(q[..., :96], k[..., :96], v[..., :96], None, 1.0) is None, "96 features"
+    assert attention(q, k, v, torch.zeros(1, 1, 1, 100, device="cuda"), 1.0) is None, "a mask of floats"
+    assert attention(q, k, v, torch.ones(1, 1, 1, 99, device="cuda", dtype=torch.bool), 1.0) is None, "another length"
+    assert attention(q, k.cpu(), v.cpu(), None, 1.0) is None, "another device"
+    assert attention(q.clone().requires_grad_(), k, v, None, 1.0) is None, "gradients"
+    assert attention(q, k[..., :64, :], v, None, 1.0) is None, "keys and values of other lengths"
 
 
 # -- whole models -----------------------------------------------------------------------------------------------------

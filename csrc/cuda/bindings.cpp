@@ -4,6 +4,8 @@
 // args.h. Nothing here allocates or synchronises, and every check of a tensor lives in Python.
 #include "bindings.h"
 
+#include "bindings_layers.h"
+#include "host.h"
 #include "launch.h"
 
 namespace py = pybind11;
@@ -41,48 +43,38 @@ void quantize_rows_at(Address x, int x_dtype, int64_t m, int64_t k, int64_t x_st
   quantize_rows(a, stream_of(stream));
 }
 
-void gemm_at(Address xq, int64_t x_stride, Address x_scale, Address x_zero_point, Address packed, int64_t slab_rows,
-             Address colsum, Address weight_scale, Address bias, int64_t m, int64_t n, int64_t k, Address y,
-             int y_dtype, int64_t y_stride, const py::tuple& config, bool dependent, Address stream) {
-  QK_CHECK_GE(m, 0);
-  QK_CHECK_LE(m, int64_t{0x7fffff00});
+// What a layer of 8-bit weights keeps.
+GemmW8A8Args weight_w8a8(Address packed, int64_t slab_rows, Address colsum, Address weight_scale, Address bias,
+                         int64_t n, int64_t k) {
   QK_CHECK_GE(n, 1);
   QK_CHECK_LE(n, int64_t{0x7fffff00});
   QK_CHECK_GE(k, 1);
   QK_CHECK_LE(k, int64_t{65536});
-  QK_CHECK_EQ(x_stride % 16, 0);
-  QK_CHECK_EQ(xq % 16, Address{0});
   QK_CHECK_EQ(packed % 128, Address{0});
   QK_CHECK_GE(slab_rows, packed_rows(n));
   QK_CHECK_EQ(slab_rows % kAtomRows, int64_t{0});
   GemmW8A8Args a = {};
-  a.xq = pointer<const int8_t>(xq), a.x_stride = x_stride, a.x_scale = pointer<const float>(x_scale);
-  a.x_zero_point = pointer<const int32_t>(x_zero_point), a.packed = pointer<const int8_t>(packed);
-  a.slab_rows = slab_rows;
+  a.packed = pointer<const int8_t>(packed), a.slab_rows = slab_rows;
   a.colsum = pointer<const int32_t>(colsum), a.weight_scale = pointer<const float>(weight_scale);
   a.bias = pointer<const float>(bias);
-  a.m = static_cast<int32_t>(m), a.n = static_cast<int32_t>(n), a.k = static_cast<int32_t>(k);
-  a.y = pointer<void>(y), a.y_dtype = dtype(y_dtype), a.y_stride = y_stride;
+  a.n = static_cast<int32_t>(n), a.k = static_cast<int32_t>(k);
+  return a;
+}
+
+void gemm_at(Address xq, int64_t x_stride, Address x_scale, Address x_zero_point, Address packed, int64_t slab_rows,
+             Address colsum, Address weight_scale, Address bias, int64_t m, int64_t n, int64_t k, Address y,
+             int y_dtype, int64_t y_stride, const py::tuple& config, bool dependent, Address stream) {
+  GemmW8A8Args a = weight_w8a8(packed, slab_rows, colsum, weight_scale, bias, n, k);
+  put_codes(a, xq, m, x_stride, x_scale, x_zero_point, y, y_dtype, y_stride);
   gemm_w8a8(a, config_of(config), dependent, stream_of(stream));
 }
 
-// A whole layer: quantize into `workspace` (workspace_bytes of it, 16-byte aligned), then multiply.
-//   workspace: q [M, activation_stride(K)] bytes, scale [M] fp32, zero_point [M] int32 (asymmetric only)
-int64_t workspace_bytes(int64_t m, int64_t k) { return m * (activation_stride(k) + 8); }
-
-void linear_at(Address x, int x_dtype, int64_t m, int64_t k, int64_t x_stride, Address workspace, bool symmetric,
-               Address inv_smooth, Address static_scale, Address static_zero_point, Address packed, int64_t slab_rows,
-               Address colsum, Address weight_scale, Address bias, int64_t n, Address y, int y_dtype, bool settled,
-               Address stream) {
-  const int64_t q_stride = activation_stride(k);
-  const Address scale = workspace + static_cast<Address>(m * q_stride);
-  const Address zero_point = symmetric ? 0 : scale + static_cast<Address>(m * 4);
-  const int capability = device_capability();
-  const bool dependent = capability >= 90;
-  quantize_rows_at(x, x_dtype, m, k, x_stride, workspace, q_stride, scale, zero_point, inv_smooth, static_scale,
-                   static_zero_point, true, dependent, settled, stream);
-  gemm_at(workspace, q_stride, scale, zero_point, packed, slab_rows, colsum, weight_scale, bias, m, n, k, y, y_dtype, n,
-          select(m, n, k, capability, multiprocessors()), dependent, stream);
+// 0 where the stream is not being captured, else a number of this capture alone.
+uint64_t capture_id(Address stream) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  unsigned long long id = 0;  // the runtime's own type
+  check(cudaStreamGetCaptureInfo(stream_of(stream), &status, &id), "cudaStreamGetCaptureInfo");
+  return status == cudaStreamCaptureStatusActive ? id : 0;
 }
 
 void quantize_at(Address x, int x_dtype, int64_t outer, int64_t channels, int64_t inner, int64_t group, Address q,
@@ -111,6 +103,20 @@ void dequantize_at(Address q, int kind, int64_t outer, int64_t channels, int64_t
 }
 
 }  // namespace
+
+QuantizeRowsArgs grid_of(bool symmetric, Address inv_smooth, Address static_scale, Address static_zero_point) {
+  QK_CHECK_EQ(symmetric && static_zero_point, false);
+  QuantizeRowsArgs a = {};
+  a.inv_smooth = pointer<const float>(inv_smooth);
+  a.is_static = static_scale != 0, a.static_scale = pointer<const float>(static_scale);
+  a.static_zero_point = pointer<const int32_t>(static_zero_point);
+  a.shifted = true;
+  return a;
+}
+
+void multiply(const GemmW8A8Args& a, int capability, cudaStream_t stream) {
+  gemm_w8a8(a, select_w8a8(a.m, a.n, a.k, capability, multiprocessors()), capability >= 90, stream);
+}
 
 PYBIND11_MODULE(_cuda, m) {
   m.doc() = "CUDA kernels of qkernels. Pointers are integers; every launch is on the given stream.";
@@ -152,12 +158,18 @@ PYBIND11_MODULE(_cuda, m) {
       },
       py::arg("random"), py::arg("iterations"), py::arg("sink"), py::arg("stream"));
 #endif
+  m.def("capture_id", &capture_id, py::arg("stream"));
   m.def("workspace_bytes", &workspace_bytes, py::arg("m"), py::arg("k"));
-  m.def("linear_w8a8", &linear_at, py::arg("x"), py::arg("x_dtype"), py::arg("m"), py::arg("k"), py::arg("x_stride"),
-        py::arg("workspace"), py::arg("symmetric"), py::arg("inv_smooth"), py::arg("static_scale"),
-        py::arg("static_zero_point"), py::arg("packed"), py::arg("slab_rows"), py::arg("colsum"),
-        py::arg("weight_scale"), py::arg("bias"), py::arg("n"), py::arg("y"), py::arg("y_dtype"), py::arg("settled"),
-        py::arg("stream"));
+  bind_codes<GemmW8A8Args>(m, "LinearW8A8")
+      .def(py::init([](Address packed, int64_t slab_rows, Address colsum, Address weight_scale, Address bias, int64_t n,
+                       int64_t k, bool symmetric, Address inv_smooth, Address static_scale, Address static_zero_point,
+                       bool settled) {
+             return CodeLayer<GemmW8A8Args>(weight_w8a8(packed, slab_rows, colsum, weight_scale, bias, n, k), symmetric,
+                                            inv_smooth, static_scale, static_zero_point, settled);
+           }),
+           py::arg("packed"), py::arg("slab_rows"), py::arg("colsum"), py::arg("weight_scale"), py::arg("bias"),
+           py::arg("n"), py::arg("k"), py::arg("symmetric"), py::arg("inv_smooth"), py::arg("static_scale"),
+           py::arg("static_zero_point"), py::arg("settled"));
   m.def("quantize", &quantize_at, py::arg("x"), py::arg("x_dtype"), py::arg("outer"), py::arg("channels"),
         py::arg("inner"), py::arg("group"), py::arg("q"), py::arg("kind"), py::arg("scale"), py::arg("zero_point"),
         py::arg("symmetric"), py::arg("is_static"), py::arg("stats"), py::arg("stream"));

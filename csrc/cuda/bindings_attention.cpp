@@ -1,5 +1,5 @@
-// Bindings of what stands between the Linears of an attention block. A tensor of heads is (address, elements from one
-// batch, head and token to the next). Other arguments as in bindings.cpp.
+// Bindings of what stands between the Linears of an attention block. Where a tensor of heads
+// lies is (elements from one batch, head and token to the next). Other arguments as in bindings.cpp.
 #include "attention.h"
 #include "bindings.h"
 #include "launch.h"
@@ -9,11 +9,9 @@ namespace py = pybind11;
 namespace qk::cuda {
 namespace {
 
-template <typename T>
-void put(const py::tuple& heads, T*& data, HeadStrides& at) {
-  QK_CHECK_EQ(heads.size(), size_t{4});
-  data = pointer<T>(heads[0].cast<Address>());
-  at = {heads[1].cast<int64_t>(), heads[2].cast<int64_t>(), heads[3].cast<int64_t>()};
+HeadStrides strides_of(const py::tuple& steps) {
+  QK_CHECK_EQ(steps.size(), size_t{3});
+  return {steps[0].cast<int64_t>(), steps[1].cast<int64_t>(), steps[2].cast<int64_t>()};
 }
 
 // (batch, heads, heads of keys, tokens, features of a head)
@@ -25,35 +23,62 @@ void put_sizes(const py::tuple& sizes, Args& a) {
   for (const int size : {a.batch, a.heads, a.key_heads, a.tokens, a.size}) QK_CHECK_GE(size, 1);
 }
 
-void rotary_at(int x_dtype, const py::tuple& sizes, const py::tuple& q, const py::tuple& k, const py::tuple& q_out,
-               const py::tuple& k_out, Address cos, Address sin, int64_t angle_batch, int64_t angle_token,
-               bool dependent, Address stream) {
-  RotaryArgs a = {};
-  a.dtype = dtype(x_dtype), a.dependent = dependent;
-  put_sizes(sizes, a);
-  QK_CHECK_EQ(a.size % 2, 0);
-  put(q, a.q, a.q_at), put(k, a.k, a.k_at), put(q_out, a.q_out, a.q_out_at), put(k_out, a.k_out, a.k_out_at);
-  a.cos = pointer<const void>(cos), a.sin = pointer<const void>(sin), a.angles = {angle_batch, 0, angle_token};
-  rotary(a, stream_of(stream));
-}
+// What calls over tensors of one shape and layout have in common is an object.
+class Rotary {
+ public:
+  Rotary(const py::tuple& sizes, const py::tuple& q, const py::tuple& k, const py::tuple& q_out, const py::tuple& k_out,
+         const py::tuple& angles, bool dependent) {
+    put_sizes(sizes, args_);
+    QK_CHECK_EQ(args_.size % 2, 0);
+    args_.q_at = strides_of(q), args_.k_at = strides_of(k);
+    args_.q_out_at = strides_of(q_out), args_.k_out_at = strides_of(k_out);
+    args_.angles = strides_of(angles), args_.dependent = dependent;
+  }
 
-void attention_at(int x_dtype, const py::tuple& sizes, int64_t length, const py::tuple& q, const py::tuple& k,
-                  const py::tuple& v, const py::tuple& out, const py::tuple& mask, float scale, const py::tuple& plan,
-                  Address counters, Address partial, bool dependent, Address stream) {
-  AttentionArgs a = {};
-  a.dtype = dtype(x_dtype), a.length = length, a.scale = scale, a.dependent = dependent;
-  put_sizes(sizes, a);
-  QK_CHECK_EQ(a.heads % a.key_heads, 0);
-  QK_CHECK_GE(length, 0);
-  put(q, a.q, a.q_at), put(k, a.k, a.k_at), put(v, a.v, a.v_at), put(out, a.out, a.out_at);
-  put(mask, a.mask, a.mask_at);
-  QK_CHECK_EQ(plan.size(), size_t{4});
-  a.parts = plan[0].cast<int>(), a.part = plan[1].cast<int64_t>();
-  QK_CHECK_GE(a.parts, 1);
-  QK_CHECK_GE(a.parts * a.part, length);
-  a.counters = pointer<int32_t>(counters), a.partial = pointer<float>(partial);
-  attention(a, stream_of(stream));
-}
+  void run(int x_dtype, Address q, Address k, Address cos, Address sin, Address q_out, Address k_out,
+           Address stream) const {
+    RotaryArgs a = args_;
+    a.dtype = dtype(x_dtype), a.q = pointer<const void>(q), a.k = pointer<const void>(k);
+    a.cos = pointer<const void>(cos), a.sin = pointer<const void>(sin);
+    a.q_out = pointer<void>(q_out), a.k_out = pointer<void>(k_out);
+    rotary(a, stream_of(stream));
+  }
+
+ private:
+  RotaryArgs args_ = {};
+};
+
+class Attention {
+ public:
+  // `plan` as plan_attention gives it.
+  Attention(const py::tuple& sizes, int64_t length, const py::tuple& q, const py::tuple& k, const py::tuple& v,
+            const py::tuple& out, const py::tuple& mask, const py::tuple& plan, bool dependent) {
+    AttentionArgs& a = args_;
+    put_sizes(sizes, a);
+    QK_CHECK_EQ(a.heads % a.key_heads, 0);
+    QK_CHECK_GE(length, 0);
+    a.length = length, a.dependent = dependent;
+    a.q_at = strides_of(q), a.k_at = strides_of(k), a.v_at = strides_of(v), a.out_at = strides_of(out);
+    a.mask_at = strides_of(mask);
+    QK_CHECK_EQ(plan.size(), size_t{4});
+    a.parts = plan[0].cast<int>(), a.part = plan[1].cast<int64_t>();
+    QK_CHECK_GE(a.parts, 1);
+    QK_CHECK_GE(a.parts * a.part, length);
+  }
+
+  // `mask` 0: every key is seen.
+  void run(int x_dtype, Address q, Address k, Address v, Address mask, Address out, float scale, Address counters,
+           Address partial, Address stream) const {
+    AttentionArgs a = args_;
+    a.dtype = dtype(x_dtype), a.scale = scale, a.q = pointer<const void>(q), a.k = pointer<const void>(k);
+    a.v = pointer<const void>(v), a.mask = pointer<const uint8_t>(mask), a.out = pointer<void>(out);
+    a.counters = pointer<int32_t>(counters), a.partial = pointer<float>(partial);
+    attention(a, stream_of(stream));
+  }
+
+ private:
+  AttentionArgs args_ = {};
+};
 
 py::tuple plan_attention_of(const py::tuple& sizes, int64_t length, int sms) {
   AttentionArgs a = {};
@@ -65,12 +90,17 @@ py::tuple plan_attention_of(const py::tuple& sizes, int64_t length, int sms) {
 }  // namespace
 
 void bind_attention(py::module_& m) {
-  m.def("rotary", &rotary_at, py::arg("dtype"), py::arg("sizes"), py::arg("q"), py::arg("k"), py::arg("q_out"),
-        py::arg("k_out"), py::arg("cos"), py::arg("sin"), py::arg("angle_batch"), py::arg("angle_token"),
-        py::arg("dependent"), py::arg("stream"));
-  m.def("attention", &attention_at, py::arg("dtype"), py::arg("sizes"), py::arg("length"), py::arg("q"), py::arg("k"),
-        py::arg("v"), py::arg("out"), py::arg("mask"), py::arg("scale"), py::arg("plan"), py::arg("counters"),
-        py::arg("partial"), py::arg("dependent"), py::arg("stream"));
+  py::class_<Rotary>(m, "Rotary")
+      .def(py::init<py::tuple, py::tuple, py::tuple, py::tuple, py::tuple, py::tuple, bool>(), py::arg("sizes"),
+           py::arg("q"), py::arg("k"), py::arg("q_out"), py::arg("k_out"), py::arg("angles"), py::arg("dependent"))
+      .def("run", &Rotary::run, py::arg("dtype"), py::arg("q"), py::arg("k"), py::arg("cos"), py::arg("sin"),
+           py::arg("q_out"), py::arg("k_out"), py::arg("stream"));
+  py::class_<Attention>(m, "Attention")
+      .def(py::init<py::tuple, int64_t, py::tuple, py::tuple, py::tuple, py::tuple, py::tuple, py::tuple, bool>(),
+           py::arg("sizes"), py::arg("length"), py::arg("q"), py::arg("k"), py::arg("v"), py::arg("out"),
+           py::arg("mask"), py::arg("plan"), py::arg("dependent"))
+      .def("run", &Attention::run, py::arg("dtype"), py::arg("q"), py::arg("k"), py::arg("v"), py::arg("mask"),
+           py::arg("out"), py::arg("scale"), py::arg("counters"), py::arg("partial"), py::arg("stream"));
   m.def("plan_attention", &plan_attention_of, py::arg("sizes"), py::arg("length"), py::arg("sms"));
 }
 

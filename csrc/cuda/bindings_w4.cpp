@@ -1,7 +1,7 @@
 // 4-bit weights: addresses, sizes and a stream in, launches out; rules as in bindings.cpp.
 #include "bindings.h"
 
-#include "host.h"
+#include "bindings_layers.h"
 #include "launch.h"
 #include "launch_w4.h"
 
@@ -9,6 +9,8 @@ namespace py = pybind11;
 
 namespace qk::cuda {
 namespace {
+
+constexpr int kMmaCapability = 89;  // the highest whose plans are all of mma.sync; those run on every later one too
 
 W4Order order_of(int code) {
   QK_CHECK_GE(code, 0);
@@ -81,60 +83,75 @@ py::tuple plan(bool bytes, int64_t m, int64_t n, int64_t k, int64_t group, int k
   return tuple_of(bytes ? plan_w4a8(m, n, k, group, as, capability, sms) : plan_w4a16(m, n, k, as, capability, sms));
 }
 
-void gemm_w4a16_at(const py::tuple& weight, Address x, int x_dtype, int64_t m, int64_t x_stride, Address bias,
-                   Address y, int y_dtype, int64_t y_stride, const py::tuple& plan, Address counters, Address partials,
-                   bool dependent, Address stream) {
+// What a layer of floats keeps.
+GemmW4A16Args weight_w4a16(const py::tuple& weight, Address bias) {
   GemmW4A16Args a = {};
   a.weight = weight_of(weight);
   QK_CHECK_EQ(static_cast<int>(a.weight.order), 0);
-  QK_CHECK_GE(m, 0);
-  QK_CHECK_LE(m, int64_t{0x7fffff00});
-  QK_CHECK_EQ(x % 16, Address{0});
-  QK_CHECK_EQ(x_stride % 8, 0);
-  QK_CHECK_GE(x_dtype, 1);
-  a.x = pointer<const void>(x), a.x_dtype = dtype(x_dtype), a.x_stride = x_stride;
-  a.bias = pointer<const float>(bias), a.m = static_cast<int32_t>(m);
-  a.y = pointer<void>(y), a.y_dtype = dtype(y_dtype), a.y_stride = y_stride;
-  a.counters = pointer<int32_t>(counters), a.partials = pointer<float>(partials);
+  a.bias = pointer<const float>(bias);
+  return a;
+}
+
+void gemm_w4a16_at(const py::tuple& weight, Address x, int x_dtype, int64_t m, int64_t x_stride, Address bias,
+                   Address y, int y_dtype, int64_t y_stride, const py::tuple& plan, Address counters, Address partials,
+                   bool dependent, Address stream) {
+  GemmW4A16Args a = weight_w4a16(weight, bias);
+  put_floats(a, x, x_dtype, m, x_stride, y, y_dtype, y_stride, counters, partials);
   gemm_w4a16(a, plan_of(plan), dependent, stream_of(stream));
 }
 
-void gemm_w4a8_at(const py::tuple& weight, Address xq, int64_t m, int64_t x_stride, Address x_scale,
-                  Address x_zero_point, Address bias, Address y, int y_dtype, int64_t y_stride, const py::tuple& plan,
-                  bool dependent, Address stream) {
+// What a layer of integers keeps.
+GemmW4A8Args weight_w4a8(const py::tuple& weight, Address bias) {
   GemmW4A8Args a = {};
   a.weight = weight_of(weight);
   QK_CHECK_EQ(static_cast<int>(a.weight.order), 1);
-  QK_CHECK_GE(m, 0);
-  QK_CHECK_LE(m, int64_t{0x7fffff00});
-  QK_CHECK_EQ(xq % 16, Address{0});
-  QK_CHECK_EQ(x_stride % 16, 0);
-  a.xq = pointer<const int8_t>(xq), a.x_stride = x_stride, a.x_scale = pointer<const float>(x_scale);
-  a.x_zero_point = pointer<const int32_t>(x_zero_point);
   a.channel_sum = pointer<const int32_t>(weight[12].cast<Address>());
-  a.bias = pointer<const float>(bias), a.m = static_cast<int32_t>(m);
-  a.y = pointer<void>(y), a.y_dtype = dtype(y_dtype), a.y_stride = y_stride;
-  const W4Plan p = plan_of(plan);
+  a.bias = pointer<const float>(bias);
+  return a;
+}
+
+void run_w4a8(const GemmW4A8Args& a, const W4Plan& p, bool dependent, cudaStream_t stream) {
   if (a.x_zero_point && a.weight.kind != W4Kind::kMultiplier && p.kernel != W4Kernel::kMma) {
     throw std::invalid_argument("plan: expected the mma.sync kernel beside x_zero_point, got the wgmma kernel");
   }
   if (a.x_zero_point && a.weight.kind == W4Kind::kMultiplier && !a.channel_sum) {
     throw std::invalid_argument("weight: expected sums of channels beside multipliers and x_zero_point, got none");
   }
-  gemm_w4a8(a, p, dependent, stream_of(stream));
+  gemm_w4a8(a, p, dependent, stream);
 }
 
-// 0 where the stream is not being captured, else a number of this capture alone.
-uint64_t capture_id(Address stream) {
-  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
-  unsigned long long id = 0;  // the runtime's own type
-  check(cudaStreamGetCaptureInfo(stream_of(stream), &status, &id), "cudaStreamGetCaptureInfo");
-  return status == cudaStreamCaptureStatusActive ? id : 0;
+void gemm_w4a8_at(const py::tuple& weight, Address xq, int64_t m, int64_t x_stride, Address x_scale,
+                  Address x_zero_point, Address bias, Address y, int y_dtype, int64_t y_stride, const py::tuple& plan,
+                  bool dependent, Address stream) {
+  GemmW4A8Args a = weight_w4a8(weight, bias);
+  put_codes(a, xq, m, x_stride, x_scale, x_zero_point, y, y_dtype, y_stride);
+  run_w4a8(a, plan_of(plan), dependent, stream_of(stream));
 }
 
 }  // namespace
 
+// Of the kernels of 4-bit weights, those of mma.sync alone take zero points of activations, but for multipliers'.
+void multiply(const GemmW4A8Args& a, int capability, cudaStream_t stream) {
+  const W4Weight& w = a.weight;
+  const bool mma = a.x_zero_point && w.kind != W4Kind::kMultiplier;
+  const int most = mma && capability > kMmaCapability ? kMmaCapability : capability;
+  run_w4a8(a, plan_w4a8(a.m, w.n, w.k, w.group, w.kind, most, multiprocessors()), capability >= 90, stream);
+}
+
 void bind_w4(py::module_& m) {
+  bind_floats<GemmW4A16Args>(m, "LinearW4A16")
+      .def(py::init([](const py::tuple& weight, Address bias) {
+             return FloatLayer<GemmW4A16Args>(weight_w4a16(weight, bias));
+           }),
+           py::arg("weight"), py::arg("bias"));
+  bind_codes<GemmW4A8Args>(m, "LinearW4A8")
+      .def(py::init([](const py::tuple& weight, Address bias, bool symmetric, Address inv_smooth, Address static_scale,
+                       Address static_zero_point) {
+             return CodeLayer<GemmW4A8Args>(weight_w4a8(weight, bias), symmetric, inv_smooth, static_scale,
+                                            static_zero_point, true);
+           }),
+           py::arg("weight"), py::arg("bias"), py::arg("symmetric"), py::arg("inv_smooth"), py::arg("static_scale"),
+           py::arg("static_zero_point"));
   m.def("packed_w4_bytes", &packed_w4_bytes, py::arg("n"), py::arg("k"));
   m.def("w4_group_pitch", [](int64_t n) { return w4_blocks(n) * kW4Rows; }, py::arg("n"));
   m.def(
@@ -171,7 +188,6 @@ void bind_w4(py::module_& m) {
   m.def("gemm_w4a8", &gemm_w4a8_at, py::arg("weight"), py::arg("xq"), py::arg("m"), py::arg("x_stride"),
         py::arg("x_scale"), py::arg("x_zero_point"), py::arg("bias"), py::arg("y"), py::arg("y_dtype"),
         py::arg("y_stride"), py::arg("plan"), py::arg("dependent"), py::arg("stream"));
-  m.def("capture_id", &capture_id, py::arg("stream"));
 }
 
 }  // namespace qk::cuda

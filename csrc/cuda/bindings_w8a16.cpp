@@ -1,6 +1,7 @@
 // 8-bit weights under floating-point activations, and tables of 8-bit rows; rules as in bindings.cpp.
 #include "bindings.h"
 
+#include "bindings_layers.h"
 #include "w8a16.h"
 
 namespace py = pybind11;
@@ -20,22 +21,23 @@ void check_sizes(Address packed, int64_t slab_rows, int64_t n, int64_t k) {
   }
 }
 
+// What a layer keeps.
+GemmW8A16Args weight_w8a16(Address packed, int64_t slab_rows, Address weight_scale, Address bias, int64_t n,
+                           int64_t k) {
+  check_sizes(packed, slab_rows, n, k);
+  GemmW8A16Args a = {};
+  a.packed = pointer<const int8_t>(packed), a.slab_rows = slab_rows;
+  a.weight_scale = pointer<const float>(weight_scale), a.bias = pointer<const float>(bias);
+  a.n = static_cast<int32_t>(n), a.k = static_cast<int32_t>(k);
+  return a;
+}
+
 void gemm_at(Address x, int x_dtype, int64_t m, int64_t x_stride, Address packed, int64_t slab_rows,
              Address weight_scale, Address bias, int64_t n, int64_t k, Address y, int y_dtype, int64_t y_stride,
              const py::tuple& plan, Address counters, Address partials, bool dependent, Address stream) {
-  check_sizes(packed, slab_rows, n, k);
-  QK_CHECK_GE(m, 0);
+  GemmW8A16Args a = weight_w8a16(packed, slab_rows, weight_scale, bias, n, k);
+  put_floats(a, x, x_dtype, m, x_stride, y, y_dtype, y_stride, counters, partials);
   QK_CHECK_LE(m * n, int64_t{1} << 37);  // a grid of tiles of at least 128
-  QK_CHECK_EQ(x % 16, Address{0});
-  QK_CHECK_EQ(x_stride % 8, 0);
-  GemmW8A16Args a = {};
-  a.x = pointer<const void>(x), a.x_dtype = dtype(x_dtype), a.x_stride = x_stride;
-  a.packed = pointer<const int8_t>(packed), a.slab_rows = slab_rows,
-  a.weight_scale = pointer<const float>(weight_scale);
-  a.bias = pointer<const float>(bias);
-  a.m = static_cast<int32_t>(m), a.n = static_cast<int32_t>(n), a.k = static_cast<int32_t>(k);
-  a.y = pointer<void>(y), a.y_dtype = dtype(y_dtype), a.y_stride = y_stride;
-  a.counters = pointer<int32_t>(counters), a.partials = pointer<float>(partials);
   gemm_w8a16(a, plan_of(plan), dependent, stream_of(stream));
 }
 
@@ -55,6 +57,12 @@ void gather_at(Address table, bool packed, int64_t slab_rows, Address scale, int
 }  // namespace
 
 void bind_w8a16(py::module_& m) {
+  bind_floats<GemmW8A16Args>(m, "LinearW8A16")
+      .def(py::init([](Address packed, int64_t slab_rows, Address weight_scale, Address bias, int64_t n, int64_t k) {
+             return FloatLayer<GemmW8A16Args>(weight_w8a16(packed, slab_rows, weight_scale, bias, n, k));
+           }),
+           py::arg("packed"), py::arg("slab_rows"), py::arg("weight_scale"), py::arg("bias"), py::arg("n"),
+           py::arg("k"));
   m.def(
       "plan_w8a16",
       [](int64_t rows, int64_t n, int64_t k, int capability, int sms) {

@@ -78,7 +78,7 @@ class ProblemAttention:
             k, v = caches[index % len(caches)]
             return scaled_dot_product_attention(q, k, v, enable_gqa=True).transpose(1, 2).contiguous()
 
-        def behind(index: int, mask: Tensor) -> Tensor:
+        def behind(index: int, mask: Tensor) -> Tensor | None:
             k, v = caches[index % len(caches)]
             return attention(q, k, v, mask, scale)
 
