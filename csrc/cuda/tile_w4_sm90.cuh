@@ -249,14 +249,17 @@ __device__ __forceinline__ void unpack_half(const Job& job, const Thread& t, con
       }
     } else {
       using T = typename S::T;
-      [[maybe_unused]] uint32_t offset[2] = {pair_offset<T>(zero[0]), pair_offset<T>(zero[1])};
-      [[maybe_unused]] uint32_t kept[2];
-      if constexpr (S::kWide) {
+      [[maybe_unused]] uint32_t factor[2], offset[2], kept[2];
 #pragma unroll
-        for (int e = 0; e < 2; ++e) {
+      for (int e = 0; e < 2; ++e) {
+        using N = Nibbles<T>;
+        factor[e] = e ? N::kOddFactor : N::kFactor;
+        offset[e] = S::kMinimum ? (e ? N::kOddZero : N::kZero) : (e ? N::kOddEight : N::kEight);
+        if (S::kZeros && job.weight.zero_point) offset[e] = nibble_offset<T>(e, zero[e]);
+        if constexpr (S::kWide) {
           const bool live = is_live(row_value(row, scale_type<S>(job), t.channel + 8 * e));
-          kept[e] = !live ? 0u : S::kCodebook ? ~0u : Pairs<T>::kOnes;
-          if (!live) offset[e] = 0u;
+          kept[e] = live ? ~0u : 0u;
+          if (!live) factor[e] = offset[e] = 0u;
         }
       }
 #pragma unroll
@@ -267,10 +270,8 @@ __device__ __forceinline__ void unpack_half(const Job& job, const Thread& t, con
           if constexpr (S::kCodebook) {
             to = pair_of(words[s], r, book);
             if constexpr (S::kWide) to &= kept[r & 1];
-          } else if constexpr (S::kWide) {
-            to = pair_of<T>(words[s], r, kept[r & 1], offset[r & 1]);
           } else {
-            to = pair_of<T>(words[s], r, offset[r & 1]);
+            to = pair_of_nibbles<T>(words[s], r, factor[r & 1], offset[r & 1]);
           }
         }
       }
@@ -287,6 +288,16 @@ template <>
 struct OnesOf<int8_t> {
   static constexpr uint32_t kValue = kOnes;
 };
+
+// Of a code of the thread's second channel, whose fragments are in these units (operands_w4a16.cuh).
+template <typename S>
+__host__ __device__ constexpr float odd_unit() {
+  if constexpr (S::kBytes || S::kCodebook) {
+    return 1.0f;
+  } else {
+    return Nibbles<typename S::T>::kOddUnit;
+  }
+}
 
 template <typename S>
 struct Sums {
@@ -394,6 +405,7 @@ __device__ __forceinline__ Factors load_factors(const Job& job, const Thread& t,
 #pragma unroll
   for (int e = 0; e < 2; ++e) {
     f.scale[e] = row_value(row, type, t.channel + 8 * e);
+    if (e == 1 && odd_unit<S>() != 1.0f) f.scale[e] *= odd_unit<S>();
     f.low[e] = 0.0f;
     if constexpr (S::kMinimum) {
       f.low[e] = row_value(row + S::kChannels * job.groups.value_bytes, type, t.channel + 8 * e);
