@@ -54,7 +54,7 @@ struct Shape {
   // Integer products are 16 times the true ones (operands_w4a8.cuh).
   static constexpr bool kSixteenfold = kBytes && kPlain;
   static constexpr int kPhases = kPhases_;
-  static constexpr int kChannels = w4_channels(kPhases), kGroups = kChannels > 64 ? kChannels / 64 : 1;
+  static constexpr int kChannels = w4_channels(kBytes, kTokens, kPhases), kGroups = kChannels > 64 ? kChannels / 64 : 1;
   static constexpr int kWarps = kChannels / kW4Rows;  // of a phase; all of them read a stage
   static constexpr int kPhaseThreads = kWarps * 32;
   static constexpr int kConsumerWarps = kWarps * kPhases, kConsumers = kConsumerWarps * 32;
@@ -119,6 +119,7 @@ struct Job {
   int32_t clusters, run, longer;  // shared slabs of a cluster; the first `longer` have one more
   int32_t stages, packed_bytes;  // of a stage: codes, then rows of scales
   int32_t box_rows;  // tokens of a copy; all CTAs of a cluster make one for each slab
+  int32_t part;  // tokens from the copy of one CTA to that of the next
   int32_t rows, group_rows;  // of scales, as groups_w4.cuh cuts slabs: of K, of a group
   int32_t* counters;
   float* partials;
