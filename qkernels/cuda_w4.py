@@ -31,7 +31,6 @@ __all__ = [
     "MAX_FEATURES",
     "ORDERS",
     "PHASED_TILES",
-    "PHASED_TILES_MULTIPLIERS",
     "SLAB_K",
     "TILES",
     "blocks_of",
@@ -87,14 +86,12 @@ Plan = tuple[int, ...]
 
 TILES = [(tokens, 1) for tokens in (8, 16, 32, 64, 128, 256)]
 PHASED_TILES = {
-    16: [(8, 2), (16, 2), (8, 8), (16, 8), (8, 4), (16, 4), (32, 4), (64, 2), (128, 2)],
+    16: [(8, 2), (16, 2), (8, 8), (16, 8), (8, 4), (16, 4), (32, 4), (32, 2), (64, 2), (128, 2)],
     8: [(8, 2), (16, 2), (8, 8), (16, 8), (8, 4), (16, 4), (32, 4)],
 }
 """Tokens and phases that a plan of the wgmma kernels may name (``w4_has_tile``), for the sanitizer and the tests; the
-latter by the bits of activations, for groups with scales and zero points alone."""
-
-PHASED_TILES_MULTIPLIERS = [*PHASED_TILES[16], (32, 2)]
-"""The same where groups have multipliers."""
+latter by the bits of activations, for groups with scales and zero points alone; those of 16 bits where groups have
+multipliers, too."""
 
 
 # -- packing ----------------------------------------------------------------------------------------------------------

@@ -143,10 +143,8 @@ def run_kernels(k: int) -> None:
                 whole = scheme.group_scales == "int"
                 if bits[0] == 8:
                     phased = cuda_w8a16.PHASED_TILES
-                elif whole:
-                    phased = cuda_w4.PHASED_TILES_MULTIPLIERS
                 else:
-                    phased = cuda_w4.PHASED_TILES[16 if scheme.weight_only else 8]
+                    phased = cuda_w4.PHASED_TILES[16 if whole or scheme.weight_only else 8]
                 for tokens, phases in cuda_w4.TILES + (phased if k >= PHASED_FEATURES else []):
                     name = f"{scheme.name}, tiles of {tokens}, {phases} phases"
                     wanted = reference.linear(wide, tensors, scheme, k)

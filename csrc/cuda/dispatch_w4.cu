@@ -11,14 +11,15 @@ namespace {
 constexpr int kChannels = 128;  // of a tile
 
 // wgmma: what a tile costs, in microseconds on an H200: a slab in each wave of tiles, a launch, and sums that CTAs
-// share through memory, where they may.
+// share through memory, where they may; and what each wave after the first adds, where phases meet at the end of a tile
+// before they begin another.
 struct Tile {
   int tokens, phases;
-  double slab, launch, sharing;
+  double slab, launch, sharing, wave = 0;
 };
-constexpr Tile kHalfTiles[] = {{16, 4, 0.233, 0.2, 0},  {32, 4, 0.257, 0.7, 0},   {64, 2, 0.35, 0.5, 0},
-                               {128, 2, 0.528, 0, 0},   {32, 1, 0.443, 1.6, 5.5}, {64, 1, 0.556, 1.8, 6.7},
-                               {128, 1, 0.578, 2.5, 9}, {256, 1, 0.912, 7, 17.3}};
+constexpr Tile kHalfTiles[] = {{16, 4, 0.17, 3.2, 0, 3}, {32, 4, 0.165, 2.7, 0, 3}, {32, 2, 0.31, 3, 0, 3},
+                               {64, 2, 0.25, 2.9, 0, 3}, {128, 2, 0.44, 1.8, 0, 3}, {32, 1, 0.37, 2.8, 5.1},
+                               {64, 1, 0.48, 2, 6.1},    {128, 1, 0.76, 0.6, 9.5},  {256, 1, 1.3, 0, 19}};
 constexpr Tile kByteTiles[] = {{16, 4, 0.198, 1.84, 0},
                                {32, 4, 0.247, 2.34, 0},
                                {32, 1, 0.308, 3.18, 0},
@@ -30,6 +31,7 @@ constexpr Tile kByteCodeTiles[] = {{16, 4, 0.238, 0.5, 0},     {32, 4, 0.308, 1.
 constexpr Tile kMultiplierTiles[] = {{32, 1, 0.341, 3.28, 0},  {32, 2, 0.238, 2.64, 0}, {32, 4, 0.205, 2.14, 0},
                                      {64, 1, 0.37, 3.58, 0},   {64, 2, 0.318, 2.71, 0}, {128, 1, 0.431, 4.23, 0},
                                      {128, 2, 0.312, 3.18, 0}, {256, 1, 0.712, 4, 0}};  // on an H100
+constexpr double kMissing = 0.0017;  // of a row that does not exist, in each slab of several tiles that phases share
 constexpr double kBeside = 0.75;  // of the cost of two waves: that of two CTAs on each multiprocessor
 constexpr int kFew = 16;  // tokens, whose tiles wait for weights alone
 
@@ -43,7 +45,7 @@ struct Waves {
 Waves waves_of(const W4Plan& plan, bool bytes, int64_t m, int64_t n, W4Kind kind, int sms) {
   Waves w;
   w.cluster = w4_cluster(bytes, plan.tokens, plan.phases);
-  w.tiles = int64_t(blocks(m, plan.tokens)) * blocks(n, w4_channels(plan.phases) * w.cluster);
+  w.tiles = int64_t(blocks(m, plan.tokens)) * blocks(n, w4_channels(bytes, plan.tokens, plan.phases) * w.cluster);
   w.slots = int64_t(sms) * w4_per_sm(bytes, plan.tokens, kind, plan.phases) / w.cluster;
   return w;
 }
@@ -70,7 +72,7 @@ W4Plan plan_few(bool bytes, int bits, int64_t m, int64_t n, int64_t k, W4Kind ki
   const int64_t narrow = blocks(n, 64), slabs = w4_slabs(k);
   if (!phases) {
     plan.phases = 1;
-  } else if (blocks(n, w4_channels(8)) <= sms) {
+  } else if (blocks(n, w4_channels(bytes, plan.tokens, 8)) <= sms) {
     plan.phases = 8;
   } else if (kind == W4Kind::kMultiplier) {
     plan.phases = narrow <= sms && narrow * 4 > int64_t(sms) * 3 ? 4 : 2;
@@ -103,7 +105,10 @@ W4Plan plan_many(const Tile (&tiles)[kCount], bool bytes, int64_t m, int64_t n, 
     const int64_t at_once = sms / w.cluster, full = (w.tiles + at_once - 1) / at_once;
     const double beside = w.slots > at_once && full > 1 ? kBeside : 1.0;
     const double waves = shared ? double(w.tiles) / double(w.slots) : double(full) * beside;
-    const double cost = waves * double(w4_slabs(k)) * tile.slab + tile.launch + (shared ? tile.sharing : 0.0);
+    const bool counts = tile.wave > 0.0 && m > tile.tokens;
+    const int64_t missing = counts ? int64_t(blocks(m, tile.tokens)) * tile.tokens - m : 0;
+    const double cost = (waves * tile.slab + double(missing) * kMissing) * double(w4_slabs(k)) + tile.launch +
+                        (shared ? tile.sharing : double(full - 1) * tile.wave);
     if (least == 0.0 || cost < least) least = cost, best = finished(plan, w, shared);
   };
   for (const Tile& tile : tiles) {

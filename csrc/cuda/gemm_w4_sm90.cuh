@@ -39,7 +39,8 @@
 // four or eight groups of their warps ("phases") take the slabs of such a tile in turns. Floats: each has sums of its
 // own, and at the end they meet in shared memory, where each phase adds a part of the tokens up. Integers, whose order
 // counts: the running totals lie in shared memory, and each phase adds its slab's to them when the one before it has (a
-// relay, in pieces of the tile); what takes long, unpacking and products, is under way in all of them at a time.
+// relay, in pieces of the tile); what takes long, unpacking and products, is under way in all of them at a time. Two
+// phases of 32 tokens of 16 bits have all 128 channels: four warpgroups instead of two to hide what a slab waits for.
 //
 // Work: every cluster takes whole tiles (cluster, cluster + clusters, ...). What is left over, less than two tiles per
 // cluster, is dealt out in equal runs of slabs ("stream-K") where K may be split: CTAs that share a tile leave their
@@ -91,7 +92,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kPerSm)
       ptx::prefetch_tensor_map(&x_map);
       const uint64_t policy = job.tiles_m == 1 ? ptx::kEvictFirst : ptx::kEvictNormal;
       const uint32_t full_here = ptx::keep(full), empty_here = ptx::keep(empty);
-      const uint32_t tokens_here = ptx::keep(base + rank * S::kPart * 128), packed_here = ptx::keep(packed_base);
+      const uint32_t tokens_here = ptx::keep(base + rank * job.part * 128), packed_here = ptx::keep(packed_base);
       Walk<S> walk(job);
       Segment s;
       Ring ring;
@@ -106,7 +107,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kPerSm)
         if (first >= s.last) continue;
         const Place place = place_of(job, s.tile);
         PackedSource<S> source(job, (place.n * S::kCluster + rank) * S::kChannels, first);
-        const int m0 = place.m * S::kTokens + rank * S::kPart;
+        const int m0 = place.m * S::kTokens + rank * job.part;
         int ahead = 0;
         if (!waited) {
           // The first stages' weights, which nothing before this kernel writes, are on their way before the activations
@@ -359,7 +360,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kPerSm)
         ptx::cp_async_wait_all();
         ptx::named_barrier(1 + group, 128);
       }
-      terms.start(job, m0, tile_n0 + group * Terms<S>::kWidth, threadIdx.x % Terms<S>::kThreads);
+      terms.start(job, m0, tile_n0 + group * Terms<S>::kWidth, Terms<S>::member(t.phase));
       if constexpr (!S::kWide && (S::kFew || !S::kOneSum)) {
 #pragma unroll
         for (int i = 0; i < S::kValues; ++i) sums.total[i] = 0;

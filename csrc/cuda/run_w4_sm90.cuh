@@ -73,8 +73,9 @@ void run_shape(Job job, const void* x, int64_t x_stride, const W4Plan& plan, boo
   allow_shared_memory(reinterpret_cast<const void*>(gemm_kernel<S>), kMostBytes, allowed);
   const int64_t bytes = sizeof(typename S::T);
   // Rows that do not exist take longer to copy than others. What a stage holds in their place goes to tokens that are
-  // not stored.
-  job.box_rows = S::kFew && job.e.m < S::kPart ? job.e.m : S::kPart;
+  // not stored. The CTAs of a cluster share those of a single tile in whole swizzle atoms.
+  job.part = S::kFew || job.tiles_m > 1 ? S::kPart : static_cast<int32_t>(blocks(job.e.m, S::kCluster * 8)) * 8;
+  job.box_rows = S::kFew && job.e.m < S::kPart ? job.e.m : job.part;
   const CUtensorMap map =
       byte_matrix_map(x, job.e.m, w.k * bytes, x_stride * bytes, static_cast<uint32_t>(job.box_rows));
   LaunchShape shape;

@@ -18,9 +18,16 @@ struct NoShiftTerms {};
 // read at their end would take as long as half a slab. One for each group of 64 channels.
 template <typename S>
 struct Terms : std::conditional<S::kMultiplier, ShiftTerms<S::kTokens, S::kChannels / S::kGroups>, NoShiftTerms>::type {
-  static constexpr int kWidth = S::kChannels / S::kGroups, kThreads = S::kConsumers / S::kGroups;
+  static constexpr int kWidth = S::kChannels / S::kGroups;
+  static constexpr int kOfPhase = S::kPhaseThreads / S::kGroups, kThreads = kOfPhase * S::kPhases;
   alignas(8) float x_scale[S::kBytes ? S::kTokens : 1];
   float scale[S::kOneSum ? kWidth : 1], bias[kWidth];
+
+  // This thread's number among those of its channels, of all phases.
+  static __device__ __forceinline__ int member(int phase) {
+    const int thread = static_cast<int>(threadIdx.x);
+    return S::kGroups == 1 ? thread % kThreads : phase * kOfPhase + thread % kOfPhase;
+  }
 
   // Of a consumer warp's lane: the first of its two channels, the other is 8 further.
   static __device__ __forceinline__ int channel_of(int warp, int lane) {

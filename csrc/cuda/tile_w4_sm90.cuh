@@ -54,7 +54,7 @@ struct Shape {
   // Integer products are 16 times the true ones (operands_w4a8.cuh).
   static constexpr bool kSixteenfold = kBytes && kPlain;
   static constexpr int kPhases = kPhases_;
-  static constexpr int kChannels = w4_channels(kPhases), kGroups = kChannels > 64 ? kChannels / 64 : 1;
+  static constexpr int kChannels = w4_channels(kBytes, kTokens, kPhases), kGroups = kChannels > 64 ? kChannels / 64 : 1;
   static constexpr int kWarps = kChannels / kW4Rows;  // of a phase; all of them read a stage
   static constexpr int kPhaseThreads = kWarps * 32;
   static constexpr int kConsumerWarps = kWarps * kPhases, kConsumers = kConsumerWarps * 32;
@@ -119,6 +119,7 @@ struct Job {
   int32_t clusters, run, longer;  // shared slabs of a cluster; the first `longer` have one more
   int32_t stages, packed_bytes;  // of a stage: codes, then rows of scales
   int32_t box_rows;  // tokens of a copy; all CTAs of a cluster make one for each slab
+  int32_t part;  // tokens from the copy of one CTA to that of the next
   int32_t rows, group_rows;  // of scales, as groups_w4.cuh cuts slabs: of K, of a group
   int32_t* counters;
   float* partials;
@@ -249,14 +250,17 @@ __device__ __forceinline__ void unpack_half(const Job& job, const Thread& t, con
       }
     } else {
       using T = typename S::T;
-      [[maybe_unused]] uint32_t offset[2] = {pair_offset<T>(zero[0]), pair_offset<T>(zero[1])};
-      [[maybe_unused]] uint32_t kept[2];
-      if constexpr (S::kWide) {
+      [[maybe_unused]] uint32_t factor[2], offset[2], kept[2];
 #pragma unroll
-        for (int e = 0; e < 2; ++e) {
+      for (int e = 0; e < 2; ++e) {
+        using N = Nibbles<T>;
+        factor[e] = e ? N::kOddFactor : N::kFactor;
+        offset[e] = S::kMinimum ? (e ? N::kOddZero : N::kZero) : (e ? N::kOddEight : N::kEight);
+        if (S::kZeros && job.weight.zero_point) offset[e] = nibble_offset<T>(e, zero[e]);
+        if constexpr (S::kWide) {
           const bool live = is_live(row_value(row, scale_type<S>(job), t.channel + 8 * e));
-          kept[e] = !live ? 0u : S::kCodebook ? ~0u : Pairs<T>::kOnes;
-          if (!live) offset[e] = 0u;
+          kept[e] = live ? ~0u : 0u;
+          if (!live) factor[e] = offset[e] = 0u;
         }
       }
 #pragma unroll
@@ -267,10 +271,8 @@ __device__ __forceinline__ void unpack_half(const Job& job, const Thread& t, con
           if constexpr (S::kCodebook) {
             to = pair_of(words[s], r, book);
             if constexpr (S::kWide) to &= kept[r & 1];
-          } else if constexpr (S::kWide) {
-            to = pair_of<T>(words[s], r, kept[r & 1], offset[r & 1]);
           } else {
-            to = pair_of<T>(words[s], r, offset[r & 1]);
+            to = pair_of_nibbles<T>(words[s], r, factor[r & 1], offset[r & 1]);
           }
         }
       }
@@ -287,6 +289,16 @@ template <>
 struct OnesOf<int8_t> {
   static constexpr uint32_t kValue = kOnes;
 };
+
+// Of a code of the thread's second channel, whose fragments are in these units (operands_w4a16.cuh).
+template <typename S>
+__host__ __device__ constexpr float odd_unit() {
+  if constexpr (S::kBytes || S::kCodebook) {
+    return 1.0f;
+  } else {
+    return Nibbles<typename S::T>::kOddUnit;
+  }
+}
 
 template <typename S>
 struct Sums {
@@ -394,6 +406,7 @@ __device__ __forceinline__ Factors load_factors(const Job& job, const Thread& t,
 #pragma unroll
   for (int e = 0; e < 2; ++e) {
     f.scale[e] = row_value(row, type, t.channel + 8 * e);
+    if (e == 1 && odd_unit<S>() != 1.0f) f.scale[e] *= odd_unit<S>();
     f.low[e] = 0.0f;
     if constexpr (S::kMinimum) {
       f.low[e] = row_value(row + S::kChannels * job.groups.value_bytes, type, t.channel + 8 * e);

@@ -94,8 +94,12 @@ struct W4Plan {
   int64_t partial_floats;  // of memory for the sums of tiles that several share
 };
 
-// kWgmma: channels of a CTA's tile, by the groups of warps that share its slabs.
-constexpr int w4_channels(int phases) { return phases == 8 ? 32 : phases > 1 ? 64 : 128; }
+// kWgmma: channels of a CTA's tile, by the groups of warps that share its slabs. Two phases of 32 tokens of 16 bits
+// leave registers for four warpgroups, and so for all channels.
+constexpr int w4_channels(bool bytes, int tokens, int phases) {
+  if (!bytes && tokens == 32 && phases == 2) return 128;
+  return phases == 8 ? 32 : phases > 1 ? 64 : 128;
+}
 // CTAs of a cluster that fetch a tile of tokens together, for kWgmma.
 constexpr int w4_cluster(bool bytes, int tokens, int phases) {
   if (bytes && phases == 1) return tokens >= 128 ? 2 : 1;
@@ -116,7 +120,7 @@ constexpr bool w4_has_tile(bool bytes, W4Kind kind, int tokens, int phases) {
   if (phases == 4) return tokens <= 32;
   if (phases == 8) return tokens <= 16;
   if (kind == W4Kind::kMultiplier && phases == 2) return tokens <= 128;
-  return phases == 2 && (tokens <= 16 || (!two_sums && (tokens == 64 || tokens == 128)));
+  return phases == 2 && tokens <= (bytes ? 16 : 128);
 }
 // Of so many tiles, how many `ctas` (or clusters) take whole, in full waves; the others' slabs are dealt out in equal
 // runs: those of the last wave, which is not full, and of one before it, lest runs be short.

@@ -28,7 +28,7 @@ struct GemmW8A16Args {
 
 // The instances of kWgmma.
 constexpr bool w8a16_has_tile(int tokens, int phases) {
-  if ((tokens == 8 && phases == 4) || (tokens == 128 && phases == 2)) return false;
+  if ((tokens == 8 && phases == 4) || (phases == 2 && (tokens == 32 || tokens == 128))) return false;
   return w4_has_tile(false, W4Kind::kZeroPoint, tokens, phases);
 }
 
