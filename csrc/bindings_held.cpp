@@ -63,6 +63,7 @@ class Held {
 
   static uintptr_t address(PyObject* tensor) {
     static PyObject* const method = PyUnicode_InternFromString("data_ptr");
+    const auto owner = py::reinterpret_borrow<py::object>(tensor);  // Python may run in the call
     const auto value = py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(tensor, method));
     if (!value) throw py::error_already_set();
     return value.cast<uintptr_t>();

@@ -101,18 +101,23 @@ class BoundLayer(HandsOn):
     def bound(self) -> Bound | None:
         """The binding's view of what is resident now; None where kernels cannot read that."""
         bound = self._bound
-        if bound is None or not bound.holds(self.tensors):  # type: ignore[arg-type]  # a dictionary
+        if bound is None or not bound.holds(self._dictionary()):
             bound = self._bound = self._bind()
         return bound
 
+    def _dictionary(self) -> dict[str, Any]:
+        """:attr:`tensors`, or what they come to where a head borrows its table's."""
+        tensors = self.tensors
+        return tensors if isinstance(tensors, dict) else self.resident()
+
     def _bind(self) -> Bound | None:
+        held = _C.Held(self._dictionary(), self.names)  # before addresses are read: another thread may replace tensors
         tensors, device = self.resident(), self.device
         if device.type != "cuda" or any(type(t) is not Tensor or t.device != device for t in tensors.values()):
             return None
         if tensors["packed"].data_ptr() % self.alignment:
             return None  # memory of somebody else's making: the operator copies it
         layer, fused = self.bind()
-        held = _C.Held(self.tensors, self.names)  # type: ignore[arg-type]  # a dictionary
         grid = self.grid()
         return Bound(layer, held, device, fused, _PLAIN if grid is not None and _is_plain_grid(grid) else grid)
 
@@ -131,6 +136,7 @@ class BoundLayer(HandsOn):
             x = x.value()
         if not is_plain(x) or not x.is_cuda:
             return None
+        alive = tuple(self._dictionary().values())  # until the launch, whatever another thread does
         bound = self.bound()
         if bound is None or x.get_device() != bound.index or x.layout is not _strided:
             return None
@@ -138,6 +144,7 @@ class BoundLayer(HandsOn):
         if x.dtype not in DTYPE_CODES or not shape or shape[-1] != self.in_features:
             return None
         y = self.through(bound, x)
+        del alive
         return self.general(x) if y is None else y
 
     def run(self, x: Tensor) -> Tensor:
@@ -166,7 +173,7 @@ class FloatLayer(BoundLayer):
         rows = x.numel() // features
         stride = features if x.is_contiguous() else row_stride(x)
         at = x.data_ptr()
-        if not code or not rows or rows > bound.fused or stride is None or stride % 8 or at % 16:
+        if not code or not rows or rows > bound.fused or stride is None or stride % 8 or at % 16 or x.is_neg():
             return None
         y = _new_empty(x, (*x.shape[:-1], self.out_features))
         needs = bound.needs.get(rows) or bound.needs_of(rows)
@@ -202,6 +209,7 @@ class IntegerLayer(BoundLayer, TakesIntegers):
         Raises:
             ValueError: codes for a layer that no kernel can read.
         """
+        alive = tuple(self._dictionary().values())  # as in direct
         bound = self.bound()
         if bound is None:
             raise ValueError(f"packed: expected a tensor that the kernels can read, got one on {self.device}")
@@ -209,6 +217,7 @@ class IntegerLayer(BoundLayer, TakesIntegers):
         y = _new_empty(memory, rows, self.out_features, dtype=out_dtype)
         code = DTYPE_CODES[out_dtype]
         launch(bound.device, bound.layer.product, memory.data_ptr(), rows, y.data_ptr(), code)
+        del alive
         return y
 
     def through(self, bound: Bound, x: Tensor) -> Tensor | None:

@@ -105,8 +105,13 @@ class InputGroup:
         if members is None or not isinstance(members[0]._prepared, Joinable) or members[0]._device().type == "meta":
             return
         prepared = [member._prepared for member in members]
-        if joint is None or not joint.holds(prepared):
-            joint = join(prepared) if all(compatible(members[0], member) for member in members[1:]) else None
+        alike = all(compatible(members[0], member) for member in members[1:])
+        if joint is not None and not alike and joint.holds(prepared):  # they were, until other values were loaded
+            for each in prepared:
+                if isinstance(each, Joinable):
+                    separate(each)
+        if joint is None or not alike or not joint.holds(prepared):
+            joint = join(prepared) if alike else None
         self._joint = joint
 
     def _present(self) -> list[QuantLinear] | None:

@@ -8,6 +8,11 @@ import pytest
 import torch
 
 from qkernels import _C
+from qkernels.cuda_bound import BoundLayer
+from qkernels.cuda_w8a8 import PreparedCudaW8A8
+from qkernels.cuda_w8a16 import PreparedCudaW8A16
+from qkernels.embedding import QuantEmbedding
+from qkernels.scheme import Scheme
 
 NAMES = ("packed", "scale", "bias")
 
@@ -58,3 +63,39 @@ def test_held_of_something_else() -> None:
         _C.Held([torch.zeros(1)], NAMES)  # type: ignore[arg-type]
     with pytest.raises(AttributeError, match="data_ptr"):
         _C.Held({"packed": 3}, NAMES)
+
+
+class _Gpu:
+    """Any device, and the first GPU."""
+
+    type, index = "cuda", 0
+
+    def __eq__(self, other: object) -> bool:
+        return True
+
+    def __ne__(self, other: object) -> bool:
+        return False
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("kernel, scheme", [(PreparedCudaW8A8, "w8a8"), (PreparedCudaW8A16, "w8a16")])
+def test_heads_over_a_table_are_bound(kernel: type[BoundLayer], scheme: str) -> None:
+    """Their tensors are no dictionary: some are the table's, whatever it has in their place by then."""
+
+    class Here(kernel):  # type: ignore[misc, valid-type]
+        device = property(lambda self: _Gpu())
+        alignment = 1
+
+        def bind(self) -> tuple[object, float]:
+            return object(), 1.0
+
+    table = QuantEmbedding.from_embedding(torch.nn.Embedding(128, 64))
+    head = table.shared_head()
+    layer = Here(head._prepared.tensors, Scheme.from_preset(scheme), 64, 128)
+    bound = layer.bound()
+    assert bound is not None
+    assert layer.bound() is bound
+    replaced = next(name for name, tensor in table._buffers.items() if tensor is layer.tensors["packed"])
+    table._buffers[replaced] = table._buffers[replaced].clone()
+    assert layer.bound() is not bound

@@ -283,6 +283,18 @@ def test_weights_and_biases_changed_in_between_are_used() -> None:
         assert_same(model, alone)  # behind everybody's back
 
 
+def test_loaded_grids_that_differ_part_the_layers_and_the_same_ones_join_them() -> None:
+    model, alone = pair(scheme="w8a8_static", calibration=[seeded(16, FEATURES, seed=s) for s in range(3)])
+    state = {name: tensor.clone() for name, tensor in alone.state_dict().items()}
+    for scales in ((0.5, 0.02, 0.125), (0.25, 0.25, 0.25)):
+        for name, scale in zip("qkv", scales, strict=True):
+            state[f"{name}.act_scale"].fill_(scale)
+        model.load_state_dict(state)
+        alone.load_state_dict(state)
+        assert_joined(model, joined=len(set(scales)) == 1)
+        assert_same(model, alone)
+
+
 @pytest.mark.parametrize("way", ["deepcopy", "pickle"])
 def test_copies_join_among_themselves(way: str) -> None:
     model, alone = pair()
