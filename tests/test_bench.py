@@ -34,17 +34,18 @@ class Fake:
 
 def test_interleave_repeats_short_calls_and_samples_long_ones_less() -> None:
     short, long = Fake(1e-6), Fake(1.0)
-    first, second = timing.interleave([short, long], rounds=10, seconds=3.0, warm=False)
+    first, second = timing.interleave([short, long], rounds=10, seconds=3.0)
     assert first.median == pytest.approx(1e-6)
     assert first.samples == 10
     assert short.counts[-1] == 300
     assert (second.median, second.samples) == (1.0, 3)
 
 
-def test_interleave_warm_makes_an_untimed_call_before_each_sample() -> None:
-    sampler = Fake(1e-3)
-    timing.interleave([sampler], rounds=4, seconds=1.0, warm=True)
-    assert len(sampler.counts) == 3 + 2 * 4
+@pytest.mark.parametrize("seconds, timed, untimed", [(1e-3, 1, 1), (1e-5, 30, 120)])
+def test_interleave_makes_untimed_calls_before_each_sample(seconds: float, timed: int, untimed: int) -> None:
+    sampler = Fake(seconds)
+    timing.interleave([sampler], rounds=4, seconds=1.0)
+    assert sampler.counts[3:] == [untimed, timed] * 4
 
 
 def test_rotation_takes_copies_in_turn_across_samples() -> None:

@@ -163,7 +163,7 @@ def _run_shape(
             if state == "cold" and index == 0:  # what a copy does once, at its first call, is not what is asked
                 for contender, sampler in zip(timed, samplers, strict=True):
                     sampler.sample(copies[contender.name])
-            timings = interleave(samplers, rounds=args.rounds, seconds=args.seconds, warm=state == "warm")
+            timings = interleave(samplers, rounds=args.rounds, seconds=args.seconds)
             ceilings.refresh()
             for contender, timing in zip(timed, timings, strict=True):
                 scheme = contender.scheme

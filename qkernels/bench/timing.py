@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,9 @@ REST_SECONDS = 3e-3
 """Before each sample: thread pools go on spinning for a while after their last call, and would take the cores of those
 who come next."""
 SAMPLE_SECONDS = 300e-6  # a sample repeats its call until it lasts about this long
+UNTIMED_SAMPLES = 4
+"""So many times a sample's calls come before it, untimed, where they are short: threads that slept, or that the system
+put on one core when the contender before was held still, take milliseconds to spread."""
 
 
 class Sampler(Protocol):
@@ -55,14 +59,15 @@ class Timing:
     samples: int
 
 
-def interleave(samplers: Sequence[Sampler], *, rounds: int, seconds: float, warm: bool) -> list[Timing]:
+def interleave(samplers: Sequence[Sampler], *, rounds: int, seconds: float) -> list[Timing]:
     """Time all samplers side by side.
 
     Args:
-        samplers: in the order in which they take turns.
+        samplers: take turns, in an order that is drawn anew for each round.
         rounds: samples of each.
         seconds: a sampler that would need longer for its rounds gets fewer samples, at least two.
-        warm: make an untimed call before each sample, so that it finds the caches as its own call left them.
+
+    Before each sample there are untimed calls: it finds threads awake and the caches as its own calls leave them.
     """
     counts, wanted = [], []
     for sampler in samplers:
@@ -72,13 +77,14 @@ def interleave(samplers: Sequence[Sampler], *, rounds: int, seconds: float, warm
         counts.append(count)
         wanted.append(max(2, min(rounds, int(seconds / max(once * count, 1e-7)))))
     taken: list[list[float]] = [[] for _ in samplers]
+    turns, chance = list(zip(samplers, counts, wanted, taken, strict=True)), random.Random(0)
     for turn in range(rounds):
-        for sampler, count, enough, values in zip(samplers, counts, wanted, taken, strict=True):
+        chance.shuffle(turns)  # nobody always comes after the same one
+        for sampler, count, enough, values in turns:
             # Those with few samples take them evenly over all the rounds.
             if turn * enough // rounds == (turn - 1) * enough // rounds and turn > 0:
                 continue
             sleep(REST_SECONDS)
-            if warm:
-                sampler.sample(1)
+            sampler.sample(UNTIMED_SAMPLES * count if count > 1 else 1)
             values.append(sampler.sample(count) / count)
     return [Timing(statistics.median(values), min(values), len(values)) for values in taken]
