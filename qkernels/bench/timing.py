@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from time import perf_counter_ns, sleep
 from typing import Protocol
 
-REST_SECONDS = 3e-3
-"""Before each sample: thread pools go on spinning for a while after their last call, and would take the cores of those
-who come next."""
+REST_SECONDS = 35e-3
+"""Before each sample: thread pools go on spinning for a while after their last call (OpenMP's 6 ms, ONNX Runtime's 30),
+and would take the cores of those who come next."""
 SAMPLE_SECONDS = 300e-6  # a sample repeats its call until it lasts about this long
-UNTIMED_SAMPLES = 4
-"""So many times a sample's calls come before it, untimed, where they are short: threads that slept, or that the system
-put on one core when the contender before was held still, take milliseconds to spread."""
+UNTIMED_SECONDS = 5e-3
+"""About so long a contender runs untimed before each sample: threads that slept, or that the system put on one core,
+take milliseconds to spread."""
 
 
 class Sampler(Protocol):
@@ -69,22 +69,23 @@ def interleave(samplers: Sequence[Sampler], *, rounds: int, seconds: float) -> l
 
     Before each sample there are untimed calls: it finds threads awake and the caches as its own calls leave them.
     """
-    counts, wanted = [], []
+    counts, before, wanted = [], [], []
     for sampler in samplers:
         sampler.sample(1)
         once = min(sampler.sample(1), sampler.sample(1))
         count = max(1, min(1000, round(SAMPLE_SECONDS / max(once, 1e-7))))
         counts.append(count)
+        before.append(max(1, min(1000, round(UNTIMED_SECONDS / max(once, 1e-7)))))
         wanted.append(max(2, min(rounds, int(seconds / max(once * count, 1e-7)))))
     taken: list[list[float]] = [[] for _ in samplers]
-    turns, chance = list(zip(samplers, counts, wanted, taken, strict=True)), random.Random(0)
+    turns, chance = list(zip(samplers, counts, before, wanted, taken, strict=True)), random.Random(0)
     for turn in range(rounds):
         chance.shuffle(turns)  # nobody always comes after the same one
-        for sampler, count, enough, values in turns:
+        for sampler, count, untimed, enough, values in turns:
             # Those with few samples take them evenly over all the rounds.
             if turn * enough // rounds == (turn - 1) * enough // rounds and turn > 0:
                 continue
             sleep(REST_SECONDS)
-            sampler.sample(UNTIMED_SAMPLES * count if count > 1 else 1)
+            sampler.sample(untimed)
             values.append(sampler.sample(count) / count)
     return [Timing(statistics.median(values), min(values), len(values)) for values in taken]
