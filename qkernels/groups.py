@@ -106,11 +106,12 @@ class InputGroup:
             return
         prepared = [member._prepared for member in members]
         alike = all(compatible(members[0], member) for member in members[1:])
-        if joint is not None and not alike and joint.holds(prepared):  # they were, until other values were loaded
+        held = joint is not None and joint.holds(prepared)
+        if held and not alike:  # they were, until other values were loaded
             for each in prepared:
                 if isinstance(each, Joinable):
                     separate(each)
-        if joint is None or not alike or not joint.holds(prepared):
+        if not held or not alike:
             joint = join(prepared) if alike else None
         self._joint = joint
 

@@ -22,6 +22,12 @@ struct Ahead {
   int lines = 0;  // 0, 1, 2 or 4
 };
 
+// What a tile does in a step.
+template <int kLines>
+QK_INLINE inline void ask(const Ahead& ahead, int64_t step) {
+  for (int i = 0; i < kLines; ++i) __builtin_prefetch(ahead.at + step * ahead.stride + i * ahead.apart, 0, 2);
+}
+
 // call(lines), a constant.
 template <class Call>
 void with_lines(const Ahead& ahead, const Call& call) {

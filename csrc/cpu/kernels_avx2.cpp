@@ -46,8 +46,7 @@ struct Avx2 : YmmVerbs {
   static constexpr const char* kIsa = "avx2";
   static constexpr int kTileM = 4, kTileN = 16, kOffset = 0, kSliceK = 512;
   static constexpr int kDepthAlign = 8, kMaxBlockTiles = 16, kDirectRows = 2;
-  static constexpr bool kFusesGroups = true, kLooksAhead = false, kFinishesTiles = false, kWidens = true,
-                        kJoinsGroups = false;
+  static constexpr bool kFusesGroups = true, kFinishesTiles = false, kWidens = true, kJoinsGroups = false;
   static constexpr int64_t kBlockBytes = 384 << 10, kWideBlockBytes = 1536 << 10;
   static constexpr int kWideTileM = 4, kWideSliceK = 512, kWideBlockTiles = 32;
   // Measured on Zen 3: fewer rows do not earn back the panel, least of all where weights come from L3 or memory.
@@ -143,7 +142,7 @@ struct Avx2 : YmmVerbs {
   }
 
   static void tile(int rows, const uint8_t* a, int64_t lda, const int8_t* b, int64_t steps, int32_t* c, bool accumulate,
-                   bool minus128) {
+                   bool minus128, const Ahead& /*ahead*/) {
     if (minus128)
       tile_with<Widened>(rows, a, lda, b, steps, c, accumulate);
     else
@@ -354,7 +353,7 @@ struct Avx2 : YmmVerbs {
   }
   template <class T>
   static void tile4_group(int rows, const uint8_t* a, int64_t lda, const int8_t* panel, int64_t columns, int64_t steps,
-                          const int32_t* start, const T* scale, T* totals) {
+                          const int32_t* start, const T* scale, T* totals, const Ahead& /*ahead*/) {
     for (int j = 0; j < columns; j += kTileN) {
       const int8_t* b = panel + j * kPackK;
       switch (rows) {
@@ -374,7 +373,7 @@ struct Avx2 : YmmVerbs {
     }
   }
   static void tile4(int rows, const uint8_t* a, int64_t lda, const int8_t* b, int64_t steps, int32_t* c,
-                    bool accumulate) {
+                    bool accumulate, const Ahead& /*ahead*/) {
     switch (rows) {
       case 1:
         return tile4_rows<1>(a, lda, b, steps, c, accumulate);
@@ -459,7 +458,8 @@ struct Avx2 : YmmVerbs {
       }
     }
   }
-  static void tile4_direct(int rows, const uint8_t* a, int64_t lda, const uint8_t* packed, int64_t lines, int32_t* c) {
+  static void tile4_direct(int rows, const uint8_t* a, int64_t lda, const uint8_t* packed, int64_t lines, int32_t* c,
+                           const Ahead& /*ahead*/) {
     if (rows == 1)
       direct_one(a, packed, lines, c);
     else

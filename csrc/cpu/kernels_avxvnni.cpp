@@ -33,8 +33,7 @@ struct AvxVnni : YmmVerbs {
   static constexpr const char* kIsa = "avxvnni";
   static constexpr int kTileM = 6, kTileN = 16, kOffset = 128, kSliceK = 1024;
   static constexpr int kDepthAlign = 8, kMaxBlockTiles = 16, kDirectRows = 1;
-  static constexpr bool kFusesGroups = false, kLooksAhead = true, kFinishesTiles = false, kWidens = false,
-                        kJoinsGroups = true;
+  static constexpr bool kFusesGroups = false, kFinishesTiles = false, kWidens = false, kJoinsGroups = true;
   static constexpr int64_t kBlockBytes = 384 << 10;
   static int64_t direct_tiles() { return 4; }
   struct Session {
@@ -75,7 +74,7 @@ struct AvxVnni : YmmVerbs {
       if constexpr (kRows > 3) row(a3, c30, c31);
       if constexpr (kRows > 4) row(a3 + lda, c40, c41);
       if constexpr (kRows > 5) row(a3 + 2 * lda, c50, c51);
-      for (int i = 0; i < kLines; ++i) __builtin_prefetch(ahead.at + k * ahead.stride + i * ahead.apart, 0, 2);
+      ask<kLines>(ahead, k);
     }
     save(0, c00, c01);
     if constexpr (kRows > 1) save(1, c10, c11);
@@ -159,7 +158,7 @@ struct AvxVnni : YmmVerbs {
       column(5, c5);
       column(6, c6);
       column(7, c7);
-      for (int i = 0; i < kLines; ++i) __builtin_prefetch(ahead.at + l * ahead.stride + i * ahead.apart, 0, 2);
+      ask<kLines>(ahead, l);
     }
     store_run(c, c0, c1, c2, c3, c4, c5, c6, c7);
   }

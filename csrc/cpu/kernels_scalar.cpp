@@ -13,8 +13,7 @@ struct Scalar : ScalarVerbs {
   static constexpr const char* kIsa = "scalar";
   static constexpr int kTileM = 4, kTileN = 64, kOffset = 0, kSliceK = 4096;
   static constexpr int kDepthAlign = 8, kMaxBlockTiles = 16, kDirectRows = 0;
-  static constexpr bool kFusesGroups = false, kLooksAhead = false, kFinishesTiles = false, kWidens = false,
-                        kJoinsGroups = true;
+  static constexpr bool kFusesGroups = false, kFinishesTiles = false, kWidens = false, kJoinsGroups = true;
   static constexpr int64_t kBlockBytes = 384 << 10;
   static int64_t direct_tiles() { return 6; }
   struct Session {
@@ -40,18 +39,19 @@ struct Scalar : ScalarVerbs {
   }
 
   static void tile(int rows, const uint8_t* a, int64_t lda, const int8_t* b, int64_t steps, int32_t* c, bool accumulate,
-                   bool /*minus128*/) {
+                   bool /*minus128*/, const Ahead& /*ahead*/) {
     multiply(rows, a, lda, b, steps, c, accumulate);
   }
   static void tile_one(const uint8_t* a, const int8_t* b, int64_t steps, int32_t* c, bool minus128) {
-    tile(1, a, 0, b, steps, c, false, minus128);
+    tile(1, a, 0, b, steps, c, false, minus128, Ahead{});
   }
 
   static void tile4(int rows, const uint8_t* a, int64_t lda, const int8_t* b, int64_t steps, int32_t* c,
-                    bool accumulate) {
+                    bool accumulate, const Ahead& /*ahead*/) {
     multiply(rows, a, lda, reinterpret_cast<const uint8_t*>(b), steps, c, accumulate);
   }
-  static void tile4_direct(int, const uint8_t*, int64_t, const uint8_t*, int64_t, int32_t*) {}  // kDirectRows = 0
+  static void tile4_direct(int, const uint8_t*, int64_t, const uint8_t*, int64_t, int32_t*, const Ahead&) {
+  }  // kDirectRows = 0
 };
 
 }  // namespace

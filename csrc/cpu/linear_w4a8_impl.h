@@ -243,10 +243,10 @@ class LinearW4A8 {
           const Range tile{r, r + V::kDirectRows < rows ? r + V::kDirectRows : rows};
           const uint8_t* from = codes + begin / kLineK * kLineBytes;
           const int64_t lines = ceil_div(end - begin, kLineK);
-          tile_direct(static_cast<int>(tile.end - r), a + r * stride_ + begin, stride_, from, lines, sums,
-                      direct_tiles == 1 ? streams ? ahead_in_stream(from) : Ahead{}
-                      : more            ? look_ahead.of(begin / kLineK * kLineBytes, r / V::kDirectRows, lines)
-                                        : Ahead{});
+          V::tile4_direct(static_cast<int>(tile.end - r), a + r * stride_ + begin, stride_, from, lines, sums,
+                          direct_tiles == 1 ? streams ? ahead_in_stream(from) : Ahead{}
+                          : more            ? look_ahead.of(begin / kLineK * kLineBytes, r / V::kDirectRows, lines)
+                                            : Ahead{});
           finish_group(g, end - begin, tile, a, scales + block.begin, sums, kBlockN, 0, group, totals);
         }
         continue;
@@ -265,9 +265,9 @@ class LinearW4A8 {
         for (int j = 0; j < columns; j += V::kTileN) {
           for (int64_t t = 0; t < tiles; ++t) {
             const Range tile = share(rows, static_cast<int>(t), static_cast<int>(tiles));
-            tile_panel(static_cast<int>(tile.end - tile.begin), a + tile.begin * stride_ + k0, stride_,
-                       panel + j * kPackK, steps, c, k0 > begin,
-                       more ? look_ahead.of(k0 / kLineK * kLineBytes, j / V::kTileN * tiles + t, steps) : Ahead{});
+            V::tile4(static_cast<int>(tile.end - tile.begin), a + tile.begin * stride_ + k0, stride_,
+                     reinterpret_cast<const int8_t*>(panel) + j * kPackK, steps, c, k0 > begin,
+                     more ? look_ahead.of(k0 / kLineK * kLineBytes, j / V::kTileN * tiles + t, steps) : Ahead{});
             if (k0 + depth == end)
               finish_group(g, end - begin, tile, a, scales + block.begin, c, V::kTileN, j, group, totals);
             if (end - begin > kPanelK) c += V::kTileM * V::kTileN;
@@ -284,22 +284,6 @@ class LinearW4A8 {
       finish_row(row + block.begin + r, scales[block.begin + r].scale, totals + r * kBlockN, nb * kBlockN, kBlockN);
   }
 
-  static void tile_panel(int rows, const uint8_t* a, int64_t lda, const uint8_t* panel, int64_t steps, int32_t* c,
-                         bool accumulate, const Ahead& ahead) {
-    const int8_t* b = reinterpret_cast<const int8_t*>(panel);
-    if constexpr (V::kLooksAhead)
-      V::tile4(rows, a, lda, b, steps, c, accumulate, ahead);
-    else
-      V::tile4(rows, a, lda, b, steps, c, accumulate);
-  }
-  static void tile_direct(int rows, const uint8_t* a, int64_t lda, const uint8_t* packed, int64_t lines, int32_t* c,
-                          const Ahead& ahead) {
-    if constexpr (V::kLooksAhead)
-      V::tile4_direct(rows, a, lda, packed, lines, c, ahead);
-    else
-      V::tile4_direct(rows, a, lda, packed, lines, c);
-  }
-
   // A group of one panel whose zero points are all 8, or 128: the accumulators start at minus that times sum(a) and end
   // in the totals.
   void fused_group(int64_t g, int64_t columns, int64_t tiles, int64_t rows, const uint8_t* a, int64_t begin,
@@ -314,11 +298,8 @@ class LinearW4A8 {
       const int8_t* b = reinterpret_cast<const int8_t*>(panel);
       Total* total = totals + tile.begin * kBlockN;
       const int count = static_cast<int>(tile.end - tile.begin);
-      if constexpr (V::kLooksAhead)
-        V::tile4_group(count, from, stride_, b, columns, steps, start, group.scale, total,
-                       look_ahead ? look_ahead->of(begin / kLineK * kLineBytes, t, steps) : Ahead{});
-      else
-        V::tile4_group(count, from, stride_, b, columns, steps, start, group.scale, total);
+      V::tile4_group(count, from, stride_, b, columns, steps, start, group.scale, total,
+                     look_ahead ? look_ahead->of(begin / kLineK * kLineBytes, t, steps) : Ahead{});
     }
   }
 
@@ -332,14 +313,14 @@ class LinearW4A8 {
       const int64_t depth = end - k0 < kPanelK ? end - k0 : kPanelK, lines = ceil_div(depth, kLineK);
       const uint8_t* packed = codes + k0 / kLineK * kBlockN * kPackK;
       if (V::kDirectRows > 0 && !joins_) {
-        tile_direct(1, ones, 0, packed, lines, sums, Ahead{});
+        V::tile4_direct(1, ones, 0, packed, lines, sums, Ahead{});
         for (int j = 0; j < kBlockN; ++j) group.code_sum[j] += sums[j];
         continue;
       }
       const int64_t steps = round_up(depth, V::kDepthAlign) / kPackK;
       unpack_panel(nb, codes, k0, depth, steps, panel);
       for (int64_t j = 0; j < kBlockN; j += V::kTileN) {
-        tile_panel(1, ones, 0, panel + j * kPackK, steps, sums, false, Ahead{});
+        V::tile4(1, ones, 0, reinterpret_cast<const int8_t*>(panel) + j * kPackK, steps, sums, false, Ahead{});
         for (int i = 0; i < V::kTileN; ++i) group.code_sum[j + i] += sums[i];
       }
     }

@@ -7,11 +7,11 @@
 //   kSliceK           depth of a K slice, so that kTileN columns of it stay in the cache they are meant for
 //   kBlockBytes       activations of a block of row tiles, at most kMaxBlockTiles of them
 //   kDepthAlign       a tile's depth is rounded up to this; both operands are padded with zeros up to 64
-//   kLooksAhead       whether tile and finished_tile take what they are to ask for on the way (ahead.h)
 //   kFinishesTiles    whether finished_tile<D>(...) takes the sums of kFinishedRows rows or more through the epilogue
 //                     without storing them
 //   Session           constructed in each thread around its tiles
-//   tile(rows, ...)   c [rows, kTileN] (+)= a [rows, 4 * steps] * b, b being a slice of the packed superblock
+//   tile(rows, ...)   c [rows, kTileN] (+)= a [rows, 4 * steps] * b, b being a slice of the packed superblock;
+//                     it may ask for what is ahead on the way (ahead.h)
 //   tile_one(...)     the same for one row and all 64 columns: M = 1 reads the weights as one sequential stream
 //   kWidens           whether both operands are widened to 16 bits first, from wide_rows(k) rows on; and then
 //     kWideTileM, kWideSliceK, kWideBlockBytes, kWideBlockTiles   take the place of kTileM, kSliceK, kBlockBytes and
@@ -247,11 +247,8 @@ class LinearW8A8 {
           if (last) prefetch(row, tile_rows, *columns.member, n0 + j, V::kTileN);
           const uint8_t* a = q + tile_rows.begin * stride_ + k0;
           const int64_t steps = round_up(depth, V::kDepthAlign) / kPackK;
-          if constexpr (V::kLooksAhead)
-            V::tile(static_cast<int>(count), a, stride_, b, steps, c, k0 > 0, w.has_minus128,
-                    look_ahead(weights + k0 * kBlockN, depth, range, t, j / V::kTileN, more || !last));
-          else
-            V::tile(static_cast<int>(count), a, stride_, b, steps, c, k0 > 0, w.has_minus128);
+          V::tile(static_cast<int>(count), a, stride_, b, steps, c, k0 > 0, w.has_minus128,
+                  look_ahead(weights + k0 * kBlockN, depth, range, t, j / V::kTileN, more || !last));
           if (last) epilogue<V::kTileN>(row, tile_rows, scales, c, columns, n0, j);
           if (p_.k > V::kSliceK) c += V::kTileM * V::kTileN;  // otherwise one tile's worth of L1 serves them all
         }

@@ -26,8 +26,7 @@ struct Avx512Vnni : ZmmVerbs {
   static constexpr const char* kIsa = "avx512vnni";
   static constexpr int kTileM = 6, kTileN = 64, kOffset = 128, kSliceK = 4096;
   static constexpr int kDepthAlign = 8, kMaxBlockTiles = 16, kDirectRows = 4;
-  static constexpr bool kFusesGroups = true, kLooksAhead = true, kFinishesTiles = true, kWidens = false,
-                        kJoinsGroups = true;
+  static constexpr bool kFusesGroups = true, kFinishesTiles = true, kWidens = false, kJoinsGroups = true;
   static constexpr int64_t kBlockBytes = 384 << 10;
   // Codes are unpacked anew for each direct tile: 12 instructions beside 32 dot products, which they hold up on Intel's
   // ports and not on AMD's.
@@ -64,7 +63,7 @@ struct Avx512Vnni : ZmmVerbs {
     QK_ROW(3, a3)                                                                                                      \
     QK_ROW(4, a3 + lda)                                                                                                \
     QK_ROW(5, a3 + 2 * lda)                                                                                            \
-    for (int i = 0; i < kLines; ++i) __builtin_prefetch(ahead.at + k * ahead.stride + i * ahead.apart, 0, 2);          \
+    ask<kLines>(ahead, k);                                                                                             \
   }
 #define QK_SIX(what) what(0) what(1) what(2) what(3) what(4) what(5)
 #define QK_INIT(r)                                                                                                     \
@@ -287,7 +286,7 @@ struct Avx512Vnni : ZmmVerbs {
       QK_COLUMN(1)
       QK_COLUMN(2)
       QK_COLUMN(3)
-      for (int i = 0; i < kLines; ++i) __builtin_prefetch(ahead.at + l * ahead.stride + i * ahead.apart, 0, 2);
+      ask<kLines>(ahead, l);
     }
     if constexpr (kRows == 1) {
       c00 = add_i(c00, c10), c01 = add_i(c01, c11), c02 = add_i(c02, c12), c03 = add_i(c03, c13);
