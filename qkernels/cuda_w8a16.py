@@ -153,7 +153,7 @@ def gemm_w8a16(
             DTYPE_CODES[out_dtype],
             channels,
             plan,
-            *workspace(device, stream, *plan[4:]),
+            *workspace(device, stream, *plan[4:6]),
             dependent,
             stream,
         )

@@ -160,7 +160,7 @@ def run_kernels(k: int) -> None:
                     elif scheme.weight_only:
                         y = cuda_w4.gemm_w4a16(wide.to("cuda"), weight, None, torch.bfloat16, plan=plan)
                         check(name, y, wanted, bound)
-                    elif whole or (scheme.activation_symmetric and tokens < 256):
+                    elif whole or (scheme.activation_symmetric and tokens <= 128):
                         a, s, zero = cuda.quantize_rows(
                             wide.to("cuda"), symmetric=scheme.activation_symmetric, for_gemm=True
                         )

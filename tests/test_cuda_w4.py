@@ -95,14 +95,15 @@ def test_w4_plans_have_room_for_what_is_shared(eight_bits: bool, capability: int
     sizes = ((1, 8, 9, 16, 33, 64, 65, 320, 8192), (1, 129, 4096, 28672), (1, 129, 4096, 14336), kinds, (96, 128))
     for m, n, k, kind, group in itertools.product(*sizes):
         plan = cuda._cuda.plan_w4(eight_bits, m, n, k, group, kind, capability, 132)
-        kernel, tokens, phases, ctas, counters, floats = plan
+        kernel, tokens, phases, ctas, counters, floats, head, _ = plan
+        assert not head or (kernel == 1 and m > 128)
         assert kernel == (1 if capability == 90 and cuda._cuda.has_sm90a() else 0)
         if kernel == 0:
             assert tokens in ((8, 16, 64, 128) if eight_bits else (8, 16, 32, 64))
             assert eight_bits or 1 <= ctas <= min(264, -(-m // tokens) * -(-n // 128) * -(-k // 128))
             assert eight_bits or floats == ctas * 2 * 128 * tokens
             continue
-        tiles = TILES[: 4 if kind == 1 else 5 if eight_bits and kind != 3 else 6]
+        tiles = TILES[: 4 if kind == 1 else 5 if eight_bits and kind != 3 else 7]
         if kind == 3:
             tiles = tiles + PHASED_TILES[16]
         elif kind == 0:

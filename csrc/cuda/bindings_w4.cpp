@@ -60,18 +60,24 @@ W4Weight weight_of(const py::tuple& v) {
 }  // namespace
 
 W4Plan plan_of(const py::tuple& v) {
-  QK_CHECK_EQ(v.size(), size_t{6});
+  if (v.size() != 6) QK_CHECK_EQ(v.size(), size_t{8});  // with a head
   const int kernel = v[0].cast<int>();
   QK_CHECK_GE(kernel, 0);
   QK_CHECK_LE(kernel, 1);
   W4Plan p = {static_cast<W4Kernel>(kernel), v[1].cast<int32_t>(), v[2].cast<int32_t>(),
               v[3].cast<int32_t>(),          v[4].cast<int64_t>(), v[5].cast<int64_t>()};
   QK_CHECK_GE(p.ctas, 0);
+  if (v.size() == 8) {
+    p.head_channels = v[6].cast<int32_t>(), p.head_tokens = v[7].cast<int32_t>();
+    QK_CHECK_GE(p.head_channels, 0);
+    QK_CHECK_EQ(p.head_channels % kW4Rows, 0);
+  }
   return p;
 }
 
 py::tuple tuple_of(const W4Plan& p) {
-  return py::make_tuple(static_cast<int>(p.kernel), p.tokens, p.phases, p.ctas, p.counters, p.partial_floats);
+  return py::make_tuple(static_cast<int>(p.kernel), p.tokens, p.phases, p.ctas, p.counters, p.partial_floats,
+                        p.head_channels, p.head_tokens);
 }
 
 namespace {

@@ -19,7 +19,8 @@ struct Tile {
 };
 constexpr Tile kHalfTiles[] = {{16, 4, 0.17, 3.2, 0, 3}, {32, 4, 0.165, 2.7, 0, 3}, {32, 2, 0.31, 3, 0, 3},
                                {64, 2, 0.25, 2.9, 0, 3}, {128, 2, 0.44, 1.8, 0, 3}, {32, 1, 0.37, 2.8, 5.1},
-                               {64, 1, 0.48, 2, 6.1},    {128, 1, 0.76, 0.6, 9.5},  {256, 1, 1.3, 0, 19}};
+                               {64, 1, 0.48, 2, 6.1},    {128, 1, 0.76, 0.6, 9.5},  {192, 1, 1.05, 0, 14},
+                               {256, 1, 1.3, 0, 19}};
 constexpr Tile kByteTiles[] = {{16, 4, 0.198, 1.84, 0},
                                {32, 4, 0.247, 2.34, 0},
                                {32, 1, 0.308, 3.18, 0},
@@ -27,11 +28,13 @@ constexpr Tile kByteTiles[] = {{16, 4, 0.198, 1.84, 0},
                                {128, 1, 0.623, 4.5, 0}};
 constexpr Tile kByteCodeTiles[] = {{16, 4, 0.238, 0.5, 0},     {32, 4, 0.308, 1.25, 0},    {64, 2, 0.376, 1.07, 0},
                                    {32, 1, 0.527, 1.51, 6.62}, {64, 1, 0.613, 2.24, 7.45}, {128, 1, 0.843, 1.23, 10.8},
-                                   {256, 1, 1.53, 0.15, 26.2}};
-constexpr Tile kMultiplierTiles[] = {{32, 1, 0.341, 3.28, 0},  {32, 2, 0.238, 2.64, 0}, {32, 4, 0.205, 2.14, 0},
-                                     {64, 1, 0.37, 3.58, 0},   {64, 2, 0.318, 2.71, 0}, {128, 1, 0.431, 4.23, 0},
-                                     {128, 2, 0.312, 3.18, 0}, {256, 1, 0.712, 4, 0}};  // on an H100
+                                   {192, 1, 1.2, 0.7, 19},     {256, 1, 1.53, 0.15, 26.2}};
+constexpr Tile kMultiplierTiles[] = {
+    {32, 1, 0.341, 3.28, 0},  {32, 2, 0.238, 2.64, 0}, {32, 4, 0.205, 2.14, 0},
+    {64, 1, 0.37, 3.58, 0},   {64, 2, 0.318, 2.71, 0}, {128, 1, 0.431, 4.23, 0},
+    {128, 2, 0.312, 3.18, 0}, {192, 1, 0.56, 4, 0},    {256, 1, 0.712, 4, 0}};  // on an H100
 constexpr double kMissing = 0.0017;  // of a row that does not exist, in each slab of several tiles that phases share
+constexpr double kBehind = 6;  // microseconds from a head to what is behind it
 constexpr double kBeside = 0.75;  // of the cost of two waves: that of two CTAs on each multiprocessor
 constexpr int kFew = 16;  // tokens, whose tiles wait for weights alone
 
@@ -91,10 +94,15 @@ W4Plan plan_few(bool bytes, int bits, int64_t m, int64_t n, int64_t k, W4Kind ki
   return finished(plan, w, !bytes && plan.phases == 1 && !enough);
 }
 
-// The cheapest of the tiles that `has` admits.
+struct Costed {
+  W4Plan plan;
+  double cost;
+};
+
+// The cheapest of the tiles that `has` admits, in one launch.
 template <size_t kCount, typename Has>
-W4Plan plan_many(const Tile (&tiles)[kCount], bool bytes, int64_t m, int64_t n, int64_t k, W4Kind kind, int sms,
-                 const Has& has) {
+Costed cheapest(const Tile (&tiles)[kCount], bool bytes, int64_t m, int64_t n, int64_t k, W4Kind kind, int sms,
+                const Has& has) {
   W4Plan best = {};
   double least = 0.0;
   const auto consider = [&](const Tile& tile, bool shared) {
@@ -116,7 +124,29 @@ W4Plan plan_many(const Tile (&tiles)[kCount], bool bytes, int64_t m, int64_t n, 
     consider(tile, false);
     if (tile.sharing > 0.0) consider(tile, true);
   }
-  return best;
+  return {best, least};
+}
+
+// The same in one launch or two: wide tiles whose last wave would be far from full leave its channels to narrower ones.
+template <size_t kCount, typename Has>
+W4Plan plan_many(const Tile (&tiles)[kCount], bool bytes, int64_t m, int64_t n, int64_t k, W4Kind kind, int sms,
+                 const Has& has) {
+  Costed best = cheapest(tiles, bytes, m, n, k, kind, sms, has);
+  for (const Tile& tile : tiles) {
+    if (tile.tokens <= 128 || !has(tile)) continue;
+    W4Plan head = {};
+    head.tokens = tile.tokens, head.phases = 1;
+    const Waves w = waves_of(head, bytes, m, n, kind, sms);
+    const int64_t down = blocks(m, tile.tokens), full = w.tiles / w.slots, columns = full * w.slots / down;
+    const int64_t channels = columns * w4_channels(bytes, tile.tokens, 1) * w.cluster;
+    if (columns == 0 || channels >= n) continue;
+    Costed rest = cheapest(tiles, bytes, m, n - channels, k, kind, sms, has);
+    rest.cost += double(full) * tile.slab * double(w4_slabs(k)) + kBehind;
+    if (rest.cost >= best.cost) continue;
+    rest.plan.head_channels = static_cast<int32_t>(channels), rest.plan.head_tokens = tile.tokens;
+    best = rest;
+  }
+  return best.plan;
 }
 
 // Phases need the groups of 8-bit activations to lie within a slab (`within`).
@@ -130,6 +160,50 @@ W4Plan plan_wgmma(bool bytes, int64_t m, int64_t n, int64_t k, W4Kind kind, bool
   return whole   ? plan_many(kMultiplierTiles, bytes, m, n, k, kind, sms, has)
          : bytes ? plan_many(kByteTiles, bytes, m, n, k, kind, sms, has)
                  : plan_many(kHalfTiles, bytes, m, n, k, kind, sms, has);
+}
+
+// What a product keeps of its head alone, or of what is behind it; `first` channels, a multiple of kW4Rows.
+void keep_head(W4Weight& w, int32_t first) { w.n = first; }
+void keep_rest(W4Weight& w, int32_t first) {
+  const int64_t bytes = w.scale_type == ScaleType::kF32 ? 4 : 2;
+  w.n -= first;
+  w.packed += int64_t(first) / kW4Rows * kW4BlockBytes;
+  w.scale = static_cast<const uint8_t*>(w.scale) + first * bytes;
+  if (w.zero_point) w.zero_point += first;
+  if (w.minimum) w.minimum = static_cast<const uint8_t*>(w.minimum) + first * bytes;
+  if (w.channel_scale) w.channel_scale += first;
+}
+void keep_head(GemmW8A16Args& a, int32_t first) { a.n = first; }
+void keep_rest(GemmW8A16Args& a, int32_t first) {
+  a.n -= first, a.packed += int64_t(first) * kSlabK, a.weight_scale += first;
+}
+void keep_head(GemmW4A16Args& a, int32_t first) { keep_head(a.weight, first); }
+void keep_rest(GemmW4A16Args& a, int32_t first) { keep_rest(a.weight, first); }
+void keep_head(GemmW4A8Args& a, int32_t first) { keep_head(a.weight, first); }
+void keep_rest(GemmW4A8Args& a, int32_t first) {
+  keep_rest(a.weight, first);
+  if (a.channel_sum) a.channel_sum += first;
+}
+
+// run(args, plan, dependent), in two launches where the plan has a head. Its tiles are whole, in full waves.
+template <typename Args, typename Run>
+void run_plan(const Args& args, int32_t n, const W4Plan& plan, bool bytes, W4Kind kind, bool dependent,
+              const Run& run) {
+  const int32_t first = plan.head_channels;
+  if (first == 0) return run(args, plan, dependent);
+  if (first >= n) throw std::invalid_argument("plan: expected a head of fewer channels than there are");
+  W4Plan head = {};
+  head.tokens = plan.head_tokens, head.phases = 1;
+  Args part = args;
+  keep_head(part, first);
+  head = finished(head, waves_of(head, bytes, args.m, first, kind, multiprocessors()), false);
+  run(part, head, dependent);
+  part = args;
+  keep_rest(part, first);
+  part.y = static_cast<uint8_t*>(args.y) + int64_t(first) * (args.y_dtype == DType::kF32 ? 4 : 2);
+  if (args.bias) part.bias += first;
+  part.follows = true;
+  run(part, plan, true);
 }
 
 }  // namespace
@@ -190,7 +264,8 @@ void gemm_w4a16(const GemmW4A16Args& args, const W4Plan& plan, bool dependent, c
   if (args.m == 0) return;
   if (plan.kernel == W4Kernel::kMma) return gemm_w4a16_mma(args, plan, dependent, stream);
 #ifdef QK_CUDA_SM90A
-  return gemm_w4a16_sm90(args, plan, dependent, stream);
+  return run_plan(args, args.weight.n, plan, false, args.weight.kind, dependent,
+                  [&](const auto& a, const W4Plan& p, bool overlaps) { gemm_w4a16_sm90(a, p, overlaps, stream); });
 #else
   throw std::invalid_argument("gemm_w4a16: the wgmma kernel is not in this build");
 #endif
@@ -200,7 +275,8 @@ void gemm_w8a16(const GemmW8A16Args& args, const W4Plan& plan, bool dependent, c
   if (args.m == 0 || args.n == 0) return;
   if (plan.kernel == W4Kernel::kMma) return gemm_w8a16_mma(args, plan.phases, stream);
 #ifdef QK_CUDA_SM90A
-  return gemm_w8a16_sm90(args, plan, dependent, stream);
+  return run_plan(args, args.n, plan, false, W4Kind::kZeroPoint, dependent,
+                  [&](const auto& a, const W4Plan& p, bool overlaps) { gemm_w8a16_sm90(a, p, overlaps, stream); });
 #else
   throw std::invalid_argument("gemm_w8a16: the wgmma kernel is not in this build");
 #endif
@@ -214,8 +290,10 @@ void gemm_w4a8(const GemmW4A8Args& args, const W4Plan& plan, bool dependent, cud
     return gemm_w4a8_mma(args, plan.tokens, dependent, stream);
   }
 #ifdef QK_CUDA_SM90A
-  if (multiplier) return gemm_w4a8_multiplier_sm90(args, plan, dependent, stream);
-  return gemm_w4a8_sm90(args, plan, dependent, stream);
+  if (!multiplier) return gemm_w4a8_sm90(args, plan, dependent, stream);
+  return run_plan(
+      args, args.weight.n, plan, true, args.weight.kind, dependent,
+      [&](const auto& a, const W4Plan& p, bool overlaps) { gemm_w4a8_multiplier_sm90(a, p, overlaps, stream); });
 #else
   throw std::invalid_argument("gemm_w4a8: the wgmma kernel is not in this build");
 #endif

@@ -23,8 +23,8 @@
 //
 // Weights are never rounded: codes less their zero point are exact, and the sums of a group are multiplied by its
 // scale. 8-bit activations: sums are int32 and exact, and the groups of an output are added in the order of K, each
-// step rounded once. 16-bit activations: fp32 sums, promoted at the end of each group and of each slab; or, of 256
-// tokens ("wide"), kept by the tensor cores for all of K in units of the scale of the group at hand, and multiplied by
+// step rounded once. 16-bit activations: fp32 sums, promoted at the end of each group and of each slab; or, of 192
+// or 256 tokens ("wide"), kept by the tensor cores for all of K in units of the scale of the group at hand, and multiplied by
 // the ratio of two scales between groups: one set of registers serves twice the tokens.
 //
 // 8-bit weights, under 16-bit activations: bytes in the order of channels (w8a8.h), which a thread reads two at a time
@@ -118,7 +118,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kPerSm)
             source.load(job, slab, packed_here + stage * job.packed_bytes, full_here + 8 * stage, policy);
             ++ahead;
           }
-          ptx::grid_dependency_wait();
+          if (!job.follows) ptx::grid_dependency_wait();
           waited = true;
         }
 #pragma unroll 1
@@ -147,6 +147,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kPerSm)
           if (--until_half == 0) ptx::grid_launch_dependents();
         }
       }
+      if (job.follows) ptx::grid_dependency_wait();  // what waits for this kernel waits for both
       if constexpr (S::kCluster > 1) {  // stay until the last arrivals of the other CTAs are here
         for (int i = 0; i < job.stages; i += S::kProducers) {
           ptx::mbarrier_wait(empty + 8 * ring.stage, ring.parity);
@@ -316,7 +317,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kPerSm)
       if (S::kFew) release(own);
     };
 
-    ptx::grid_dependency_wait();
+    if (!job.follows) ptx::grid_dependency_wait();
     if (left > 0) {
       ptx::mbarrier_wait(full_here + 8 * ring.stage, 0);
       const uint8_t* packed = packed_at(ring.stage);

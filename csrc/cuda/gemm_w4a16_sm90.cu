@@ -11,7 +11,7 @@ void run(const GemmW4A16Args& args, const W4Plan& plan, bool dependent, cudaStre
   job.weight = args.weight;
   job.e = make_store(args.y, args.y_dtype, args.y_stride, args.m, args.weight.n);
   job.e.bias = args.bias;
-  job.counters = args.counters, job.partials = args.partials;
+  job.counters = args.counters, job.partials = args.partials, job.follows = args.follows;
   const auto launch_as = [&](auto zeros) {
     constexpr int kCluster = w4_cluster(false, kTokens, kPhases);
     run_shape<Shape<T, kTokens, kKind, decltype(zeros)::value, kCluster, kPhases>>(
@@ -38,12 +38,13 @@ template <typename T, W4Kind kKind>
 void run_tile(const GemmW4A16Args& a, const W4Plan& p, bool dependent, cudaStream_t s) {
   const bool found = run_if<T, kKind, 8>(a, p, dependent, s) || run_if<T, kKind, 16>(a, p, dependent, s) ||
                      run_if<T, kKind, 32>(a, p, dependent, s) || run_if<T, kKind, 64>(a, p, dependent, s) ||
-                     run_if<T, kKind, 128>(a, p, dependent, s) || run_if<T, kKind, 256>(a, p, dependent, s) ||
-                     run_if<T, kKind, 8, 2>(a, p, dependent, s) || run_if<T, kKind, 16, 2>(a, p, dependent, s) ||
-                     run_if<T, kKind, 8, 8>(a, p, dependent, s) || run_if<T, kKind, 16, 8>(a, p, dependent, s) ||
-                     run_if<T, kKind, 8, 4>(a, p, dependent, s) || run_if<T, kKind, 16, 4>(a, p, dependent, s) ||
-                     run_if<T, kKind, 32, 4>(a, p, dependent, s) || run_if<T, kKind, 32, 2>(a, p, dependent, s) ||
-                     run_if<T, kKind, 64, 2>(a, p, dependent, s) || run_if<T, kKind, 128, 2>(a, p, dependent, s);
+                     run_if<T, kKind, 128>(a, p, dependent, s) || run_if<T, kKind, 192>(a, p, dependent, s) ||
+                     run_if<T, kKind, 256>(a, p, dependent, s) || run_if<T, kKind, 8, 2>(a, p, dependent, s) ||
+                     run_if<T, kKind, 16, 2>(a, p, dependent, s) || run_if<T, kKind, 8, 8>(a, p, dependent, s) ||
+                     run_if<T, kKind, 16, 8>(a, p, dependent, s) || run_if<T, kKind, 8, 4>(a, p, dependent, s) ||
+                     run_if<T, kKind, 16, 4>(a, p, dependent, s) || run_if<T, kKind, 32, 4>(a, p, dependent, s) ||
+                     run_if<T, kKind, 32, 2>(a, p, dependent, s) || run_if<T, kKind, 64, 2>(a, p, dependent, s) ||
+                     run_if<T, kKind, 128, 2>(a, p, dependent, s);
   if (!found) throw std::logic_error("a tile of w4_has_tile that is not listed here");
 }
 

@@ -21,11 +21,11 @@ template <typename T>
 void run_tile(const GemmW8A16Args& a, const Job& j, const W4Plan& p, bool dependent, cudaStream_t s) {
   const bool found = run_if<T, 8>(a, j, p, dependent, s) || run_if<T, 16>(a, j, p, dependent, s) ||
                      run_if<T, 32>(a, j, p, dependent, s) || run_if<T, 64>(a, j, p, dependent, s) ||
-                     run_if<T, 128>(a, j, p, dependent, s) || run_if<T, 256>(a, j, p, dependent, s) ||
-                     run_if<T, 8, 2>(a, j, p, dependent, s) || run_if<T, 16, 2>(a, j, p, dependent, s) ||
-                     run_if<T, 64, 2>(a, j, p, dependent, s) || run_if<T, 16, 4>(a, j, p, dependent, s) ||
-                     run_if<T, 32, 4>(a, j, p, dependent, s) || run_if<T, 8, 8>(a, j, p, dependent, s) ||
-                     run_if<T, 16, 8>(a, j, p, dependent, s);
+                     run_if<T, 128>(a, j, p, dependent, s) || run_if<T, 192>(a, j, p, dependent, s) ||
+                     run_if<T, 256>(a, j, p, dependent, s) || run_if<T, 8, 2>(a, j, p, dependent, s) ||
+                     run_if<T, 16, 2>(a, j, p, dependent, s) || run_if<T, 64, 2>(a, j, p, dependent, s) ||
+                     run_if<T, 16, 4>(a, j, p, dependent, s) || run_if<T, 32, 4>(a, j, p, dependent, s) ||
+                     run_if<T, 8, 8>(a, j, p, dependent, s) || run_if<T, 16, 8>(a, j, p, dependent, s);
   if (!found) throw std::logic_error("a tile of w8a16_has_tile that is not listed here");
 }
 
@@ -45,7 +45,7 @@ void gemm_w8a16_sm90(const GemmW8A16Args& args, const W4Plan& plan, bool depende
   job.slab_bytes = args.slab_rows * kSlabK;
   job.e = make_store(args.y, args.y_dtype, args.y_stride, args.m, args.n);
   job.e.weight_scale = args.weight_scale, job.e.bias = args.bias;
-  job.counters = args.counters, job.partials = args.partials;
+  job.counters = args.counters, job.partials = args.partials, job.follows = args.follows;
   if (args.x_dtype == DType::kBF16) return run_tile<__nv_bfloat16>(args, job, plan, dependent, stream);
   run_tile<__half>(args, job, plan, dependent, stream);
 }

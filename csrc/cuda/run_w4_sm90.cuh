@@ -84,7 +84,7 @@ void run_shape(Job job, const void* x, int64_t x_stride, const W4Plan& plan, boo
   const int bytes_used = job.stages * (job.packed_bytes + S::kTokenBytes) + kAlignment;
   shape.shared_bytes = static_cast<size_t>(alone && bytes_used <= kHalfBytes ? kHalfBytes + 4096 : bytes_used);
   shape.cluster_x = S::kCluster;
-  shape.dependent = dependent;
+  shape.dependent = dependent || job.follows;
   launch(gemm_kernel<S>, shape, stream, name, map, job);
 }
 

@@ -187,13 +187,16 @@ __device__ __forceinline__ bool meet(const Job& job, int shared, bool from_first
   const bool mine = is_last[group];
   if (!mine) return false;
   __threadfence();
-  // Loads take long, so several are on their way at once; the order of additions is the same.
-  constexpr int kPart = kQuads < 16 ? kQuads : 16, kAtOnce = kQuads <= 2 ? 4 : kQuads <= 4 ? 2 : 1;
+  // Its own sums are still here, and of the first two terms either may be the first. Loads take long, so several are on
+  // their way at once; the order of additions is the same.
+  const bool keeps = cluster <= first + 1;
+  constexpr int kPart = kQuads / ((kQuads + 15) / 16), kAtOnce = kQuads <= 2 ? 4 : kQuads <= 4 ? 2 : 1;
 #pragma unroll
   for (int q0 = 0; q0 < kQuads; q0 += kPart) {
 #pragma unroll
-    for (int i = 4 * q0; i < 4 * (q0 + kPart); ++i) sums.total[i] = 0;
+    for (int i = 4 * q0; i < 4 * (q0 + kPart); ++i) sums.total[i] = (keeps ? sums.total[i] : 0) + 0;  // -0 becomes 0
     for (int c0 = first; c0 <= last; c0 += kAtOnce) {
+      if (kAtOnce == 1 && keeps && c0 == cluster) continue;
       float4 v[kAtOnce][kPart];
 #pragma unroll
       for (int p = 0; p < kAtOnce; ++p) {
@@ -205,6 +208,7 @@ __device__ __forceinline__ bool meet(const Job& job, int shared, bool from_first
 #pragma unroll
       for (int p = 0; p < kAtOnce; ++p) {
         if (c0 + p > last) break;
+        if (keeps && c0 + p == cluster) continue;
 #pragma unroll
         for (int q = 0; q < kPart; ++q) add_four(sums.total + 4 * (q0 + q), v[p][q]);
       }

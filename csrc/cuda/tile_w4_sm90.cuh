@@ -40,7 +40,7 @@ struct Shape {
   // By mma.sync: wgmma's products wait 90 cycles for one another, and few tokens hide nothing of it.
   static constexpr bool kFew = kTokens <= 16;
   // Room for one set of sums alone: they are of all of K, in units of the scale that they are multiplied by next.
-  static constexpr bool kWide = kTokens == 256 && kBits_ == 4 && !kMultiplier;
+  static constexpr bool kWide = kTokens > 128 && kBits_ == 4 && !kMultiplier;
   static_assert(!kWide || (!kBytes && !kMinimum), "a single sum of floats");
   static constexpr int kBits = kBits_, kCodeBytes = kW4SlabK * kBits / 8;  // of a channel in a slab
   // The products of all of K add to the same sums, and that is all.
@@ -66,12 +66,12 @@ struct Shape {
   static constexpr int kSteps = kRowBytes / 32;  // products of a slab
   // Steps of half a slab whose 8-bit codes are read from shared memory half a slab ahead, as far as registers go (a
   // tenth of the time of 32 to 128 tokens on an H200); a single token waits for memory alone.
-  static constexpr int kEarlySteps = kTokens == 8 || kTokens == 256 ? 0 : kSteps / 2;
+  static constexpr int kEarlySteps = kTokens == 8 || kTokens > 128 ? 0 : kSteps / 2;
   static constexpr int kFragments = kSteps / 2 * 4;  // registers of half a slab
   static constexpr int kValues = kTokens / 2;  // sums of a thread
   static constexpr int kPerSm = w4_per_sm(kBytes, kTokens, kKind, kPhases);
   // Warps: what one lane computes and waits for between its copies would limit small tiles.
-  static constexpr int kProducers = kPhases >= 4 ? 4 : kTokens == 256 ? 1 : 2;  // two or three stages fit
+  static constexpr int kProducers = kPhases >= 4 ? 4 : kTokens > 128 ? 1 : 2;  // few stages fit
   // Few tokens leave registers for two CTAs, which hide each other's latency. With more, the producer's registers go to
   // the consumers, and it is a whole warpgroup since setmaxnreg works on those: 168 a thread at launch, or 96 beside
   // four warpgroups of consumers.
@@ -123,6 +123,7 @@ struct Job {
   int32_t rows, group_rows;  // of scales, as groups_w4.cuh cuts slabs: of K, of a group
   int32_t* counters;
   float* partials;
+  bool follows;  // a kernel that had waited for whatever writes the activations
 };
 
 __device__ __forceinline__ int begin_of(const Job& job, int cluster) {

@@ -78,6 +78,7 @@ struct GemmW4A16Args {
   int64_t y_stride;
   int32_t* counters;  // as W4Plan says
   float* partials;
+  bool follows;  // the launch before serves this product's head: it has waited for whatever writes x
 };
 
 // Which kernel runs a product, and how its work is cut.
@@ -92,6 +93,8 @@ struct W4Plan {
   int32_t ctas;  // that share all slabs in equal runs; kWgmma: clusters. Without meaning to W4A8 by mma.sync
   int64_t counters;  // int32 zeros that the kernel is to be given, and leaves as zeros; kWgmma: 0: tiles are not shared
   int64_t partial_floats;  // of memory for the sums of tiles that several share
+  // kWgmma: the first channels, where a launch before the rest serves them in whole waves of wide tiles; 0: none
+  int32_t head_channels, head_tokens;
 };
 
 // kWgmma: channels of a CTA's tile, by the groups of warps that share its slabs. Two phases of 32 tokens of 16 bits
@@ -112,9 +115,9 @@ constexpr int w4_per_sm(bool bytes, int tokens, W4Kind kind, int phases) {
 }
 // The instances of kWgmma. Minima need registers for the sums of tokens; phases are for scales and zero points alone.
 constexpr bool w4_has_tile(bool bytes, W4Kind kind, int tokens, int phases) {
-  const bool power = tokens == 8 || tokens == 16 || tokens == 32 || tokens == 64 || tokens == 128 || tokens == 256;
+  const bool is_power = tokens == 8 || tokens == 16 || tokens == 32 || tokens == 64 || tokens == 128 || tokens == 256;
   const bool two_sums = bytes && kind != W4Kind::kMultiplier;  // of a group, and the total
-  if (!power) return false;
+  if (!is_power && tokens != 192) return false;
   if (phases == 1) return tokens <= (kind == W4Kind::kMinimum ? 64 : two_sums ? 128 : 256);
   if (kind != W4Kind::kZeroPoint && kind != W4Kind::kMultiplier) return false;
   if (phases == 4) return tokens <= 32;
@@ -144,6 +147,7 @@ struct GemmW4A8Args {
   void* y;
   DType y_dtype;
   int64_t y_stride;
+  bool follows;  // as above
 };
 
 }  // namespace qk::cuda

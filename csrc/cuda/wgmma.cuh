@@ -84,6 +84,7 @@ QK_WGMMA(256, QK_N0_95 "," QK_N96_111 "," QK_N112_127, "%128", "%129", "%130", Q
 #define QK_SUMS_32(c) QK_D16(c, 0)
 #define QK_SUMS_64(c) QK_D32(c, 0)
 #define QK_SUMS_128(c) QK_D64(c, 0)
+#define QK_SUMS_192(c) QK_D64(c, 0), QK_D32(c, 64)
 #define QK_SUMS_256(c) QK_D64(c, 0), QK_D64(c, 64)
 
 // The same with the four registers of a fragment `a`: 32 k of int8_t, 16 k of 16-bit floats. They must keep their
@@ -96,10 +97,12 @@ QK_WGMMA_TYPES(16, QK_SUMS_16, QK_N0_3 "," QK_N4_7, "%8", "%9", "%10", "%11", "%
 QK_WGMMA_TYPES(32, QK_SUMS_32, QK_N0_15, "%16", "%17", "%18", "%19", "%20", "%21")
 QK_WGMMA_TYPES(64, QK_SUMS_64, QK_N0_31, "%32", "%33", "%34", "%35", "%36", "%37")
 QK_WGMMA_TYPES(128, QK_SUMS_128, QK_N0_63, "%64", "%65", "%66", "%67", "%68", "%69")
+QK_WGMMA_TYPES(192, QK_SUMS_192, QK_N0_95, "%96", "%97", "%98", "%99", "%100", "%101")
 QK_WGMMA_TYPES(256, QK_SUMS_256, QK_N0_95 "," QK_N96_111 "," QK_N112_127, "%128", "%129", "%130", "%131", "%132",
                "%133")
 
 #undef QK_SUMS_256
+#undef QK_SUMS_192
 #undef QK_SUMS_128
 #undef QK_SUMS_64
 #undef QK_SUMS_32
