@@ -44,8 +44,8 @@
 //
 // Work: every cluster takes whole tiles (cluster, cluster + clusters, ...). What is left over, less than two tiles per
 // cluster, is dealt out in equal runs of slabs ("stream-K") where K may be split: CTAs that share a tile leave their
-// sums in memory, and whoever comes last adds them all in the order of K. So bits do not depend on timing, and nobody
-// waits.
+// sums in memory, and whoever comes last adds them all in the order of K, his own without leaving them. So bits do not
+// depend on timing, and nobody waits.
 #pragma once
 
 #include "codes_sm90.cuh"

@@ -125,6 +125,13 @@ __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
+// What other multiprocessors wrote before they released this value is there when it is.
+__device__ __forceinline__ int32_t load_acquire(const int32_t* at) {
+  int32_t value;
+  asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(at) : "memory");
+  return value;
+}
+
 // ---- mbarrier (sm_90) ----------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ void mbarrier_init(uint32_t bar, uint32_t arrivals) {

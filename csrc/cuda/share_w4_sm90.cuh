@@ -172,20 +172,28 @@ __device__ __forceinline__ bool meet(const Job& job, int shared, bool from_first
     const int64_t index = (int64_t(2 * c + (first ? 1 : 0)) * S::kCluster + rank) * 2 + group;
     return reinterpret_cast<float4*>(job.partials + index * 64 * S::kTokens) + member;
   };
-  float4* own = slot(cluster, from_first_slab);
-#pragma unroll
-  for (int q = 0; q < kQuads; ++q) __stcg(own + q * 128, four_of(sums.total + 4 * q));
   const int first = owner_of(job, shared * job.slabs), last = owner_of(job, (shared + 1) * job.slabs - 1);
-  __threadfence();
-  ptx::named_barrier(1 + group, 128);
-  if (member == 0) {
-    int32_t* counter = job.counters + (shared * S::kCluster + rank) * 2 + group;
-    is_last[group] = atomicAdd(counter, 1) == last - first;
-    if (is_last[group]) *counter = 0;
+  int32_t* counter = job.counters + (shared * S::kCluster + rank) * 2 + group;
+  // Whoever has the beginning of a tile ends with it, when the others have left their sums as a rule: then its own need
+  // not go through memory.
+  bool mine = false;
+  if (from_first_slab) {
+    if (member == 0) is_last[group] = ptx::load_acquire(counter) == last - first;
+    ptx::named_barrier(1 + group, 128);
+    mine = is_last[group];
   }
-  ptx::named_barrier(1 + group, 128);
-  const bool mine = is_last[group];
+  if (!mine) {
+    float4* own = slot(cluster, from_first_slab);
+#pragma unroll
+    for (int q = 0; q < kQuads; ++q) __stcg(own + q * 128, four_of(sums.total + 4 * q));
+    __threadfence();
+    ptx::named_barrier(1 + group, 128);
+    if (member == 0) is_last[group] = atomicAdd(counter, 1) == last - first;
+    ptx::named_barrier(1 + group, 128);
+    mine = is_last[group];
+  }
   if (!mine) return false;
+  if (member == 0) *counter = 0;
   __threadfence();
   // Its own sums are still here, and of the first two terms either may be the first. Loads take long, so several are on
   // their way at once; the order of additions is the same.
