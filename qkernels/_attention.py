@@ -1,12 +1,14 @@
-"""The reference of what stands between the Linears of an attention block: rotary embedding, and attention itself.
+"""The reference of what stands between the Linears of an attention block: rotary embedding, a cache's new tokens, and
+attention itself.
 
     rotary      y = x * cos + turned(x) * sin              each product and the sum rounded to the dtype of x
                 turned(x) = (-x[D/2:], x[:D/2])
+    append      keys[:, :, length:][:, :, :T] = key         and the values; then length += T
     attention   softmax(scale * q k^T) v over the keys that a query sees, in float64, rounded once
 
-A kernel's rotary embedding equals this to the bit.  Its attention sums in float32 in an order of its own and rounds
-``exp(score - largest)`` to the dtype before the product with ``v``: within ``2^-7 * softmax(...) |v|`` (bfloat16) or
-``2^-10`` of it (float16) of this, where scores are below 2^10.
+A kernel's rotary embedding, and its cache, equal this to the bit.  Its attention sums in float32 in an order of its own
+and rounds ``exp(score - largest)`` to the dtype before the product with ``v``: within ``2^-7 * softmax(...) |v|``
+(bfloat16) or ``2^-10`` of it (float16) of this, where scores are below 2^10.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["attention", "rotary"]
+__all__ = ["append", "attention", "rotary"]
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -30,6 +32,21 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     half = x.shape[-1] // 2
     turned = torch.cat((-x[..., half:], x[..., :half]), -1)
     return x * cos.unsqueeze(1) + turned * sin.unsqueeze(1)
+
+
+def append(keys: Tensor, values: Tensor, length: Tensor, key: Tensor, value: Tensor) -> None:
+    """New tokens into a cache of fixed size, in place.
+
+    Args:
+        keys: ``[B, G, L, D]``; values: ``[B, G, L, E]``.
+        length: integer, without dimensions: tokens that are there.  It counts the new ones.
+        key: ``[B, G, T, D]``, T at most L less the length; value: ``[B, G, T, E]``; in the dtypes of the cache.
+    """
+    tokens = key.shape[2]
+    where = torch.arange(tokens, device=length.device) + length
+    keys.index_copy_(2, where, key)
+    values.index_copy_(2, where, value)
+    length.add_(tokens)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:

@@ -9,7 +9,8 @@ the block's products of quantized weights.  The blocks of transformers look both
 
 :class:`AttentionForward` runs the very code of the class with other things under these two names: a rotary embedding
 that equals the block's own to the bit, and for ``sdpa`` a function that serves few queries (at most
-:data:`qkernels.cuda_attention.MOST_QUERIES` of one head of keys).  Whatever the kernels do not serve, other devices,
+:data:`qkernels.cuda_attention.MOST_QUERIES` of one head of keys).  A static cache is handed over as one that writes the
+keys and the values of new tokens, and counts them, by one kernel.  Whatever the kernels do not serve, other devices,
 gradients, long prompts and ``torch.compile`` among it, goes where it went.  Nothing else in the model changes, and
 :func:`qkernels.unfuse_` takes it away.
 """
@@ -21,7 +22,7 @@ import inspect
 import sys
 import types
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,8 @@ from . import cuda_attention, reference
 __all__ = ["AttentionForward", "attends"]
 
 _ROTARY, _INTERFACES = "apply_rotary_pos_emb", "ALL_ATTENTION_FUNCTIONS"
+_CACHES = ("cache", "past_key_values")
+"""What blocks of transformers call their cache, by its releases."""
 
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 
@@ -58,7 +61,12 @@ class AttentionForward:
         """What the class computes."""
         function: Any = type(self._module).forward
         own = None if _is_dynamo_compiling() else _rewired(function)
-        return (own or function)(self._module, *args, **kwargs)
+        if own is None:
+            return function(self._module, *args, **kwargs)
+        for name in _CACHES:
+            if _is_static(kwargs.get(name)):
+                kwargs[name] = _Cache(kwargs[name])
+        return own(self._module, *args, **kwargs)
 
 
 @functools.lru_cache(maxsize=64)
@@ -98,12 +106,15 @@ def _with_names(function: Callable[..., Any], own: dict[str, Any]) -> Callable[.
     return copy
 
 
+def _random(*shapes: tuple[int, ...]) -> list[Tensor]:
+    """Tensors to try other people's functions with, on the CPU whatever the default device is."""
+    generator = torch.Generator("cpu").manual_seed(0)
+    return [torch.randn(shape, generator=generator, device="cpu") for shape in shapes]
+
+
 def _turns_halves(function: Callable[..., Any]) -> bool:
     """Whether a rotary embedding is :func:`qkernels.reference.rotary` of queries and of keys, to the bit."""
-    generator = torch.Generator().manual_seed(0)
-    q, k, cos, sin = (
-        torch.randn(shape, generator=generator) for shape in ((2, 4, 3, 16), (2, 2, 3, 16), (2, 3, 16), (2, 3, 16))
-    )
+    q, k, cos, sin = _random((2, 4, 3, 16), (2, 2, 3, 16), (2, 3, 16), (2, 3, 16))
     try:
         turned = function(q, k, cos, sin)
         return all(torch.equal(y, reference.rotary(x, cos, sin)) for x, y in zip((q, k), turned, strict=True))
@@ -121,6 +132,59 @@ class _Rotary:
         """Turned queries and keys."""
         turned = None if args or kwargs else cuda_attention.rotary(q, k, cos, sin)
         return self._original(q, k, cos, sin, *args, **kwargs) if turned is None else turned
+
+
+def _is_static(cache: Any) -> bool:
+    """Whether it is transformers' static cache, and no other that is built on it."""
+    if cache is None:
+        return False
+    module = sys.modules.get("transformers.cache_utils")
+    return module is not None and type(cache) is getattr(module, "StaticCache", None)
+
+
+class _Cache:
+    """In place of a static cache: the same one, but for how new tokens come into it."""
+
+    def __init__(self, original: Any) -> None:
+        self._original = original
+
+    def update(self, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """All keys and values of a layer, the new ones among them."""
+        original = self._original
+        if not original.offloading and layer_idx < len(original.layers):
+            layer = original.layers[layer_idx]
+            kind: Any = type(layer)
+            if layer.is_initialized and _appends(kind):
+                keys, values = layer.keys, layer.values
+                if cuda_attention.append(keys, values, layer.cumulative_length, key, value):
+                    return keys, values
+        return cast("tuple[Tensor, Tensor]", original.update(key, value, layer_idx, *args, **kwargs))
+
+    def __getattr__(self, name: str) -> Any:
+        """Of the cache."""
+        return getattr(self._original, name)
+
+
+@functools.lru_cache(maxsize=16)
+def _appends(layer_class: Any) -> bool:
+    """Whether an update of such a layer is :func:`qkernels.reference.append`, and nothing else."""
+    module = sys.modules.get("transformers.cache_utils")
+    static = getattr(module, "StaticLayer", None)
+    if static is None or layer_class is not static:
+        return False
+    new = _random((2, 3, 2, 4), (2, 3, 1, 4), (2, 3, 2, 4), (2, 3, 1, 4))
+    keys, values = (torch.zeros(2, 3, 5, 4, device="cpu") for _ in range(2))
+    length = torch.zeros((), dtype=torch.int64, device="cpu")
+    try:
+        layer = static(max_cache_len=5)
+        for key, value in zip(new[:2], new[2:], strict=True):
+            reference.append(keys, values, length, key, value)
+            got = layer.update(key, value)
+            if got[0] is not layer.keys or got[1] is not layer.values or not torch.equal(layer.keys, keys):
+                return False
+        return torch.equal(layer.values, values) and bool(layer.cumulative_length == length)
+    except Exception:  # whatever it raises: a layer of another release
+        return False
 
 
 class _Interfaces:

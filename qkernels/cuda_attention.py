@@ -1,12 +1,14 @@
-"""Calls of the CUDA kernels between the Linears of an attention block: rotary embedding, and attention of few queries.
+"""Calls of the CUDA kernels between the Linears of an attention block: rotary embedding, a cache's new tokens, and
+attention of few queries.
 
-Definitions in :mod:`qkernels._attention`, kernels in ``csrc/cuda/rotary.cu`` and ``attention.cu``.  As in
+Definitions in :mod:`qkernels._attention`, kernels in ``csrc/cuda/rotary.cu``, ``cache.cu`` and ``attention.cu``.  As in
 :mod:`qkernels.cuda`: on torch's current stream of the tensors' device, nothing is synchronised, calls can be captured.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 from typing import Any
 
 import torch
@@ -17,7 +19,7 @@ from .checks import DTYPE_CODES
 from .cuda_w4 import workspace
 from .eager import are_plain
 
-__all__ = ["attention", "rotary"]
+__all__ = ["append", "attention", "rotary"]
 
 MOST_QUERIES, MOST_TOKENS = 64, 16
 """Over one head of keys: four tiles of rows, which read the keys anew each.  Beyond them, and for the short inputs of
@@ -82,6 +84,59 @@ def _rotary_way(
     sizes = (batch, heads, k[1], tokens, size)
     overlaps = cuda.overlaps(device)
     return cuda._cuda.Rotary(sizes, *places, of_angles, overlaps).run, outputs[0], outputs[1]
+
+
+def append(keys: Tensor, values: Tensor, length: Tensor, key: Tensor, value: Tensor) -> bool:
+    """:func:`qkernels.reference.append` in one launch; False, and nothing done, where the kernel does not serve.
+
+    Args:
+        keys, values: ``[B, G, L, D]`` and ``[B, G, L, E]`` of any dtype, features side by side, heads of a multiple of
+            16 bytes, on one GPU with the others.
+        length: int64.  More tokens than the cache has room for stop the kernel with an assertion, as they stop torch's.
+        key, value: of the cache's dtypes.
+    """
+    if not key.is_cuda or not are_plain(keys, values, length, key, value):
+        return False
+    device, index = key.device, key.get_device()
+    if not keys.get_device() == values.get_device() == length.get_device() == value.get_device() == index:
+        return False
+    if length.dtype != torch.int64 or length.dim() or keys.dtype != key.dtype or values.dtype != value.dtype:
+        return False
+    places = (key, value, keys, values)
+    if any(x.is_neg() or x.is_conj() for x in places):
+        return False
+    addresses = [x.data_ptr() for x in places]
+    if any(at % 16 for at in addresses):
+        return False
+    layouts = tuple((x.shape, x.stride()) for x in places)
+    run = _append_way(layouts, key.element_size(), value.element_size(), device)
+    if run is None:
+        return False
+    counter, _ = workspace(device, cuda._stream(device), 1, 0)
+    cuda.launch(device, run, *addresses, length.data_ptr(), counter)
+    return True
+
+
+@functools.lru_cache(maxsize=4096)
+def _append_way(layouts: tuple[tuple[Steps, Steps], ...], of_key: int, of_value: int, device: torch.device) -> Any:
+    """For key, value, keys and values of these shapes and strides, and bytes of an element: what the module runs; None
+    where it does not take them."""
+    (key, _), (value, _), (keys, _), (values, _) = layouts
+    if any(len(shape) != 4 or 0 in shape or steps[3] != 1 for shape, steps in layouts) or cuda.unavailable(device):
+        return None
+    batch, heads, tokens, size = key
+    room = batch, heads, keys[2]
+    if value[:3] != key[:3] or keys != (*room, size) or values != (*room, value[3]):
+        return None
+    elements = of_key, of_value, of_key, of_value
+    places = [
+        tuple(step * element for step in _steps(*layout)) for layout, element in zip(layouts, elements, strict=True)
+    ]
+    bytes_of = size * of_key, value[3] * of_value
+    if any(step % 16 for step in (*bytes_of, *itertools.chain(*places))):
+        return None
+    sizes = (batch, heads, tokens, *bytes_of, keys[2])
+    return cuda._cuda.Append(sizes, *places, cuda.overlaps(device)).run
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor | None:

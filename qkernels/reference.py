@@ -33,7 +33,7 @@ from torch import Tensor
 
 from qkernels import _rounding as rounding
 from qkernels._activations import quantize_activations
-from qkernels._attention import attention, rotary
+from qkernels._attention import append, attention, rotary
 from qkernels._fused import ACTIVATIONS, activated, add_residual, layer_norm, rms_norm
 from qkernels._tensors import check_static, dequantize, pack_int4, quantize, unpack_int4
 from qkernels._weights import (
@@ -56,6 +56,7 @@ __all__ = [
     "ACTIVATIONS",
     "activated",
     "add_residual",
+    "append",
     "attention",
     "centred_zero",
     "check_static",

@@ -97,6 +97,12 @@ def run_kernels(k: int) -> None:
         mask = random(2, 1, tokens, length) > 0
         got = cuda_attention.attention(*(t.to("cuda") for t in (heads[0], keys, values, mask)), 0.1)
         check(f"attention over {length} keys", got, reference.attention(heads[0], keys, values, mask, 0.1), 0.01)
+        cache = [keys, values, torch.tensor(length - tokens - 1)]
+        held = [t.to("cuda") for t in cache]
+        cuda_attention.append(*held, heads[1].to("cuda"), heads[1].to("cuda"))
+        reference.append(*cache, heads[1], heads[1])
+        for got, wanted in zip(held, cache, strict=True):
+            check(f"cache with {tokens} tokens more", got, wanted)
 
     m, n = 70, 130
     x, w = random(m, k), random(n, k)

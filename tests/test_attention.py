@@ -40,9 +40,10 @@ class Recorder:
     """Counts calls of what would run on a GPU, and answers them by the reference."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.turned, self.attended = 0, 0
+        self.turned, self.attended, self.appended = 0, 0, 0
         monkeypatch.setattr(cuda_attention, "rotary", self.rotary)
         monkeypatch.setattr(cuda_attention, "attention", self.attention)
+        monkeypatch.setattr(cuda_attention, "append", self.append)
 
     def rotary(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         self.turned += 1
@@ -51,6 +52,11 @@ class Recorder:
     def attention(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
         self.attended += 1
         return reference.attention(q, k, v, mask, scale)
+
+    def append(self, keys: Tensor, values: Tensor, length: Tensor, key: Tensor, value: Tensor) -> bool:
+        self.appended += 1
+        reference.append(keys, values, length, key, value)
+        return True
 
 
 # -- the definition ---------------------------------------------------------------------------------------------------
@@ -130,7 +136,48 @@ def test_a_static_cache_hides_what_is_not_in_it(monkeypatch: pytest.MonkeyPatch)
     record = Recorder(monkeypatch)
     got = model.generate(ids(), **options)
     assert record.attended >= 2 * 4
+    assert record.appended >= 2 * 4
     assert torch.equal(got, wanted)
+
+
+def test_append_is_that_of_a_static_layer() -> None:
+    layer = pytest.importorskip("transformers.cache_utils").StaticLayer(max_cache_len=9)
+    keys, values = torch.zeros(2, 3, 9, 8), torch.zeros(2, 3, 9, 4)
+    length = torch.tensor(0)
+    for tokens in (4, 1, 1, 3):
+        key, value = seeded(2, 3, tokens, 8, seed=tokens), seeded(2, 3, tokens, 4, seed=tokens + 9)
+        reference.append(keys, values, length, key, value)
+        for got, wanted in zip(layer.update(key, value), (keys, values), strict=True):
+            assert torch.equal(got, wanted)
+        assert layer.cumulative_length == length
+
+
+def test_the_first_tokens_and_other_caches_take_their_own_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    caches = pytest.importorskip("transformers.cache_utils")
+    model = build("llama")
+    qk.quantize_(model, "w8a8")
+    record = Recorder(monkeypatch)
+
+    class Own(caches.StaticCache):  # type: ignore[misc, name-defined]
+        pass
+
+    with torch.no_grad():
+        for kind, appended in ((caches.StaticCache, 2), (Own, 0)):
+            cache, record.appended = kind(config=model.config, max_cache_len=12), 0
+            model(ids(5), past_key_values=cache)
+            assert record.appended == 0, "a layer that is not there yet"
+            model(ids(1), past_key_values=cache)
+            assert record.appended == appended
+            assert [int(layer.cumulative_length) for layer in cache.layers] == [6, 6]
+        record.appended = 0
+        model(ids(5), past_key_values=caches.DynamicCache(config=model.config))
+    assert record.appended == 0
+
+
+def test_questions_about_functions_stay_on_the_cpu() -> None:
+    llama = pytest.importorskip("transformers.models.llama.modeling_llama")
+    with torch.device("meta"):  # whose tensors have no values to compare
+        assert attention._turns_halves(llama.apply_rotary_pos_emb)
 
 
 def test_models_without_quantized_linears_keep_their_blocks() -> None:

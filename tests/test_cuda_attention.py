@@ -10,7 +10,7 @@ from w4_on_gpu import gpu
 
 import qkernels as qk
 from qkernels import reference
-from qkernels.cuda_attention import MOST_QUERIES, attention, rotary
+from qkernels.cuda_attention import MOST_QUERIES, append, attention, rotary
 
 pytestmark = gpu
 
@@ -80,6 +80,69 @@ def test_rotary_declines() -> None:
     assert rotary(q, k, cos.cpu(), sin.cpu()) is None, "another device"
     assert rotary(q.clone().requires_grad_(), k, cos, sin) is None, "gradients"
     assert rotary(q[:, :0], k, cos, sin) is None, "nothing"
+
+
+# -- caches -----------------------------------------------------------------------------------------------------------
+
+
+class Cache:
+    """A cache on the GPU, and what the reference makes of its copy."""
+
+    def __init__(self, batch: int, count: int, room: int, sizes: tuple[int, int], dtype: torch.dtype) -> None:
+        self.keys, self.values = (seeded(batch, count, room, size).to(dtype).cuda() for size in sizes)
+        self.length = torch.zeros((), dtype=torch.int64, device="cuda")
+        self.wanted = self.keys.clone(), self.values.clone(), self.length.clone()
+
+    def add(self, key: Tensor, value: Tensor) -> None:
+        assert append(self.keys, self.values, self.length, key, value)
+        reference.append(*self.wanted, key, value)
+        for got, wanted in zip((self.keys, self.values, self.length), self.wanted, strict=True):
+            assert_bits_equal(got, wanted)
+
+
+@pytest.mark.parametrize("dtype", (*DTYPES, torch.int8))
+@pytest.mark.parametrize(("batch", "count", "sizes"), [(1, 8, (128, 128)), (3, 2, (64, 32)), (2, 1, (16, 80))])
+def test_new_tokens_come_into_a_cache(dtype: torch.dtype, batch: int, count: int, sizes: tuple[int, int]) -> None:
+    cache = Cache(batch, count, 700, sizes, dtype)
+    for seed, tokens in enumerate((1, 1, 17, 1, 600, 80)):  # to the last place
+        cache.add(*(heads(batch, count, tokens, size, seed, dtype) for size in sizes))
+
+
+def test_tokens_of_other_strides_come_into_caches_of_other_strides() -> None:
+    cache = Cache(2, 6, 20, (32, 32), torch.bfloat16)
+    cache.keys, cache.values = cache.keys[:, 1:4], cache.values.transpose(1, 2).contiguous().transpose(1, 2)[:, :3]
+    cache.wanted = cache.keys.clone(), cache.values.clone(), cache.length.clone()
+    wide = seeded(2, 3, 4, 96).bfloat16().cuda()
+    cache.add(wide[..., :32], wide[..., 64:])
+    cache.add(wide[:, :1, :, :32].expand(2, 3, 4, 32), wide[:, :, :1, 64:].expand(2, 3, 4, 32))
+
+
+def test_caches_are_steady() -> None:
+    key = heads(2, 4, 3, 64, 0, torch.float16)
+    keys, values = (torch.zeros(2, 4, 9, 64, dtype=torch.float16, device="cuda") for _ in range(2))
+    length = torch.zeros((), dtype=torch.int64, device="cuda")
+
+    def step() -> tuple[Tensor, Tensor, Tensor]:
+        length.fill_(4)
+        assert append(keys, values, length, key, key)
+        return keys.clone(), values.clone(), length.clone()
+
+    assert_steady_on_gpu(step, lambda seed: key.copy_(heads(2, 4, 3, 64, seed, torch.float16)), 20)
+
+
+def test_append_declines_and_does_nothing() -> None:
+    keys, values = (torch.zeros(2, 4, 9, 64, dtype=torch.float16, device="cuda") for _ in range(2))
+    length, key = torch.zeros((), dtype=torch.int64, device="cuda"), heads(2, 4, 3, 64, 0, torch.float16)
+    assert not append(keys, values, length, key.float(), key.float()), "another dtype"
+    assert not append(keys, values, length.int(), key, key), "another length"
+    assert not append(keys, values, length.cpu(), key, key), "another device"
+    assert not append(keys, values, length, key[:, :3], key[:, :3]), "fewer heads"
+    assert not append(keys, values, length, key[..., :60], key), "part of the features"
+    assert not append(keys[..., :60], values, length, key[..., :60], key), "heads of 120 bytes"
+    assert not append(keys, values, length, key[:, :, :2], key), "other tokens"
+    assert not append(keys, values, length, key, key.clone().requires_grad_()), "a gradient"
+    assert not int(length)
+    assert not bool(keys.any()), "nothing written"
 
 
 # -- attention --------------------------------------------------------------------------------------------------------
@@ -209,6 +272,7 @@ def test_generation(cache: str | None) -> None:
     names = kernels(lambda: model.generate(ids, max_new_tokens=3, do_sample=False, **options))
     assert any("attention_kernel" in name for name in names)
     assert any("rotary_kernel" in name for name in names)
+    assert any("append_kernel" in name for name in names) == (cache == "static")
     for block in model.model.layers:
         del block.self_attn.__dict__["forward"]
     alone = model.generate(ids, max_new_tokens=12, do_sample=False, **options)

@@ -57,7 +57,23 @@ struct AttentionPlan {
 };
 AttentionPlan plan_attention(int batch, int heads, int key_heads, int tokens, int size, int64_t length, int sms);
 
+// Keys and values of new tokens [batch, heads, tokens, size] into caches [batch, heads, capacity, size], behind the
+// `*length` tokens there are, which counts them. Bytes, whose meaning is the caller's; strides are in bytes too, and
+// they and all addresses multiples of 16. More tokens than there is room for stop the kernel with an assertion.
+struct AppendArgs {
+  int batch, heads, tokens;
+  int key_bytes, value_bytes;  // of a head's features
+  const void *key, *value;
+  void *keys, *values;
+  HeadStrides key_at, value_at, keys_at, values_at;
+  int64_t* length;  // on the device
+  int64_t capacity;
+  int32_t* counter;  // zero between launches
+  bool dependent;
+};
+
 void rotary(const RotaryArgs& args, cudaStream_t stream);
+void append(const AppendArgs& args, cudaStream_t stream);
 // Throws std::invalid_argument for a size other than 64 and 128, and for fp32.
 void attention(const AttentionArgs& args, cudaStream_t stream);
 

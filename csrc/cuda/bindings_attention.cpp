@@ -80,6 +80,39 @@ class Attention {
   AttentionArgs args_ = {};
 };
 
+class Append {
+ public:
+  // `sizes`: batch, heads, tokens, bytes of a key and of a value of one head, tokens that the cache has room for; then
+  // strides in bytes.
+  Append(const py::tuple& sizes, const py::tuple& key, const py::tuple& value, const py::tuple& keys,
+         const py::tuple& values, bool dependent) {
+    QK_CHECK_EQ(sizes.size(), size_t{6});
+    AppendArgs& a = args_;
+    a.batch = sizes[0].cast<int>(), a.heads = sizes[1].cast<int>(), a.tokens = sizes[2].cast<int>();
+    a.key_bytes = sizes[3].cast<int>(), a.value_bytes = sizes[4].cast<int>(), a.capacity = sizes[5].cast<int64_t>();
+    for (const int size : {a.batch, a.heads, a.tokens, a.key_bytes, a.value_bytes}) QK_CHECK_GE(size, 1);
+    a.key_at = strides_of(key), a.value_at = strides_of(value);
+    a.keys_at = strides_of(keys), a.values_at = strides_of(values);
+    int64_t all = a.key_bytes | a.value_bytes;
+    for (const HeadStrides& at : {a.key_at, a.value_at, a.keys_at, a.values_at}) all |= at.batch | at.head | at.token;
+    QK_CHECK_EQ(all % 16, int64_t{0});
+    a.dependent = dependent;
+  }
+
+  void run(Address key, Address value, Address keys, Address values, Address length, Address counter,
+           Address stream) const {
+    QK_CHECK_EQ((key | value | keys | values) % 16, Address{0});
+    AppendArgs a = args_;
+    a.key = pointer<const void>(key), a.value = pointer<const void>(value);
+    a.keys = pointer<void>(keys), a.values = pointer<void>(values);
+    a.length = pointer<int64_t>(length), a.counter = pointer<int32_t>(counter);
+    append(a, stream_of(stream));
+  }
+
+ private:
+  AppendArgs args_ = {};
+};
+
 py::tuple plan_attention_of(const py::tuple& sizes, int64_t length, int sms) {
   AttentionArgs a = {};
   put_sizes(sizes, a);
@@ -101,6 +134,11 @@ void bind_attention(py::module_& m) {
            py::arg("mask"), py::arg("plan"), py::arg("dependent"))
       .def("run", &Attention::run, py::arg("dtype"), py::arg("q"), py::arg("k"), py::arg("v"), py::arg("mask"),
            py::arg("out"), py::arg("scale"), py::arg("counters"), py::arg("partial"), py::arg("stream"));
+  py::class_<Append>(m, "Append")
+      .def(py::init<py::tuple, py::tuple, py::tuple, py::tuple, py::tuple, bool>(), py::arg("sizes"), py::arg("key"),
+           py::arg("value"), py::arg("keys"), py::arg("values"), py::arg("dependent"))
+      .def("run", &Append::run, py::arg("key"), py::arg("value"), py::arg("keys"), py::arg("values"), py::arg("length"),
+           py::arg("counter"), py::arg("stream"));
   m.def("plan_attention", &plan_attention_of, py::arg("sizes"), py::arg("length"), py::arg("sms"));
 }
 

@@ -91,8 +91,8 @@ struct Shape {
   // Of a tile whose sums are complete, the phases take parts to the output.
   static constexpr int kParts = kPhases < kQuads ? kPhases : kQuads, kPartTokens = kTokens / kParts;
   // The warpgroups take turns to start a slab's products, lest they finish, and leave the tensor cores idle, together.
-  // Bytes of 64 tokens are over too soon for it (2 % slower so on an H200).
-  static constexpr bool kTurns = kTokens >= (kBytes ? 128 : 64) && kPhases == 1 && !kOneSum;
+  // Bytes of 64 tokens are over too soon for it (2 % slower so on an H200), and 192 tokens keep them busy (1 to 2 %).
+  static constexpr bool kTurns = kTokens >= (kBytes ? 128 : 64) && kTokens != 192 && kPhases == 1 && !kOneSum;
   // An instruction with a register operand waits for the one before it, so products hold a warp up. Where sums of
   // integers take as long to add up, nothing comes between the products of a row: one warpgroup is in its products
   // while the other unpacks and adds.
