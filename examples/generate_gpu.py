@@ -21,30 +21,9 @@ from typing import Any
 import torch
 from llama_gpu import SHAPES, Decoder, device_name, random_llama
 from torch import Tensor, nn
+from transformers import StaticCache
 
 import qkernels as qk
-
-
-class StaticCache:
-    """Keys and values of all layers in memory that stays where it is: ``[B, heads, positions, size]`` each."""
-
-    def __init__(self, config: Any, batch: int, length: int, device: torch.device, dtype: torch.dtype) -> None:
-        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        shape = (batch, config.num_key_value_heads, length, size)
-        self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_hidden_layers)]
-        self.values = [torch.zeros_like(keys) for keys in self.keys]
-        self.positions = torch.zeros(1, dtype=torch.long, device=device)  # where the next keys go
-
-    def update(self, keys: Tensor, values: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Write the new ones; all of them come back."""
-        self.keys[layer].index_copy_(2, self.positions, keys)
-        self.values[layer].index_copy_(2, self.positions, values)
-        return self.keys[layer], self.values[layer]
-
-    @property
-    def nbytes(self) -> int:
-        """Of keys and values."""
-        return sum(tensor.nbytes for tensor in (*self.keys, *self.values))
 
 
 class Generator:
@@ -55,7 +34,7 @@ class Generator:
         self._model, self._decoder = model, Decoder(model)
         self._start = length
         total = length + new_tokens
-        self.cache = StaticCache(model.config, batch, total, prompt.device, next(model.parameters()).dtype)
+        self.cache = StaticCache(config=model.config, max_cache_len=total)
         self._columns = torch.arange(total, device=prompt.device)
         self.tokens = torch.zeros(batch, total, dtype=torch.long, device=prompt.device)
         self.tokens[:, :length] = prompt
@@ -63,7 +42,6 @@ class Generator:
 
     def _forward(self, ids: Tensor, positions: Tensor) -> Tensor:
         """The most likely next token ``[B, 1]``."""
-        self.cache.positions = positions
         hidden = self._model.model.embed_tokens(ids)
         mask = (self._columns <= positions.unsqueeze(1)).view(1, 1, len(positions), -1)
         rotary = self._decoder.positions(hidden, positions.unsqueeze(0))
@@ -75,6 +53,16 @@ class Generator:
         positions = self._columns[: self._start]
         self.tokens[:, self._start : self._start + 1] = self._forward(self.tokens[:, : self._start], positions)
         self._position = torch.tensor([self._start], device=self.tokens.device)
+
+    def _rewind(self) -> None:
+        """To the end of the prompt."""
+        self._position.fill_(self._start)
+        for layer in self.cache.layers:
+            layer.cumulative_length.fill_(self._start)
+
+    def cache_bytes(self) -> int:
+        """Of keys and values."""
+        return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.cache.layers)
 
     def _step(self) -> None:
         ids = self.tokens.index_select(1, self._position)
@@ -94,11 +82,10 @@ class Generator:
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph, stream=stream):
             self._step()
-        self._position.fill_(self._start)
 
     def decode(self, steps: int) -> float:
         """Seconds for ``steps`` tokens from the end of the prompt."""
-        self._position.fill_(self._start)
+        self._rewind()
         if self.tokens.is_cuda:
             torch.cuda.synchronize()
         start = time.perf_counter()
@@ -180,7 +167,7 @@ def main() -> None:
                 run.capture()
                 steps = args.new_tokens - 1
                 seconds = statistics.median(run.decode(steps) for _ in range(args.rounds)) / steps
-                moved = weight_bytes(model) + run.cache.nbytes
+                moved = weight_bytes(model) + run.cache_bytes()
                 own = run.tokens[:, args.prompt_tokens :].cpu()
                 same = float((own == first.setdefault(batch, own)).double().mean())
                 row = {
