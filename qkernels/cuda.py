@@ -9,6 +9,7 @@ capability 9.0, ``mma.sync`` on 8.x and what comes after.  Results equal :mod:`q
 from __future__ import annotations
 
 import contextlib
+import enum
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -29,6 +30,7 @@ __all__ = [
     "MINIMUM_CAPABILITY",
     "PACKED_ALIGNMENT",
     "SLAB_K",
+    "W8Layout",
     "capability",
     "dequantize",
     "gemm_w8a8",
@@ -60,6 +62,17 @@ PACKED_ALIGNMENT = 128
 ATOM_ROWS: int = 8
 SLAB_K: int = 128
 """Of the packed weight of ``csrc/cuda/w8a8.h``: rows are padded to a multiple, bytes of a row in a slab."""
+
+
+class W8Layout(enum.IntEnum):
+    """How 8-bit weights lie on a GPU, as ``csrc/cuda/w8a8.h`` says."""
+
+    ROWS = 0
+    """``[N, K]`` as it is."""
+    SLABS = 1
+    """Packed, for W8A8."""
+    PAIRS = 2
+    """Packed, for floating-point activations."""
 
 
 # -- what there is ----------------------------------------------------------------------------------------------------
@@ -173,12 +186,19 @@ def peak_s8(random: Tensor, iterations: int) -> float:
 # -- weights ----------------------------------------------------------------------------------------------------------
 
 
-def pack_w8(weight: Tensor, packed: Tensor | None = None, colsum: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Canonical weight to the layout of the CUDA kernels, on the GPU.
+def pack_w8(
+    weight: Tensor,
+    packed: Tensor | None = None,
+    colsum: Tensor | None = None,
+    *,
+    layout: int = W8Layout.SLABS,
+) -> tuple[Tensor, Tensor]:
+    """Canonical weight to a layout of the CUDA kernels, on the GPU.
 
     Args:
         weight: int8 ``[N, K]``, contiguous, on a CUDA device.
         packed, colsum: written in place where given, contiguous.
+        layout: ``SLABS`` or ``PAIRS`` of :class:`W8Layout`.
 
     Returns:
         packed int8 ``[ceil(K / 128) * ceil(N / 8) * 1024]`` and colsum int32 ``[N]``, the sum of each row.
@@ -189,7 +209,8 @@ def pack_w8(weight: Tensor, packed: Tensor | None = None, colsum: Tensor | None 
     if colsum is None:
         colsum = torch.empty(rows, dtype=torch.int32, device=weight.device)
     with _on(weight.device):
-        _cuda.pack_w8(weight.data_ptr(), rows, features, packed.data_ptr(), colsum.data_ptr(), _stream(weight.device))
+        addresses = packed.data_ptr(), colsum.data_ptr()
+        _cuda.pack_w8(weight.data_ptr(), rows, features, layout, *addresses, _stream(weight.device))
     return packed, colsum
 
 
@@ -200,12 +221,12 @@ def slab_rows(packed: Tensor, rows: int) -> int:
     return -(-rows // ATOM_ROWS) * ATOM_ROWS if alone else packed.stride(0) // SLAB_K
 
 
-def unpack_w8(packed: Tensor, rows: int, features: int) -> Tensor:
+def unpack_w8(packed: Tensor, rows: int, features: int, *, layout: int = W8Layout.SLABS) -> Tensor:
     """The canonical int8 ``[rows, features]`` that :func:`pack_w8` packed, without loss."""
     packed = packed.contiguous()
     weight = torch.empty((rows, features), dtype=torch.int8, device=packed.device)
     with _on(packed.device):
-        _cuda.unpack_w8(packed.data_ptr(), rows, features, weight.data_ptr(), _stream(packed.device))
+        _cuda.unpack_w8(packed.data_ptr(), rows, features, layout, weight.data_ptr(), _stream(packed.device))
     return weight
 
 

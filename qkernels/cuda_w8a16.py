@@ -1,10 +1,10 @@
 """8-bit weights under floating-point activations on a GPU, and lookups in 8-bit tables.
 
-Both read the packed weight of the W8A8 kernels (:func:`qkernels.cuda.pack_w8`), so that one resident table serves an
-embedding and its head in either scheme.
+Products read a packed weight of their own (``PAIRS`` of :class:`qkernels.cuda.W8Layout`), lookups any, so that one
+resident table serves an embedding and its head in either scheme.
 
     up to fused_rows() rows    the fused kernel: products of 16-bit values, float32 sums, scaled once
-    above                      dequantized in slices and multiplied by the vendor's library
+    above (before Hopper)      dequantized in slices and multiplied by the vendor's library
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from . import cuda, cuda_w4_layer
 from ._library import plus_residual, vmap_rows
 from .checks import DTYPE_CODES, check_input, check_out_dtype
 from .cpu_packed import PreparedPacked
-from .cuda import _address, _cuda, _on, _stream, capability, settle
+from .cuda import W8Layout, _address, _cuda, _on, _stream, capability, settle
 from .cuda_bound import FloatLayer
 from .cuda_slices import aligned_rows, by_slices, by_terms
 from .cuda_w4 import Plan, workspace
@@ -41,8 +41,8 @@ __all__ = [
     "register_operators",
 ]
 
-FUSED_ROWS, FUSED_ROWS_SM90 = 64, 2048
-"""Where :func:`fused_rows` ends, for the kernel of mma.sync and that of wgmma (measured on an H200)."""
+FUSED_ROWS = 64
+"""Where :func:`fused_rows` ends for the kernel of mma.sync (measured on an H200)."""
 
 PHASED_TILES = [(8, 2), (16, 2), (64, 2), (16, 4), (32, 4), (8, 8), (16, 8)]
 """Tokens and phases, more than one, that a plan of the wgmma kernel may name (``w8a16_has_tile``)."""
@@ -66,13 +66,13 @@ def gather_w8(
     *,
     ids: Tensor | None = None,
     first: int = 0,
-    packed: bool = True,
+    layout: int = W8Layout.PAIRS,
 ) -> Tensor:
     """Rows of an 8-bit table as floats: ``out[i] = scale[row] * table[row]``, ``row = ids[i]`` or ``first + i``.
 
     Args:
-        table: int8, packed by :func:`qkernels.cuda.pack_w8` (among others too, see :func:`qkernels.cuda.slab_rows`) or,
-            with ``packed=False``, ``[N, K]`` contiguous.
+        table: int8, packed by :func:`qkernels.cuda.pack_w8` (among others too, see :func:`qkernels.cuda.slab_rows`) or
+            ``[N, K]`` contiguous, as ``layout``, of :class:`qkernels.cuda.W8Layout`, says.
         scale: float32 ``[N]``.
         out: contiguous, ``ids.numel()`` rows (or any number of them) of ``features`` values; returned.
         ids: int32 or int64, contiguous.  One outside the table stops the kernel with an assertion, as torch's own
@@ -82,8 +82,8 @@ def gather_w8(
     with _on(out.device):
         _cuda.gather_w8(
             table.data_ptr(),
-            packed,
-            cuda.slab_rows(table, scale.numel()) if packed else 0,
+            layout,
+            cuda.slab_rows(table, scale.numel()) if layout != W8Layout.ROWS else 0,
             scale.data_ptr(),
             scale.numel(),
             features,
@@ -98,7 +98,7 @@ def gather_w8(
     return out
 
 
-def embedding_w8(ids: Tensor, table: Tensor, scale: Tensor, packed: bool, features: int, dtype: torch.dtype) -> Tensor:
+def embedding_w8(ids: Tensor, table: Tensor, scale: Tensor, layout: int, features: int, dtype: torch.dtype) -> Tensor:
     """``[*ids.shape, features]`` from a table, see :func:`gather_w8`.
 
     Raises:
@@ -110,7 +110,7 @@ def embedding_w8(ids: Tensor, table: Tensor, scale: Tensor, packed: bool, featur
     if ids.device != table.device:
         raise ValueError(f"input: expected a tensor on {table.device}, as the table is, got {ids.device}")
     out = torch.empty((*ids.shape, features), dtype=dtype, device=table.device)
-    return gather_w8(table, scale, features, out, ids=ids.contiguous(), packed=packed) if ids.numel() else out
+    return gather_w8(table, scale, features, out, ids=ids.contiguous(), layout=layout) if ids.numel() else out
 
 
 def gemm_w8a16(
@@ -126,7 +126,7 @@ def gemm_w8a16(
     """The fused product of 16-bit ``x [M, K]``, M >= 1.
 
     Args:
-        packed: as :func:`qkernels.cuda.pack_w8` packs it; scale: float32 ``[N]``; bias: float32 ``[N]``.
+        packed: pairs, as :func:`qkernels.cuda.pack_w8` packs them; scale: float32 ``[N]``; bias: float32 ``[N]``.
         plan: None: the module's own choice.
         dependent: the launch may fetch weights while the kernel before it ends; that one must not write them.
     """
@@ -160,11 +160,9 @@ def gemm_w8a16(
     return out
 
 
-def fused_rows(index: int, dtype: torch.dtype) -> float:
-    """Up to so many rows of that dtype the fused kernel runs on a device: it is faster than dequantizing first."""
-    if capability(index) == 90 and _cuda.has_sm90a():
-        return math.inf if dtype == torch.float32 else FUSED_ROWS_SM90  # three products, but of 16 bits
-    return FUSED_ROWS
+def fused_rows(index: int) -> float:
+    """Up to so many rows the fused kernel runs on a device: it is faster than dequantizing first."""
+    return math.inf if capability(index) == 90 and _cuda.has_sm90a() else FUSED_ROWS
 
 
 def linear_w8a16(
@@ -193,7 +191,7 @@ def linear_w8a16(
         return torch.empty(shape, dtype=out_dtype, device=x.device)
     if inv_smooth is not None:
         flat = flat.to(torch.float32) * inv_smooth
-    if rows > fused_rows(x.device.index or 0, flat.dtype):
+    if rows > fused_rows(x.device.index or 0):
 
         def dequantize(first: int, count: int, out: Tensor) -> Tensor:
             return gather_w8(packed, scale, features, out, first=first)
@@ -231,14 +229,14 @@ class PreparedCudaW8A16(FloatLayer, Joinable, PackedLayer):
     @classmethod
     def pack(cls, canonical: Mapping[str, Tensor], scheme: Scheme, in_features: int) -> dict[str, Tensor]:
         """See the base class."""
-        packed, _ = cuda.pack_w8(canonical["weight"].contiguous())
+        packed, _ = cuda.pack_w8(canonical["weight"].contiguous(), layout=W8Layout.PAIRS)
         settle(packed.device)
         return {"packed": packed, "packed_scale": canonical["weight_scale"]}
 
     def unpack(self) -> dict[str, Tensor]:
         """See the base class."""
         tensors = self.tensors
-        weight = cuda.unpack_w8(tensors["packed"], self.out_features, self.in_features)
+        weight = cuda.unpack_w8(tensors["packed"], self.out_features, self.in_features, layout=W8Layout.PAIRS)
         return {"weight": weight, "weight_scale": tensors["packed_scale"]}
 
     @property
@@ -252,7 +250,7 @@ class PreparedCudaW8A16(FloatLayer, Joinable, PackedLayer):
         packed, scale, bias = tensors["packed"], tensors["packed_scale"], tensors.get("bias")
         addresses = packed.data_ptr(), cuda.slab_rows(packed, rows), scale.data_ptr(), _address(bias)
         smoothed = tensors.get("inv_smooth") is not None  # and so in float32
-        fused = 0 if smoothed else fused_rows(self.device.index or 0, torch.bfloat16)
+        fused = 0 if smoothed else fused_rows(self.device.index or 0)
         return _cuda.LinearW8A16(*addresses, rows, self.in_features), fused
 
     def general(self, x: Tensor) -> Tensor:
@@ -277,7 +275,7 @@ class PreparedCudaW8A16(FloatLayer, Joinable, PackedLayer):
             for name, tensor in canonical.items():
                 if name == "weight":
                     weight, own = tensor.detach().to(self.device).contiguous(), self.tensors["packed"]
-                    packed, _ = cuda.pack_w8(weight, own if own.is_contiguous() else None)
+                    packed, _ = cuda.pack_w8(weight, own if own.is_contiguous() else None, layout=W8Layout.PAIRS)
                     if packed is not own:
                         own.copy_(packed.view(own.shape))
                 else:
@@ -340,27 +338,28 @@ def _dequantize_packed(*rest: Any) -> Tensor:
     packed, scale = tensors["packed"], tensors["packed_scale"]
     if smooth is None:
         return gather_w8(packed, scale, features, packed.new_empty((rows, features), dtype=dtype))
-    canonical = {"weight": cuda.unpack_w8(packed, rows, features), "weight_scale": scale, "inv_smooth": smooth}
+    weight = cuda.unpack_w8(packed, rows, features, layout=W8Layout.PAIRS)
+    canonical = {"weight": weight, "weight_scale": scale, "inv_smooth": smooth}
     return effective_weight(canonical, scheme, features, dtype).contiguous()
 
 
-def _embedding_w8(
-    ids: Tensor, table: Tensor, scale: Tensor, packed: bool, N: int, K: int, dtype: torch.dtype
-) -> Tensor:
+def _embedding_w8(ids: Tensor, table: Tensor, scale: Tensor, layout: int, N: int, K: int, dtype: torch.dtype) -> Tensor:
     """``torch.ops.qkernels.embedding_w8`` on CUDA tensors."""
     check_out_dtype(dtype, "dtype")
-    wanted = cuda.packed_w8_bytes(N, K) if packed else N * K
+    if layout not in list(W8Layout):
+        raise ValueError(f"layout: expected one of {[int(value) for value in W8Layout]}, got {layout}")
+    wanted = cuda.packed_w8_bytes(N, K) if layout != W8Layout.ROWS else N * K
     if table.dtype != torch.int8 or table.numel() != wanted or not table.is_contiguous():
         raise ValueError(f"table: expected {wanted} contiguous int8 elements, got {table.dtype} {list(table.shape)}")
     if scale.dtype != torch.float32 or scale.numel() != N or not scale.is_contiguous() or scale.device != table.device:
         raise ValueError(f"scale: expected {N} contiguous float32 elements on {table.device}, got {list(scale.shape)}")
-    if packed and table.data_ptr() % 16:
+    if layout != W8Layout.ROWS and table.data_ptr() % 16:
         table = table.clone()
-    return embedding_w8(ids, table, scale, packed, K, dtype)
+    return embedding_w8(ids, table, scale, layout, K, dtype)
 
 
 def _embedding_w8_fake(
-    ids: Tensor, table: Tensor, scale: Tensor, packed: bool, N: int, K: int, dtype: torch.dtype
+    ids: Tensor, table: Tensor, scale: Tensor, layout: int, N: int, K: int, dtype: torch.dtype
 ) -> Tensor:
     return table.new_empty((*ids.shape, K), dtype=dtype)
 
@@ -371,7 +370,7 @@ def register_operators(library: torch.library.Library) -> torch.library.Library:
     The library returned must be kept alive.
     """
     library.define(
-        "embedding_w8(Tensor ids, Tensor table, Tensor scale, bool packed, int N, int K, ScalarType dtype) -> Tensor"
+        "embedding_w8(Tensor ids, Tensor table, Tensor scale, int layout, int N, int K, ScalarType dtype) -> Tensor"
     )
     library.impl("embedding_w8", _embedding_w8, "CUDA")
     torch.library.register_fake("qkernels::embedding_w8", _embedding_w8_fake, lib=library)

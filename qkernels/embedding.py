@@ -6,7 +6,7 @@ CPU that is
 
     packed[n // 64, k // 4, n % 64, k % 4] = table[n, k]
 
-and on a GPU the layout of :func:`qkernels.cuda.pack_w8`.
+and on a GPU what :func:`qkernels.cuda.pack_w8` makes of it, in the layout of the head's scheme.
 """
 
 from __future__ import annotations
@@ -22,10 +22,12 @@ from torch import Tensor, nn
 from . import _C, cuda, reference
 from .backends import PreparedReference, PreparedW8A8
 from .checks import DTYPE_CODES, TensorSpec, check_canonical, check_out_dtype
+from .cuda import W8Layout
 from .cuda_w8a16 import embedding_w8
 from .eager import is_plain
 from .module import QuantModule
 from .native import pack_w8, unpack_w8
+from .prepared import scheme_key
 from .scheme import Scheme
 from .tied import TiedQuantLinear, head_kernel
 
@@ -73,6 +75,7 @@ class QuantEmbedding(QuantModule):
         self._head_scheme: Scheme | None = None
         self._epoch = 0  # changes whenever a head has to look at the table anew
         self._packed = False
+        self._layout = int(W8Layout.ROWS)  # on a GPU
         self._has_minus128 = True
         self._on_gpu = False  # and the CUDA module serves lookups
         self.__dict__["_unpacked"] = None
@@ -135,9 +138,9 @@ class QuantEmbedding(QuantModule):
             if _is_dynamo_compiling() or not is_plain(input):
                 size = (self.num_embeddings, self.embedding_dim)
                 return torch.ops.qkernels.embedding_w8(
-                    input, table, buffers["weight_scale"], self._packed, *size, self.dtype
+                    input, table, buffers["weight_scale"], self._layout, *size, self.dtype
                 )
-            return embedding_w8(input, table, buffers["weight_scale"], self._packed, self.embedding_dim, self.dtype)
+            return embedding_w8(input, table, buffers["weight_scale"], self._layout, self.embedding_dim, self.dtype)
         if not _is_dynamo_compiling() and is_plain(input) and input.is_cpu and self._readable():
             return self._native_lookup(input)
         scale = F.embedding(input, buffers["weight_scale"].unsqueeze(1))  # checks the range of the ids
@@ -244,9 +247,8 @@ class QuantEmbedding(QuantModule):
             weight = known()
             if weight is not None and weight._version == version and key == self._table_key():
                 return weight
-        packed = self._buffers["packed"]
-        unpack = cuda.unpack_w8 if packed.is_cuda else unpack_w8
-        weight = unpack(packed, self.num_embeddings, self.embedding_dim)
+        packed, size = self._buffers["packed"], (self.num_embeddings, self.embedding_dim)
+        weight = cuda.unpack_w8(packed, *size, layout=self._layout) if packed.is_cuda else unpack_w8(packed, *size)
         if not weight.is_inference():
             self.__dict__["_unpacked"] = (weakref.ref(weight), weight._version, self._table_key())
         return weight
@@ -266,7 +268,7 @@ class QuantEmbedding(QuantModule):
         for name in self._resident_names():
             self._buffers.pop(name, None)
         tensors = {"table": canonical["weight"], "weight_scale": canonical["weight_scale"]}
-        self._packed = False
+        self._packed, self._layout = False, int(W8Layout.ROWS)
         self._hold(tensors)
         self._pack_for_head()
 
@@ -283,7 +285,8 @@ class QuantEmbedding(QuantModule):
         if head_kernel(self._head_scheme, self.embedding_dim, self.num_embeddings, table.device)[0] is None:
             return
         if table.is_cuda:
-            packed, colsum = cuda.pack_w8(table.contiguous())
+            self._layout = int(W8Layout.PAIRS if self._head_scheme.weight_only else W8Layout.SLABS)
+            packed, colsum = cuda.pack_w8(table.contiguous(), layout=self._layout)
             self._has_minus128 = True  # the kernels there do not ask
             resident = {"packed": packed, "colsum": colsum}
         else:
@@ -306,7 +309,7 @@ class QuantEmbedding(QuantModule):
                 packed, colsum = buffers["packed"], buffers["colsum"]
                 weight = canonical["weight"].to(packed.device).contiguous()
                 if packed.is_cuda:
-                    cuda.pack_w8(weight, packed, colsum)
+                    cuda.pack_w8(weight, packed, colsum, layout=self._layout)
                 else:
                     self._has_minus128 = pack_w8(weight, packed, colsum)[2]
         self._epoch += 1
@@ -323,6 +326,9 @@ class QuantEmbedding(QuantModule):
     def _build_weight(self, dtype: torch.dtype) -> Tensor:
         buffers = self._buffers
         size = (self.num_embeddings, self.embedding_dim)
+        if self._layout == W8Layout.PAIRS:
+            tensors = buffers["packed"], buffers["weight_scale"], None, None, None, None
+            return torch.ops.qkernels.dequantize_packed(*tensors, scheme_key(_TABLE_SCHEME), *size, dtype)
         if self._packed:
             return torch.ops.qkernels.dequantize_w8(buffers["packed"], buffers["weight_scale"], None, *size, dtype)
         prepared = PreparedReference.from_canonical(self.canonical(), _TABLE_SCHEME, self.embedding_dim)

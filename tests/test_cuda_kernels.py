@@ -63,13 +63,35 @@ def layer(n: int, k: int, *, bias: bool = True) -> tuple[torch.Tensor, dict[str,
     return weight, tensors
 
 
+def packed_w8(weight: torch.Tensor, layout: int) -> torch.Tensor:
+    """The packed weight by the words of ``csrc/cuda/w8a8.h``."""
+    n, k = weight.shape
+    padded = torch.zeros(-(-n // 8) * 8, -(-k // 128) * 128, dtype=torch.int8, device=GPU)
+    padded[:n, :k] = weight
+    if layout == cuda.W8Layout.PAIRS:
+        order = [place for t in range(4) for place in (2 * t, 8 + 2 * t, 2 * t + 1, 9 + 2 * t)]
+        padded = (padded.view(padded.shape[0], -1, 16)[:, :, order] ^ -128).view(padded.shape)
+    chunks = padded.view(padded.shape[0], -1, 8, 16).transpose(0, 1)
+    places = torch.arange(8, device=GPU)[None] ^ (torch.arange(chunks.shape[1], device=GPU) % 8)[:, None]
+    return chunks.gather(2, places[None, :, :, None].expand_as(chunks)).flatten()
+
+
+@pytest.mark.parametrize("layout", [cuda.W8Layout.SLABS, cuda.W8Layout.PAIRS])
 @pytest.mark.parametrize("offset", [0, 1])
 @pytest.mark.parametrize(("n", "k"), [(1, 1), (7, 129), (8, 128), (130, 333), (576, 1536), (49, 65536)])
-def test_pack_returns_every_byte(n: int, k: int, offset: int) -> None:
+def test_pack_returns_every_byte(n: int, k: int, offset: int, layout: int) -> None:
     weight = random_codes(n * k + offset)[offset:].view(n, k)
-    packed, colsum = cuda.pack_w8(weight)
-    assert_bits_equal(cuda.unpack_w8(packed, n, k), weight)
+    packed, colsum = cuda.pack_w8(weight, layout=layout)
+    assert_bits_equal(packed, packed_w8(weight, layout))
+    assert_bits_equal(cuda.unpack_w8(packed, n, k, layout=layout), weight)
     assert_bits_equal(colsum, weight.sum(1, dtype=torch.int32))
+
+
+def test_pack_refuses_what_is_no_layout_of_slabs() -> None:
+    weight = random_codes(8, 128)
+    for layout in (cuda.W8Layout.ROWS, 3):
+        with pytest.raises(ValueError, match=r"layout|value"):
+            cuda.pack_w8(weight, layout=layout)
 
 
 @pytest.mark.parametrize("k", [1, 5, 8, 129, 576, 4096, 14336, 32768, 40000])

@@ -127,21 +127,22 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("select_w8a8", &select, py::arg("m"), py::arg("n"), py::arg("k"), py::arg("capability"), py::arg("sms"));
   m.def(
       "pack_w8",
-      [](Address weight, int64_t n, int64_t k, Address packed, Address colsum, Address stream) {
+      [](Address weight, int64_t n, int64_t k, int layout, Address packed, Address colsum, Address stream) {
         QK_CHECK_GE(n, 1);
         QK_CHECK_GE(k, 1);
-        pack_w8(pointer<const int8_t>(weight), n, k, pointer<int8_t>(packed), pointer<int32_t>(colsum),
-                stream_of(stream));
+        pack_w8(pointer<const int8_t>(weight), n, k, w8_layout(layout), pointer<int8_t>(packed),
+                pointer<int32_t>(colsum), stream_of(stream));
       },
-      py::arg("weight"), py::arg("n"), py::arg("k"), py::arg("packed"), py::arg("colsum"), py::arg("stream"));
+      py::arg("weight"), py::arg("n"), py::arg("k"), py::arg("layout"), py::arg("packed"), py::arg("colsum"),
+      py::arg("stream"));
   m.def(
       "unpack_w8",
-      [](Address packed, int64_t n, int64_t k, Address weight, Address stream) {
+      [](Address packed, int64_t n, int64_t k, int layout, Address weight, Address stream) {
         QK_CHECK_GE(n, 1);
         QK_CHECK_GE(k, 1);
-        unpack_w8(pointer<const int8_t>(packed), n, k, pointer<int8_t>(weight), stream_of(stream));
+        unpack_w8(pointer<const int8_t>(packed), n, k, w8_layout(layout), pointer<int8_t>(weight), stream_of(stream));
       },
-      py::arg("packed"), py::arg("n"), py::arg("k"), py::arg("weight"), py::arg("stream"));
+      py::arg("packed"), py::arg("n"), py::arg("k"), py::arg("layout"), py::arg("weight"), py::arg("stream"));
   m.def("quantize_rows", &quantize_rows_at, py::arg("x"), py::arg("x_dtype"), py::arg("m"), py::arg("k"),
         py::arg("x_stride"), py::arg("q"), py::arg("q_stride"), py::arg("scale"), py::arg("zero_point"),
         py::arg("inv_smooth"), py::arg("static_scale"), py::arg("static_zero_point"), py::arg("shifted"),

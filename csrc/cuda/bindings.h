@@ -8,12 +8,19 @@
 
 #include "binding_helpers.h"
 #include "w4.h"
+#include "w8a8.h"
 
 namespace qk::cuda {
 
 using Address = uintptr_t;
 
 inline cudaStream_t stream_of(Address stream) { return reinterpret_cast<cudaStream_t>(stream); }
+
+inline W8Layout w8_layout(int value) {
+  QK_CHECK_GE(value, static_cast<int>(W8Layout::kRows));
+  QK_CHECK_LE(value, static_cast<int>(W8Layout::kPairs));
+  return static_cast<W8Layout>(value);
+}
 
 // A W4Plan in Python: (kernel, tokens, phases, ctas, counters, partial sums).
 W4Plan plan_of(const pybind11::tuple& v);

@@ -41,12 +41,13 @@ void gemm_at(Address x, int x_dtype, int64_t m, int64_t x_stride, Address packed
   gemm_w8a16(a, plan_of(plan), dependent, stream_of(stream));
 }
 
-void gather_at(Address table, bool packed, int64_t slab_rows, Address scale, int64_t n, int64_t k, Address ids,
+void gather_at(Address table, int layout, int64_t slab_rows, Address scale, int64_t n, int64_t k, Address ids,
                bool wide_ids, int64_t first, int64_t count, Address out, int out_dtype, Address stream) {
-  check_sizes(packed ? table : 0, slab_rows, n, k);
+  const W8Layout order = w8_layout(layout);
+  check_sizes(order == W8Layout::kRows ? 0 : table, slab_rows, n, k);
   QK_CHECK_GE(count, 0);
   GatherW8Args a = {};
-  a.table = pointer<const int8_t>(table), a.packed = packed, a.slab_rows = slab_rows,
+  a.table = pointer<const int8_t>(table), a.layout = order, a.slab_rows = slab_rows;
   a.scale = pointer<const float>(scale);
   a.n = static_cast<int32_t>(n), a.k = static_cast<int32_t>(k);
   a.ids = pointer<const void>(ids), a.wide_ids = wide_ids, a.first = first, a.count = count;
@@ -73,7 +74,7 @@ void bind_w8a16(py::module_& m) {
         py::arg("slab_rows"), py::arg("weight_scale"), py::arg("bias"), py::arg("n"), py::arg("k"), py::arg("y"),
         py::arg("y_dtype"), py::arg("y_stride"), py::arg("plan"), py::arg("counters"), py::arg("partials"),
         py::arg("dependent"), py::arg("stream"));
-  m.def("gather_w8", &gather_at, py::arg("table"), py::arg("packed"), py::arg("slab_rows"), py::arg("scale"),
+  m.def("gather_w8", &gather_at, py::arg("table"), py::arg("layout"), py::arg("slab_rows"), py::arg("scale"),
         py::arg("n"), py::arg("k"), py::arg("ids"), py::arg("wide_ids"), py::arg("first"), py::arg("count"),
         py::arg("out"), py::arg("out_dtype"), py::arg("stream"));
 }

@@ -8,37 +8,33 @@
 namespace qk::cuda {
 namespace {
 
-// Two of this thread's 8-bit codes: those of register r of the fragment of step s of a slab. The 16 k of a step are one
-// chunk of a row, which the number of the row in its atom swizzles: the same for both rows, and added to the thread's
-// offset by XOR.
-__device__ __forceinline__ uint32_t load_bytes(const Thread& t, const uint8_t* packed, int s, int r) {
-  const uint8_t* at = packed + (t.codes ^ (s << 4)) + (r & 1) * kAtomRows * kSlabK + (r >> 1) * 8;
-  return *reinterpret_cast<const uint16_t*>(at);
-}
-// Of half a slab, those that are read early.
+// 8-bit codes of four steps of a slab. "ldmatrix" gives a lane the words of two steps that wgmma's register operand
+// wants of it (w8a8.h, kPairs): of rows g and g + 8 of one chunk, then of the next. What swizzles chunks is in the
+// lane's address, to which a chunk's number is added by XOR.
 template <typename S>
 struct EarlyBytes {
-  uint32_t codes[S::kEarlySteps > 0 ? S::kEarlySteps : 1][4];
+  uint32_t words[2][4];  // of steps 4i and 4i + 1, and of the two after them
+  __device__ __forceinline__ void load_two(const Thread& t, const uint8_t* packed, int step) {
+    ptx::ldmatrix_x4(words[step / 2 % 2], (ptx::smem_u32(packed) + t.codes) ^ (step << 4));
+  }
   template <bool>
   __device__ __forceinline__ void load(const Job&, const Thread& t, const uint8_t* packed, int half) {
 #pragma unroll
-    for (int s = 0; s < S::kEarlySteps; ++s) {
+    for (int s = 0; s < S::kSteps / 2; s += 2) load_two(t, packed, S::kSteps / 2 * half + s);
+  }
+  // The fragments of those steps.
+  __device__ __forceinline__ void unpack_two(int step, uint32_t* f) const {
 #pragma unroll
-      for (int r = 0; r < 4; ++r) codes[s][r] = load_bytes(t, packed, S::kSteps / 2 * half + s, r);
+    for (int i = 0; i < 4; ++i) {
+      const uint32_t word = words[step / 2 % 2][i];
+      uint32_t* to = f + i / 2 * 4 + i % 2;
+      to[0] = even_bytes<typename S::T>(word), to[2] = even_bytes<typename S::T>(word >> 8);
     }
   }
-  // All of it as fragments.
   template <bool>
-  __device__ __forceinline__ void unpack(const Thread& t, const uint8_t* packed, int half,
-                                         uint32_t (&f)[S::kFragments]) const {
+  __device__ __forceinline__ void unpack(uint32_t (&f)[S::kFragments]) const {
 #pragma unroll
-    for (int s = 0; s < S::kSteps / 2; ++s) {
-#pragma unroll
-      for (int r = 0; r < 4; ++r) {
-        f[4 * s + r] = pair_of_bytes(
-            typename S::T(), s < S::kEarlySteps ? codes[s][r] : load_bytes(t, packed, S::kSteps / 2 * half + s, r));
-      }
-    }
+    for (int s = 0; s < S::kSteps / 2; s += 2) unpack_two(s, f + 4 * s);
   }
 };
 
@@ -71,7 +67,7 @@ struct EarlyMultiples {
     }
   }
   template <bool kOneRow>
-  __device__ __forceinline__ void unpack(const Thread&, const uint8_t*, int, uint32_t (&f)[S::kFragments]) const {
+  __device__ __forceinline__ void unpack(uint32_t (&f)[S::kFragments]) const {
     unpack_step<kOneRow>(0, f);
     unpack_step<kOneRow>(1, f + 4);
   }

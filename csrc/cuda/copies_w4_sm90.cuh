@@ -13,7 +13,7 @@ struct PackedSource {
   const uint8_t *codes, *scale, *second;  // of the next slab; of group 0; minima or zero points, or nullptr
   int64_t step;  // bytes from one slab's codes to those of this producer's next one
   uint32_t channels;  // of the tile that are stored; the others keep what the stage held, and what they give is dropped
-  uint32_t bytes;  // of a slab and its tokens
+  uint32_t bytes;  // of a slab, and of tokens of a stage
 
   __device__ __forceinline__ PackedSource(const Job& job, int channel0, int slab) {
     const W4Weight& w = job.weight;
@@ -26,8 +26,10 @@ struct PackedSource {
              : S::kZeros && w.zero_point ? w.zero_point + channel0
                                          : nullptr;
     const uint32_t row_bytes = r.value_bytes + (second ? second_bytes(r) : 0);
-    bytes = job.box_rows * S::kCluster * S::kRowBytes +
-            channels * (S::kCodeBytes + (S::kBits == 4 ? row_bytes << r.row_shift : 0));
+    bytes = token_bytes(job) + channels * (S::kCodeBytes + (S::kBits == 4 ? row_bytes << r.row_shift : 0));
+  }
+  static __device__ __forceinline__ uint32_t token_bytes(const Job& job) {
+    return job.box_rows * S::kCluster * S::kStageBoxes * 128;
   }
   static __device__ __forceinline__ uint32_t second_bytes(const GroupRows& r) {
     return S::kMinimum ? r.value_bytes : 1;
@@ -54,6 +56,12 @@ struct PackedSource {
     }
   }
 };
+
+// Of halves: where the next slab's codes are.
+template <typename S>
+__device__ __forceinline__ int next_codes(int codes) {
+  return codes + 1 == S::kCodeStages ? 0 : codes + 1;
+}
 
 // The place in the ring of stages.
 struct Ring {

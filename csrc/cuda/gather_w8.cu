@@ -2,13 +2,14 @@
 //
 //   out [count, K] = round(scale[row] * table[row, k]),  one rounding to fp32 and one to the dtype of out
 //
-// A thread widens 16 neighbouring codes; the table is read once, in its own layout or in K slabs (w8a8.h).
+// A thread widens 16 neighbouring codes; the table is read once, in any of the layouts of w8a8.h.
 #undef NDEBUG  // the assertion below is what a caller sees of an id outside the table
 #include <cassert>
 
 #include "host.h"
 #include "launch.h"
 #include "numeric.cuh"
+#include "pairs_w8.cuh"
 #include "w8a16.h"
 
 namespace qk::cuda {
@@ -26,13 +27,14 @@ __global__ void __launch_bounds__(kThreads) gather_kernel(GatherW8Args a, bool a
     int64_t row = a.first + i;
     if (a.ids) row = a.wide_ids ? static_cast<const int64_t*>(a.ids)[i] : static_cast<const int32_t*>(a.ids)[i];
     assert(row >= 0 && row < a.n && "embedding: id outside the table");
-    const int8_t* source = a.packed
+    const bool packed = a.layout != W8Layout::kRows;
+    const int8_t* source = packed
                                ? a.table + (int64_t(c >> 3) * a.slab_rows + row) * kSlabK + (((c & 7) ^ (row & 7)) << 4)
                                : a.table + row * a.k + k;
     const float scale = __ldg(a.scale + row);
     T* to = static_cast<T*>(a.out) + i * a.k + k;
     union {
-      int4 words;
+      uint4 words;
       int8_t codes[kChunk];
     } q;
     union {
@@ -40,8 +42,9 @@ __global__ void __launch_bounds__(kThreads) gather_kernel(GatherW8Args a, bool a
       T values[kChunk];
     } out;
     const int left = min(kChunk, a.k - k);
-    if (a.packed || (aligned && left == kChunk)) {  // slabs are padded
-      q.words = __ldg(reinterpret_cast<const int4*>(source));
+    if (packed || (aligned && left == kChunk)) {  // slabs are padded
+      q.words = __ldg(reinterpret_cast<const uint4*>(source));
+      if (a.layout == W8Layout::kPairs) q.words = from_pairs(q.words);
     } else {
 #pragma unroll
       for (int j = 0; j < kChunk; ++j) q.codes[j] = j < left ? source[j] : int8_t{0};

@@ -24,13 +24,13 @@
 // Weights are never rounded: codes less their zero point are exact, and the sums of a group are multiplied by its
 // scale. 8-bit activations: sums are int32 and exact, and the groups of an output are added in the order of K, each
 // step rounded once. 16-bit activations: fp32 sums, promoted at the end of each group and of each slab; or, of 192
-// or 256 tokens ("wide"), kept by the tensor cores for all of K in units of the scale of the group at hand, and multiplied by
-// the ratio of two scales between groups: one set of registers serves twice the tokens.
+// or 256 tokens ("wide"), kept by the tensor cores for all of K in units of the scale of the group at hand, and
+// multiplied by the ratio of two scales between groups: one set of registers serves twice the tokens.
 //
-// 8-bit weights, under 16-bit activations: bytes in the order of channels (w8a8.h), which a thread reads two at a time
-// from where wgmma's register operand has them, as far as registers go half a slab ahead. Their scales are of channels,
-// so the tensor cores keep one set of sums for all of K, and products follow one another without a pause. The same goes
-// for 4-bit weights under 8-bit activations whose groups have multipliers in place of scales (codes_sm90.cuh).
+// 8-bit weights, under 16-bit activations: rows of pairs (w8a8.h), of which "ldmatrix" gives each lane two steps of
+// wgmma's register operand at a time. Their scales are of channels, so the tensor cores keep one set of sums for all of
+// K, and products follow one another without a pause: behind those of two steps, the next two are unpacked. The same
+// goes for 4-bit weights under 8-bit activations whose groups have multipliers in place of scales (codes_sm90.cuh).
 //
 // Up to 16 tokens ("few"), whose products are over before the next ones begin: the same fragments by mma.sync, in two
 // chains of sums. It takes 35 cycles for a product where wgmma takes 90, and no descriptors; nothing else is different.
@@ -98,6 +98,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kPerSm)
       Ring ring;
       ring.stage = producer;
       ring.parity = 1;  // of an empty barrier nobody has used: its "previous" phase counts as complete
+      [[maybe_unused]] int codes = 0;  // where a slab's go, of halves
       int skip = producer;  // slabs of the next segment until the first one of this producer
       int until_half = max(1, walk.slabs(job) / (2 * S::kProducers));  // copies until the next kernel may begin
       bool waited = false;
@@ -115,33 +116,46 @@ __global__ void __launch_bounds__(S::kThreads, S::kPerSm)
           for (int slab = first; slab < s.last && ring.stage + ahead * S::kProducers < job.stages;
                slab += S::kProducers) {
             const int stage = ring.stage + ahead * S::kProducers;
-            source.load(job, slab, packed_here + stage * job.packed_bytes, full_here + 8 * stage, policy);
+            source.load(job, slab, packed_here + stage / S::kStagesOfSlab * job.packed_bytes, full_here + 8 * stage,
+                        policy);
             ++ahead;
+            if (S::kHalves && stage + 1 < job.stages) {
+              ptx::mbarrier_arrive_expect_tx(full_here + 8 * (stage + 1), source.token_bytes(job));
+              ++ahead;
+            }
           }
           if (!job.follows) ptx::grid_dependency_wait();
           waited = true;
         }
 #pragma unroll 1
         for (int slab = first; slab < s.last; slab += S::kProducers) {
-          const uint32_t bar = full_here + 8 * ring.stage;
-          if (ahead > 0) {
-            --ahead;
-          } else {
-            ptx::mbarrier_wait(empty_here + 8 * ring.stage, ring.parity);
-            source.load(job, slab, packed_here + ring.stage * job.packed_bytes, bar, policy);
-          }
-          const uint32_t target = tokens_here + ring.stage * S::kTokenBytes;
 #pragma unroll
-          for (int b = 0; b < S::kBoxes; ++b) {
-            const uint32_t box = target + b * S::kTokens * 128;
-            if constexpr (S::kCluster > 1) {
-              ptx::tensor_load_2d_multicast(box, &x_map, slab * S::kRowBytes + b * 128, m0, bar, (1 << S::kCluster) - 1,
-                                            ptx::kEvictNormal);
+          for (int part = 0; part < S::kStagesOfSlab; ++part) {
+            const uint32_t bar = full_here + 8 * ring.stage;
+            if (ahead > 0) {
+              --ahead;
             } else {
-              ptx::tensor_load_2d(box, &x_map, slab * S::kRowBytes + b * 128, m0, bar, ptx::kEvictNormal);
+              ptx::mbarrier_wait(empty_here + 8 * ring.stage, ring.parity);
+              if (part == 0) {
+                source.load(job, slab, packed_here + (S::kHalves ? codes : ring.stage) * job.packed_bytes, bar, policy);
+              } else {
+                ptx::mbarrier_arrive_expect_tx(bar, source.token_bytes(job));
+              }
             }
+            const uint32_t target = tokens_here + ring.stage * S::kTokenBytes;
+#pragma unroll
+            for (int b = 0; b < S::kStageBoxes; ++b) {
+              const uint32_t box = target + b * S::kTokens * 128;
+              const int column = slab * S::kRowBytes + (part * S::kStageBoxes + b) * 128;
+              if constexpr (S::kCluster > 1) {
+                ptx::tensor_load_2d_multicast(box, &x_map, column, m0, bar, (1 << S::kCluster) - 1, ptx::kEvictNormal);
+              } else {
+                ptx::tensor_load_2d(box, &x_map, column, m0, bar, ptx::kEvictNormal);
+              }
+            }
+            ring.advance(job.stages, S::kProducers);
           }
-          ring.advance(job.stages, S::kProducers);
+          if (S::kHalves) codes = next_codes<S>(codes);
           // It fills its stages where there is room, and memory is never idle; sooner, it would take from what this one
           // still needs.
           if (--until_half == 0) ptx::grid_launch_dependents();
@@ -172,6 +186,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kPerSm)
     int left = S::kPhases == 1 ? walk.slabs(job) : max(0, (job.slabs - t.phase + S::kPhases - 1) / S::kPhases);
     Ring ring;
     ring.stage = t.phase;
+    [[maybe_unused]] int codes = 0;  // where a slab's are, of halves
     const Relay<S> relay(exchange);
     Segment s;
     float scale[2];  // of wide sums
@@ -280,10 +295,39 @@ __global__ void __launch_bounds__(S::kThreads, S::kPerSm)
       const int own = ring.stage;
       const uint32_t own_parity = ring.parity;
       ring.advance(job.stages, S::kPhases);
+      [[maybe_unused]] const Ring second = ring;  // of halves
+      if constexpr (S::kHalves) ring.advance(job.stages);
       const int next = --left > 0 ? ring.stage : own;
       const uint32_t next_parity = left > 0 ? ring.parity : own_parity;
       const bool first = slab == s.first + t.phase;
-      if constexpr (S::kBySteps) {
+      if constexpr (S::kBySteps && S::kBits == 8) {
+        const uint8_t* packed = packed_at(S::kHalves ? codes : own);
+        if (S::kHalves && left > 0) codes = next_codes<S>(codes);
+        const uint8_t* next_packed = packed_at(S::kHalves ? codes : next);
+#pragma unroll
+        for (int s = 0; s < S::kSteps; s += 2) {
+          const bool last = s == S::kSteps - 2;
+          uint32_t* next_fragments = s % 4 ? even : odd;
+          if (S::kHalves && s == S::kSteps / 2) {
+            ptx::mbarrier_wait(full_here + 8 * second.stage, second.parity);
+            tokens = base + second.stage * S::kTokenBytes - S::kTokenBytes;
+            if (S::kUniform) tokens = ptx::uniform(tokens);
+          }
+          multiply_two<S>(s % 4 ? odd : even, tokens, s, first, sums);
+          if (last) {
+            ptx::mbarrier_wait(full_here + 8 * next, next_parity);
+            early.load_two(t, next_packed, 0);
+            early.load_two(t, next_packed, 2);
+          } else if (s + 4 < S::kSteps) {
+            early.load_two(t, packed, s + 4);
+          }
+          ptx::wgmma_wait<1>();  // all but these
+          if (s == 0 && !first) release_before(own);
+          if (S::kHalves && s == S::kSteps / 2) release(own);
+          early.unpack_two(last ? 0 : s + 2, next_fragments);
+        }
+        return;
+      } else if constexpr (S::kBySteps) {
         multiply<S, 0, 1, S::kSteps>(even, tokens, first, sums);
         ptx::wgmma_wait<1>();  // all but these
         if (!first) release_before(own);
@@ -307,12 +351,12 @@ __global__ void __launch_bounds__(S::kThreads, S::kPerSm)
         ptx::wgmma_wait<1>();  // all but these
         if (!first) release_before(own);
       }
-      early.template unpack<kOneRow>(t, packed_at(own), 1, odd);
+      early.template unpack<kOneRow>(odd);
       multiply<S, S::kSteps / 2, S::kSteps / 2, S::kSteps>(odd, tokens, false, sums);
       ptx::mbarrier_wait(full_here + 8 * next, next_parity);
       early.template load<kOneRow>(job, t, packed_at(next), 0);
       if constexpr (!S::kFew) ptx::wgmma_wait<1>();  // the even half may be overwritten
-      early.template unpack<kOneRow>(t, packed_at(next), 0, even);
+      early.template unpack<kOneRow>(even);
       early.template load<kOneRow>(job, t, packed_at(next), 1);
       if (S::kFew) release(own);
     };
@@ -323,11 +367,13 @@ __global__ void __launch_bounds__(S::kThreads, S::kPerSm)
       const uint8_t* packed = packed_at(ring.stage);
       if constexpr (S::kOneSum) {
         early.template load<false>(job, t, packed, 0);
-        if constexpr (S::kBySteps) {
+        if constexpr (S::kBySteps && S::kBits == 8) {
+          early.unpack_two(0, even);
+        } else if constexpr (S::kBySteps) {
           early.template unpack_step<false>(0, even);
           later.template load<false>(job, t, packed, 1);
         } else {
-          early.template unpack<false>(t, packed, 0, even);
+          early.template unpack<false>(even);
           early.template load<false>(job, t, packed, 1);
         }
       } else {

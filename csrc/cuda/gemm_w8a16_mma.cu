@@ -2,13 +2,13 @@
 //
 //   y [M, N] = round(scale_w[n] * sum_k x[m, k] * w[n, k] + bias[n]),  x in bf16 or fp16, w int8, sums in fp32
 //
-// The weight is streamed once, in the layout of w8a8.h; at so few tokens nothing else matters. Weights are the 16-row
-// operand. With g = lane / 4, t = lane % 4, a lane loads the 16-byte chunk 4h + t (h = 0, 1) of rows g and g + 8 of a
-// slab: its 16 bytes are k = 64h + 16t .. + 15. The order of k within a product is free as long as both operands agree,
-// so product j of a half takes k = 64h + 16t + 4j .. + 3 from lane t, straight from registers:
+// The weight is streamed once, in slabs of pairs (w8a8.h); at so few tokens nothing else matters. Weights are the
+// 16-row operand. With g = lane / 4, t = lane % 4, a lane loads the 16-byte chunk 4h + t (h = 0, 1) of rows g and g + 8
+// of a slab: its 16 bytes are k = 64h + 16t .. + 15. The order of k within a product is free as long as both operands
+// agree, so product j of a half takes what word j of the chunk holds, straight from registers:
 //
 //     a[0], a[1]: bytes 0 and 2 of word j of rows g and g + 8;  a[2], a[3]: bytes 1 and 3
-//     b0: x at the places of bytes 0 and 2;  b1: at those of 1 and 3
+//     b0: x at k = 64h + 16t + 2j, 2j + 1;  b1: at 8 + 2j, 9 + 2j
 //
 // Eight warps of a CTA take every eighth slab of 16 * kBlocks channels and add their sums in shared memory in a fixed
 // order: results repeat to the bit. Each warp keeps the weights of two slabs in flight, 64 KB for sixteen warps of an
@@ -17,6 +17,7 @@
 
 #include "epilogue.cuh"
 #include "host.h"
+#include "operands_w4a16.cuh"
 #include "w8a16.h"
 
 namespace qk::cuda {
@@ -25,29 +26,13 @@ namespace {
 constexpr int kWarps = 8;
 constexpr int kThreads = 32 * kWarps;
 
-// Bytes 0 and 2 of `w`, signed, as two bf16: 0x43 over seven bits is 128 + their value, and 0x4380 is 256, so the sign
-// bit chooses what is subtracted. Exact.
-__device__ __forceinline__ uint32_t even_bytes(__nv_bfloat16, uint32_t w) {
-  const uint32_t low = ptx::and_or(w, 0x007f007fu, 0x43004300u), high = ptx::and_or(w, 0x00800080u, 0x43004300u);
-  const __nv_bfloat162 v =
-      __hsub2(reinterpret_cast<const __nv_bfloat162&>(low), reinterpret_cast<const __nv_bfloat162&>(high));
-  return reinterpret_cast<const uint32_t&>(v);
-}
-// As two fp16: 0x64 over eight bits is 1024 + their value, offset by 128 here.
-__device__ __forceinline__ uint32_t even_bytes(__half, uint32_t w) {
-  const uint32_t shifted = ptx::and_or(w ^ 0x00800080u, 0x00ff00ffu, 0x64006400u);
-  const uint32_t zero = 0x64806480u;  // 1152
-  const __half2 v = __hsub2(reinterpret_cast<const __half2&>(shifted), reinterpret_cast<const __half2&>(zero));
-  return reinterpret_cast<const uint32_t&>(v);
-}
-
 // The weights of one slab: 16 bytes of both halves, of rows g and g + 8.
 struct Weights {
   uint32_t words[2][2][4];
 };
 
-// `row` points at the lane's row g of the slab. Rows 8 further on are a whole atom away; where the weight has none they
-// count as zero.
+// `row` points at the lane's row g of the slab. Rows 8 further on are a whole atom away; where the weight has none,
+// what comes of them is not stored.
 __device__ __forceinline__ void load_weights(Weights& w, const int8_t* row, int g, int t, bool present, bool second) {
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
@@ -99,8 +84,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks == 1 ? 2 : 1) gemm_w8a16_ker
 #pragma unroll
         for (int s = 0; s < 4; ++s) {
           const uint32_t low = w[i].words[h][0][s], high = w[i].words[h][1][s];
-          fragment[i][s][0] = even_bytes(T(), low), fragment[i][s][1] = even_bytes(T(), high);
-          fragment[i][s][2] = even_bytes(T(), low >> 8), fragment[i][s][3] = even_bytes(T(), high >> 8);
+          fragment[i][s][0] = even_bytes<T>(low), fragment[i][s][1] = even_bytes<T>(high);
+          fragment[i][s][2] = even_bytes<T>(low >> 8), fragment[i][s][3] = even_bytes<T>(high >> 8);
         }
       }
       const int k = slab * kSlabK + 64 * h + 16 * t;
@@ -110,13 +95,12 @@ __global__ void __launch_bounds__(kThreads, kBlocks == 1 ? 2 : 1) gemm_w8a16_ker
         const int token = min(m0 + 8 * j + g, a.m - 1);
         const uint16_t* x = static_cast<const uint16_t*>(a.x) + token * a.x_stride;
         const uint4 first = load_tokens(x, k, a.k), second = load_tokens(x, k + 8, a.k);
-        const uint32_t words[8] = {first.x, first.y, first.z, first.w, second.x, second.y, second.z, second.w};
+        const uint32_t b0[4] = {first.x, first.y, first.z, first.w};
+        const uint32_t b1[4] = {second.x, second.y, second.z, second.w};
 #pragma unroll
         for (int s = 0; s < 4; ++s) {
-          const uint32_t b0 = __byte_perm(words[2 * s], words[2 * s + 1], 0x5410);  // places 0 and 2
-          const uint32_t b1 = __byte_perm(words[2 * s], words[2 * s + 1], 0x7632);  // places 1 and 3
 #pragma unroll
-          for (int i = 0; i < kBlocks; ++i) ptx::mma_16(T(), acc[i][j], fragment[i][s], b0, b1);
+          for (int i = 0; i < kBlocks; ++i) ptx::mma_16(T(), acc[i][j], fragment[i][s], b0[s], b1[s]);
         }
       }
     }
@@ -151,8 +135,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks == 1 ? 2 : 1) gemm_w8a16_ker
     }
     const ChannelTerms low = load_channel(e, n + g), high = load_channel(e, n + g + 8);
     store_blocks<1>(e, n, m0 + 8 * j, lane, [&](int, float (&y)[4]) {
-      y[0] = v[0] * low.scale + low.bias, y[1] = v[1] * low.scale + low.bias;
-      y[2] = v[2] * high.scale + high.bias, y[3] = v[3] * high.scale + high.bias;
+      constexpr float kUnit = OffsetBytes<T>::kUnit;
+      y[0] = v[0] * low.scale * kUnit + low.bias, y[1] = v[1] * low.scale * kUnit + low.bias;
+      y[2] = v[2] * high.scale * kUnit + high.bias, y[3] = v[3] * high.scale * kUnit + high.bias;
     });
   }
 }

@@ -1,5 +1,5 @@
-// W8A16 products by wgmma (gemm_w4_sm90.cuh): the instances for 8-bit codes, which lie in the K slabs of w8a8.h. Their
-// scales belong to channels, so that the sums of all of K stay with the tensor cores.
+// W8A16 products by wgmma (gemm_w4_sm90.cuh): the instances for 8-bit codes, which lie in the slabs of pairs of w8a8.h.
+// Their scales belong to channels, so that the sums of all of K stay with the tensor cores.
 #include "run_w4_sm90.cuh"
 #include "w8a16.h"
 

@@ -69,8 +69,10 @@ void quantize_rows(const QuantizeRowsArgs& args, cudaStream_t stream);
 void quantize_norm(const QuantizeNormArgs& args, cudaStream_t stream);
 void quantize_activation(const QuantizeActivationArgs& args, cudaStream_t stream);
 
-void pack_w8(const int8_t* weight, int64_t n, int64_t k, int8_t* packed, int32_t* colsum, cudaStream_t stream);
-void unpack_w8(const int8_t* packed, int64_t n, int64_t k, int8_t* weight, cudaStream_t stream);
+// Canonical weight [N, K] to and from slabs of either kind.
+void pack_w8(const int8_t* weight, int64_t n, int64_t k, W8Layout layout, int8_t* packed, int32_t* colsum,
+             cudaStream_t stream);
+void unpack_w8(const int8_t* packed, int64_t n, int64_t k, W8Layout layout, int8_t* weight, cudaStream_t stream);
 
 // dispatch.cu. `capability` is 10 * major + minor.
 int device_capability();

@@ -111,14 +111,31 @@ __device__ __forceinline__ uint32_t pair_of_nibbles(uint32_t word, int r, uint32
       factor, offset);
 }
 
-// Two signed bytes. bf16: 0x43 over seven bits is 128 + their value, and 0x4380 is 256, so the sign bit chooses what is
-// subtracted. fp16: 0x64 over eight bits is 1024 + their value, here offset by 128. Exact.
-__device__ __forceinline__ uint32_t pair_of_bytes(__nv_bfloat16, uint32_t bytes) {
-  const uint32_t wide = __byte_perm(bytes, 0x43434343u, 0x4140);
-  return subtract(__nv_bfloat16(), wide & 0xff7fff7fu, wide & 0xff80ff80u);
-}
-__device__ __forceinline__ uint32_t pair_of_bytes(__half, uint32_t bytes) {
-  return subtract(__half(), __byte_perm(bytes ^ 0x8080u, 0x64646464u, 0x4140), 0x64806480u);
+// Codes of 8 bits, offset by 128, in pairs of bytes (w8a8.h, kPairs):
+//
+//     fp16: base | q     1024 + q      * 1     - 1152        q - 128
+//     bf16: q            q * 2^-133    * 2^127 - 2           (q - 128) / 64: a subnormal number, or one of the exponent
+//                                                            above, whose step is the same
+//
+// Exact; the epilogue makes up for the 64 (kUnit).
+template <typename T>
+struct OffsetBytes;
+template <>
+struct OffsetBytes<__nv_bfloat16> {
+  static constexpr uint32_t kBase = 0, kFactor = 0x7f007f00u, kZero = 0xc000c000u;
+  static constexpr float kUnit = 64.0f;
+};
+template <>
+struct OffsetBytes<__half> {
+  static constexpr uint32_t kBase = 0x64006400u, kFactor = 0x3c003c00u, kZero = 0xe480e480u;
+  static constexpr float kUnit = 1.0f;
+};
+
+// Bytes 0 and 2 of a word.
+template <typename T>
+__device__ __forceinline__ uint32_t even_bytes(uint32_t word) {
+  using O = OffsetBytes<T>;
+  return multiply_add(T(), ptx::and_or(word, 0x00ff00ffu, O::kBase), O::kFactor, O::kZero);
 }
 
 // Fills that table by `threads` threads of a block.

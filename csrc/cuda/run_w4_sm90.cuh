@@ -67,6 +67,7 @@ void run_shape(Job job, const void* x, int64_t x_stride, const W4Plan& plan, boo
   // It keeps the next kernel's away as well, whose early copies are worth more where tokens are few.
   const bool alone = S::kPerSm == 1 || (!S::kFew && int64_t(job.clusters) * S::kCluster <= multiprocessors());
   job.stages = ((alone ? kMostBytes : kHalfBytes) - kAlignment) / (job.packed_bytes + S::kTokenBytes);
+  if (S::kHalves) job.stages = S::kHalfStages;
   if (job.stages > kMostStages) job.stages = kMostStages;
   job.stages -= job.stages % S::kProducers;  // each has stages of its own
   static std::atomic<uint64_t> allowed{0};
@@ -81,7 +82,8 @@ void run_shape(Job job, const void* x, int64_t x_stride, const W4Plan& plan, boo
   LaunchShape shape;
   shape.grid = dim3(static_cast<unsigned>(job.clusters * S::kCluster));
   shape.block = dim3(S::kThreads);
-  const int bytes_used = job.stages * (job.packed_bytes + S::kTokenBytes) + kAlignment;
+  const int bytes_used =
+      job.stages * S::kTokenBytes + (S::kHalves ? S::kCodeStages : job.stages) * job.packed_bytes + kAlignment;
   shape.shared_bytes = static_cast<size_t>(alone && bytes_used <= kHalfBytes ? kHalfBytes + 4096 : bytes_used);
   shape.cluster_x = S::kCluster;
   shape.dependent = dependent || job.follows;

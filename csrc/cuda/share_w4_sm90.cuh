@@ -257,6 +257,7 @@ __device__ __forceinline__ void store_tile(const Job& job, int m0, int n0, int f
       float y = static_cast<float>(total[4 * j + c]);  // to nearest
       if constexpr (S::kBytes) y = __fmul_rn(y, c & 1 ? x_scale.y : x_scale.x);
       if constexpr (S::kOneSum) y = __fmul_rn(y, c < 2 ? low_scale : high_scale);
+      if constexpr (S::kBits == 8) y *= OffsetBytes<typename S::T>::kUnit;  // last, where nothing overflows early
       v[c] = __fadd_rn(y, c < 2 ? low : high);
     }
   });

@@ -46,9 +46,9 @@ struct Shape {
   // The products of all of K add to the same sums, and that is all.
   static constexpr bool kOneSum = kBits == 8 || kMultiplier;
   static_assert(!kOneSum || kBytes == kMultiplier, "codes of 8 bits are multiplied as floats, multiples as bytes");
-  // A product with a register operand holds its warp up until the one before it is done. Behind a product of 32 k there
-  // is time to unpack the next 32 k, and the tensor cores do not wait for them.
-  static constexpr bool kBySteps = kMultiplier && !kFew;
+  // A product with a register operand holds its warp up until the one before it is done. Behind a product there is time
+  // to unpack the codes of the next one, and the tensor cores do not wait for them.
+  static constexpr bool kBySteps = kOneSum && !kFew;
   using Total = typename std::conditional<kOneSum, Sum, float>::type;
   static constexpr bool kPlain = kKind == W4Kind::kZeroPoint && !kZeros;
   // Integer products are 16 times the true ones (operands_w4a8.cuh).
@@ -60,13 +60,16 @@ struct Shape {
   static constexpr int kConsumerWarps = kWarps * kPhases, kConsumers = kConsumerWarps * 32;
   static constexpr int kRowBytes = kW4SlabK * static_cast<int>(sizeof(T));  // of a token in a slab
   static constexpr int kBoxes = kRowBytes / 128;
-  static constexpr int kTokenBytes = kTokens * kRowBytes;
+  // Two stages of 256 tokens, or three of 192, leave little time for a copy: tokens come by halves of a slab, a stage
+  // each, and codes by slabs, with the first of them. Where there is room for half 2p, half 2p - kHalfStages and those
+  // before it were given back, and with the last one of slab p - kCodeStages whatever holds its codes.
+  static constexpr bool kHalves = kBits_ == 8 && kTokens > 128;
+  static constexpr int kStageBoxes = kHalves ? 1 : kBoxes, kStagesOfSlab = kBoxes / kStageBoxes;
+  static constexpr int kHalfStages = kTokens == 256 ? 5 : 6, kCodeStages = (kHalfStages + 2) / 2;
+  static constexpr int kTokenBytes = kTokens * 128 * kStageBoxes;  // of a stage
   static constexpr int kPart = kTokens / kCluster;  // tokens that a CTA of the cluster fetches
   static_assert(kPart % 8 == 0, "whole swizzle atoms");
   static constexpr int kSteps = kRowBytes / 32;  // products of a slab
-  // Steps of half a slab whose 8-bit codes are read from shared memory half a slab ahead, as far as registers go (a
-  // tenth of the time of 32 to 128 tokens on an H200); a single token waits for memory alone.
-  static constexpr int kEarlySteps = kTokens == 8 || kTokens > 128 ? 0 : kSteps / 2;
   static constexpr int kFragments = kSteps / 2 * 4;  // registers of half a slab
   static constexpr int kValues = kTokens / 2;  // sums of a thread
   static constexpr int kPerSm = w4_per_sm(kBytes, kTokens, kKind, kPhases);
@@ -99,8 +102,9 @@ struct Shape {
   static constexpr bool kApart = kBytes && kTokens >= 64 && kPhases == 1 && !kOneSum;
   // A product takes the address of its tokens from uniform registers: one shuffle gets all of a slab's there, where
   // they would go one by one. It delays the first product, which two warpgroups of many tokens do not hide (measured on
-  // an H200: 3 to 6 % less time with 32 and, of 16 bits, 64 tokens, 1 % more elsewhere).
-  static constexpr bool kUniform = !kFew && (kTokens == 32 || (!kBytes && kTokens != 128));
+  // an H200: 3 to 6 % less time with 32 and, of 16 bits, 64 tokens, 1 % more elsewhere), but those of 8-bit codes do (3
+  // % less with 128 on an H100).
+  static constexpr bool kUniform = !kFew && (kTokens == 32 || kBits_ == 8 || (!kBytes && kTokens != 128));
   static constexpr int kProducerRegisters = kPerSm == 2 ? 48 : kConsumers > 256 ? 64 : 56;
   static constexpr int kConsumerRegisters = kPerSm == 2 ? 96 : kConsumers > 256 ? 104 : 224;
   // Registers only move within what the CTA was launched with; one more, and its consumers would wait for ever.
@@ -189,7 +193,7 @@ struct Thread {
   int lane, warp;  // warp of the channels
   int phase;
   int channel;  // of the tile: the first of its two, the other is 8 further
-  uint32_t codes;  // bytes from the stage's codes on to this thread's; of 8 bits, see load_bytes
+  uint32_t codes;  // bytes from the stage's codes on to this thread's; of 8 bits, to the row that it names to ldmatrix
   uint32_t matrix;  // of few tokens: bytes from those of a stage on to the row that this thread names to ldmatrix
   __device__ __forceinline__ Thread(int warps, bool phases, int bits)
       : lane(static_cast<int>(ptx::keep(threadIdx.x & 31))),
@@ -197,7 +201,7 @@ struct Thread {
         phase(phases ? static_cast<int>(ptx::uniform(threadIdx.x >> 5)) / warps : 0),
         channel(static_cast<int>(ptx::keep(warp * kW4Rows + (lane >> 2)))),
         codes(ptx::keep(bits == 4 ? warp * kW4BlockBytes + lane * 16
-                                  : channel * kSlabK + ((lane >> 2) << 4) + (lane & 3) * 2)),
+                                  : (warp * kW4Rows + (lane & 15)) * kSlabK + (((lane >> 4) ^ (lane & 7)) << 4))),
         matrix(ptx::keep((lane & 7) * 128 + (((lane >> 3) ^ (lane & 7)) << 4))) {}
 };
 
@@ -377,6 +381,18 @@ __device__ __forceinline__ void multiply(const uint32_t* f, uint32_t tokens, boo
       WgmmaRegisters<typename S::T, S::kTokens>::run(sums.part, f + 4 * s, b, accumulate);
       if constexpr (S::kMinimum) WgmmaRegisters<typename S::T, S::kTokens>::run(sums.tokens, ones, b, accumulate);
     }
+  }
+  ptx::wgmma_commit();
+}
+
+// Starts the products of two steps, which add to the sums of all K.
+template <typename S>
+__device__ __forceinline__ void multiply_two(const uint32_t* f, uint32_t tokens, int step, bool fresh, Sums<S>& sums) {
+  ptx::wgmma_fence();
+#pragma unroll
+  for (int s = step; s < step + 2; ++s, f += 4) {
+    const uint64_t b = ptx::wgmma_descriptor(tokens + s / 4 * S::kTokens * 128) + 2 * (s % 4);
+    WgmmaRegisters<typename S::T, S::kTokens>::run(sums.total, f, b, s > 0 || !fresh);
   }
   ptx::wgmma_commit();
 }

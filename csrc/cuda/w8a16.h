@@ -1,5 +1,6 @@
-// Launches for 8-bit weights under floating-point activations, and for tables of 8-bit rows; rules as in launch.h. Both
-// read the packed weight of w8a8.h, so that one resident table can serve a head of either kind and the lookups.
+// Launches for 8-bit weights under floating-point activations, which read slabs of pairs (w8a8.h), and for tables of
+// 8-bit rows, in any layout, so that one resident table serves its lookups and a head of either kind; rules as in
+// launch.h.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -14,7 +15,7 @@ struct GemmW8A16Args {
   const void* x;
   DType x_dtype;  // kBF16 or kF16
   int64_t x_stride;  // elements between rows, a multiple of 8; x is 16-byte aligned
-  const int8_t* packed;  // K slabs, 128-byte aligned
+  const int8_t* packed;  // slabs of pairs, 128-byte aligned
   int64_t slab_rows;  // from one slab to the next: packed_rows(n), or more
   const float* weight_scale;  // [N]
   const float* bias;  // [N] or nullptr
@@ -42,9 +43,9 @@ void gemm_w8a16_sm90(const GemmW8A16Args& args, const W4Plan& plan, bool depende
 // out [count, K] = round(scale[row] * table[row, :]), row = ids[i], or first + i where ids is nullptr. Ids outside the
 // table stop the kernel with an assertion, as torch's own lookups do.
 struct GatherW8Args {
-  const int8_t* table;
-  bool packed;  // K slabs, 128-byte aligned; else [N, K] as it is
-  int64_t slab_rows;  // of K slabs: as above
+  const int8_t* table;  // slabs are 128-byte aligned
+  W8Layout layout;
+  int64_t slab_rows;  // of slabs: as above
   const float* scale;  // [N]
   int32_t n, k;
   const void* ids;  // int32 or int64 [count], or nullptr

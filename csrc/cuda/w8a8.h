@@ -13,6 +13,15 @@
 // That is the 128-byte swizzle wgmma wants of a K-major operand, so a tile of any multiple of 8 rows is one contiguous
 // piece of memory: one bulk copy without a tensor map, and free of bank conflicts under ldmatrix.
 //
+// Weight-only kernels (w8a16.h) read the same slabs with other bytes ("pairs"): q + 128, and within each chunk of 16 k,
+// of which word t is bytes 4t .. 4t + 3,
+//
+//     word t:   k = 2t | 8 + 2t | 2t + 1 | 9 + 2t
+//
+// so that the word that "ldmatrix" gives lane t is the lane's part of that row in the fragment of mma m16n8k16: word &
+// 0x00ff00ff are the codes 2t and 2t + 1, (word >> 8) & 0x00ff00ff those of 8 + 2t and 9 + 2t. Padding is 128, which is
+// 0.
+//
 // Weights that read one input may lie side by side, row after row in slabs of all their rows. From multiples of 8 rows
 // on, each is still a weight of this layout, but for the distance of its slabs.
 #pragma once
@@ -34,6 +43,9 @@ constexpr int kAtomRows = 8;  // rows of a swizzle atom
 
 // Activations that asymmetric quantization made hold q - 128 (a signed byte), so that every kernel is s8 x s8.
 constexpr int kZeroShift = 128;
+
+// How 8-bit weights lie: as they are, [N, K]; in slabs, as W8A8 reads them; in slabs of pairs.
+enum class W8Layout : int32_t { kRows = 0, kSlabs = 1, kPairs = 2 };
 
 struct GemmW8A8Args {
   const int8_t* xq;  // [M, K], 16-byte aligned; q, or q - 128 where x_zero_point is given
