@@ -26,9 +26,10 @@ constexpr Tile kByteTiles[] = {{16, 4, 0.198, 1.84, 0},
                                {32, 1, 0.308, 3.18, 0},
                                {64, 1, 0.412, 3.59, 0},
                                {128, 1, 0.623, 4.5, 0}};
-constexpr Tile kByteCodeTiles[] = {{16, 4, 0.238, 0.5, 0},     {32, 4, 0.308, 1.25, 0},    {64, 2, 0.376, 1.07, 0},
-                                   {32, 1, 0.527, 1.51, 6.62}, {64, 1, 0.613, 2.24, 7.45}, {128, 1, 0.843, 1.23, 10.8},
-                                   {192, 1, 1.2, 0.7, 19},     {256, 1, 1.53, 0.15, 26.2}};
+constexpr Tile kByteCodeTiles[] = {
+    {16, 2, 0.2, 0.69, 0, 2.81},  {16, 4, 0.217, 0.31, 0, 1}, {32, 4, 0.28, 0.17, 0, 1.72},
+    {64, 2, 0.302, 0.34, 0, 2.6}, {32, 1, 0.509, 0, 9.24},    {64, 1, 0.561, 0, 9.05},
+    {128, 1, 0.785, 0.48, 8},     {192, 1, 1.13, 0, 11},      {256, 1, 1.48, 0.1, 21}};  // on an H100
 constexpr Tile kMultiplierTiles[] = {
     {32, 1, 0.341, 3.28, 0},  {32, 2, 0.238, 2.64, 0}, {32, 4, 0.205, 2.14, 0},
     {64, 1, 0.37, 3.58, 0},   {64, 2, 0.318, 2.71, 0}, {128, 1, 0.431, 4.23, 0},
@@ -86,7 +87,7 @@ W4Plan plan_few(bool bytes, int bits, int64_t m, int64_t n, int64_t k, W4Kind ki
   } else if (bits == 4 && narrow <= sms && slabs >= (plan.tokens == 8 ? 32 : 64)) {
     plan.phases = 4;
   } else {
-    plan.phases = narrow <= 2 * int64_t(sms) ? 2 : 1;
+    plan.phases = narrow <= (bits == 8 ? 4 : 2) * int64_t(sms) ? 2 : 1;
   }
   const Waves w = waves_of(plan, bytes, m, n, kind, sms);
   // Half of the multiprocessors in a single wave, half of the places in the last of several.
