@@ -257,14 +257,15 @@ class LinearW8A8 {
     }
   }
 
-  // What tile t of the range asks for in a column tile: the weights behind `depth` k of the superblock's own, if there
-  // is `more`.
+  // What tile t of the range asks for in a column tile, if there is `more`: as many weights as its slice has, a whole
+  // slice behind them (slices are not all of one depth), or a superblock where that is less.
   Ahead look_ahead(const int8_t* weights, int64_t depth, Range range, int64_t t, int64_t column, bool more) const {
     constexpr int64_t kColumns = kBlockN / V::kTileN;
     const int64_t tiles = range.end - range.begin, bytes = padded_k(depth) * kBlockN;
     if (kColumns * tiles == 1) return streams_ ? ahead_in_stream(weights) : Ahead{};
     if (!more) return {};
-    const LookAhead ahead(weights + bytes, bytes, kColumns * tiles, kBlockN * kPackK);
+    const int64_t behind = p_.k < V::kSliceK ? padded_k(p_.k) : V::kSliceK;
+    const LookAhead ahead(weights + behind * kBlockN, bytes, kColumns * tiles, kBlockN * kPackK);
     return ahead.of(0, column * tiles + t - range.begin, padded_k(depth) / kPackK);
   }
 
