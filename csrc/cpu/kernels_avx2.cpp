@@ -31,9 +31,9 @@ struct Widened {
 // of them fit in int16 (30720 < 32768) before they are widened.
 constexpr int64_t kCodeSteps = 8;
 
-// Bytes of weights between a use and its prefetch, measured on Zen 3 with weights in L3 and in memory: a tile jumps
-// over lines, which the hardware does not follow, and it stops at the end of a page.
-constexpr int64_t kTileAhead = 16384, kRowAhead = 8192;
+// Bytes of weights between a use and its prefetch where a row or two pass over them once, measured on Zen 3 with
+// weights in L3 and in memory: the hardware stops at the end of a page.
+constexpr int64_t kRowAhead = 8192;
 
 inline __m256i broadcast4(const uint8_t* p) {
   int32_t v;
@@ -49,16 +49,33 @@ struct Avx2 : YmmVerbs {
   static constexpr bool kFusesGroups = true, kFinishesTiles = false, kWidens = true, kJoinsGroups = false;
   static constexpr int64_t kBlockBytes = 384 << 10, kWideBlockBytes = 1536 << 10;
   static constexpr int kWideTileM = 4, kWideSliceK = 512, kWideBlockTiles = 32;
-  // Measured on Zen 3: fewer rows do not earn back the panel, least of all where weights come from L3 or memory.
-  static constexpr int64_t wide_rows(int64_t k) { return k < 2048 ? 9 : 13; }
+  // Measured on Zen 3 and on Emerald Rapids: fewer rows do not earn back the panel.
+  static int64_t wide_rows(int64_t k) { return is_intel() ? 17 : k < 2048 ? 9 : 13; }
   static int64_t direct_tiles() { return 1; }
   struct Session {
     Session() {}
   };
 
-  template <class Dot, int kRows>
+  // call(rows of a tile, lines that it asks for), constants.
+  template <class Call>
+  static void with_constants(int rows, const Ahead& ahead, const Call& call) {
+    with_lines(ahead, [&](auto lines) {
+      switch (rows) {
+        case 1:
+          return call(std::integral_constant<int, 1>{}, lines);
+        case 2:
+          return call(std::integral_constant<int, 2>{}, lines);
+        case 3:
+          return call(std::integral_constant<int, 3>{}, lines);
+        default:
+          return call(std::integral_constant<int, 4>{}, lines);
+      }
+    });
+  }
+
+  template <class Dot, int kRows, int kLines>
   QK_NOINLINE static void tile_rows(const uint8_t* a, int64_t lda, const int8_t* b, int64_t steps, int32_t* c,
-                                    bool accumulate) {
+                                    bool accumulate, const Ahead& ahead) {
     __m256i c00, c01, c10, c11, c20, c21, c30, c31;
     const auto init = [&](int r, __m256i& x0, __m256i& x1) {
       x0 = accumulate ? load_i(c + r * kTileN) : _mm256_setzero_si256();
@@ -77,7 +94,7 @@ struct Avx2 : YmmVerbs {
       const int8_t* bk = b + k * kBlockN * kPackK;
       const __m256i b0 = _mm256_load_si256(reinterpret_cast<const __m256i*>(bk)),
                     b1 = _mm256_load_si256(reinterpret_cast<const __m256i*>(bk + 32));
-      __builtin_prefetch(bk + kTileAhead);
+      ask<kLines>(ahead, k);
       const auto row = [&](const uint8_t* ar, __m256i& x0, __m256i& x1) __attribute__((always_inline)) {
         const __m256i v = broadcast4(ar + k * kPackK), abs_v = _mm256_abs_epi8(v);
         x0 = _mm256_add_epi32(x0, Dot::dot4(v, abs_v, b0, ones));
@@ -128,25 +145,17 @@ struct Avx2 : YmmVerbs {
 
   template <class Dot>
   static void tile_with(int rows, const uint8_t* a, int64_t lda, const int8_t* b, int64_t steps, int32_t* c,
-                        bool accumulate) {
-    switch (rows) {
-      case 1:
-        return tile_rows<Dot, 1>(a, lda, b, steps, c, accumulate);
-      case 2:
-        return tile_rows<Dot, 2>(a, lda, b, steps, c, accumulate);
-      case 3:
-        return tile_rows<Dot, 3>(a, lda, b, steps, c, accumulate);
-      default:
-        return tile_rows<Dot, 4>(a, lda, b, steps, c, accumulate);
-    }
+                        bool accumulate, const Ahead& ahead) {
+    with_constants(rows, ahead,
+                   [&](auto r, auto lines) { tile_rows<Dot, r(), lines()>(a, lda, b, steps, c, accumulate, ahead); });
   }
 
   static void tile(int rows, const uint8_t* a, int64_t lda, const int8_t* b, int64_t steps, int32_t* c, bool accumulate,
-                   bool minus128, const Ahead& /*ahead*/) {
+                   bool minus128, const Ahead& ahead) {
     if (minus128)
-      tile_with<Widened>(rows, a, lda, b, steps, c, accumulate);
+      tile_with<Widened>(rows, a, lda, b, steps, c, accumulate, ahead);
     else
-      tile_with<Signed>(rows, a, lda, b, steps, c, accumulate);
+      tile_with<Signed>(rows, a, lda, b, steps, c, accumulate, ahead);
   }
 
   // ---- widened operands ----------------------------------------------------------------------------------------
@@ -220,9 +229,9 @@ struct Avx2 : YmmVerbs {
   // 4 x 16 tile: 8 accumulators, 4 weight registers and 4 for sums of activations and weights, of 16. More rows would
   // have to read weights again and again, and two such loads in a cycle are all there are. steps: an even number.
   // row_less: of the tile's rows; nullptr to go on from c.
-  template <int kRows>
+  template <int kRows, int kLines>
   QK_NOINLINE static void wide_rows(const uint8_t* a, const int16_t* panel, int64_t steps, const int32_t* less,
-                                    const int32_t* row_less, int32_t* c) {
+                                    const int32_t* row_less, int32_t* c, const Ahead& ahead) {
     __m256i c00, c01, c10, c11, c20, c21, c30, c31;
     const auto init = [&](int r, __m256i& x0, __m256i& x1) {
       x0 = add_i(load_i(less), row_less ? set_i(row_less[r]) : load_i(c + r * kTileN));
@@ -233,7 +242,7 @@ struct Avx2 : YmmVerbs {
     if constexpr (kRows > 2) init(2, c20, c21);
     if constexpr (kRows > 3) init(3, c30, c31);
     const __m256i* b = reinterpret_cast<const __m256i*>(panel);
-    for (const __m256i* end = b + 4 * steps; b < end; b += 8, a += 16 * kWideTileM) {
+    for (int64_t k = 0; k < steps; k += 2, b += 8, a += 16 * kWideTileM) {
       const auto step = [&](int at) __attribute__((always_inline)) {
         const __m256i even0 = _mm256_load_si256(b + 4 * at), even1 = _mm256_load_si256(b + 4 * at + 1),
                       odd0 = _mm256_load_si256(b + 4 * at + 2), odd1 = _mm256_load_si256(b + 4 * at + 3);
@@ -262,6 +271,7 @@ struct Avx2 : YmmVerbs {
       };
       step(0);
       step(1);
+      ask<kLines>(ahead, k);
     }
     const auto save = [&](int r, __m256i x0, __m256i x1) {
       store_i(c + r * kTileN, x0);
@@ -273,25 +283,20 @@ struct Avx2 : YmmVerbs {
     if constexpr (kRows > 3) save(3, c30, c31);
   }
   static void wide_tile(int rows, const uint8_t* a, const int16_t* panel, int64_t steps, const int32_t* less,
-                        const int32_t* row_less, int32_t* c) {
-    switch (rows) {
-      case 1:
-        return wide_rows<1>(a, panel, steps, less, row_less, c);
-      case 2:
-        return wide_rows<2>(a, panel, steps, less, row_less, c);
-      case 3:
-        return wide_rows<3>(a, panel, steps, less, row_less, c);
-      default:
-        return wide_rows<4>(a, panel, steps, less, row_less, c);
-    }
+                        const int32_t* row_less, int32_t* c, const Ahead& ahead) {
+    with_constants(rows, ahead,
+                   [&](auto r, auto lines) { wide_rows<r(), lines()>(a, panel, steps, less, row_less, c, ahead); });
   }
 
   // The words of kCodeSteps steps at a time, to finish(row, half, first k of the piece, words).
-  template <int kRows, class Finish>
+  template <int kRows, int kLines, class Finish>
   __attribute__((always_inline)) static void code_words(const uint8_t* a, int64_t lda, const int8_t* b, int64_t steps,
-                                                        const Finish& finish) {
+                                                        const Ahead& ahead, const Finish& finish) {
     const uint8_t* a2 = a + 2 * lda;
     for (int64_t k = 0; k < steps; k += kCodeSteps) {
+      // Four steps' share is a line at most, since there are four tiles at least.
+      ask<kLines>(ahead, k);
+      ask<kLines>(ahead, k + kCodeSteps / 2);
       const int8_t* end = b + (steps - k < kCodeSteps ? steps - k : kCodeSteps) * kBlockN * kPackK;
       __m256i c00, c01, c10, c11, c20, c21, c30, c31;
       c00 = c01 = c10 = c11 = c20 = c21 = c30 = c31 = _mm256_setzero_si256();
@@ -327,66 +332,49 @@ struct Avx2 : YmmVerbs {
     }
   }
 
-  template <int kRows>
+  template <int kRows, int kLines>
   QK_NOINLINE static void tile4_rows(const uint8_t* a, int64_t lda, const int8_t* b, int64_t steps, int32_t* c,
-                                     bool accumulate) {
+                                     bool accumulate, const Ahead& ahead) {
     const __m256i ones = _mm256_set1_epi16(1);
     if (!accumulate) __builtin_memset(c, 0, sizeof(int32_t) * kRows * kTileN);
-    code_words<kRows>(a, lda, b, steps, [&](int r, int half, int64_t, __m256i words) __attribute__((always_inline)) {
-      int32_t* to = c + r * kTileN + half;
-      store_i(to, add_i(load_i(to), _mm256_madd_epi16(words, ones)));
-    });
+    code_words<kRows, kLines>(a, lda, b, steps, ahead,
+                              [&](int r, int half, int64_t, __m256i words) __attribute__((always_inline)) {
+                                int32_t* to = c + r * kTileN + half;
+                                store_i(to, add_i(load_i(to), _mm256_madd_epi16(words, ones)));
+                              });
   }
 
   // One group and 16 columns: totals [rows, 64] += float(start + sum) * scale, or int32 all of it.
-  template <int kRows, class T>
+  template <int kRows, int kLines, class T>
   QK_NOINLINE static void tile4_group_rows(const uint8_t* a, int64_t lda, const int8_t* b, int64_t steps,
-                                           const int32_t* start, const T* scale, T* totals) {
+                                           const int32_t* start, const T* scale, T* totals, const Ahead& ahead) {
     const __m256i ones = _mm256_set1_epi16(1);
     alignas(32) int32_t c[kRows * kTileN];
-    code_words<kRows>(a, lda, b, steps, [&](int r, int half, int64_t k, __m256i words) __attribute__((always_inline)) {
-      int32_t* sum = c + r * kTileN + half;
-      const __m256i s = add_i(k == 0 ? set_i(start[r]) : load_i(sum), _mm256_madd_epi16(words, ones));
-      if (k + kCodeSteps < steps) return store_i(sum, s);
-      add_group(totals + r * kBlockN + half, s, scale + half);
-    });
+    code_words<kRows, kLines>(
+        a, lda, b, steps, ahead, [&](int r, int half, int64_t k, __m256i words) __attribute__((always_inline)) {
+          int32_t* sum = c + r * kTileN + half;
+          const __m256i s = add_i(k == 0 ? set_i(start[r]) : load_i(sum), _mm256_madd_epi16(words, ones));
+          if (k + kCodeSteps < steps) return store_i(sum, s);
+          add_group(totals + r * kBlockN + half, s, scale + half);
+        });
   }
   template <class T>
   static void tile4_group(int rows, const uint8_t* a, int64_t lda, const int8_t* panel, int64_t columns, int64_t steps,
-                          const int32_t* start, const T* scale, T* totals, const Ahead& /*ahead*/) {
-    for (int j = 0; j < columns; j += kTileN) {
-      const int8_t* b = panel + j * kPackK;
-      switch (rows) {
-        case 1:
-          tile4_group_rows<1>(a, lda, b, steps, start, scale + j, totals + j);
-          break;
-        case 2:
-          tile4_group_rows<2>(a, lda, b, steps, start, scale + j, totals + j);
-          break;
-        case 3:
-          tile4_group_rows<3>(a, lda, b, steps, start, scale + j, totals + j);
-          break;
-        default:
-          tile4_group_rows<4>(a, lda, b, steps, start, scale + j, totals + j);
-          break;
-      }
-    }
+                          const int32_t* start, const T* scale, T* totals, Ahead ahead) {
+    with_constants(rows, ahead, [&](auto r, auto lines) {
+      for (int j = 0; j < columns; j += kTileN, ahead.at += steps * ahead.stride)
+        tile4_group_rows<r(), lines()>(a, lda, panel + j * kPackK, steps, start, scale + j, totals + j, ahead);
+    });
   }
   static void tile4(int rows, const uint8_t* a, int64_t lda, const int8_t* b, int64_t steps, int32_t* c,
-                    bool accumulate, const Ahead& /*ahead*/) {
-    switch (rows) {
-      case 1:
-        return tile4_rows<1>(a, lda, b, steps, c, accumulate);
-      case 2:
-        return tile4_rows<2>(a, lda, b, steps, c, accumulate);
-      case 3:
-        return tile4_rows<3>(a, lda, b, steps, c, accumulate);
-      default:
-        return tile4_rows<4>(a, lda, b, steps, c, accumulate);
-    }
+                    bool accumulate, const Ahead& ahead) {
+    with_constants(rows, ahead,
+                   [&](auto r, auto lines) { tile4_rows<r(), lines()>(a, lda, b, steps, c, accumulate, ahead); });
   }
 
-  QK_NOINLINE static void direct_one(const uint8_t* a, const uint8_t* packed, int64_t lines, int32_t* c) {
+  template <int kLines>
+  QK_NOINLINE static void direct_one(const uint8_t* a, const uint8_t* packed, int64_t lines, int32_t* c,
+                                     const Ahead& ahead) {
     const __m256i nibble = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1), zero = _mm256_setzero_si256();
     __builtin_memset(c, 0, sizeof(int32_t) * kBlockN);
     for (int64_t l = 0; l < lines;) {
@@ -408,6 +396,10 @@ struct Avx2 : YmmVerbs {
         column(5, c5);
         column(6, c6);
         column(7, c7);
+        // Where nothing is asked for, the weights are few: L3 may hold them.
+        for (int j = 0; kLines == 0 && j < kBlockN * kPackK; j += kAlign)
+          __builtin_prefetch(packed + l * kBlockN * kPackK + kRowAhead + j);
+        ask<kLines>(ahead, l);
       }
       const auto widen = [&](int j, __m256i x) { store_i(c + j, add_i(load_i(c + j), _mm256_madd_epi16(x, ones))); };
       widen(0, c0);
@@ -459,11 +451,13 @@ struct Avx2 : YmmVerbs {
     }
   }
   static void tile4_direct(int rows, const uint8_t* a, int64_t lda, const uint8_t* packed, int64_t lines, int32_t* c,
-                           const Ahead& /*ahead*/) {
-    if (rows == 1)
-      direct_one(a, packed, lines, c);
-    else
-      direct_two(a, lda, packed, lines, c);
+                           const Ahead& ahead) {
+    with_lines(ahead, [&](auto asked) {
+      if (rows == 1)
+        direct_one<asked()>(a, packed, lines, c, ahead);
+      else
+        direct_two(a, lda, packed, lines, c);
+    });
   }
 };
 

@@ -298,8 +298,9 @@ class LinearW4A8 {
       const int8_t* b = reinterpret_cast<const int8_t*>(panel);
       Total* total = totals + tile.begin * kBlockN;
       const int count = static_cast<int>(tile.end - tile.begin);
-      V::tile4_group(count, from, stride_, b, columns, steps, start, group.scale, total,
-                     look_ahead ? look_ahead->of(begin / kLineK * kLineBytes, t, steps) : Ahead{});
+      V::tile4_group(
+          count, from, stride_, b, columns, steps, start, group.scale, total,
+          look_ahead ? look_ahead->of(begin / kLineK * kLineBytes, t, kBlockN / V::kTileN * steps) : Ahead{});
     }
   }
 

@@ -222,7 +222,7 @@ class LinearW8A8 {
     const Columns columns = columns_of(w, nb, rows, copies);
     const int8_t* weights = w.packed + n0 * padded_k(p_.k);
     if constexpr (V::kWidens) {
-      if (wide_) return wide_slices(row, rows, range, q, scales, columns, weights, n0);
+      if (wide_) return wide_slices(row, rows, range, more, q, scales, columns, weights, n0);
     }
     if (rows == 1) {
       alignas(kAlign) int32_t sums[kBlockN];
@@ -270,7 +270,7 @@ class LinearW8A8 {
   }
 
   // The same order of loops over widened operands.
-  void wide_slices(int64_t row, int64_t rows, Range range, const uint8_t* q, const RowScale* scales,
+  void wide_slices(int64_t row, int64_t rows, Range range, bool more, const uint8_t* q, const RowScale* scales,
                    const Columns& columns, const int8_t* weights, int64_t n0) const {
     alignas(kAlign) int16_t panel[V::kWideSliceK * kBlockN];
     alignas(kAlign) int32_t less[kBlockN], sums[V::kWideBlockTiles * V::kWideTileM * kBlockN];
@@ -278,23 +278,18 @@ class LinearW8A8 {
       const int64_t depth = p_.k - k0 < V::kWideSliceK ? p_.k - k0 : V::kWideSliceK;
       const int64_t steps = round_up(depth, V::kDepthAlign) / kPackK;
       V::widen_panel(weights + k0 * kBlockN, steps, panel, less);
-      // The next slice, or the first one of the next superblock, comes to L2 piece by piece meanwhile. Few tiles would
-      // not hide that.
-      const int64_t pieces = (range.end - range.begin) * (kBlockN / V::kTileN);
-      const int64_t piece = pieces < 16 ? 0 : round_up(ceil_div(V::kWideSliceK * kBlockN, pieces), kAlign);
-      const int8_t* ahead = weights + (k0 + depth) * kBlockN;
+      const bool last = k0 + depth >= p_.k;
       int32_t* c = sums;
       for (int j = 0; j < columns.count; j += V::kTileN) {
         for (int64_t t = range.begin; t < range.end; ++t) {
           const int64_t first = t * V::kWideTileM;
           const Range tile_rows{first, rows - first < V::kWideTileM ? rows : first + V::kWideTileM};
           const uint8_t* tile = q + first * stride_;
-          for (int64_t i = 0; i < piece; i += kAlign) __builtin_prefetch(ahead + i, 0, 2);
-          ahead += piece;
-          if (k0 + depth >= p_.k) prefetch(row, tile_rows, *columns.member, n0 + j, V::kTileN);
+          if (last) prefetch(row, tile_rows, *columns.member, n0 + j, V::kTileN);
           V::wide_tile(static_cast<int>(tile_rows.end - first), tile + V::kWideTileM * 2 * k0,
-                       panel + j * steps * kPackK, steps, less + j, k0 > 0 ? nullptr : row_less(tile), c);
-          if (k0 + depth >= p_.k) epilogue<V::kTileN>(row, tile_rows, scales, c, columns, n0, j);
+                       panel + j * steps * kPackK, steps, less + j, k0 > 0 ? nullptr : row_less(tile), c,
+                       look_ahead(weights + k0 * kBlockN, depth, range, t, j / V::kTileN, more || !last));
+          if (last) epilogue<V::kTileN>(row, tile_rows, scales, c, columns, n0, j);
           if (p_.k > V::kWideSliceK) c += V::kWideTileM * V::kTileN;
         }
       }
