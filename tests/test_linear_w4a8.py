@@ -95,6 +95,17 @@ def test_w4a8_extremes_do_not_saturate(isa: str, grid: str, group_size: int | No
             check(layer, torch.full((rows, 4096), 3.0), isa)
 
 
+@pytest.mark.parametrize("factor", [1.0, 1e6, 1e-9])
+@pytest.mark.parametrize("group_size", [8, 32, 64, 256])
+def test_w4a8_scales_of_either_type(isa: str, group_size: int, factor: float) -> None:
+    """Where scales are fp16, a tile may turn sums into floats without a conversion; these need fp32 but for factor 1.
+    Several groups in a panel, and one that is left over."""
+    layer = QuantLinear.from_float(seeded(70, 1064) * factor, None, scheme("symmetric", group_size))
+    assert (layer.canonical()["weight_scale"].dtype == torch.float16) == (factor == 1.0)
+    for rows in (9, 25, 40):
+        check(layer, seeded(rows, 1064, seed=rows), isa)
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     st.integers(0, 20), st.integers(1, 140), st.integers(1, 400), st.sampled_from([8, 24, 32, 64, 128, 256, None]),

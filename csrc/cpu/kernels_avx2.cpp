@@ -46,7 +46,9 @@ struct Avx2 : YmmVerbs {
   static constexpr const char* kIsa = "avx2";
   static constexpr int kTileM = 4, kTileN = 16, kOffset = 0, kSliceK = 512;
   static constexpr int kDepthAlign = 8, kMaxBlockTiles = 16, kDirectRows = 2;
-  static constexpr bool kFusesGroups = true, kFinishesTiles = false, kWidens = true, kJoinsGroups = false;
+  static constexpr bool kFusesGroups = true, kFinishesTiles = false, kWidens = true, kJoinsGroups = false,
+                        kSumsAreFloats = false;
+  static constexpr int64_t kFusedK = 256;
   static constexpr int64_t kBlockBytes = 384 << 10, kWideBlockBytes = 1536 << 10;
   static constexpr int kWideTileM = 4, kWideSliceK = 512, kWideBlockTiles = 32;
   // Measured on Zen 3 and on Emerald Rapids: fewer rows do not earn back the panel.
@@ -359,11 +361,17 @@ struct Avx2 : YmmVerbs {
         });
   }
   template <class T>
-  static void tile4_group(int rows, const uint8_t* a, int64_t lda, const int8_t* panel, int64_t columns, int64_t steps,
-                          const int32_t* start, const T* scale, T* totals, Ahead ahead) {
+  static void tile4_groups(int rows, const uint8_t* a, int64_t lda, const int8_t* panel, int64_t columns, int64_t steps,
+                           int64_t groups, const int32_t* start, const T* scale, const T* /*origin*/, T* totals,
+                           Ahead ahead) {
     with_constants(rows, ahead, [&](auto r, auto lines) {
-      for (int j = 0; j < columns; j += kTileN, ahead.at += steps * ahead.stride)
-        tile4_group_rows<r(), lines()>(a, lda, panel + j * kPackK, steps, start, scale + j, totals + j, ahead);
+      for (; groups > 0; --groups, ++start, a += steps * kPackK, panel += steps * kBlockN * kPackK, scale += kBlockN) {
+        int32_t starts[kTileM];
+        for (int i = 0; i < r(); ++i)
+          __builtin_memcpy(starts + i, reinterpret_cast<const uint8_t*>(start) + i * lda, 4);
+        for (int j = 0; j < columns; j += kTileN, ahead.at += steps * ahead.stride)
+          tile4_group_rows<r(), lines()>(a, lda, panel + j * kPackK, steps, starts, scale + j, totals + j, ahead);
+      }
     });
   }
   static void tile4(int rows, const uint8_t* a, int64_t lda, const int8_t* b, int64_t steps, int32_t* c,

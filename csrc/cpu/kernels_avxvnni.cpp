@@ -33,7 +33,8 @@ struct AvxVnni : YmmVerbs {
   static constexpr const char* kIsa = "avxvnni";
   static constexpr int kTileM = 6, kTileN = 16, kOffset = 128, kSliceK = 1024;
   static constexpr int kDepthAlign = 8, kMaxBlockTiles = 16, kDirectRows = 1;
-  static constexpr bool kFusesGroups = false, kFinishesTiles = false, kWidens = false, kJoinsGroups = true;
+  static constexpr bool kFusesGroups = false, kFinishesTiles = false, kWidens = false, kJoinsGroups = true,
+                        kSumsAreFloats = false;
   static constexpr int64_t kBlockBytes = 384 << 10;
   static int64_t direct_tiles() { return 4; }
   struct Session {

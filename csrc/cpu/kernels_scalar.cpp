@@ -13,7 +13,8 @@ struct Scalar : ScalarVerbs {
   static constexpr const char* kIsa = "scalar";
   static constexpr int kTileM = 4, kTileN = 64, kOffset = 0, kSliceK = 4096;
   static constexpr int kDepthAlign = 8, kMaxBlockTiles = 16, kDirectRows = 0;
-  static constexpr bool kFusesGroups = false, kFinishesTiles = false, kWidens = false, kJoinsGroups = true;
+  static constexpr bool kFusesGroups = false, kFinishesTiles = false, kWidens = false, kJoinsGroups = true,
+                        kSumsAreFloats = false;
   static constexpr int64_t kBlockBytes = 384 << 10;
   static int64_t direct_tiles() { return 6; }
   struct Session {

@@ -20,8 +20,9 @@
 //
 // A tier provides, beside what linear_w8a8_impl.h asks for: tile4 (as tile, u8 weights and s8 activations, depth in
 // lines of 4 k), tile4_direct (rows <= kDirectRows, c [rows, 64], straight from packed lines of 8 k), direct_tiles()
-// (so many of those beat a panel, measured), and, where kFusesGroups, tile4_group (a group's sums of at least the
-// columns that are there go to the totals, float or int32, without a stop in memory).
+// (so many of those beat a panel, measured), and, where kFusesGroups, tile4_groups (sums of groups, of at least the
+// columns that are there, go to the totals, float or int32, without a stop in memory), kFusedK (deepest panel of
+// several groups) and kSumsAreFloats (whether it takes sums that are the bits of floats, see tile_avx512vnni.h).
 #pragma once
 
 #include <cstring>
@@ -42,6 +43,9 @@ namespace {
 constexpr int64_t kPanelK = 512;  // deepest panel: 32 KiB
 constexpr int64_t kLineK = 2 * kPackK, kLineBytes = kBlockN * kPackK;
 constexpr int64_t kTotalsRows = 96;  // rows of a block: their float totals are 24 KiB a superblock
+
+constexpr float kOrigin = 12582912.0f;  // 1.5 * 2^23: the floats around it are whole numbers, one bit apart
+constexpr int32_t kOriginBits = 0x4B400000;
 
 inline int64_t w4a8_row_bytes(int64_t k, int64_t groups) {
   return row_bytes(k) + round_up(groups * static_cast<int64_t>(sizeof(int32_t)), kAlign);
@@ -82,12 +86,21 @@ class LinearW4A8 {
                                      : args.k),
         groups_(args.k > 0 ? ceil_div(args.k, group_) : 1),
         stride_(w4a8_row_bytes(args.k, groups_)),
-        fuses_(args.act.symmetric && group_ <= kPanelK && (joins_ || (!args.weight_zero_point && !args.weight_min))) {}
+        fuses_(V::kFusesGroups && args.act.symmetric && group_ <= kPanelK &&
+               (joins_ || (!args.weight_zero_point && !args.weight_min))),
+        zero_point_(joins_ ? 128 : 8),
+        floats_(V::kSumsAreFloats && !kWhole && fuses_ && args.scale_type == ScaleType::kF16) {}
 
-  // A row of scratch: int8 activations, zeros up to row_bytes(k), then the sum of each group.
+  // A row of scratch: int8 activations, zeros up to row_bytes(k), then the sum of each group, or what the accumulators
+  // of fused groups start at.
   const int32_t* group_sums(const uint8_t* row) const {
     return reinterpret_cast<const int32_t*>(row + row_bytes(p_.k));
   }
+  int32_t group_sum(const uint8_t* row, int64_t g) const {
+    const int32_t kept = group_sums(row)[g];
+    return fuses_ ? (origin() - kept) / zero_point_ : kept;
+  }
+  int32_t origin() const { return floats_ ? kOriginBits : 0; }
 
   void quantize_rows(int64_t row, Range range, uint8_t* q, RowScale* scales) const {
     for (int64_t r = range.begin; r < range.end; ++r) {
@@ -109,7 +122,7 @@ class LinearW4A8 {
       const int64_t end = (g + 1) * group_ < p_.k ? (g + 1) * group_ : p_.k;
       int32_t sum = 0;
       for (int64_t i = g * group_; i < end; ++i) sum += a[i];
-      sums[g] = sum;
+      sums[g] = fuses_ ? origin() - zero_point_ * sum : sum;
     }
   }
 
@@ -144,16 +157,20 @@ class LinearW4A8 {
                                                            : V::template load<DType::kF16>(packed, at + j));
   }
 
+  void load_scales(int64_t at, Total* scale) const {
+    if constexpr (kWhole) {
+      for (int j = 0; j < kBlockN; ++j) scale[j] = joins_ ? 1 : p_.weight_multiplier[at + j];
+    } else {
+      load_floats(p_.weight_scale, at, scale);
+    }
+  }
+
   void load_group(int64_t nb, int64_t g, Group& group) const {
     const int64_t at = (nb * groups_ + g) * kBlockN;
+    load_scales(at, group.scale);
     if (joins_) {
-      for (int j = 0; j < kBlockN; ++j) group.scale[j] = 1, group.zero_point[j] = 128;
+      for (int j = 0; j < kBlockN; ++j) group.zero_point[j] = 128;
       return;
-    }
-    if constexpr (kWhole) {
-      for (int j = 0; j < kBlockN; ++j) group.scale[j] = p_.weight_multiplier[at + j];
-    } else {
-      load_floats(p_.weight_scale, at, group.scale);
     }
     if (p_.weight_min) load_floats(p_.weight_min, at, group.min);
     for (int j = 0; j < kBlockN; ++j)
@@ -234,7 +251,12 @@ class LinearW4A8 {
     alignas(kAlign) int32_t sums[(kTotalsRows + V::kTileM) * kBlockN];
     std::memset(totals, 0, static_cast<size_t>(rows * kBlockN) * sizeof(Total));
     Group group;
-    for (int64_t g = 0; g < (p_.k > 0 ? groups_ : 0); ++g) {
+    const bool fused = fuses_ && !direct;
+    if constexpr (V::kFusesGroups) {
+      if (fused && p_.k > 0)
+        fused_groups(nb, columns, tiles, rows, a, codes, panel, totals, more ? &look_ahead : nullptr);
+    }
+    for (int64_t g = 0; g < (p_.k > 0 && !fused ? groups_ : 0); ++g) {
       const int64_t begin = g * group_, end = begin + group_ < p_.k ? begin + group_ : p_.k;
       load_group(nb, g, group);
       if (!p_.act.symmetric) sum_codes(nb, codes, begin, end, panel, group);
@@ -255,12 +277,6 @@ class LinearW4A8 {
         const int64_t depth = end - k0 < kPanelK ? end - k0 : kPanelK;
         const int64_t steps = round_up(depth, V::kDepthAlign) / kPackK;
         unpack_panel(nb, codes, k0, depth, steps, panel);
-        if constexpr (V::kFusesGroups) {
-          if (fuses_) {
-            fused_group(g, columns, tiles, rows, a, begin, steps, panel, group, totals, more ? &look_ahead : nullptr);
-            continue;
-          }
-        }
         int32_t* c = sums;
         for (int j = 0; j < columns; j += V::kTileN) {
           for (int64_t t = 0; t < tiles; ++t) {
@@ -284,23 +300,31 @@ class LinearW4A8 {
       finish_row(row + block.begin + r, scales[block.begin + r].scale, totals + r * kBlockN, nb * kBlockN, kBlockN);
   }
 
-  // A group of one panel whose zero points are all 8, or 128: the accumulators start at minus that times sum(a) and end
-  // in the totals.
-  void fused_group(int64_t g, int64_t columns, int64_t tiles, int64_t rows, const uint8_t* a, int64_t begin,
-                   int64_t steps, const uint8_t* panel, const Group& group, Total* totals,
-                   const LookAhead* look_ahead) const {
-    for (int64_t t = 0; t < tiles; ++t) {
-      const Range tile = share(rows, static_cast<int>(t), static_cast<int>(tiles));
-      int32_t start[V::kTileM];
-      for (int64_t r = tile.begin; r < tile.end; ++r)
-        start[r - tile.begin] = (joins_ ? -128 : -8) * group_sums(a + r * stride_)[g];
-      const uint8_t* from = a + tile.begin * stride_ + begin;
-      const int8_t* b = reinterpret_cast<const int8_t*>(panel);
-      Total* total = totals + tile.begin * kBlockN;
-      const int count = static_cast<int>(tile.end - tile.begin);
-      V::tile4_group(
-          count, from, stride_, b, columns, steps, start, group.scale, total,
-          look_ahead ? look_ahead->of(begin / kLineK * kLineBytes, t, kBlockN / V::kTileN * steps) : Ahead{});
+  // Groups whose zero points are all 8, or 128, and which fit in a panel: the accumulators start at minus that times
+  // sum(a) and end in the totals. Short groups share a panel, so that a tile has more to do at a time. Few tiles take
+  // half as much, since unpacking overlaps with products at the seams alone.
+  void fused_groups(int64_t nb, int64_t columns, int64_t tiles, int64_t rows, const uint8_t* a, const uint8_t* codes,
+                    uint8_t* panel, Total* totals, const LookAhead* look_ahead) const {
+    alignas(kAlign) Total scale[V::kFusedK / kLineK * kBlockN], origin[V::kFusedK / kLineK * kBlockN];
+    const int64_t most = (tiles < 6 ? V::kFusedK / 2 : V::kFusedK) / group_;
+    for (int64_t g = 0, count = 1; g < groups_; g += count) {
+      const int64_t begin = g * group_, whole = (p_.k - begin) / group_;
+      count = most < whole ? most : whole;
+      count = count < 1 ? 1 : count;
+      const int64_t depth = p_.k - begin < count * group_ ? p_.k - begin : count * group_;
+      const int64_t steps = round_up(depth, V::kDepthAlign) / kPackK;  // more than one group has whole lines
+      unpack_panel(nb, codes, begin, depth, steps, panel);
+      for (int64_t i = 0; i < count; ++i) load_scales((nb * groups_ + g + i) * kBlockN, scale + i * kBlockN);
+      for (int64_t i = 0; floats_ && i < count * kBlockN; ++i) origin[i] = static_cast<Total>(kOrigin * scale[i]);
+      for (int64_t t = 0; t < tiles; ++t) {
+        const Range tile = share(rows, static_cast<int>(t), static_cast<int>(tiles));
+        const uint8_t* from = a + tile.begin * stride_;
+        V::tile4_groups(
+            static_cast<int>(tile.end - tile.begin), from + begin, stride_, reinterpret_cast<const int8_t*>(panel),
+            columns, steps / count, count, group_sums(from) + g, scale, floats_ ? origin : nullptr,
+            totals + tile.begin * kBlockN,
+            look_ahead ? look_ahead->of(begin / kLineK * kLineBytes, t, kBlockN / V::kTileN * steps) : Ahead{});
+      }
     }
   }
 
@@ -332,7 +356,7 @@ class LinearW4A8 {
                     int pitch, int j, const Group& group, Total* totals) const {
     for (int64_t r = tile.begin; r < tile.end; ++r, c += pitch) {
       // With x = stored - zp: sum(x * q) = sum(stored * q) - zp * sum(q), and sum(x) = sum(stored) - zp * depth.
-      const int32_t zp = scales[r].zero_point, stored = group_sums(a + r * stride_)[g];
+      const int32_t zp = scales[r].zero_point, stored = group_sum(a + r * stride_, g);
       const int32_t sum = stored - zp * static_cast<int32_t>(depth);
       const I all = V::set_i(sum), x_zero = V::set_i(zp);
       const F fsum = V::to_f(all);
@@ -390,6 +414,8 @@ class LinearW4A8 {
   const bool joins_;
   const int64_t group_, groups_, stride_;
   const bool fuses_;
+  const int32_t zero_point_;  // of fused groups
+  const bool floats_;  // whether their sums are the bits of floats
 };
 
 // Returns the tier that ran.

@@ -26,7 +26,9 @@ struct Avx512Vnni : ZmmVerbs {
   static constexpr const char* kIsa = "avx512vnni";
   static constexpr int kTileM = 6, kTileN = 64, kOffset = 128, kSliceK = 4096;
   static constexpr int kDepthAlign = 8, kMaxBlockTiles = 16, kDirectRows = 4;
-  static constexpr bool kFusesGroups = true, kFinishesTiles = true, kWidens = false, kJoinsGroups = true;
+  static constexpr bool kFusesGroups = true, kFinishesTiles = true, kWidens = false, kJoinsGroups = true,
+                        kSumsAreFloats = true;
+  static constexpr int64_t kFusedK = 256;
   static constexpr int64_t kBlockBytes = 384 << 10;
   // Codes are unpacked anew for each direct tile: 12 instructions beside 32 dot products, which they hold up on Intel's
   // ports and not on AMD's.
@@ -148,29 +150,60 @@ struct Avx512Vnni : ZmmVerbs {
     });
   }
 
-  // As tile, over a whole group of 4-bit weights with one zero point: total [rows, 64] += float(start + sum) * scale
-  // [64], or int32 all of it; start [rows] being minus the zero point times the sum of the row's activations.
+  // As tile, over whole groups of 4-bit weights with one zero point, in turn: total [rows, 64] += float(start + sum) *
+  // scale [groups, 64], or int32 all of it; start [groups], lda bytes from row to row, being minus the zero point times
+  // the sum of the row's activations.
+  //
+  // With origin [groups, 64] = kOrigin * scale, start has the bits of kOrigin = 1.5 * 2^23 added. Then the sums are the
+  // bits of the floats kOrigin + d without a conversion, |d| being less than 2^22. A scale of 11 bits (fp16) leaves
+  // origin exact, so that (kOrigin + d) * scale - origin is d * scale, rounded once: the multiplication's own bits.
 #define QK_START(r)                                                                                                    \
-  __m512i c##r##0 = _mm512_set1_epi32(kRows > r ? start[r] : 0), c##r##1 = c##r##0, c##r##2 = c##r##0,                 \
-          c##r##3 = c##r##0;
+  __m512i c##r##0 =                                                                                                    \
+      kRows > r ? broadcast4(reinterpret_cast<const uint8_t*>(start + g) + r * lda) : _mm512_setzero_si512(),          \
+          c##r##1 = c##r##0, c##r##2 = c##r##0, c##r##3 = c##r##0;
 #define QK_TOTAL(r)                                                                                                    \
   if constexpr (kRows > r) {                                                                                           \
     T* t = total + r * kBlockN;                                                                                        \
-    add_group(t, c##r##0, scale);                                                                                      \
-    add_group(t + 16, c##r##1, scale + 16);                                                                            \
-    add_group(t + 32, c##r##2, scale + 32);                                                                            \
-    add_group(t + 48, c##r##3, scale + 48);                                                                            \
+    const T* s = scale + g * kBlockN;                                                                                  \
+    add_group(t, c##r##0, s);                                                                                          \
+    add_group(t + 16, c##r##1, s + 16);                                                                                \
+    add_group(t + 32, c##r##2, s + 32);                                                                                \
+    add_group(t + 48, c##r##3, s + 48);                                                                                \
+  }
+#define QK_TOTAL_OF_FLOATS(r)                                                                                          \
+  if constexpr (kRows > r) {                                                                                           \
+    T* t = total + r * kBlockN;                                                                                        \
+    add_floats(t, c##r##0, s0, o0);                                                                                    \
+    add_floats(t + 16, c##r##1, s1, o1);                                                                               \
+    add_floats(t + 32, c##r##2, s2, o2);                                                                               \
+    add_floats(t + 48, c##r##3, s3, o3);                                                                               \
   }
   template <int kRows, int kLines, class T>
-  QK_NOINLINE static void group_rows(const uint8_t* a, int64_t lda, const int8_t* b, int64_t steps,
-                                     const int32_t* start, const T* scale, T* total, const Ahead& ahead) {
+  QK_NOINLINE static void group_rows(const uint8_t* a, int64_t lda, const int8_t* b, int64_t steps, int64_t groups,
+                                     const int32_t* start, const T* scale, const T* origin, T* total, Ahead ahead) {
     constexpr bool kUnsignedWeights = true;
-    QK_SIX(QK_START)
-    QK_STEPS()
-    QK_SIX(QK_TOTAL)
+    for (int64_t g = 0; g < groups; ++g, a += steps * kPackK, ahead.at += steps * ahead.stride) {
+      asm("" : "+r"(total));  // or g++ would hold totals "in registers" from group to group: on the stack
+      QK_SIX(QK_START)
+      QK_STEPS()
+      if constexpr (std::is_same<T, float>::value) {
+        if (origin) {
+          const float *s = scale + g * kBlockN, *o = origin + g * kBlockN;
+          const F s0 = load_f(s), s1 = load_f(s + 16), s2 = load_f(s + 32), s3 = load_f(s + 48);
+          const F o0 = load_f(o), o1 = load_f(o + 16), o2 = load_f(o + 32), o3 = load_f(o + 48);
+          QK_SIX(QK_TOTAL_OF_FLOATS)
+          continue;
+        }
+      }
+      QK_SIX(QK_TOTAL)
+    }
+  }
+  static void add_floats(float* total, I sum, F scale, F origin) {
+    store_f(total, add(load_f(total), _mm512_fmsub_ps(as_f(sum), scale, origin)));
   }
 #undef QK_START
 #undef QK_TOTAL
+#undef QK_TOTAL_OF_FLOATS
 #undef QK_SIX
 #undef QK_STEPS
 #undef QK_ROW
@@ -206,22 +239,23 @@ struct Avx512Vnni : ZmmVerbs {
   }
 
   template <class T>
-  static void tile4_group(int rows, const uint8_t* a, int64_t lda, const int8_t* b, int64_t /*columns: always 64*/,
-                          int64_t steps, const int32_t* start, const T* scale, T* total, const Ahead& ahead) {
+  static void tile4_groups(int rows, const uint8_t* a, int64_t lda, const int8_t* b, int64_t /*columns: always 64*/,
+                           int64_t steps, int64_t groups, const int32_t* start, const T* scale, const T* origin,
+                           T* total, const Ahead& ahead) {
     with_lines(ahead, [&](auto lines) {
       switch (rows) {
         case 1:
-          return group_rows<1, lines()>(a, lda, b, steps, start, scale, total, ahead);
+          return group_rows<1, lines()>(a, lda, b, steps, groups, start, scale, origin, total, ahead);
         case 2:
-          return group_rows<2, lines()>(a, lda, b, steps, start, scale, total, ahead);
+          return group_rows<2, lines()>(a, lda, b, steps, groups, start, scale, origin, total, ahead);
         case 3:
-          return group_rows<3, lines()>(a, lda, b, steps, start, scale, total, ahead);
+          return group_rows<3, lines()>(a, lda, b, steps, groups, start, scale, origin, total, ahead);
         case 4:
-          return group_rows<4, lines()>(a, lda, b, steps, start, scale, total, ahead);
+          return group_rows<4, lines()>(a, lda, b, steps, groups, start, scale, origin, total, ahead);
         case 5:
-          return group_rows<5, lines()>(a, lda, b, steps, start, scale, total, ahead);
+          return group_rows<5, lines()>(a, lda, b, steps, groups, start, scale, origin, total, ahead);
         default:
-          return group_rows<6, lines()>(a, lda, b, steps, start, scale, total, ahead);
+          return group_rows<6, lines()>(a, lda, b, steps, groups, start, scale, origin, total, ahead);
       }
     });
   }
