@@ -57,17 +57,19 @@ class LookAhead {
                : tiles < 7 ? 2
                            : 1),
         apart_(bytes / lines_),
-        stride_(step_bytes / (lines_ * tiles)) {}
+        share_((step_bytes << kShareBits) / (lines_ * tiles)),
+        stride_(ceil_div(step_bytes, lines_ * tiles)) {}
 
   // For the nth of the tiles, `steps` steps over weights that begin `done` bytes behind the first ones.
   Ahead of(int64_t done, int64_t nth, int64_t steps) const {
-    return {next_ + done / lines_ + nth * stride_ * steps, stride_, apart_, lines_};
+    return {next_ + done / lines_ + (nth * steps * share_ >> kShareBits), stride_, apart_, lines_};
   }
 
  private:
+  static constexpr int kShareBits = 16;  // a step's share in whole bytes would leave out up to half of them all
   const uint8_t* next_;
   int lines_;
-  int64_t apart_, stride_;
+  int64_t apart_, share_, stride_;
 };
 
 // A tile alone with its weights, which come from memory: a page ahead of itself in the same stream.
