@@ -53,7 +53,7 @@ struct Avx2 : YmmVerbs {
   static constexpr int kWideTileM = 4, kWideSliceK = 512, kWideBlockTiles = 32;
   // Measured on Zen 3 and on Emerald Rapids: fewer rows do not earn back the panel.
   static int64_t wide_rows(int64_t k) { return is_intel() ? 17 : k < 2048 ? 9 : 13; }
-  static int64_t direct_tiles() { return 1; }
+  static int64_t direct_rows(int64_t /*group*/, bool /*streams*/) { return 2; }
   struct Session {
     Session() {}
   };

@@ -33,13 +33,39 @@ struct AvxVnni : YmmVerbs {
   static constexpr const char* kIsa = "avxvnni";
   static constexpr int kTileM = 6, kTileN = 16, kOffset = 128, kSliceK = 1024;
   static constexpr int kDepthAlign = 8, kMaxBlockTiles = 16, kDirectRows = 1;
-  static constexpr bool kFusesGroups = false, kFinishesTiles = false, kWidens = false, kJoinsGroups = true,
-                        kSumsAreFloats = false;
+  static constexpr bool kFusesGroups = true, kFinishesTiles = false, kWidens = false, kJoinsGroups = true,
+                        kSumsAreFloats = true;
+  static constexpr int64_t kFusedK = 256;
   static constexpr int64_t kBlockBytes = 384 << 10;
-  static int64_t direct_tiles() { return 4; }
+  // Rows that go without a panel finish their groups through memory. Measured on Emerald Rapids.
+  static int64_t direct_rows(int64_t group, bool streams) { return group < 64 ? 1 : group < 128 ? 2 : streams ? 4 : 3; }
   struct Session {
     Session() {}
   };
+
+  template <class W, int kRows, int kLines>
+  QK_INLINE static void all_steps(const uint8_t* a, int64_t lda, const int8_t* b, int64_t steps, const Ahead& ahead,
+                                  __m256i& c00, __m256i& c01, __m256i& c10, __m256i& c11, __m256i& c20, __m256i& c21,
+                                  __m256i& c30, __m256i& c31, __m256i& c40, __m256i& c41, __m256i& c50, __m256i& c51) {
+    const uint8_t* a3 = a + 3 * lda;
+    for (int64_t k = 0; k < steps; ++k) {
+      const int8_t* bk = b + k * kBlockN * kPackK;
+      const __m256i b0 = _mm256_load_si256(reinterpret_cast<const __m256i*>(bk)),
+                    b1 = _mm256_load_si256(reinterpret_cast<const __m256i*>(bk + 32));
+      const auto row = [&](const uint8_t* ar, __m256i& x0, __m256i& x1) __attribute__((always_inline)) {
+        const __m256i v = broadcast4(ar + k * kPackK);
+        W::dot(x0, v, b0);
+        W::dot(x1, v, b1);
+      };
+      row(a, c00, c01);
+      if constexpr (kRows > 1) row(a + lda, c10, c11);
+      if constexpr (kRows > 2) row(a + 2 * lda, c20, c21);
+      if constexpr (kRows > 3) row(a3, c30, c31);
+      if constexpr (kRows > 4) row(a3 + lda, c40, c41);
+      if constexpr (kRows > 5) row(a3 + 2 * lda, c50, c51);
+      ask<kLines>(ahead, k);
+    }
+  }
 
   template <class W, int kRows, int kLines>
   QK_NOINLINE static void tile_rows(const uint8_t* a, int64_t lda, const int8_t* b, int64_t steps, int32_t* c,
@@ -59,24 +85,7 @@ struct AvxVnni : YmmVerbs {
     if constexpr (kRows > 3) init(3, c30, c31);
     if constexpr (kRows > 4) init(4, c40, c41);
     if constexpr (kRows > 5) init(5, c50, c51);
-    const uint8_t* a3 = a + 3 * lda;
-    for (int64_t k = 0; k < steps; ++k) {
-      const int8_t* bk = b + k * kBlockN * kPackK;
-      const __m256i b0 = _mm256_load_si256(reinterpret_cast<const __m256i*>(bk)),
-                    b1 = _mm256_load_si256(reinterpret_cast<const __m256i*>(bk + 32));
-      const auto row = [&](const uint8_t* ar, __m256i& x0, __m256i& x1) __attribute__((always_inline)) {
-        const __m256i v = broadcast4(ar + k * kPackK);
-        W::dot(x0, v, b0);
-        W::dot(x1, v, b1);
-      };
-      row(a, c00, c01);
-      if constexpr (kRows > 1) row(a + lda, c10, c11);
-      if constexpr (kRows > 2) row(a + 2 * lda, c20, c21);
-      if constexpr (kRows > 3) row(a3, c30, c31);
-      if constexpr (kRows > 4) row(a3 + lda, c40, c41);
-      if constexpr (kRows > 5) row(a3 + 2 * lda, c50, c51);
-      ask<kLines>(ahead, k);
-    }
+    all_steps<W, kRows, kLines>(a, lda, b, steps, ahead, c00, c01, c10, c11, c20, c21, c30, c31, c40, c41, c50, c51);
     save(0, c00, c01);
     if constexpr (kRows > 1) save(1, c10, c11);
     if constexpr (kRows > 2) save(2, c20, c21);
@@ -103,25 +112,31 @@ struct AvxVnni : YmmVerbs {
     store_run(c, c0, c1, c2, c3, c4, c5, c6, c7);
   }
 
-  template <class W>
-  static void tile_of(int rows, const uint8_t* a, int64_t lda, const int8_t* b, int64_t steps, int32_t* c,
-                      bool accumulate, const Ahead& ahead) {
+  // call(rows of a tile, lines that it asks for), constants.
+  template <class Call>
+  static void with_constants(int rows, const Ahead& ahead, const Call& call) {
     with_lines(ahead, [&](auto lines) {
       switch (rows) {
         case 1:
-          return tile_rows<W, 1, lines()>(a, lda, b, steps, c, accumulate, ahead);
+          return call(std::integral_constant<int, 1>{}, lines);
         case 2:
-          return tile_rows<W, 2, lines()>(a, lda, b, steps, c, accumulate, ahead);
+          return call(std::integral_constant<int, 2>{}, lines);
         case 3:
-          return tile_rows<W, 3, lines()>(a, lda, b, steps, c, accumulate, ahead);
+          return call(std::integral_constant<int, 3>{}, lines);
         case 4:
-          return tile_rows<W, 4, lines()>(a, lda, b, steps, c, accumulate, ahead);
+          return call(std::integral_constant<int, 4>{}, lines);
         case 5:
-          return tile_rows<W, 5, lines()>(a, lda, b, steps, c, accumulate, ahead);
+          return call(std::integral_constant<int, 5>{}, lines);
         default:
-          return tile_rows<W, 6, lines()>(a, lda, b, steps, c, accumulate, ahead);
+          return call(std::integral_constant<int, 6>{}, lines);
       }
     });
+  }
+  template <class W>
+  static void tile_of(int rows, const uint8_t* a, int64_t lda, const int8_t* b, int64_t steps, int32_t* c,
+                      bool accumulate, const Ahead& ahead) {
+    with_constants(rows, ahead,
+                   [&](auto r, auto lines) { tile_rows<W, r(), lines()>(a, lda, b, steps, c, accumulate, ahead); });
   }
 
   static void tile(int rows, const uint8_t* a, int64_t lda, const int8_t* b, int64_t steps, int32_t* c, bool accumulate,
@@ -131,6 +146,61 @@ struct AvxVnni : YmmVerbs {
   static void tile4(int rows, const uint8_t* a, int64_t lda, const int8_t* b, int64_t steps, int32_t* c,
                     bool accumulate, const Ahead& ahead) {
     tile_of<UnsignedWeights>(rows, a, lda, b, steps, c, accumulate, ahead);
+  }
+
+  // As tile4, over whole groups of 4-bit weights with one zero point: see tile_avx512vnni.h.
+  template <int kRows, int kLines, class T>
+  QK_NOINLINE static void group_rows(const uint8_t* a, int64_t lda, const int8_t* b, int64_t steps, int64_t groups,
+                                     const int32_t* start, const T* scale, const T* origin, T* total, Ahead ahead) {
+    for (int64_t g = 0; g < groups; ++g, a += steps * kPackK, b += steps * kBlockN * kPackK, ++start, scale += kBlockN,
+                 ahead.at += steps * ahead.stride) {
+      asm("" : "+r"(total));  // or g++ would hold totals "in registers" from group to group: on the stack
+      __m256i c00, c01, c10, c11, c20, c21, c30, c31, c40, c41, c50, c51;
+      const auto init = [&](int r, __m256i& x0, __m256i& x1)
+                            QK_INLINE { x0 = x1 = broadcast4(reinterpret_cast<const uint8_t*>(start) + r * lda); };
+      init(0, c00, c01);
+      if constexpr (kRows > 1) init(1, c10, c11);
+      if constexpr (kRows > 2) init(2, c20, c21);
+      if constexpr (kRows > 3) init(3, c30, c31);
+      if constexpr (kRows > 4) init(4, c40, c41);
+      if constexpr (kRows > 5) init(5, c50, c51);
+      all_steps<UnsignedWeights, kRows, kLines>(a, lda, b, steps, ahead, c00, c01, c10, c11, c20, c21, c30, c31, c40,
+                                                c41, c50, c51);
+      const auto rows = [&](const auto& finish) QK_INLINE {
+        finish(0, c00, c01);
+        if constexpr (kRows > 1) finish(1, c10, c11);
+        if constexpr (kRows > 2) finish(2, c20, c21);
+        if constexpr (kRows > 3) finish(3, c30, c31);
+        if constexpr (kRows > 4) finish(4, c40, c41);
+        if constexpr (kRows > 5) finish(5, c50, c51);
+      };
+      if constexpr (std::is_same<T, float>::value) {
+        if (origin) {
+          const F s0 = load_f(scale), s1 = load_f(scale + 8), o0 = load_f(origin), o1 = load_f(origin + 8);
+          origin += kBlockN;
+          rows([&](int r, __m256i x0, __m256i x1) QK_INLINE {
+            float* t = total + r * kBlockN;
+            store_f(t, add(load_f(t), _mm256_fmsub_ps(as_f(x0), s0, o0)));
+            store_f(t + 8, add(load_f(t + 8), _mm256_fmsub_ps(as_f(x1), s1, o1)));
+          });
+          continue;
+        }
+      }
+      rows([&](int r, __m256i x0, __m256i x1) QK_INLINE {
+        add_group(total + r * kBlockN, x0, scale);
+        add_group(total + r * kBlockN + 8, x1, scale + 8);
+      });
+    }
+  }
+  template <class T>
+  static void tile4_groups(int rows, const uint8_t* a, int64_t lda, const int8_t* b, int64_t columns, int64_t steps,
+                           int64_t groups, const int32_t* start, const T* scale, const T* origin, T* total,
+                           Ahead ahead) {
+    with_constants(rows, ahead, [&](auto r, auto lines) {
+      for (int j = 0; j < columns; j += kTileN, ahead.at += groups * steps * ahead.stride)
+        group_rows<r(), lines()>(a, lda, b + j * kPackK, steps, groups, start, scale + j, origin ? origin + j : nullptr,
+                                 total + j, ahead);
+    });
   }
 
   static void tile4_direct(int /*rows: 1*/, const uint8_t* a, int64_t /*lda*/, const uint8_t* packed, int64_t lines,

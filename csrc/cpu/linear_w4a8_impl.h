@@ -15,14 +15,15 @@
 // (kJoinsGroups), multiplier * (q - zero point) + 128 goes into the panel, and each panel is one group, whose zero
 // point is 128.
 //
-// Few rows (direct_tiles() times kDirectRows) skip the panel: codes are unpacked in registers, for kDirectRows rows at
-// a time, from a group that stays in L1. K is never split between threads, so tiers and thread counts agree to the bit.
+// Few rows (direct_rows) skip the panel: codes are unpacked in registers, for kDirectRows rows at a time, from a group
+// that stays in L1. K is never split between threads, so tiers and thread counts agree to the bit.
 //
 // A tier provides, beside what linear_w8a8_impl.h asks for: tile4 (as tile, u8 weights and s8 activations, depth in
-// lines of 4 k), tile4_direct (rows <= kDirectRows, c [rows, 64], straight from packed lines of 8 k), direct_tiles()
-// (so many of those beat a panel, measured), and, where kFusesGroups, tile4_groups (sums of groups, of at least the
-// columns that are there, go to the totals, float or int32, without a stop in memory), kFusedK (deepest panel of
-// several groups) and kSumsAreFloats (whether it takes sums that are the bits of floats, see tile_avx512vnni.h).
+// lines of 4 k), tile4_direct (rows <= kDirectRows, c [rows, 64], straight from packed lines of 8 k), direct_rows(group
+// size, whether weights come from memory) (so many rows beat a panel, measured), and, where kFusesGroups, tile4_groups
+// (sums of groups, of at least the columns that are there, go to the totals, float or int32, without a stop in memory),
+// kFusedK (deepest panel of several groups) and kSumsAreFloats (whether it takes sums that are the bits of floats, see
+// tile_avx512vnni.h).
 #pragma once
 
 #include <cstring>
@@ -61,8 +62,9 @@ int64_t linear_w4a8_scratch_bytes(int64_t m, int64_t k, int64_t groups, int thre
 template <class V, bool kWhole>
 class LinearW4A8 {
  public:
-  explicit LinearW4A8(const LinearW4A8Args& args)
-      : LinearW4A8(args, args.group_size, V::kJoinsGroups && args.m > V::direct_tiles() * V::kDirectRows) {}
+  explicit LinearW4A8(const LinearW4A8Args& args)  // a panel of multipliers takes longer
+      : LinearW4A8(args, args.group_size, V::kJoinsGroups,
+                   V::direct_rows(kWhole ? kMaxK : args.group_size, kWhole || args.n * args.k / 2 >= kUncachedBytes)) {}
 
   void run() const {
     for_row_chunks<V>(
@@ -78,17 +80,18 @@ class LinearW4A8 {
   using I = typename V::I;
   using Total = typename std::conditional<kWhole, int32_t, float>::type;
 
-  LinearW4A8(const LinearW4A8Args& args, int64_t group_size, bool joins)
+  LinearW4A8(const LinearW4A8Args& args, int64_t group_size, bool joins, int64_t direct_rows = 0)
       : p_(args),
-        joins_(kWhole && joins),
+        direct_rows_(direct_rows),
+        joins_(kWhole && joins && args.m > direct_rows),
         group_(joins_                ? kPanelK
                : group_size < args.k ? group_size
                                      : args.k),
         groups_(args.k > 0 ? ceil_div(args.k, group_) : 1),
         stride_(w4a8_row_bytes(args.k, groups_)),
-        fuses_(V::kFusesGroups && args.act.symmetric && group_ <= kPanelK &&
+        fuses_(V::kFusesGroups && args.m > direct_rows && args.act.symmetric && group_ <= kPanelK &&
                (joins_ || (!args.weight_zero_point && !args.weight_min))),
-        zero_point_(joins_ ? 128 : 8),
+        zero_bits_(joins_ ? 7 : 3),
         floats_(V::kSumsAreFloats && !kWhole && fuses_ && args.scale_type == ScaleType::kF16) {}
 
   // A row of scratch: int8 activations, zeros up to row_bytes(k), then the sum of each group, or what the accumulators
@@ -98,7 +101,7 @@ class LinearW4A8 {
   }
   int32_t group_sum(const uint8_t* row, int64_t g) const {
     const int32_t kept = group_sums(row)[g];
-    return fuses_ ? (origin() - kept) / zero_point_ : kept;
+    return fuses_ ? (origin() - kept) >> zero_bits_ : kept;
   }
   int32_t origin() const { return floats_ ? kOriginBits : 0; }
 
@@ -122,7 +125,7 @@ class LinearW4A8 {
       const int64_t end = (g + 1) * group_ < p_.k ? (g + 1) * group_ : p_.k;
       int32_t sum = 0;
       for (int64_t i = g * group_; i < end; ++i) sum += a[i];
-      sums[g] = fuses_ ? origin() - zero_point_ * sum : sum;
+      sums[g] = fuses_ ? origin() - sum * (1 << zero_bits_) : sum;
     }
   }
 
@@ -159,7 +162,10 @@ class LinearW4A8 {
 
   void load_scales(int64_t at, Total* scale) const {
     if constexpr (kWhole) {
-      for (int j = 0; j < kBlockN; ++j) scale[j] = joins_ ? 1 : p_.weight_multiplier[at + j];
+      if (joins_)
+        for (int j = 0; j < kBlockN; ++j) scale[j] = 1;
+      else
+        for (int j = 0; j < kBlockN; ++j) scale[j] = p_.weight_multiplier[at + j];
     } else {
       load_floats(p_.weight_scale, at, scale);
     }
@@ -236,7 +242,7 @@ class LinearW4A8 {
   // more: whether the thread goes on to the next one.
   void superblock(int64_t nb, int64_t row, Range block, bool more, const uint8_t* q, const RowScale* scales) const {
     const int64_t rows = block.end - block.begin, tiles = ceil_div(rows, V::kTileM);
-    const bool direct = !joins_ && rows <= V::direct_tiles() * V::kDirectRows;
+    const bool direct = !joins_ && rows <= direct_rows_;
     const int64_t columns =
         p_.n - nb * kBlockN < kBlockN ? p_.n - nb * kBlockN : kBlockN;  // tiles of padding are left out
     const uint8_t* a = q + block.begin * stride_;
@@ -411,10 +417,11 @@ class LinearW4A8 {
   const float* channel_scales() const { return static_cast<const float*>(p_.weight_scale); }
 
   const LinearW4A8Args& p_;
+  const int64_t direct_rows_;  // of a block, at most
   const bool joins_;
   const int64_t group_, groups_, stride_;
   const bool fuses_;
-  const int32_t zero_point_;  // of fused groups
+  const int zero_bits_;  // the zero point of fused groups is 1 << zero_bits_
   const bool floats_;  // whether their sums are the bits of floats
 };
 

@@ -272,6 +272,7 @@ class LinearW8A8 {
   // The same order of loops over widened operands.
   void wide_slices(int64_t row, int64_t rows, Range range, bool more, const uint8_t* q, const RowScale* scales,
                    const Columns& columns, const int8_t* weights, int64_t n0) const {
+    static_assert(V::kWideSliceK == V::kSliceK, "look_ahead takes slices of one depth");
     alignas(kAlign) int16_t panel[V::kWideSliceK * kBlockN];
     alignas(kAlign) int32_t less[kBlockN], sums[V::kWideBlockTiles * V::kWideTileM * kBlockN];
     for (int64_t k0 = 0; k0 < p_.k; k0 += V::kWideSliceK) {

@@ -31,8 +31,11 @@ struct Avx512Vnni : ZmmVerbs {
   static constexpr int64_t kFusedK = 256;
   static constexpr int64_t kBlockBytes = 384 << 10;
   // Codes are unpacked anew for each direct tile: 12 instructions beside 32 dot products, which they hold up on Intel's
-  // ports and not on AMD's.
-  static int64_t direct_tiles() { return is_intel() ? 2 : 6; }
+  // ports and not on AMD's; and groups are finished through memory. Weights from memory leave time for the former.
+  static int64_t direct_rows(int64_t group, bool streams) {
+    if (!is_intel()) return 24;
+    return group < 64 ? 2 : group >= 128 && streams ? 8 : 4;
+  }
   struct Session {
     Session() {}
   };
