@@ -460,12 +460,8 @@ struct Avx2 : YmmVerbs {
   }
   static void tile4_direct(int rows, const uint8_t* a, int64_t lda, const uint8_t* packed, int64_t lines, int32_t* c,
                            const Ahead& ahead) {
-    with_lines(ahead, [&](auto asked) {
-      if (rows == 1)
-        direct_one<asked()>(a, packed, lines, c, ahead);
-      else
-        direct_two(a, lda, packed, lines, c);
-    });
+    if (rows > 1) return direct_two(a, lda, packed, lines, c);
+    with_lines(ahead, [&](auto asked) { direct_one<asked()>(a, packed, lines, c, ahead); });
   }
 };
 
