@@ -159,7 +159,8 @@ struct Avx512Vnni : ZmmVerbs {
   //
   // With origin [groups, 64] = kOrigin * scale, start has the bits of kOrigin = 1.5 * 2^23 added. Then the sums are the
   // bits of the floats kOrigin + d without a conversion, |d| being less than 2^22. A scale of 11 bits (fp16) leaves
-  // origin exact, so that (kOrigin + d) * scale - origin is d * scale, rounded once: the multiplication's own bits.
+  // origin exact, so that (kOrigin + d) * scale - origin is d * scale, rounded once: the multiplication's own bits. (Of
+  // finite scales, which checks.py sees to.)
 #define QK_START(r)                                                                                                    \
   __m512i c##r##0 =                                                                                                    \
       kRows > r ? broadcast4(reinterpret_cast<const uint8_t*>(start + g) + r * lda) : _mm512_setzero_si512(),          \
