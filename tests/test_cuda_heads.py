@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -27,8 +28,8 @@ def test_heads_are_whole_waves_of_wide_tiles(what: str) -> None:
         if what == "w8a16":
             plan = cuda._cuda.plan_w8a16(m, n, k, 90, 132)
         else:
-            bytes_of = what == "w4a8_intscale"
-            plan = cuda._cuda.plan_w4(bytes_of, m, n, k, 128, 3 if bytes_of else 0, 90, 132)
+            eight_bits = what == "w4a8_intscale"
+            plan = cuda._cuda.plan_w4(eight_bits, m, n, k, 128, 3 if eight_bits else 0, 90, 132)
         head, tokens = plan[6:]
         if not head:
             assert tokens == 0
@@ -138,12 +139,10 @@ class TestHeads:
             assert_bits_equal(step(), wanted[(turn + 1) % 4], f"call {turn}")
 
 
-def check_parts(product: object, head_tokens: int, rest: tuple[int, int]) -> None:
+def check_parts(product: Callable[..., Tensor], head_tokens: int, rest: tuple[int, int]) -> None:
     """product(*plan) of 712 channels with a head of 512 or 256 has the bits of either tile alone."""
-    run: object = product
-    assert callable(run)
-    head, behind = run(1, head_tokens, 1, 3, 0, 0), run(1, *rest, 6 if rest[1] > 1 else 3, 0, 0)
+    head, behind = product(1, head_tokens, 1, 3, 0, 0), product(1, *rest, 6 if rest[1] > 1 else 3, 0, 0)
     for channels in (256, 512):
-        y = run(1, *rest, 2, 0, 0, channels, head_tokens)
+        y = product(1, *rest, 2, 0, 0, channels, head_tokens)
         assert_bits_equal(y[:, :channels], head[:, :channels], f"a head of {channels}")
         assert_bits_equal(y[:, channels:], behind[:, channels:], f"behind a head of {channels}")

@@ -22,7 +22,7 @@ inline W8Layout w8_layout(int value) {
   return static_cast<W8Layout>(value);
 }
 
-// A W4Plan in Python: (kernel, tokens, phases, ctas, counters, partial sums).
+// A W4Plan in Python: (kernel, tokens, phases, ctas, counters, partial sums), and channels and tokens of a head.
 W4Plan plan_of(const pybind11::tuple& v);
 pybind11::tuple tuple_of(const W4Plan& p);
 

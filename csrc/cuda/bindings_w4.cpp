@@ -71,6 +71,7 @@ W4Plan plan_of(const py::tuple& v) {
     p.head_channels = v[6].cast<int32_t>(), p.head_tokens = v[7].cast<int32_t>();
     QK_CHECK_GE(p.head_channels, 0);
     QK_CHECK_EQ(p.head_channels % kW4Rows, 0);
+    QK_CHECK_GE(p.head_tokens, p.head_channels > 0 ? 1 : 0);
   }
   return p;
 }

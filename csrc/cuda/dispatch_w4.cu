@@ -163,6 +163,8 @@ W4Plan plan_wgmma(bool bytes, int64_t m, int64_t n, int64_t k, W4Kind kind, bool
                  : plan_many(kHalfTiles, bytes, m, n, k, kind, sms, has);
 }
 
+#ifdef QK_CUDA_SM90A
+
 // What a product keeps of its head alone, or of what is behind it; `first` channels, a multiple of kW4Rows.
 void keep_head(W4Weight& w, int32_t first) { w.n = first; }
 void keep_rest(W4Weight& w, int32_t first) {
@@ -206,6 +208,8 @@ void run_plan(const Args& args, int32_t n, const W4Plan& plan, bool bytes, W4Kin
   part.follows = true;
   run(part, plan, true);
 }
+
+#endif
 
 }  // namespace
 

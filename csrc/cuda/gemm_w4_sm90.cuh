@@ -44,7 +44,7 @@
 //
 // Work: every cluster takes whole tiles (cluster, cluster + clusters, ...). What is left over, less than two tiles per
 // cluster, is dealt out in equal runs of slabs ("stream-K") where K may be split: CTAs that share a tile leave their
-// sums in memory, and whoever comes last adds them all in the order of K, his own without leaving them. So bits do not
+// sums in memory, and whoever comes last adds them all in the order of K, its own from registers. So bits do not
 // depend on timing, and nobody waits.
 #pragma once
 
