@@ -43,6 +43,15 @@ void with_lines(const Ahead& ahead, const Call& call) {
   }
 }
 
+// call(rows, lines), constants: those of a tile, at most kMost, and what it asks for in a step.
+template <int kMost, class Call>
+void with_constants(int rows, const Ahead& ahead, const Call& call) {
+  if constexpr (kMost > 1) {
+    if (rows < kMost) return with_constants<kMost - 1>(rows, ahead, call);
+  }
+  with_lines(ahead, [&](auto lines) { call(std::integral_constant<int, kMost>{}, lines); });
+}
+
 // Shares `bytes` bytes behind the weights that `tiles` tiles read together among their steps. A step of one tile reads
 // step_bytes.
 //

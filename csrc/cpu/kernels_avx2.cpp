@@ -58,23 +58,6 @@ struct Avx2 : YmmVerbs {
     Session() {}
   };
 
-  // call(rows of a tile, lines that it asks for), constants.
-  template <class Call>
-  static void with_constants(int rows, const Ahead& ahead, const Call& call) {
-    with_lines(ahead, [&](auto lines) {
-      switch (rows) {
-        case 1:
-          return call(std::integral_constant<int, 1>{}, lines);
-        case 2:
-          return call(std::integral_constant<int, 2>{}, lines);
-        case 3:
-          return call(std::integral_constant<int, 3>{}, lines);
-        default:
-          return call(std::integral_constant<int, 4>{}, lines);
-      }
-    });
-  }
-
   template <class Dot, int kRows, int kLines>
   QK_NOINLINE static void tile_rows(const uint8_t* a, int64_t lda, const int8_t* b, int64_t steps, int32_t* c,
                                     bool accumulate, const Ahead& ahead) {
@@ -87,10 +70,7 @@ struct Avx2 : YmmVerbs {
       store_i(c + r * kTileN, x0);
       store_i(c + r * kTileN + 8, x1);
     };
-    init(0, c00, c01);
-    if constexpr (kRows > 1) init(1, c10, c11);
-    if constexpr (kRows > 2) init(2, c20, c21);
-    if constexpr (kRows > 3) init(3, c30, c31);
+    each_row<kRows>(init, c00, c01, c10, c11, c20, c21, c30, c31);
     const __m256i ones = _mm256_set1_epi16(1);
     for (int64_t k = 0; k < steps; ++k) {
       const int8_t* bk = b + k * kBlockN * kPackK;
@@ -107,10 +87,7 @@ struct Avx2 : YmmVerbs {
       if constexpr (kRows > 2) row(a + 2 * lda, c20, c21);
       if constexpr (kRows > 3) row(a + 3 * lda, c30, c31);
     }
-    save(0, c00, c01);
-    if constexpr (kRows > 1) save(1, c10, c11);
-    if constexpr (kRows > 2) save(2, c20, c21);
-    if constexpr (kRows > 3) save(3, c30, c31);
+    each_row<kRows>(save, c00, c01, c10, c11, c20, c21, c30, c31);
   }
 
   template <class Dot>
@@ -148,8 +125,8 @@ struct Avx2 : YmmVerbs {
   template <class Dot>
   static void tile_with(int rows, const uint8_t* a, int64_t lda, const int8_t* b, int64_t steps, int32_t* c,
                         bool accumulate, const Ahead& ahead) {
-    with_constants(rows, ahead,
-                   [&](auto r, auto lines) { tile_rows<Dot, r(), lines()>(a, lda, b, steps, c, accumulate, ahead); });
+    with_constants<kTileM>(
+        rows, ahead, [&](auto r, auto lines) { tile_rows<Dot, r(), lines()>(a, lda, b, steps, c, accumulate, ahead); });
   }
 
   static void tile(int rows, const uint8_t* a, int64_t lda, const int8_t* b, int64_t steps, int32_t* c, bool accumulate,
@@ -239,10 +216,7 @@ struct Avx2 : YmmVerbs {
       x0 = add_i(load_i(less), row_less ? set_i(row_less[r]) : load_i(c + r * kTileN));
       x1 = add_i(load_i(less + 8), row_less ? set_i(row_less[r]) : load_i(c + r * kTileN + 8));
     };
-    init(0, c00, c01);
-    if constexpr (kRows > 1) init(1, c10, c11);
-    if constexpr (kRows > 2) init(2, c20, c21);
-    if constexpr (kRows > 3) init(3, c30, c31);
+    each_row<kRows>(init, c00, c01, c10, c11, c20, c21, c30, c31);
     const __m256i* b = reinterpret_cast<const __m256i*>(panel);
     for (int64_t k = 0; k < steps; k += 2, b += 8, a += 16 * kWideTileM) {
       const auto step = [&](int at) __attribute__((always_inline)) {
@@ -266,10 +240,7 @@ struct Avx2 : YmmVerbs {
               : "+x"(x0), "+x"(x1), "=&x"(even), "=&x"(odd), "=&x"(s), "=&x"(t)
               : "m"(words[0]), "m"(words[1]), "x"(even0), "x"(even1), "x"(odd0), "x"(odd1));
         };
-        row(0, c00, c01);
-        if constexpr (kRows > 1) row(1, c10, c11);
-        if constexpr (kRows > 2) row(2, c20, c21);
-        if constexpr (kRows > 3) row(3, c30, c31);
+        each_row<kRows>(row, c00, c01, c10, c11, c20, c21, c30, c31);
       };
       step(0);
       step(1);
@@ -279,15 +250,12 @@ struct Avx2 : YmmVerbs {
       store_i(c + r * kTileN, x0);
       store_i(c + r * kTileN + 8, x1);
     };
-    save(0, c00, c01);
-    if constexpr (kRows > 1) save(1, c10, c11);
-    if constexpr (kRows > 2) save(2, c20, c21);
-    if constexpr (kRows > 3) save(3, c30, c31);
+    each_row<kRows>(save, c00, c01, c10, c11, c20, c21, c30, c31);
   }
   static void wide_tile(int rows, const uint8_t* a, const int16_t* panel, int64_t steps, const int32_t* less,
                         const int32_t* row_less, int32_t* c, const Ahead& ahead) {
-    with_constants(rows, ahead,
-                   [&](auto r, auto lines) { wide_rows<r(), lines()>(a, panel, steps, less, row_less, c, ahead); });
+    with_constants<kTileM>(
+        rows, ahead, [&](auto r, auto lines) { wide_rows<r(), lines()>(a, panel, steps, less, row_less, c, ahead); });
   }
 
   // The words of kCodeSteps steps at a time, to finish(row, half, first k of the piece, words).
@@ -364,7 +332,7 @@ struct Avx2 : YmmVerbs {
   static void tile4_groups(int rows, const uint8_t* a, int64_t lda, const int8_t* panel, int64_t columns, int64_t steps,
                            int64_t groups, const int32_t* start, const T* scale, const T* /*origin*/, T* totals,
                            Ahead ahead) {
-    with_constants(rows, ahead, [&](auto r, auto lines) {
+    with_constants<kTileM>(rows, ahead, [&](auto r, auto lines) {
       for (; groups > 0; --groups, ++start, a += steps * kPackK, panel += steps * kBlockN * kPackK, scale += kBlockN) {
         int32_t starts[kTileM];
         for (int i = 0; i < r(); ++i)
@@ -376,8 +344,8 @@ struct Avx2 : YmmVerbs {
   }
   static void tile4(int rows, const uint8_t* a, int64_t lda, const int8_t* b, int64_t steps, int32_t* c,
                     bool accumulate, const Ahead& ahead) {
-    with_constants(rows, ahead,
-                   [&](auto r, auto lines) { tile4_rows<r(), lines()>(a, lda, b, steps, c, accumulate, ahead); });
+    with_constants<kTileM>(
+        rows, ahead, [&](auto r, auto lines) { tile4_rows<r(), lines()>(a, lda, b, steps, c, accumulate, ahead); });
   }
 
   template <int kLines>

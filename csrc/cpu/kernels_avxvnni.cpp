@@ -79,19 +79,9 @@ struct AvxVnni : YmmVerbs {
       store_i(c + r * kTileN, x0);
       store_i(c + r * kTileN + 8, x1);
     };
-    init(0, c00, c01);
-    if constexpr (kRows > 1) init(1, c10, c11);
-    if constexpr (kRows > 2) init(2, c20, c21);
-    if constexpr (kRows > 3) init(3, c30, c31);
-    if constexpr (kRows > 4) init(4, c40, c41);
-    if constexpr (kRows > 5) init(5, c50, c51);
+    each_row<kRows>(init, c00, c01, c10, c11, c20, c21, c30, c31, c40, c41, c50, c51);
     all_steps<W, kRows, kLines>(a, lda, b, steps, ahead, c00, c01, c10, c11, c20, c21, c30, c31, c40, c41, c50, c51);
-    save(0, c00, c01);
-    if constexpr (kRows > 1) save(1, c10, c11);
-    if constexpr (kRows > 2) save(2, c20, c21);
-    if constexpr (kRows > 3) save(3, c30, c31);
-    if constexpr (kRows > 4) save(4, c40, c41);
-    if constexpr (kRows > 5) save(5, c50, c51);
+    each_row<kRows>(save, c00, c01, c10, c11, c20, c21, c30, c31, c40, c41, c50, c51);
   }
 
   QK_NOINLINE static void tile_one(const uint8_t* a, const int8_t* b, int64_t steps, int32_t* c, bool /*minus128*/) {
@@ -112,31 +102,11 @@ struct AvxVnni : YmmVerbs {
     store_run(c, c0, c1, c2, c3, c4, c5, c6, c7);
   }
 
-  // call(rows of a tile, lines that it asks for), constants.
-  template <class Call>
-  static void with_constants(int rows, const Ahead& ahead, const Call& call) {
-    with_lines(ahead, [&](auto lines) {
-      switch (rows) {
-        case 1:
-          return call(std::integral_constant<int, 1>{}, lines);
-        case 2:
-          return call(std::integral_constant<int, 2>{}, lines);
-        case 3:
-          return call(std::integral_constant<int, 3>{}, lines);
-        case 4:
-          return call(std::integral_constant<int, 4>{}, lines);
-        case 5:
-          return call(std::integral_constant<int, 5>{}, lines);
-        default:
-          return call(std::integral_constant<int, 6>{}, lines);
-      }
-    });
-  }
   template <class W>
   static void tile_of(int rows, const uint8_t* a, int64_t lda, const int8_t* b, int64_t steps, int32_t* c,
                       bool accumulate, const Ahead& ahead) {
-    with_constants(rows, ahead,
-                   [&](auto r, auto lines) { tile_rows<W, r(), lines()>(a, lda, b, steps, c, accumulate, ahead); });
+    with_constants<kTileM>(
+        rows, ahead, [&](auto r, auto lines) { tile_rows<W, r(), lines()>(a, lda, b, steps, c, accumulate, ahead); });
   }
 
   static void tile(int rows, const uint8_t* a, int64_t lda, const int8_t* b, int64_t steps, int32_t* c, bool accumulate,
@@ -158,21 +128,11 @@ struct AvxVnni : YmmVerbs {
       __m256i c00, c01, c10, c11, c20, c21, c30, c31, c40, c41, c50, c51;
       const auto init = [&](int r, __m256i& x0, __m256i& x1)
                             QK_INLINE { x0 = x1 = broadcast4(reinterpret_cast<const uint8_t*>(start) + r * lda); };
-      init(0, c00, c01);
-      if constexpr (kRows > 1) init(1, c10, c11);
-      if constexpr (kRows > 2) init(2, c20, c21);
-      if constexpr (kRows > 3) init(3, c30, c31);
-      if constexpr (kRows > 4) init(4, c40, c41);
-      if constexpr (kRows > 5) init(5, c50, c51);
+      each_row<kRows>(init, c00, c01, c10, c11, c20, c21, c30, c31, c40, c41, c50, c51);
       all_steps<UnsignedWeights, kRows, kLines>(a, lda, b, steps, ahead, c00, c01, c10, c11, c20, c21, c30, c31, c40,
                                                 c41, c50, c51);
       const auto rows = [&](const auto& finish) QK_INLINE {
-        finish(0, c00, c01);
-        if constexpr (kRows > 1) finish(1, c10, c11);
-        if constexpr (kRows > 2) finish(2, c20, c21);
-        if constexpr (kRows > 3) finish(3, c30, c31);
-        if constexpr (kRows > 4) finish(4, c40, c41);
-        if constexpr (kRows > 5) finish(5, c50, c51);
+        each_row<kRows>(finish, c00, c01, c10, c11, c20, c21, c30, c31, c40, c41, c50, c51);
       };
       if constexpr (std::is_same<T, float>::value) {
         if (origin) {
@@ -196,7 +156,7 @@ struct AvxVnni : YmmVerbs {
   static void tile4_groups(int rows, const uint8_t* a, int64_t lda, const int8_t* b, int64_t columns, int64_t steps,
                            int64_t groups, const int32_t* start, const T* scale, const T* origin, T* total,
                            Ahead ahead) {
-    with_constants(rows, ahead, [&](auto r, auto lines) {
+    with_constants<kTileM>(rows, ahead, [&](auto r, auto lines) {
       for (int j = 0; j < columns; j += kTileN, ahead.at += groups * steps * ahead.stride)
         group_rows<r(), lines()>(a, lda, b + j * kPackK, steps, groups, start, scale + j, origin ? origin + j : nullptr,
                                  total + j, ahead);

@@ -214,53 +214,29 @@ struct Avx512Vnni : ZmmVerbs {
 #undef QK_INIT
 #undef QK_SAVE
 
-  template <bool kUnsignedWeights, int kLines>
+  template <bool kUnsignedWeights>
   static void tile_of(int rows, const uint8_t* a, int64_t lda, const int8_t* b, int64_t steps, int32_t* c,
                       bool accumulate, const Ahead& ahead) {
-    switch (rows) {
-      case 1:
-        return tile_rows<kUnsignedWeights, 1, kLines>(a, lda, b, steps, c, accumulate, ahead);
-      case 2:
-        return tile_rows<kUnsignedWeights, 2, kLines>(a, lda, b, steps, c, accumulate, ahead);
-      case 3:
-        return tile_rows<kUnsignedWeights, 3, kLines>(a, lda, b, steps, c, accumulate, ahead);
-      case 4:
-        return tile_rows<kUnsignedWeights, 4, kLines>(a, lda, b, steps, c, accumulate, ahead);
-      case 5:
-        return tile_rows<kUnsignedWeights, 5, kLines>(a, lda, b, steps, c, accumulate, ahead);
-      default:
-        return tile_rows<kUnsignedWeights, 6, kLines>(a, lda, b, steps, c, accumulate, ahead);
-    }
+    with_constants<kTileM>(rows, ahead, [&](auto r, auto lines) {
+      tile_rows<kUnsignedWeights, r(), lines()>(a, lda, b, steps, c, accumulate, ahead);
+    });
   }
   // b is 64-byte aligned.
   static void tile(int rows, const uint8_t* a, int64_t lda, const int8_t* b, int64_t steps, int32_t* c, bool accumulate,
                    bool /*minus128*/, const Ahead& ahead) {
-    with_lines(ahead, [&](auto lines) { tile_of<false, lines()>(rows, a, lda, b, steps, c, accumulate, ahead); });
+    tile_of<false>(rows, a, lda, b, steps, c, accumulate, ahead);
   }
   static void tile4(int rows, const uint8_t* a, int64_t lda, const int8_t* b, int64_t steps, int32_t* c,
                     bool accumulate, const Ahead& ahead) {
-    with_lines(ahead, [&](auto lines) { tile_of<true, lines()>(rows, a, lda, b, steps, c, accumulate, ahead); });
+    tile_of<true>(rows, a, lda, b, steps, c, accumulate, ahead);
   }
 
   template <class T>
   static void tile4_groups(int rows, const uint8_t* a, int64_t lda, const int8_t* b, int64_t /*columns: always 64*/,
                            int64_t steps, int64_t groups, const int32_t* start, const T* scale, const T* origin,
                            T* total, const Ahead& ahead) {
-    with_lines(ahead, [&](auto lines) {
-      switch (rows) {
-        case 1:
-          return group_rows<1, lines()>(a, lda, b, steps, groups, start, scale, origin, total, ahead);
-        case 2:
-          return group_rows<2, lines()>(a, lda, b, steps, groups, start, scale, origin, total, ahead);
-        case 3:
-          return group_rows<3, lines()>(a, lda, b, steps, groups, start, scale, origin, total, ahead);
-        case 4:
-          return group_rows<4, lines()>(a, lda, b, steps, groups, start, scale, origin, total, ahead);
-        case 5:
-          return group_rows<5, lines()>(a, lda, b, steps, groups, start, scale, origin, total, ahead);
-        default:
-          return group_rows<6, lines()>(a, lda, b, steps, groups, start, scale, origin, total, ahead);
-      }
+    with_constants<kTileM>(rows, ahead, [&](auto r, auto lines) {
+      group_rows<r(), lines()>(a, lda, b, steps, groups, start, scale, origin, total, ahead);
     });
   }
 
@@ -344,18 +320,8 @@ struct Avx512Vnni : ZmmVerbs {
 #undef QK_SAVE
   static void tile4_direct(int rows, const uint8_t* a, int64_t lda, const uint8_t* packed, int64_t lines, int32_t* c,
                            const Ahead& ahead) {
-    with_lines(ahead, [&](auto asked) {
-      switch (rows) {
-        case 1:
-          return direct_rows<1, asked()>(a, lda, packed, lines, c, ahead);
-        case 2:
-          return direct_rows<2, asked()>(a, lda, packed, lines, c, ahead);
-        case 3:
-          return direct_rows<3, asked()>(a, lda, packed, lines, c, ahead);
-        default:
-          return direct_rows<4, asked()>(a, lda, packed, lines, c, ahead);
-      }
-    });
+    with_constants<kDirectRows>(
+        rows, ahead, [&](auto r, auto asked) { direct_rows<r(), asked()>(a, lda, packed, lines, c, ahead); });
   }
 };
 

@@ -17,6 +17,13 @@ struct YmmVerbs {
   using F = __m256;
   using I = __m256i;
 
+  // call(row, left, right) for the first kRows pairs of registers, those of a tile's rows.
+  template <int kRows, int kRow = 0, class Call, class... Rest>
+  __attribute__((always_inline)) static void each_row(const Call& call, I& left, I& right, Rest&... rest) {
+    call(kRow, left, right);
+    if constexpr (kRow + 1 < kRows) each_row<kRows, kRow + 1>(call, rest...);
+  }
+
   static F set(float v) { return _mm256_set1_ps(v); }
   static I set_i(int32_t v) { return _mm256_set1_epi32(v); }
   static F mul(F a, F b) { return _mm256_mul_ps(a, b); }

@@ -284,11 +284,13 @@ __global__ void __launch_bounds__(S::kThreads, S::kPerSm)
       release(own);
     };
 
-    // One slab whose products add to what there is (kOneSum). The last of them are still under way when it ends, so
-    // that the next slab, or the end of the tile, gives its stage back. kOneRow: see codes_sm90.cuh.
+    // One slab whose products add to what there is (kOneSum). A product with a register operand holds its warp up until
+    // the one before it is done, so the next codes are unpacked behind a product. But of few tokens, the last products
+    // are still under way when the slab ends, so that the next slab, or the end of the tile, gives its stage back.
+    // kOneRow: see codes_sm90.cuh.
     const auto release_before = [&](int stage) { release(stage - S::kPhases + (stage < S::kPhases ? job.stages : 0)); };
     const auto slab_of_one_sum = [&](auto one_row, int slab) {
-      constexpr bool kOneRow = decltype(one_row)::value;
+      [[maybe_unused]] constexpr bool kOneRow = decltype(one_row)::value;
       uint32_t tokens = base + ring.stage * S::kTokenBytes;
       if (S::kFew) tokens += t.matrix;
       if (S::kUniform) tokens = ptx::uniform(tokens);
@@ -300,7 +302,16 @@ __global__ void __launch_bounds__(S::kThreads, S::kPerSm)
       const int next = --left > 0 ? ring.stage : own;
       const uint32_t next_parity = left > 0 ? ring.parity : own_parity;
       const bool first = slab == s.first + t.phase;
-      if constexpr (S::kBySteps && S::kBits == 8) {
+      if constexpr (S::kFew) {
+        multiply<S, 0, S::kSteps / 2, S::kSteps>(even, tokens, first, sums);
+        early.template unpack<kOneRow>(odd);
+        multiply<S, S::kSteps / 2, S::kSteps / 2, S::kSteps>(odd, tokens, false, sums);
+        ptx::mbarrier_wait(full_here + 8 * next, next_parity);
+        early.template load<kOneRow>(job, t, packed_at(next), 0);
+        early.template unpack<kOneRow>(even);
+        early.template load<kOneRow>(job, t, packed_at(next), 1);
+        release(own);
+      } else if constexpr (S::kBits == 8) {
         const uint8_t* packed = packed_at(S::kHalves ? codes : own);
         if (S::kHalves && left > 0) codes = next_codes<S>(codes);
         const uint8_t* next_packed = packed_at(S::kHalves ? codes : next);
@@ -326,8 +337,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kPerSm)
           if (S::kHalves && s == S::kSteps / 2) release(own);
           early.unpack_two(last ? 0 : s + 2, next_fragments);
         }
-        return;
-      } else if constexpr (S::kBySteps) {
+      } else {
         multiply<S, 0, 1, S::kSteps>(even, tokens, first, sums);
         ptx::wgmma_wait<1>();  // all but these
         if (!first) release_before(own);
@@ -344,21 +354,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kPerSm)
         later.template load<kOneRow>(job, t, packed_at(next), 1);
         ptx::wgmma_wait<1>();
         early.template unpack_step<kOneRow>(0, even);
-        return;
       }
-      multiply<S, 0, S::kSteps / 2, S::kSteps>(even, tokens, first, sums);
-      if constexpr (!S::kFew) {
-        ptx::wgmma_wait<1>();  // all but these
-        if (!first) release_before(own);
-      }
-      early.template unpack<kOneRow>(odd);
-      multiply<S, S::kSteps / 2, S::kSteps / 2, S::kSteps>(odd, tokens, false, sums);
-      ptx::mbarrier_wait(full_here + 8 * next, next_parity);
-      early.template load<kOneRow>(job, t, packed_at(next), 0);
-      if constexpr (!S::kFew) ptx::wgmma_wait<1>();  // the even half may be overwritten
-      early.template unpack<kOneRow>(even);
-      early.template load<kOneRow>(job, t, packed_at(next), 1);
-      if (S::kFew) release(own);
     };
 
     if (!job.follows) ptx::grid_dependency_wait();
@@ -367,14 +363,14 @@ __global__ void __launch_bounds__(S::kThreads, S::kPerSm)
       const uint8_t* packed = packed_at(ring.stage);
       if constexpr (S::kOneSum) {
         early.template load<false>(job, t, packed, 0);
-        if constexpr (S::kBySteps && S::kBits == 8) {
-          early.unpack_two(0, even);
-        } else if constexpr (S::kBySteps) {
-          early.template unpack_step<false>(0, even);
-          later.template load<false>(job, t, packed, 1);
-        } else {
+        if constexpr (S::kFew) {
           early.template unpack<false>(even);
           early.template load<false>(job, t, packed, 1);
+        } else if constexpr (S::kBits == 8) {
+          early.unpack_two(0, even);
+        } else {
+          early.template unpack_step<false>(0, even);
+          later.template load<false>(job, t, packed, 1);
         }
       } else {
         if (!S::kWide) odd_codes = load_codes(t, packed, 1);

@@ -46,9 +46,6 @@ struct Shape {
   // The products of all of K add to the same sums, and that is all.
   static constexpr bool kOneSum = kBits == 8 || kMultiplier;
   static_assert(!kOneSum || kBytes == kMultiplier, "codes of 8 bits are multiplied as floats, multiples as bytes");
-  // A product with a register operand holds its warp up until the one before it is done. Behind a product there is time
-  // to unpack the codes of the next one, and the tensor cores do not wait for them.
-  static constexpr bool kBySteps = kOneSum && !kFew;
   using Total = typename std::conditional<kOneSum, Sum, float>::type;
   static constexpr bool kPlain = kKind == W4Kind::kZeroPoint && !kZeros;
   // Integer products are 16 times the true ones (operands_w4a8.cuh).
