@@ -81,11 +81,13 @@ __device__ __forceinline__ float scaled(int32_t acc, float of_token, float of_ch
   return __fmul_rn(__fmul_rn(__int2float_rn(acc), of_token), of_channel);
 }
 
-// Without kZero the caller vouches that there are no zero points; with it and without them, `colsum` is zero.
-template <bool kZero = true>
+// Without kZero the caller vouches that there are no zero points, without kBias that there is no bias; with them and
+// without those, `colsum` is zero and `bias` -0.
+template <bool kZero = true, bool kBias = true>
 __device__ __forceinline__ float finish(int32_t acc, const TokenTerms& t, const ChannelTerms& c) {
   if (kZero) acc -= (t.zero - kZeroShift) * c.colsum;
-  return __fadd_rn(scaled(acc, t.scale, c.scale), c.bias);
+  const float v = scaled(acc, t.scale, c.scale);
+  return kBias ? __fadd_rn(v, c.bias) : v;
 }
 
 // One 16-bit output of a packed pair, as its bits.
@@ -190,10 +192,14 @@ struct TileTerms {
     scale[n] = c.scale, bias[n] = c.bias, colsum[n] = c.colsum;
   }
   // Channels n and n + 1, n even.
-  template <bool kZero>
+  template <bool kZero, bool kBias = true>
   __device__ __forceinline__ void get(int n, ChannelTerms& even, ChannelTerms& odd) const {
-    const float2 s = *reinterpret_cast<const float2*>(scale + n), b = *reinterpret_cast<const float2*>(bias + n);
-    even.scale = s.x, even.bias = b.x, odd.scale = s.y, odd.bias = b.y;
+    const float2 s = *reinterpret_cast<const float2*>(scale + n);
+    even.scale = s.x, odd.scale = s.y;
+    if (kBias) {
+      const float2 b = *reinterpret_cast<const float2*>(bias + n);
+      even.bias = b.x, odd.bias = b.y;
+    }
     if (kZero) {
       const int2 c = *reinterpret_cast<const int2*>(colsum + n);
       even.colsum = c.x, odd.colsum = c.y;

@@ -22,14 +22,13 @@
 // the other one's products. That takes fewer cycles, and more power for each.
 //
 // Epilogue otherwise: fragment -> fp32 steps -> 16-bit pairs, which stay in registers (64 of them) while the next
-// tile's products run. Stripes of 64 channels then go through 2 KB of shared memory per warp (stmatrix) to 16-byte
-// stores of whole sectors, at even distances behind the products of three quarters of K. Written at once, the tiles of
-// all CTAs, 64 KB each, would come as one burst that the L2 takes microseconds to absorb while no tensor core works.
-// (fp32 outputs do not fit beside the sums and are written at once.) The warpgroups share nothing in all this and need
-// not arrive together.
-#include "epilogue.cuh"
+// tile's products run. Stripes of 64 channels then go out (outputs_w8a8_sm90.cuh) at even distances behind the products
+// of three quarters of K. Written at once, the tiles of all CTAs, 64 KB each, would come as one burst that the L2 takes
+// microseconds to absorb while no tensor core works. (fp32 outputs do not fit beside the sums and are written at once.)
+// The warpgroups share nothing in all this and need not arrive together.
 #include "host.h"
 #include "launch.h"
+#include "outputs_w8a8_sm90.cuh"
 #include "tensor_map.h"
 #include "wgmma.cuh"
 
@@ -45,8 +44,6 @@ constexpr int kAlignment = 1024;
 constexpr int kTurnBarrier = 3;  // and the next one: a warpgroup's turn
 constexpr int kBoxRows = 32;  // of tokens, where the last tile is not full
 constexpr int kGroup = 16;  // token tiles walked before the next channels
-constexpr int kStripe = 64;  // channels staged at once for the store
-constexpr int kStripeBytes = 16 * kStripe * 2;  // per warp: 16 tokens
 // Registers per thread: 168 at launch (64 K over 384 threads), then moved from the producer to the consumers.
 constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
 
@@ -85,132 +82,10 @@ __device__ __forceinline__ Place place_of(int at, const Tiles& tiles) {
   return Place{first + inside % rows, inside / rows};
 }
 
-// Where a warp's 16 tokens x kChannels channels go: tokens m0 + g and m0 + g + 8 with their terms, channels from n0.
-struct Corner {
-  int m0, n0;
-  TokenTerms upper, lower;
-};
-
-// The four values of a lane in block j (8 channels): (upper, even), (upper, odd), (lower, even), (lower, odd).
-template <int kChannels, bool kZero>
-__device__ __forceinline__ void finish_block(const int32_t (&acc)[kChannels / 2], int j, const Corner& at,
-                                             const TileTerms<kChannels>& terms, int t, float (&v)[4]) {
-  ChannelTerms even, odd;
-  terms.template get<kZero>(8 * j + 2 * t, even, odd);
-  v[0] = finish<kZero>(acc[4 * j], at.upper, even);
-  v[1] = finish<kZero>(acc[4 * j + 1], at.upper, odd);
-  v[2] = finish<kZero>(acc[4 * j + 2], at.lower, even);
-  v[3] = finish<kZero>(acc[4 * j + 3], at.lower, odd);
-}
-
-// fp32: a quad of lanes writes the eight channels of a block, one 32-byte sector.
-template <int kChannels, bool kZero>
-__device__ __forceinline__ void store_f32_tile(const Epilogue& e, const int32_t (&acc)[kChannels / 2], const Corner& at,
-                                               const TileTerms<kChannels>& terms, int lane) {
-  const int g = lane >> 2, t = lane & 3;
-#pragma unroll
-  for (int j = 0; j < kChannels / 8; ++j) {
-    float v[4];
-    finish_block<kChannels, kZero>(acc, j, at, terms, t, v);
-    const int n = at.n0 + 8 * j + 2 * t;
-    store_f32(e, at.m0 + g, n, v[0]);
-    store_f32(e, at.m0 + g, n + 1, v[1]);
-    store_f32(e, at.m0 + g + 8, n, v[2]);
-    store_f32(e, at.m0 + g + 8, n + 1, v[3]);
-  }
-}
-
-// A warp's finished 16-bit outputs, not yet written: words[2j] and words[2j + 1] are lane (g, t)'s channels 8j + 2t and
-// 8j + 2t + 1 of tokens m0 + g and m0 + g + 8.
-template <int kChannels>
-struct Held {
-  int m0, n0;
-  bool any;
-  uint32_t words[kChannels / 4];
-};
-
-template <int kChannels, DType kOut, bool kZero>
-__device__ __forceinline__ void hold(Held<kChannels>& held, const int32_t (&acc)[kChannels / 2], const Corner& at,
-                                     const TileTerms<kChannels>& terms, int lane) {
-  held.m0 = at.m0, held.n0 = at.n0, held.any = true;
-#pragma unroll
-  for (int j = 0; j < kChannels / 8; ++j) {
-    float v[4];
-    finish_block<kChannels, kZero>(acc, j, at, terms, lane & 3, v);
-    held.words[2 * j] = pack_pair(kOut, v[0], v[1]);
-    held.words[2 * j + 1] = pack_pair(kOut, v[2], v[3]);
-  }
-}
-
-// A warp's stripe of 16 tokens x kStripe channels in shared memory: chunk i (8 channels) of row r at place i ^ (r % 8).
-// Two blocks of 8 channels, as stmatrix takes them.
-__device__ __forceinline__ void put_blocks(uint32_t stripe, int pair, int lane, const uint32_t (&words)[4]) {
-  const int row = lane & 15, chunk = 2 * pair + (lane >> 4);  // whose address this lane gives
-  ptx::stmatrix_x4(stripe + row * kStripe * 2 + ((chunk ^ (row & 7)) << 4), words[0], words[1], words[2], words[3]);
-}
-
-// And from there to channels n0 ... of tokens m0 ..., the first `count` of them.
-__device__ __forceinline__ void write_stripe(const Epilogue& e, int m0, int n0, int count, uint32_t stripe, int lane) {
-  __syncwarp();
-  const int chunk = lane & 7, n = n0 + chunk * 8;
-#pragma unroll
-  for (int pass = 0; pass < 4; ++pass) {
-    const int row = pass * 4 + (lane >> 3), m = m0 + row;
-    const int4 v = ptx::load_shared(stripe + row * kStripe * 2 + ((chunk ^ (row & 7)) << 4));
-    if (chunk * 8 < count && m < e.m) {
-      if (e.vectors && n + 8 <= e.n) {
-        *reinterpret_cast<int4*>(static_cast<uint16_t*>(e.y) + int64_t(m) * e.y_stride + n) = v;
-      } else {
-        store_pair(e, m, n, v.x);
-        store_pair(e, m, n + 2, v.y);
-        store_pair(e, m, n + 4, v.z);
-        store_pair(e, m, n + 6, v.w);
-      }
-    }
-  }
-  __syncwarp();
-}
-
-// Channels c .. c + kStripe - 1 (c a compile-time value after unrolling) of what is held.
-template <int kChannels>
-__device__ __forceinline__ void store_stripe(const Epilogue& e, const Held<kChannels>& held, int c, uint32_t stripe,
-                                             int lane) {
-#pragma unroll
-  for (int pair = 0; pair < kStripe / 16 && c + 16 * pair < kChannels; ++pair) {
-    const uint32_t* w = held.words + (c + 16 * pair) / 4;
-    const uint32_t words[4] = {w[0], w[1], w[2], w[3]};
-    put_blocks(stripe, pair, lane, words);
-  }
-  write_stripe(e, held.m0, held.n0 + c, min(kStripe, kChannels - c), stripe, lane);
-}
-
-// A tile whose warpgroup has nothing else to do, stripe by stripe.
-template <int kChannels, DType kOut, bool kZero>
-__device__ __forceinline__ void store_tile(const Epilogue& e, const int32_t (&acc)[kChannels / 2], const Corner& at,
-                                           const TileTerms<kChannels>& terms, uint32_t stripe, int lane) {
-  static_assert(kChannels % kStripe == 0, "whole stripes");
-#pragma unroll
-  for (int c = 0; c < kChannels; c += kStripe) {
-#pragma unroll
-    for (int pair = 0; pair < kStripe / 16; ++pair) {
-      uint32_t words[4];
-#pragma unroll
-      for (int b = 0; b < 2; ++b) {
-        float v[4];
-        finish_block<kChannels, kZero>(acc, (c + 16 * pair) / 8 + b, at, terms, lane & 3, v);
-        words[2 * b] = pack_pair(kOut, v[0], v[1]);
-        words[2 * b + 1] = pack_pair(kOut, v[2], v[3]);
-      }
-      put_blocks(stripe, pair, lane, words);
-    }
-    write_stripe(e, at.m0, at.n0 + c, kStripe, stripe, lane);
-  }
-}
-
 template <typename S, DType kOut>
 __global__ void __launch_bounds__(kThreads, 1)
-    gemm_tiled_kernel(const __grid_constant__ CUtensorMap x_map, const GemmW8A8Args a, const Epilogue e,
-                      const Tiles tiles) {
+    gemm_tiled_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ CUtensorMap y_map,
+                      const GemmW8A8Args a, const Epilogue e, const Tiles tiles) {
   extern __shared__ uint8_t shared[];
   __shared__ __align__(8) uint64_t full_barriers[S::kStages], empty_barriers[S::kStages];
   __shared__ __align__(8) TileTerms<S::kChannels> all_terms[2];  // of each warpgroup
@@ -299,6 +174,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     const auto release = [&](int s) {
       if (lane < S::kCluster) ptx::mbarrier_arrive_cluster(empty + 8 * s, lane);
     };
+    const Output out{e, &y_map};
     int stage = 0;
     uint32_t parity = 0;
     ptx::grid_dependency_wait();
@@ -349,17 +225,16 @@ __global__ void __launch_bounds__(kThreads, 1)
           corner.upper = load_token(e, corner.m0 + (lane >> 2));
           corner.lower = load_token(e, corner.m0 + (lane >> 2) + 8);
           if constexpr (kOut == DType::kF32) {
-            store_f32_tile<S::kChannels, true>(e, acc[half], corner, terms, lane);
+            store_f32_tile<S::kChannels>(e, acc[half], corner, terms, lane);
           } else {
-            if (e.x_zero_point) {
-              store_tile<S::kChannels, kOut, true>(e, acc[half], corner, terms, stripe, lane);
-            } else {
-              store_tile<S::kChannels, kOut, false>(e, acc[half], corner, terms, stripe, lane);
-            }
+            with_terms(e, [&](auto kind) {
+              store_tile<S::kChannels, kOut, kind.value>(out, acc[half], corner, terms, stripe, lane);
+            });
           }
         }
         ptx::named_barrier(1 + group, 128);
       }
+      if (lane == 0) ptx::bulk_wait_read();
       return;
     }
     Held<S::kChannels> held;
@@ -392,7 +267,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         for (int c = 0; c < S::kChannels; c += kStripe) {
 #pragma unroll 1
           for (int i = 0; i < apart && kb < slab_count; ++i) multiply(kb++);
-          if (held.any) store_stripe<S::kChannels>(e, held, c, stripe, lane);
+          if (held.any) store_stripe<S::kChannels>(out, held, c, stripe, lane);
         }
       }
       // Where the tile lies and its scales: here, behind products, whom divisions and loads delay at a tile's begin for
@@ -414,17 +289,16 @@ __global__ void __launch_bounds__(kThreads, 1)
       }
       ptx::named_barrier(1 + group, 128);
       if constexpr (kOut == DType::kF32) {
-        store_f32_tile<S::kChannels, true>(e, acc, corner, terms, lane);
-      } else if (e.x_zero_point) {
-        hold<S::kChannels, kOut, true>(held, acc, corner, terms, lane);
+        store_f32_tile<S::kChannels>(e, acc, corner, terms, lane);
       } else {
-        hold<S::kChannels, kOut, false>(held, acc, corner, terms, lane);
+        with_terms(e, [&](auto kind) { hold<S::kChannels, kOut, kind.value>(held, acc, corner, terms, lane); });
       }
       ptx::named_barrier(1 + group, 128);  // nobody writes the next tile's terms over these
     }
     if constexpr (kOut != DType::kF32) {
 #pragma unroll
-      for (int c = 0; c < S::kChannels; c += kStripe) store_stripe<S::kChannels>(e, held, c, stripe, lane);
+      for (int c = 0; c < S::kChannels; c += kStripe) store_stripe<S::kChannels>(out, held, c, stripe, lane);
+      if (lane == 0) ptx::bulk_wait_read();
     }
   }
 }
@@ -446,7 +320,11 @@ void run_typed(const GemmW8A8Args& args, bool dependent, cudaStream_t stream) {
   shape.shared_bytes = S::kSharedBytes;
   shape.cluster_x = S::kCluster;
   shape.dependent = dependent;
-  launch(gemm_tiled_kernel<S, kOut>, shape, stream, "gemm_w8a8_tiled", map, args, make_epilogue(args), tiles);
+  const Epilogue e = make_epilogue(args);
+  const CUtensorMap outputs = kOut != DType::kF32 && e.vectors
+                                  ? word16_matrix_map(args.y, args.m, args.n, args.y_stride * 2, kStripeTokens)
+                                  : map;  // which nobody reads
+  launch(gemm_tiled_kernel<S, kOut>, shape, stream, "gemm_w8a8_tiled", map, outputs, args, e, tiles);
 }
 
 template <typename S>

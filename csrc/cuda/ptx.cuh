@@ -223,6 +223,16 @@ __device__ __forceinline__ void tensor_load_2d_multicast(uint32_t dst, const voi
       "l"(map), "r"(c0), "r"(c1), "r"(bar), "h"(cta_mask), "l"(policy)
       : "memory");
 }
+// A box from shared memory to (c0, c1) of a tensor map, elements outside the tensor left out. Shared memory must be as
+// fence_proxy_async has made it visible, and stay so until bulk_wait_read says that all stores this thread committed
+// have read theirs.
+__device__ __forceinline__ void tensor_store_2d(const void* map, int32_t c0, int32_t c1, uint32_t src) {
+  asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];" ::"l"(map), "r"(c0),
+               "r"(c1), "r"(src)
+               : "memory");
+}
+__device__ __forceinline__ void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+__device__ __forceinline__ void bulk_wait_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
 // "prefetch.global.L2": asks for the line at `p`. Nothing is read, so it may come before a wait for what writes there.
 __device__ __forceinline__ void prefetch_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 __device__ __forceinline__ void prefetch_tensor_map(const void* map) {

@@ -7,6 +7,10 @@ Each contender's calls, one per copy of the weight, are captured into a graph; g
 anew for each round, and a row is the median over the rounds.  The copies together are larger than the L2.  Nothing of
 ours is timed before its result equals the reference bit for bit.  Data are random throughout: zeros run faster.
 
+Where operations limit, the clock is what the card's power limit leaves, and follows within a tenth of a second what
+runs.  In such rows each contender runs alone for :data:`STEADY_SECONDS` before each of its samples: in turns of a few
+milliseconds all would run at the clock that their mixture leaves, and one that needs more power at others' expense.
+
     gemm               int8 activations to scaled output
     gemm overlapped    the same, each launch fetching its weight while the one before it ends
     layer              quantize and gemm from floating-point activations
@@ -22,6 +26,7 @@ import argparse
 import itertools
 import random
 import statistics
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -45,6 +50,9 @@ SHAPES = ((4096, 4096), (4096, 14336), (14336, 4096), (8192, 8192), (8192, 28672
 ROWS = (1, 16, 64, 128, 256, 1024, 4096)
 MOST_CALLS = 32
 GRAPH_SECONDS = 0.02
+STEADY_SECONDS = 0.15
+STEADY_ROUNDS, STEADY_REPLAYS = 3, 3
+"""Of a row that operations limit: how often each contender has its turn at most, and what is timed then."""
 ENOUGH_ROWS_FOR_INT_MM = 17
 
 Call = Callable[[int], object]
@@ -53,7 +61,8 @@ Call = Callable[[int], object]
 
 @dataclass(frozen=True)
 class CudaRow:
-    """One contender at one shape and number of rows.  Times in microseconds, over interleaved replays."""
+    """One contender at one shape and number of rows.  Times in microseconds, over interleaved replays; ``steady``: each
+    at the clock that its own power leaves."""
 
     contender: str
     ours: bool
@@ -68,6 +77,7 @@ class CudaRow:
     percent_of_limit: float
     tops: float
     scheme: str = "w8a8"
+    steady: bool = False
 
 
 @dataclass(frozen=True)
@@ -108,6 +118,12 @@ class Graph:
         end.record()
         end.synchronize()
         return 1e3 * start.elapsed_time(end) / self.count
+
+    def settle(self, seconds: float) -> None:
+        """Replay for so long."""
+        end = time.perf_counter() + seconds
+        while time.perf_counter() < end:
+            self.replay()
 
 
 def measure_ceilings() -> CudaCeilings:
@@ -221,10 +237,13 @@ class Problem:
         for number in range(library.configurations):
             calls[number] = library.gemm(self.q, self.scale, self.weights, self.weight_scale, out, number)
             try:
-                times[number] = min(_replays(Graph(calls[number], 4), 3))
+                graph = Graph(calls[number], 4)
             except RuntimeError:
                 if number == first:
                     return
+                continue
+            graph.settle(STEADY_SECONDS / 3)
+            times[number] = min(_replays(graph, 3))
         yield "cutlass", False, calls[first]
         best = min(times, key=lambda number: times[number])
         yield "cutlass best", False, calls[best]
@@ -326,13 +345,16 @@ def _run_problem(problem: _Problem, ceilings: CudaCeilings, rounds: int, notes: 
             notes.append(f"{name}: NOT EXACT at K={k} N={n} M={m}, so not timed")
             continue
         graphs.append((name, ours, Graph(call, count)))
+    steady = gemm_limit > ceilings.limit(traffic(problem.scheme, k, n, m, size, 1), 0.0) and operations > 0
     times: list[list[float]] = [[] for _ in graphs]
     order = list(range(len(graphs)))
     shuffle = random.Random(0).shuffle  # not in turns: who follows a hungry contender finds a slower clock
-    for _ in range(rounds):
+    for _ in range(min(rounds, STEADY_ROUNDS) if steady else rounds):
         shuffle(order)
         for index in order:
-            times[index].append(graphs[index][2].replay())
+            if steady:
+                graphs[index][2].settle(STEADY_SECONDS)
+            times[index] += _replays(graphs[index][2], STEADY_REPLAYS if steady else 1)
     rows = []
     for (name, ours, _), values in zip(graphs, times, strict=True):
         median = statistics.median(values)
@@ -354,6 +376,7 @@ def _run_problem(problem: _Problem, ceilings: CudaCeilings, rounds: int, notes: 
                 percent_of_limit=100 * limit / median,
                 tops=operations / median / 1e6,
                 scheme=problem.name,
+                steady=steady,
             )
         )
     return rows
@@ -362,7 +385,8 @@ def _run_problem(problem: _Problem, ceilings: CudaCeilings, rounds: int, notes: 
 def table(rows: list[CudaRow]) -> str:
     """One shape and number of rows as text."""
     first, width = rows[0], max(16, *(len(row.contender) + 2 for row in rows))
-    lines = [f"{first.scheme} K={first.k} N={first.n} M={first.m}: limit {first.limit:.1f} us"]
+    state = ", steady" if first.steady else ""
+    lines = [f"{first.scheme} K={first.k} N={first.n} M={first.m}: limit {first.limit:.1f} us{state}"]
     for row in rows:
         lines.append(
             f"  {row.contender:<{width}}{row.median:9.1f} us  ({row.best:.1f}..{row.worst:.1f})"
