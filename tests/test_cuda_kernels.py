@@ -136,8 +136,9 @@ def test_gemm_every_instance(family: str, shape: tuple[int, int, int]) -> None:
     zero = torch.randint(0, 256, (m,), dtype=torch.int32, device=GPU)
     unsigned = (q.view(torch.uint8) ^ 128).contiguous()
     for number, config in enumerate(FAMILIES[family]):
-        out_dtype = DTYPES[number % 3]
-        for codes, zeros, bias in ((q, None, None), (unsigned, zero, tensors["bias"])):
+        cases = (q, None, None), (q, None, tensors["bias"]), (unsigned, zero, tensors["bias"])
+        for turn, (codes, zeros, bias) in enumerate(cases):
+            out_dtype = DTYPES[(number // 3 + number + turn) % 3]
             wanted = reference.linear_w8a8_prequantized(
                 codes, scale, zeros, weight, tensors["weight_scale"], bias, out_dtype
             )
@@ -147,20 +148,22 @@ def test_gemm_every_instance(family: str, shape: tuple[int, int, int]) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_gemm_writes_only_its_output(family: str, dtype: torch.dtype) -> None:
-    """A misaligned slice of a larger tensor: every element written, none beside them."""
+@pytest.mark.parametrize(("n", "left", "right"), [(130, 1, 3), (130, 8, 6), (264, 16, 8)])
+def test_gemm_writes_only_its_output(family: str, dtype: torch.dtype, n: int, left: int, right: int) -> None:
+    """A slice of a larger tensor, misaligned or not: every element written, none beside them."""
     if family != "mma" and not HOPPER:
         pytest.skip("wgmma needs compute capability 9.0 and a build for sm_90a")
-    m, n, k = 77, 130, 257
+    m, k = 77, 257
     weight, tensors = layer(n, k)
     q, scale = random_codes(m, k, low=-127), torch.rand(m, device=GPU)
     wanted = reference.linear_w8a8_prequantized(q, scale, None, weight, tensors["weight_scale"], tensors["bias"], dtype)
-    around = torch.full((m + 2, n + 4), 7.0, dtype=dtype, device=GPU)
-    config = FAMILIES[family][-1]
-    cuda.gemm_w8a8(q, scale, None, tensors, out_dtype=dtype, config=config, out=around[1:-1, 1 : 1 + n])
-    assert_bits_equal(around[1:-1, 1 : 1 + n].contiguous(), wanted)
-    around[1:-1, 1 : 1 + n] = 7.0
-    assert bool((around == 7.0).all())
+    around = torch.full((m + 2, left + n + right), 7.0, dtype=dtype, device=GPU)
+    inside = around[1:-1, left : left + n]
+    for config in FAMILIES[family] if family == "tiled" else FAMILIES[family][-1:]:
+        cuda.gemm_w8a8(q, scale, None, tensors, out_dtype=dtype, config=config, out=inside)
+        assert_bits_equal(inside.contiguous(), wanted, str(config))
+        inside[:] = 7.0
+        assert bool((around == 7.0).all())
 
 
 @pytest.mark.parametrize("family", FAMILIES)

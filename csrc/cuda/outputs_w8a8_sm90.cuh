@@ -2,8 +2,8 @@
 //
 // 16-bit outputs go by stripes of 64 channels through 2 KB of shared memory per warp: stmatrix writes them in the
 // 128-byte swizzle of a tensor map, and one lane starts an asynchronous copy of 16 tokens x 128 bytes. Loaded again and
-// stored by all lanes instead, they took 1.5 % (in turns) to 3 % of the whole product at K = 4096. Outputs that no
-// tensor map describes (addresses or rows that are not multiples of 16 bytes) are stored that way, in pairs.
+// stored by all lanes instead, they took 1.5 % (in turns) to 3 % of the whole product at K = 4096. Outputs that no such
+// copy may write (addresses or rows that are not multiples of 16 bytes) are stored that way, in pairs.
 #pragma once
 
 #include <cuda.h>
@@ -108,10 +108,11 @@ __device__ __forceinline__ void claim_stripe(int lane) {
   __syncwarp();
 }
 
-// And from there to channels n0 ... of tokens m0 ...: one asynchronous copy, which leaves out what lies outside.
+// And from there to channels n0 ... of tokens m0 ...: one asynchronous copy, which leaves out what lies outside, but by
+// 16 bytes: of a row that ends within such a piece it would overwrite what comes next.
 __device__ __forceinline__ void write_stripe(const Output& out, int m0, int n0, uint32_t stripe, int lane) {
   const Epilogue& e = out.e;
-  if (e.vectors) {
+  if (e.vectors && (e.n % 8 == 0 || n0 + kStripe <= e.n)) {
     ptx::fence_proxy_async();
     __syncwarp();
     if (lane == 0) {
