@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -115,6 +116,52 @@ def test_bench_tables_and_pictures(tmp_path: Path) -> None:
     assert "w8a8.cuda.mma.16" in table(rows)
     result = {"device": "a GPU", "dtype": "bfloat16", "rows": [asdict(row) for row in rows]}
     assert draw(result, tmp_path / "picture.png").stat().st_size > 1000
+
+
+def test_bench_times_what_operations_limit_in_a_steady_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each contender alone before its samples there, in turns where bytes limit; results that are not exact never."""
+    from qkernels.bench import cuda_grid
+
+    played: list[str] = []
+
+    class Graph:
+        def __init__(self, call: Callable[[int], str], count: int) -> None:
+            self.name = call(count)
+
+        def replay(self) -> float:
+            played.append(self.name)
+            return 8.0
+
+        def settle(self, seconds: float) -> None:
+            assert seconds == cuda_grid.STEADY_SECONDS
+            played.append(f"{self.name} alone")
+
+    class Problem:
+        name, kernel, dtype, scheme = "w8a8", "w8a8.cuda.mma.16", torch.bfloat16, Scheme()
+        k, n, m = 4096, 4096, 1
+
+        def contenders(self) -> list[tuple[str, bool, Callable[[int], str]]]:
+            return [("gemm", True, lambda _: "gemm"), ("wrong", True, lambda _: "wrong"), ("x", False, lambda _: "x")]
+
+        def exact(self, call: Callable[[int], str]) -> bool:
+            return call(0) != "wrong"
+
+    monkeypatch.setattr(cuda_grid, "Graph", Graph)
+    ceilings, notes, problem = cuda_grid.CudaCeilings(copy=4e12, bf16=8e14, int8=16e14), [], Problem()
+    rows = cuda_grid._run_problem(problem, ceilings, 5, notes)  # type: ignore[arg-type]
+    assert sorted(played) == ["gemm"] * 5 + ["x"] * 5
+    assert [row.steady for row in rows] == [False, False]
+    assert notes == ["wrong: NOT EXACT at K=4096 N=4096 M=1, so not timed"]
+    played.clear()
+    problem.m = 4096
+    rows = cuda_grid._run_problem(problem, ceilings, 5, notes)  # type: ignore[arg-type]
+    turn = 1 + cuda_grid.STEADY_REPLAYS
+    turns = [played[i : i + turn] for i in range(0, len(played), turn)]
+    assert sorted(turns) == sorted(
+        [f"{name} alone", *[name] * cuda_grid.STEADY_REPLAYS] for name in ("gemm", "x") * cuda_grid.STEADY_ROUNDS
+    )
+    assert [row.steady for row in rows] == [True, True]
+    assert ", steady" in cuda_grid.table(rows)
 
 
 # -- on a GPU ---------------------------------------------------------------------------------------------------------
