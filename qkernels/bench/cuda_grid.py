@@ -7,9 +7,9 @@ Each contender's calls, one per copy of the weight, are captured into a graph; g
 anew for each round, and a row is the median over the rounds.  The copies together are larger than the L2.  Nothing of
 ours is timed before its result equals the reference bit for bit.  Data are random throughout: zeros run faster.
 
-Where operations limit, the clock is what the card's power limit leaves, and follows within a tenth of a second what
-runs.  In such rows each contender runs alone for :data:`STEADY_SECONDS` before each of its samples: in turns of a few
-milliseconds all would run at the clock that their mixture leaves, and one that needs more power at others' expense.
+Where operations limit, the clock is what the card's power limit leaves to what runs.  In such rows each contender runs
+alone for :data:`STEADY_SECONDS` before each of its samples: in turns of a few milliseconds all would run at the clock
+that their mixture leaves, and one that needs more power at others' expense.
 
     gemm               int8 activations to scaled output
     gemm overlapped    the same, each launch fetching its weight while the one before it ends
