@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import importlib.machinery
+import importlib.util
+import sys
+import types
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -162,6 +166,51 @@ def test_bench_times_what_operations_limit_in_a_steady_state(monkeypatch: pytest
     )
     assert [row.steady for row in rows] == [True, True]
     assert ", steady" in cuda_grid.table(rows)
+
+
+class _FakeGemlite:
+    """GemLite's constructors, by what they document: codes, scales and zero points of groups along K."""
+
+    def __init__(self, device: str, dtype: torch.dtype) -> None:
+        assert (device, dtype) == ("cpu", torch.bfloat16)
+
+    def from_weights(self, codes: torch.Tensor, *rest: torch.Tensor | None) -> Callable[[torch.Tensor], torch.Tensor]:
+        n, k = codes.shape
+        if codes.dtype == torch.int8:
+            bias, scales = rest
+            zeros = torch.zeros(n, 1)
+        else:
+            scales, zeros, bias = rest
+            assert codes.max() <= 15
+        assert bias is None
+        assert scales is not None
+        assert zeros is not None
+        groups = codes.reshape(len(scales), -1).float()
+        weight = ((groups - zeros.float()) * scales.float()).view(n, k)
+        return lambda x: x.float() @ weight.t()
+
+
+@pytest.mark.parametrize("name", ["w8a8", "w8a16", "w4a16"])
+def test_bench_gives_gemlite_our_codes(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    from qkernels.bench.cuda_gemlite import gemlite_contender
+
+    scheme, x = Scheme.from_preset(name), seeded(3, 512).to(torch.bfloat16)
+    kept = [canonical(scheme, 24, 512), canonical(scheme, 24, 512)]
+    weights, scales = [t["weight"] for t in kept], [t["weight_scale"] for t in kept]
+    assert importlib.util.find_spec("gemlite") or not list(gemlite_contender(scheme, weights, scales, x))
+    package, helper = types.ModuleType("gemlite"), types.ModuleType("gemlite.helper")
+    package.__spec__ = importlib.machinery.ModuleSpec("gemlite", None)
+    package.helper = helper  # type: ignore[attr-defined]
+    used = {"w8a8": "A8W8_int8_dynamic", "w8a16": "A16W8_INT8", "w4a16": "A16W4_HQQ_INT"}[name]
+    setattr(helper, used, _FakeGemlite)
+    monkeypatch.setitem(sys.modules, "gemlite", package)
+    monkeypatch.setitem(sys.modules, "gemlite.helper", helper)
+    ((contender, ours, call),) = gemlite_contender(scheme, weights, scales, x)
+    assert (contender, ours) == ("gemlite", False)
+    wanted = x.float() @ reference.dequantize_weight(kept[1], scheme, 512).t()
+    torch.testing.assert_close(call(3), wanted, rtol=0.01, atol=0.01 * float(wanted.abs().max()))
+    assert not list(gemlite_contender(scheme, weights, scales, x.float()))
+    assert not list(gemlite_contender(Scheme.from_preset("w4a8"), weights, scales, x))
 
 
 # -- on a GPU ---------------------------------------------------------------------------------------------------------

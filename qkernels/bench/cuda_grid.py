@@ -17,6 +17,7 @@ that their mixture leaves, and one that needs more power at others' expense.
     triton gemm        the portable kernels
     int_mm             torch._int_mm, int32 output: no scales
     cutlass            CUTLASS, where ``--cutlass`` names it (:mod:`qkernels.bench.cuda_cutlass`)
+    gemlite            GemLite as a layer, where it is installed (:mod:`qkernels.bench.cuda_gemlite`)
     cublas bf16        torch.mm in bfloat16
 """
 
@@ -37,6 +38,7 @@ from torch import Tensor
 from qkernels import cuda, reference, triton
 from qkernels.bench.cuda_attention import ProblemAttention
 from qkernels.bench.cuda_cutlass import Cutlass
+from qkernels.bench.cuda_gemlite import gemlite_contender
 from qkernels.bench.cuda_rows import ProblemRows
 from qkernels.bench.cuda_w4 import ProblemW4
 from qkernels.bench.cuda_w8a16 import ProblemW8A16
@@ -226,6 +228,7 @@ class Problem:
             yield "int_mm", False, lambda index: torch._int_mm(self.q, self.weights[index % count].t())
         if self.cutlass is not None and self.dtype == torch.bfloat16:
             yield from self._cutlass(self.cutlass)
+        yield from gemlite_contender(self.scheme, self.weights, [self.weight_scale] * count, self.x)
         wide = [weight.to(torch.bfloat16) for weight in self.weights[: max(2, count // 2)]]
         x16, out16 = self.x.to(torch.bfloat16), torch.empty(self.m, self.n, dtype=torch.bfloat16, device="cuda")
         yield "cublas bf16", False, lambda index: torch.mm(x16, wide[index % len(wide)].t(), out=out16)

@@ -8,6 +8,7 @@
     w4a8 triton        the portable kernel, likewise
     cublas bf16        torch.mm in bfloat16, its weights cold too
     humming            Humming's layer of the same bits and groups, where humming-kernels is installed (bf16 and fp16)
+    gemlite            GemLite over the same codes, W4A16, where it is installed (bf16 and fp16)
 
 W4A16 is timed once its distance from the float32 reference is below half a step of the output; W4A8 once it has the
 reference's bits.
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor
 
 from qkernels import cuda, cuda_w4, reference, triton
+from qkernels.bench.cuda_gemlite import gemlite_contender
 from qkernels.cuda_w4_layer import PreparedCudaW4
 from qkernels.scheme import Scheme
 
@@ -80,6 +82,12 @@ class ProblemW4:
                 return gemm_w4a16(x, tensors["weight"], tensors["weight_scale"], group_size=group)
 
             yield "w4a16 triton", True, portable
+            yield from gemlite_contender(
+                self.scheme,
+                [t["weight"] for t in self.canonical],
+                [t["weight_scale"] for t in self.canonical],
+                x,
+            )
         wide = [torch.randn(self.n, self.k, device="cuda").to(torch.bfloat16) for _ in range(max(2, count // 4))]
         if self.dtype != torch.float32 and importlib.util.find_spec("humming") is not None:
             yield "humming", False, self._humming(max(2, count))

@@ -2,6 +2,7 @@
 
     w8a16 layer        floating-point activations in and out
     w8a16 triton       the portable kernel
+    gemlite            GemLite over the same codes, where it is installed
     cublas bf16        torch.mm in bfloat16, its weights cold too
 
 Ours is timed once its distance from the float32 reference is below half a step of the output.
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from qkernels import cuda_w8a16, reference, triton
+from qkernels.bench.cuda_gemlite import gemlite_contender
 from qkernels.bench.cuda_w4 import NORM_STEP
 from qkernels.scheme import Scheme
 
@@ -56,6 +58,10 @@ class ProblemW8A16:
                 return gemm_w8a16(x, tensors["weight"], tensors["weight_scale"])
 
             yield "w8a16 triton", True, portable
+        canonical = self.canonical[: max(2, count // 2)]
+        yield from gemlite_contender(
+            self.scheme, [t["weight"] for t in canonical], [t["weight_scale"] for t in canonical], x
+        )
         wide = [torch.randn(self.n, self.k, device="cuda").to(torch.bfloat16) for _ in range(max(2, count // 2))]
         x16, out16 = x.to(torch.bfloat16), torch.empty(self.m, self.n, dtype=torch.bfloat16, device="cuda")
         yield "cublas bf16", False, lambda index: torch.mm(x16, wide[index % len(wide)].t(), out=out16)
