@@ -62,15 +62,7 @@ struct Avx2 : YmmVerbs {
   QK_NOINLINE static void tile_rows(const uint8_t* a, int64_t lda, const int8_t* b, int64_t steps, int32_t* c,
                                     bool accumulate, const Ahead& ahead) {
     __m256i c00, c01, c10, c11, c20, c21, c30, c31;
-    const auto init = [&](int r, __m256i& x0, __m256i& x1) {
-      x0 = accumulate ? load_i(c + r * kTileN) : _mm256_setzero_si256();
-      x1 = accumulate ? load_i(c + r * kTileN + 8) : _mm256_setzero_si256();
-    };
-    const auto save = [&](int r, __m256i x0, __m256i x1) {
-      store_i(c + r * kTileN, x0);
-      store_i(c + r * kTileN + 8, x1);
-    };
-    each_row<kRows>(init, c00, c01, c10, c11, c20, c21, c30, c31);
+    start_sums<kRows>(c, accumulate, c00, c01, c10, c11, c20, c21, c30, c31);
     const __m256i ones = _mm256_set1_epi16(1);
     for (int64_t k = 0; k < steps; ++k) {
       const int8_t* bk = b + k * kBlockN * kPackK;
@@ -87,7 +79,7 @@ struct Avx2 : YmmVerbs {
       if constexpr (kRows > 2) row(a + 2 * lda, c20, c21);
       if constexpr (kRows > 3) row(a + 3 * lda, c30, c31);
     }
-    each_row<kRows>(save, c00, c01, c10, c11, c20, c21, c30, c31);
+    store_sums<kRows>(c, c00, c01, c10, c11, c20, c21, c30, c31);
   }
 
   template <class Dot>
@@ -246,11 +238,7 @@ struct Avx2 : YmmVerbs {
       step(1);
       ask<kLines>(ahead, k);
     }
-    const auto save = [&](int r, __m256i x0, __m256i x1) {
-      store_i(c + r * kTileN, x0);
-      store_i(c + r * kTileN + 8, x1);
-    };
-    each_row<kRows>(save, c00, c01, c10, c11, c20, c21, c30, c31);
+    store_sums<kRows>(c, c00, c01, c10, c11, c20, c21, c30, c31);
   }
   static void wide_tile(int rows, const uint8_t* a, const int16_t* panel, int64_t steps, const int32_t* less,
                         const int32_t* row_less, int32_t* c, const Ahead& ahead) {

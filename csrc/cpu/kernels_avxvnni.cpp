@@ -71,17 +71,9 @@ struct AvxVnni : YmmVerbs {
   QK_NOINLINE static void tile_rows(const uint8_t* a, int64_t lda, const int8_t* b, int64_t steps, int32_t* c,
                                     bool accumulate, const Ahead& ahead) {
     __m256i c00, c01, c10, c11, c20, c21, c30, c31, c40, c41, c50, c51;
-    const auto init = [&](int r, __m256i& x0, __m256i& x1) {
-      x0 = accumulate ? load_i(c + r * kTileN) : _mm256_setzero_si256();
-      x1 = accumulate ? load_i(c + r * kTileN + 8) : _mm256_setzero_si256();
-    };
-    const auto save = [&](int r, __m256i x0, __m256i x1) {
-      store_i(c + r * kTileN, x0);
-      store_i(c + r * kTileN + 8, x1);
-    };
-    each_row<kRows>(init, c00, c01, c10, c11, c20, c21, c30, c31, c40, c41, c50, c51);
+    start_sums<kRows>(c, accumulate, c00, c01, c10, c11, c20, c21, c30, c31, c40, c41, c50, c51);
     all_steps<W, kRows, kLines>(a, lda, b, steps, ahead, c00, c01, c10, c11, c20, c21, c30, c31, c40, c41, c50, c51);
-    each_row<kRows>(save, c00, c01, c10, c11, c20, c21, c30, c31, c40, c41, c50, c51);
+    store_sums<kRows>(c, c00, c01, c10, c11, c20, c21, c30, c31, c40, c41, c50, c51);
   }
 
   QK_NOINLINE static void tile_one(const uint8_t* a, const int8_t* b, int64_t steps, int32_t* c, bool /*minus128*/) {

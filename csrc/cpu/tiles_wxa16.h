@@ -226,5 +226,4 @@ struct WeightTiles : T {
 }  // namespace
 }  // namespace qk
 
-#undef QK_INLINE
 #undef QK_RELOAD

@@ -8,6 +8,7 @@
 #include <cstring>
 
 #include "../args.h"
+#include "../layout.h"
 
 namespace qk {
 namespace {
@@ -19,9 +20,22 @@ struct YmmVerbs {
 
   // call(row, left, right) for the first kRows pairs of registers, those of a tile's rows.
   template <int kRows, int kRow = 0, class Call, class... Rest>
-  __attribute__((always_inline)) static void each_row(const Call& call, I& left, I& right, Rest&... rest) {
+  QK_INLINE static void each_row(const Call& call, I& left, I& right, Rest&... rest) {
     call(kRow, left, right);
     if constexpr (kRow + 1 < kRows) each_row<kRows, kRow + 1>(call, rest...);
+  }
+  // The sums of such a tile, 16 columns: what c holds, or zeros; and to c.
+  template <int kRows, class... Sums>
+  QK_INLINE static void start_sums(const int32_t* c, bool accumulate, Sums&... sums) {
+    const auto start = [&](int r, I& left, I& right) QK_INLINE {
+      left = accumulate ? load_i(c + 16 * r) : set_i(0);
+      right = accumulate ? load_i(c + 16 * r + 8) : set_i(0);
+    };
+    each_row<kRows>(start, sums...);
+  }
+  template <int kRows, class... Sums>
+  QK_INLINE static void store_sums(int32_t* c, Sums&... sums) {
+    each_row<kRows>([&](int r, I left, I right) QK_INLINE { store_run(c + 16 * r, left, right); }, sums...);
   }
 
   static F set(float v) { return _mm256_set1_ps(v); }
