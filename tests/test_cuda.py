@@ -196,8 +196,7 @@ def test_bench_gives_gemlite_our_codes(monkeypatch: pytest.MonkeyPatch, name: st
 
     scheme, x = Scheme.from_preset(name), seeded(3, 512).to(torch.bfloat16)
     kept = [canonical(scheme, 24, 512), canonical(scheme, 24, 512)]
-    weights, scales = [t["weight"] for t in kept], [t["weight_scale"] for t in kept]
-    assert importlib.util.find_spec("gemlite") or not list(gemlite_contender(scheme, weights, scales, x))
+    assert importlib.util.find_spec("gemlite") or not list(gemlite_contender(scheme, kept, x))
     package, helper = types.ModuleType("gemlite"), types.ModuleType("gemlite.helper")
     package.__spec__ = importlib.machinery.ModuleSpec("gemlite", None)
     package.helper = helper  # type: ignore[attr-defined]
@@ -205,12 +204,12 @@ def test_bench_gives_gemlite_our_codes(monkeypatch: pytest.MonkeyPatch, name: st
     setattr(helper, used, _FakeGemlite)
     monkeypatch.setitem(sys.modules, "gemlite", package)
     monkeypatch.setitem(sys.modules, "gemlite.helper", helper)
-    ((contender, ours, call),) = gemlite_contender(scheme, weights, scales, x)
+    ((contender, ours, call),) = gemlite_contender(scheme, kept, x)
     assert (contender, ours) == ("gemlite", False)
     wanted = x.float() @ reference.dequantize_weight(kept[1], scheme, 512).t()
     torch.testing.assert_close(call(3), wanted, rtol=0.01, atol=0.01 * float(wanted.abs().max()))
-    assert not list(gemlite_contender(scheme, weights, scales, x.float()))
-    assert not list(gemlite_contender(Scheme.from_preset("w4a8"), weights, scales, x))
+    assert not list(gemlite_contender(scheme, kept, x.float()))
+    assert not list(gemlite_contender(Scheme.from_preset("w4a8"), kept, x))
 
 
 # -- on a GPU ---------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ Its layers take floating-point activations (bf16 and fp16) and quantize them to 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,20 +21,19 @@ Call = Callable[[int], object]
 
 
 def gemlite_contender(
-    scheme: Scheme, weights: Sequence[Tensor], scales: Sequence[Tensor], x: Tensor
+    scheme: Scheme, canonical: Sequence[Mapping[str, Tensor]], x: Tensor
 ) -> Iterator[tuple[str, bool, Call]]:
     """(name, False, call) of GemLite over each weight, or nothing where it is not installed or has no such kernel.
 
     Args:
         scheme: ``w8a8``, ``w8a16`` or ``w4a16``, symmetric.
-        weights: as a layer's canonical state holds them: int8 ``[N, K]``, or two codes a byte ``[N, K / 2]``.
-        scales: of each weight, ``[N]`` or ``[N, groups]``.
+        canonical: of each weight, ``weight`` and ``weight_scale`` as a layer's canonical state holds them.
         x: the activations ``[M, K]``.
     """
     known = scheme.weight_bits == 8 or scheme.weight_only
     if importlib.util.find_spec("gemlite") is None or x.dtype == torch.float32 or not known:
         return
-    layers = [_layer(scheme, weight, scale, x.dtype) for weight, scale in zip(weights, scales, strict=True)]
+    layers = [_layer(scheme, tensors["weight"], tensors["weight_scale"], x.dtype) for tensors in canonical]
     yield "gemlite", False, lambda index: layers[index % len(layers)](x)
 
 

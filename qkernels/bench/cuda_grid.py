@@ -228,7 +228,8 @@ class Problem:
             yield "int_mm", False, lambda index: torch._int_mm(self.q, self.weights[index % count].t())
         if self.cutlass is not None and self.dtype == torch.bfloat16:
             yield from self._cutlass(self.cutlass)
-        yield from gemlite_contender(self.scheme, self.weights, [self.weight_scale] * count, self.x)
+        canonical = [{"weight": weight, "weight_scale": self.weight_scale} for weight in self.weights]
+        yield from gemlite_contender(self.scheme, canonical, self.x)
         wide = [weight.to(torch.bfloat16) for weight in self.weights[: max(2, count // 2)]]
         x16, out16 = self.x.to(torch.bfloat16), torch.empty(self.m, self.n, dtype=torch.bfloat16, device="cuda")
         yield "cublas bf16", False, lambda index: torch.mm(x16, wide[index % len(wide)].t(), out=out16)

@@ -82,12 +82,7 @@ class ProblemW4:
                 return gemm_w4a16(x, tensors["weight"], tensors["weight_scale"], group_size=group)
 
             yield "w4a16 triton", True, portable
-            yield from gemlite_contender(
-                self.scheme,
-                [t["weight"] for t in self.canonical],
-                [t["weight_scale"] for t in self.canonical],
-                x,
-            )
+            yield from gemlite_contender(self.scheme, self.canonical, x)
         wide = [torch.randn(self.n, self.k, device="cuda").to(torch.bfloat16) for _ in range(max(2, count // 4))]
         if self.dtype != torch.float32 and importlib.util.find_spec("humming") is not None:
             yield "humming", False, self._humming(max(2, count))

@@ -58,10 +58,7 @@ class ProblemW8A16:
                 return gemm_w8a16(x, tensors["weight"], tensors["weight_scale"])
 
             yield "w8a16 triton", True, portable
-        canonical = self.canonical[: max(2, count // 2)]
-        yield from gemlite_contender(
-            self.scheme, [t["weight"] for t in canonical], [t["weight_scale"] for t in canonical], x
-        )
+        yield from gemlite_contender(self.scheme, self.canonical[: max(2, count // 2)], x)
         wide = [torch.randn(self.n, self.k, device="cuda").to(torch.bfloat16) for _ in range(max(2, count // 2))]
         x16, out16 = x.to(torch.bfloat16), torch.empty(self.m, self.n, dtype=torch.bfloat16, device="cuda")
         yield "cublas bf16", False, lambda index: torch.mm(x16, wide[index % len(wide)].t(), out=out16)
