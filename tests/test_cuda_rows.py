@@ -127,6 +127,21 @@ def test_misaligned_rows_write_only_their_own(offset: int, k: int) -> None:
 
 
 @gpu
+def test_the_largest_value_is_127_at_any_magnitude() -> None:
+    """A dynamic symmetric grid does not clamp: nothing may round beyond it."""
+    exponents = torch.arange(-99.0, 128.0).repeat_interleave(64)
+    largest = torch.ldexp(1.0 + torch.rand(exponents.numel(), generator=torch.manual_seed(0)), exponents.int())
+    largest = largest[largest.isfinite()].unsqueeze(1)
+    x = largest * torch.tensor([[1.0, -1.0, 0.5, -0.5, 1.0 / 3.0, 0.0, 2.0**-8, -(2.0**-9)]])
+    q, scale, _ = cuda.quantize_rows(x.cuda())
+    wanted = reference.quantize_activations(x)
+    assert torch.equal(q.cpu(), wanted[0])
+    assert_bits_equal(scale, wanted[1])
+    assert int(q[:, 0].min()) == 127
+    assert int(q[:, 1].max()) == -127
+
+
+@gpu
 def test_any_strides_and_no_rows() -> None:
     x, up, residual = (seeded(4, 3, 48, seed=seed).to("cuda") for seed in range(3))
     weight = seeded(48, seed=3).to("cuda")

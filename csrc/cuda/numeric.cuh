@@ -122,13 +122,20 @@ __device__ __forceinline__ Grid static_grid(float scale, int32_t zero_point, boo
   return Grid{scale, inv, -zero, (four_bits ? 15.0f : 255.0f) - zero, zero_point};
 }
 
+// The code of x before the zero point is added, in the lower 22 bits, whose lowest byte is that of the code.
+//
 // clamp and rounding commute since the bounds are integers. NaN cannot occur in a live granule with a finite inv.
 // Adding 1.5 * 2^23 rounds to an integer, ties to even, and leaves it in the low bits: conversions to int run at a
 // quarter of the rate of additions.
+constexpr float kRound = 12582912.0f;
+template <bool kClamp = true>
+__device__ __forceinline__ uint32_t code_bits(float x, const Grid& grid) {
+  const float v = __fmul_rn(x, grid.inv);
+  return __float_as_uint(__fadd_rn(kClamp ? fminf(fmaxf(v, grid.low), grid.high) : v, kRound));
+}
+
 __device__ __forceinline__ int32_t to_code(float x, const Grid& grid) {
-  constexpr float kRound = 12582912.0f;
-  const float clamped = fminf(fmaxf(__fmul_rn(x, grid.inv), grid.low), grid.high);
-  return __float_as_int(__fadd_rn(clamped, kRound)) - __float_as_int(kRound) + grid.zero;
+  return static_cast<int32_t>(code_bits(x, grid) - __float_as_uint(kRound)) + grid.zero;
 }
 
 }  // namespace qk::cuda

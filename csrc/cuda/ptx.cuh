@@ -37,6 +37,25 @@ __device__ __forceinline__ bool elect_one() {
 // does in uniform registers, where wgmma takes descriptors from; others it moves there one by one.
 __device__ __forceinline__ uint32_t uniform(uint32_t v) { return __shfl_sync(0xffffffffu, v, 0); }
 
+// Within 2 ulp; what is smaller than normal numbers becomes zero.
+__device__ __forceinline__ float exp2(float x) {
+  float r;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+  return r;
+}
+__device__ __forceinline__ float reciprocal(float x) {
+  float r;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+  return r;
+}
+
+// "max.NaN": the larger one, NaN if either is.
+__device__ __forceinline__ float max_nan(float a, float b) {
+  float r;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(r) : "f"(a), "f"(b));
+  return r;
+}
+
 // "redux.sync": maximum over the warp of an unsigned value, sm_80 and up.
 __device__ __forceinline__ uint32_t warp_max(uint32_t v) {
   uint32_t r;

@@ -60,21 +60,20 @@ __global__ void __launch_bounds__(kMostThreads, kVectors <= 4 && !(kSmooth && kV
   }
   const Grid grid = row_grid<kSymmetric>(a, reduce<kSymmetric>(extremes));
   if (threadIdx.x == 0) store_terms<kSymmetric>(a, row, grid);
-  const int32_t shift = stored_shift<kSymmetric>(a);
+  const int32_t shift = stored_shift<kSymmetric>(a, grid);
   int8_t* q = a.q + row * a.q_stride;
+  const auto store = [&](auto clamp) {
 #pragma unroll
-  for (int i = 0; i < kVectors; ++i) {
-    const int k = i * step + start;
-    if (k >= a.k) break;
-    float v[kVector];
-    raw[i].forget();
-    smoothed<kSmooth>(a, raw[i], k, v);
-    int32_t code[kVector];
-#pragma unroll
-    for (int j = 0; j < kVector; ++j) code[j] = to_code(v[j], grid) + shift;
-    *reinterpret_cast<uint2*>(q + k) =
-        make_uint2(pack_bytes(code[0], code[1], code[2], code[3]), pack_bytes(code[4], code[5], code[6], code[7]));
-  }
+    for (int i = 0; i < kVectors; ++i) {
+      const int k = i * step + start;
+      if (k >= a.k) break;
+      float v[kVector];
+      raw[i].forget();
+      smoothed<kSmooth>(a, raw[i], k, v);
+      store_codes<decltype(clamp)::value>(q + k, v, grid, shift);
+    }
+  };
+  clamps<kSymmetric>(a, grid) ? store(std::true_type()) : store(std::false_type());
 }
 
 // Any length, any alignment; the row is read twice.

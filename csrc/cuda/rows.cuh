@@ -33,53 +33,75 @@ __device__ __forceinline__ float warp_sum(float v) {
   return v;
 }
 
-// Bits of the largest |x| (symmetric), or of the largest x and the largest -x, both at least 0 (asymmetric).
+// The largest |x| (symmetric), or the largest x and the largest -x, both at least 0 (asymmetric); NaN where there is
+// one.
 struct Extremes {
-  uint32_t high = 0, low = 0;
+  float high = 0.0f, low = 0.0f;
 
   template <bool kSymmetric>
   __device__ __forceinline__ void add(float v) {
-    const uint32_t bits = abs_bits(v);
-    if (kSymmetric || __float_as_int(v) >= 0) {
-      high = max(high, bits);
-    } else {
-      low = max(low, bits);
-    }
+    high = ptx::max_nan(high, kSymmetric ? fabsf(v) : v);
+    if (!kSymmetric) low = ptx::max_nan(low, -v);
   }
 };
+
+// Of values that are at least 0, whose bits have their order, with Inf and NaN on top.
+__device__ __forceinline__ float warp_max(float v) { return __uint_as_float(ptx::warp_max(__float_as_uint(v))); }
 
 // Over the threads that share a row: the warp, or the whole CTA. Once in a kernel.
 template <bool kSymmetric>
 __device__ __forceinline__ Extremes reduce(Extremes e) {
-  e.high = ptx::warp_max(e.high);
-  if (!kSymmetric) e.low = ptx::warp_max(e.low);
+  e.high = warp_max(e.high);
+  if (!kSymmetric) e.low = warp_max(e.low);
   if (blockDim.x == 32) return e;
-  __shared__ uint32_t highs[kWarps], lows[kWarps];
+  __shared__ float highs[kWarps], lows[kWarps];
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warps = blockDim.x >> 5;
   if (lane == 0) {
     highs[warp] = e.high;
     if (!kSymmetric) lows[warp] = e.low;
   }
   __syncthreads();
-  e.high = ptx::warp_max(lane < warps ? highs[lane] : 0);
-  if (!kSymmetric) e.low = ptx::warp_max(lane < warps ? lows[lane] : 0);
+  e.high = warp_max(lane < warps ? highs[lane] : 0.0f);
+  if (!kSymmetric) e.low = warp_max(lane < warps ? lows[lane] : 0.0f);
   return e;
 }
 
 template <bool kSymmetric>
 __device__ __forceinline__ Grid row_grid(const QuantizeRowsArgs& a, const Extremes& e) {
-  const uint32_t absmax = max(e.high, e.low);
+  const uint32_t absmax = max(__float_as_uint(e.high), __float_as_uint(e.low));
   if (a.is_static) {
     return static_grid(*a.static_scale, kSymmetric ? 0 : *a.static_zero_point, kSymmetric, absmax, false);
   }
   if (kSymmetric) return symmetric_grid(absmax, false);
-  return asymmetric_grid(__uint_as_float(e.high), -__uint_as_float(e.low), absmax, false);
+  return asymmetric_grid(e.high, -e.low, absmax, false);
+}
+
+// The lowest bytes.
+__device__ __forceinline__ uint32_t pack_bytes(uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  return __byte_perm(__byte_perm(a, b, 0x0040), __byte_perm(c, d, 0x0040), 0x5410);
+}
+
+// Whether a row's grid clamps: no value of a row times its own 127 / absmax comes near 127.5, but a dead row's codes
+// are 0 whatever it holds.
+template <bool kSymmetric>
+__device__ __forceinline__ bool clamps(const QuantizeRowsArgs& a, const Grid& grid) {
+  return !kSymmetric || a.is_static || grid.low == grid.high;
 }
 
 // What is added to a code before it is stored as a byte.
 template <bool kSymmetric>
-__device__ __forceinline__ int32_t stored_shift(const QuantizeRowsArgs& a) {
-  return !kSymmetric && a.shifted ? -kZeroShift : 0;
+__device__ __forceinline__ int32_t stored_shift(const QuantizeRowsArgs& a, const Grid& grid) {
+  return kSymmetric ? 0 : grid.zero - (a.shifted ? kZeroShift : 0);
+}
+
+// Eight codes.
+template <bool kClamp>
+__device__ __forceinline__ void store_codes(int8_t* q, const float (&v)[kVector], const Grid& grid, int32_t shift) {
+  uint32_t code[kVector];
+#pragma unroll
+  for (int j = 0; j < kVector; ++j) code[j] = code_bits<kClamp>(v[j], grid) + shift;
+  *reinterpret_cast<uint2*>(q) =
+      make_uint2(pack_bytes(code[0], code[1], code[2], code[3]), pack_bytes(code[4], code[5], code[6], code[7]));
 }
 
 template <bool kSymmetric>
@@ -113,34 +135,44 @@ struct Vector {
     for (int i = 0; i < kVector; ++i) {
       if constexpr (sizeof(T) == 4) {
         v[i] = __uint_as_float(w[i]);
+      } else if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+        v[i] = __uint_as_float(i % 2 ? w[i / 2] & 0xffff0000u : w[i / 2] << 16);
       } else {
         const uint16_t half = static_cast<uint16_t>(i % 2 ? w[i / 2] >> 16 : w[i / 2]);
         v[i] = widen(*reinterpret_cast<const T*>(&half));
       }
     }
   }
+  // Eight values, each rounded once.
+  __device__ __forceinline__ void narrow(const float (&v)[kVector]) {
+    uint32_t* w = reinterpret_cast<uint32_t*>(words);
+#pragma unroll
+    for (int i = 0; i < static_cast<int>(sizeof(T) * 2); ++i) {
+      if constexpr (sizeof(T) == 4) {
+        w[i] = __float_as_uint(v[i]);
+      } else {
+        w[i] = pack_pair<T>(v[2 * i], v[2 * i + 1]);
+      }
+    }
+  }
+  __device__ __forceinline__ void store(T* p) const {
+#pragma unroll
+    for (int i = 0; i < static_cast<int>(sizeof(T) / 2); ++i) reinterpret_cast<uint4*>(p)[i] = words[i];
+  }
 };
+
+// Eight values at `p`, aligned, each rounded once.
+template <typename T>
+__device__ __forceinline__ void store_values(T* p, const float (&v)[kVector]) {
+  Vector<T> out;
+  out.narrow(v);
+  out.store(p);
+}
 
 // Eight fp32 values at `p`, by way of the read-only cache.
 __device__ __forceinline__ void load_factors(const float* p, float (&v)[kVector]) {
   const float4 a = __ldg(reinterpret_cast<const float4*>(p)), b = __ldg(reinterpret_cast<const float4*>(p) + 1);
   v[0] = a.x, v[1] = a.y, v[2] = a.z, v[3] = a.w, v[4] = b.x, v[5] = b.y, v[6] = b.z, v[7] = b.w;
-}
-
-// Eight values at `p`, aligned, each rounded once.
-template <typename T>
-__device__ __forceinline__ void store_values(T* p, const float (&v)[kVector]) {
-  if constexpr (sizeof(T) == 4) {
-    reinterpret_cast<float4*>(p)[0] = make_float4(v[0], v[1], v[2], v[3]);
-    reinterpret_cast<float4*>(p)[1] = make_float4(v[4], v[5], v[6], v[7]);
-  } else {
-    *reinterpret_cast<uint4*>(p) = make_uint4(pack_pair<T>(v[0], v[1]), pack_pair<T>(v[2], v[3]),
-                                              pack_pair<T>(v[4], v[5]), pack_pair<T>(v[6], v[7]));
-  }
-}
-
-__device__ __forceinline__ uint32_t pack_bytes(int32_t a, int32_t b, int32_t c, int32_t d) {
-  return __byte_perm(__byte_perm(a, b, 0x0040), __byte_perm(c, d, 0x0040), 0x5410);
 }
 
 // ---- Rows that were computed: fp32 values in registers to codes, or to the type of x -------------------------------
@@ -159,18 +191,16 @@ __device__ __forceinline__ void store_row(const QuantizeRowsArgs& a, int64_t row
   }
   const Grid grid = row_grid<kSymmetric>(a, reduce<kSymmetric>(extremes));
   if (threadIdx.x == 0) store_terms<kSymmetric>(a, row, grid);
-  const int32_t shift = stored_shift<kSymmetric>(a);
+  const int32_t shift = stored_shift<kSymmetric>(a, grid);
   int8_t* q = a.q + row * a.q_stride;
+  const auto store = [&](auto clamp) {
 #pragma unroll
-  for (int i = 0; i < kVectors; ++i) {
-    const int k = (i * blockDim.x + threadIdx.x) * kVector;
-    if (k >= a.k) break;
-    int32_t code[kVector];
-#pragma unroll
-    for (int j = 0; j < kVector; ++j) code[j] = to_code(v[i][j], grid) + shift;
-    *reinterpret_cast<uint2*>(q + k) =
-        make_uint2(pack_bytes(code[0], code[1], code[2], code[3]), pack_bytes(code[4], code[5], code[6], code[7]));
-  }
+    for (int i = 0; i < kVectors; ++i) {
+      const int k = (i * blockDim.x + threadIdx.x) * kVector;
+      if (k < a.k) store_codes<decltype(clamp)::value>(q + k, v[i], grid, shift);
+    }
+  };
+  clamps<kSymmetric>(a, grid) ? store(std::true_type()) : store(std::false_type());
 }
 
 // v * inv_smooth, then scale, zero point and codes of the row.
@@ -205,9 +235,9 @@ __device__ __forceinline__ void store_row_again(const QuantizeRowsArgs& a, int64
   for (int64_t k = threadIdx.x; k < a.k; k += blockDim.x) extremes.template add<kSymmetric>(smoothed(k));
   const Grid grid = row_grid<kSymmetric>(a, reduce<kSymmetric>(extremes));
   if (threadIdx.x == 0) store_terms<kSymmetric>(a, row, grid);
-  const int32_t shift = stored_shift<kSymmetric>(a);
+  const int32_t shift = stored_shift<kSymmetric>(a, grid);
   for (int64_t k = threadIdx.x; k < a.k; k += blockDim.x) {
-    a.q[row * a.q_stride + k] = static_cast<int8_t>(to_code(smoothed(k), grid) + shift);
+    a.q[row * a.q_stride + k] = static_cast<int8_t>(code_bits(smoothed(k), grid) + shift);
   }
 }
 
@@ -264,6 +294,9 @@ void for_type(DType dtype, const char* name, const Run& run) {
   throw std::invalid_argument(std::string(name) + ": expected dtype 0, 1 or 2");
 }
 
+// Rows beside which none of the latencies of a single one counts.
+inline bool many_rows(const QuantizeRowsArgs& a) { return a.m > 2 * multiprocessors(); }
+
 struct RowShape {
   LaunchShape launch;
   int64_t each;  // vectors of a thread, rounded up
@@ -273,7 +306,7 @@ struct RowShape {
 // thread. More than `most_threads` threads there never are.
 inline RowShape shape_of_vectors(const QuantizeRowsArgs& a, int64_t wanted, int64_t most_threads) {
   const int64_t per_row = a.k / kVector;
-  if (a.m <= 2 * multiprocessors()) wanted = 1;
+  if (!many_rows(a)) wanted = 1;
   int64_t threads = (per_row + wanted - 1) / wanted;
   threads = threads <= 32 ? 32 : threads >= most_threads ? most_threads : (threads + 31) / 32 * 32;
   const int rows = threads == 32 ? 4 : 1;

@@ -1,6 +1,7 @@
 """What ``qkernels bench --device cuda --schemes quantize`` times: the quantizers of rows ``[M, K]`` on a GPU.
 
     quantize                 per token, 3 bytes a 16-bit value
+    quantize overlapped      the same, each launch beginning while the one before it ends, as before a product
     rms norm                 normalized and quantized, 3 bytes
     residual + rms norm      the residual added before, the sum written, 7 bytes
     layer norm               3 bytes
@@ -8,6 +9,7 @@
     gelu                     by the error function, 3 bytes
     residual + rms norm, values   not quantized, as weight-only Linears read it: 8 bytes
     silu * up, values        the same of the product, 6 bytes
+    copy                     torch's copy of a tensor, as many bytes read and written in all as quantize's
     torch: rms norm, quantize     the parts: torch's norm and our quantizer
     torch: silu * up, quantize    the same of the product
 
@@ -53,6 +55,8 @@ class ProblemRows:
         self.k, self.n, self.m, self.dtype = k, k, m, dtype
         copies = max(2, min(64, -(-cold_bytes // (2 * m * k * dtype.itemsize))))
         self.pairs = [[torch.randn(m, k, device="cuda").to(dtype) for _ in range(2)] for _ in range(copies)]
+        half = int(self.bytes_of("quantize")) // 2
+        self.bytes = [torch.randint(0, 256, (half,), dtype=torch.uint8, device="cuda") for _ in range(copies + 1)]
         self.weight = (torch.rand(k, device="cuda") + 0.5).to(dtype)
         self.bias = torch.randn(k, device="cuda").to(dtype)
 
@@ -85,6 +89,7 @@ class ProblemRows:
             return quantize_activation(x, name, up if gated else None, grid)
 
         yield "quantize", True, lambda index: cuda.quantize_rows(pairs[index % count][0])
+        yield "quantize overlapped", True, lambda index: cuda.quantize_rows(pairs[index % count][0], for_gemm=True)
         yield "rms norm", True, norm
         yield "residual + rms norm", True, lambda index: norm(index, residual=True)
         yield "layer norm", True, lambda index: norm(index, layer=True)
@@ -92,6 +97,7 @@ class ProblemRows:
         yield "gelu", True, lambda index: activation(index, "gelu", False)
         yield "residual + rms norm, values", True, values
         yield "silu * up, values", True, product
+        yield "copy", False, lambda index: self.bytes[-1].copy_(self.bytes[index % count])
         yield (
             "torch: rms norm, quantize",
             False,
@@ -118,10 +124,10 @@ class ProblemRows:
             y = reference.rms_norm(reference.add_residual(x, beside), self.weight, _EPS)
         elif name == "layer norm":
             y = reference.layer_norm(x, self.weight, self.bias, _EPS)
-        elif name == "quantize":
+        elif name.startswith("quantize"):
             y = x.float()
         else:
             y = reference.activated(x, name.split()[0], beside if "up" in name else None)
         q, scale, _ = reference.quantize_activations(y)
         near: Tensor = (result[1] - scale).abs() <= scale * 2.0**-16
-        return bool(near.all()) and int((result[0].int() - q.int()).abs().max()) <= (name != "quantize")
+        return bool(near.all()) and int((result[0].int() - q.int()).abs().max()) <= (not name.startswith("quantize"))
