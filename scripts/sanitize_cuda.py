@@ -150,7 +150,8 @@ def run_kernels(k: int) -> None:
                 if bits[0] == 8:
                     phased = cuda_w8a16.PHASED_TILES
                 else:
-                    phased = cuda_w4.PHASED_TILES[16 if whole or scheme.weight_only else 8]
+                    by_bits = cuda_w4.PHASED_TILES[16 if scheme.weight_only else 8]
+                    phased = cuda_w4.MULTIPLIER_TILES if whole else by_bits
                 for tokens, phases in cuda_w4.TILES + (phased if k >= PHASED_FEATURES else []):
                     name = f"{scheme.name}, tiles of {tokens}, {phases} phases"
                     wanted = reference.linear(wide, tensors, scheme, k)

@@ -9,14 +9,15 @@ import pytest
 import torch
 from helpers import DTYPES, assert_bits_equal, hazard_rows, seeded, static_grid
 from torch import Tensor, nn
-from w4_on_gpu import MMA_TILES, PHASED_TILES, TILES, gpu, on_gpu
+from w4_on_gpu import MMA_TILES, TILES, gpu, on_gpu
+from w4_on_gpu import MULTIPLIER_TILES as PHASED_TILES
 
 import qkernels as qk
 from qkernels import cuda, cuda_w4, cuda_w4_layer, joint, ops, packed, reference
 from qkernels.cuda_w4_layer import PreparedCudaW4
 from qkernels.scheme import Scheme
 
-MULTIPLIER_TILES = [*MMA_TILES, *TILES, *PHASED_TILES[16]]
+MULTIPLIER_TILES = [*MMA_TILES, *TILES, *PHASED_TILES]
 KINDS = ["symmetric", "zero point"]
 
 

@@ -28,7 +28,7 @@ from helpers import (
     strided,
 )
 from torch import Tensor
-from w4_on_gpu import PHASED_TILES, TILES, canonical, gpu, on_gpu, scheme_of
+from w4_on_gpu import MULTIPLIER_TILES, PHASED_TILES, TILES, canonical, gpu, on_gpu, scheme_of
 
 from qkernels import cuda, cuda_w4, cuda_w4_layer, ops, reference
 from qkernels.cuda_w4_layer import PreparedCudaW4
@@ -105,7 +105,7 @@ def test_w4_plans_have_room_for_what_is_shared(eight_bits: bool, capability: int
             continue
         tiles = TILES[: 4 if kind == 1 else 5 if eight_bits and kind != 3 else 7]
         if kind == 3:
-            tiles = tiles + PHASED_TILES[16]
+            tiles = tiles + MULTIPLIER_TILES
         elif kind == 0:
             tiles = tiles + PHASED_TILES[8 if eight_bits else 16]
         assert (tokens, phases) in tiles
@@ -224,6 +224,28 @@ class TestW4A16:
                 bias = tensors["bias"].to("cuda")
                 y = cuda_w4.gemm_w4a16(x, weight, bias, dtype, plan=(1, tokens, phases, ctas, *room))
                 assert_close(y, x, tensors, scheme, k)
+
+    @pytest.mark.parametrize(("tokens", "phases"), [(8, 4), (16, 4), (8, 8), (16, 8)])
+    def test_few_tokens_repeat_to_the_bit(self, tokens: int, phases: int) -> None:
+        """More tiles than run at a time, K of many times the stages, launches that overlap: every stage's slabs change
+        hands again and again."""
+        if cuda.capability(torch.cuda.current_device()) != 90:
+            pytest.skip("wgmma is an instruction of compute capability 9.0")
+        scheme, n, k = scheme_of("symmetric", 128), 28672, 14336
+        codes = torch.randint(0, 256, (n, k // 2), dtype=torch.uint8, device="cuda")
+        scales = (torch.rand(n, k // 128, device="cuda") + 0.5).half()
+        tensors = {"weight": codes, "weight_scale": scales}
+        prepared = on_gpu(tensors, scheme, k)
+        weight = cuda_w4.describe(prepared.tensors, scheme, n, k)
+        x = seeded(tokens, k).to("cuda", torch.bfloat16)
+        plan = (1, tokens, phases, 1, 0, 0)
+        wanted = cuda_w4.gemm_w4a16(x, weight, None, torch.bfloat16, plan=plan)
+        some = slice(0, n, 911)
+        few = {name: tensor[some].contiguous() for name, tensor in tensors.items()}
+        assert_close(wanted[:, some], x, few, scheme, k)
+        for _ in range(40):
+            y = cuda_w4.gemm_w4a16(x, weight, None, torch.bfloat16, plan=plan, dependent=True)
+            assert torch.equal(y.view(torch.int16), wanted.view(torch.int16))
 
     @pytest.mark.parametrize("dtype", DTYPES)
     def test_products_by_slices_are_within_rounding(self, dtype: torch.dtype) -> None:

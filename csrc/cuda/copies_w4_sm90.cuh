@@ -12,6 +12,7 @@ template <typename S>
 struct PackedSource {
   const uint8_t *codes, *scale, *second;  // of the next slab; of group 0; minima or zero points, or nullptr
   int64_t step;  // bytes from one slab's codes to those of this producer's next one
+  int64_t scale_step, second_step;  // kManyWarps, where each slab is a group: the same, and scale is of the next slab
   uint32_t channels;  // of the tile that are stored; the others keep what the stage held, and what they give is dropped
   uint32_t bytes;  // of a slab, and of tokens of a stage
 
@@ -25,6 +26,13 @@ struct PackedSource {
     second = S::kMinimum                 ? static_cast<const uint8_t*>(w.minimum) + int64_t(channel0) * r.value_bytes
              : S::kZeros && w.zero_point ? w.zero_point + channel0
                                          : nullptr;
+    if constexpr (S::kManyWarps) {
+      scale_step = r.steps * kW4GroupStep == kW4SlabK ? int64_t(r.pitch) * r.value_bytes : 0;
+      second_step = second && scale_step > 0 ? r.pitch : 0;
+      scale += slab * scale_step;
+      if (second) second += slab * second_step;
+      scale_step *= S::kProducers, second_step *= S::kProducers;
+    }
     const uint32_t row_bytes = r.value_bytes + (second ? second_bytes(r) : 0);
     bytes = token_bytes(job) + channels * (S::kCodeBytes + (S::kBits == 4 ? row_bytes << r.row_shift : 0));
   }
@@ -44,6 +52,14 @@ struct PackedSource {
     if constexpr (S::kBits == 8) return;
     const GroupRows& r = job.groups;
     uint32_t row = target + S::kChannels * S::kCodeBytes;
+    if constexpr (S::kManyWarps) {
+      if (scale_step > 0) {
+        ptx::bulk_load(row, scale, channels * r.value_bytes, bar, policy);
+        if (S::kZeros && second) ptx::bulk_load(row + S::kChannels * r.value_bytes, second, channels, bar, policy);
+        scale += scale_step, second += second_step;
+        return;
+      }
+    }
     int k = slab * kW4SlabK;
 #pragma unroll 1
     for (int p = 0; p < 1 << r.row_shift; ++p, row += r.row_bytes, k += kW4SlabK >> r.row_shift) {

@@ -39,6 +39,12 @@ constexpr double kBehind = 6;  // microseconds from a head to what is behind it
 constexpr double kBeside = 0.75;  // of the cost of two waves: that of two CTAs on each multiprocessor
 constexpr int kFew = 16;  // tokens, whose tiles wait for weights alone
 
+// What a product is made of.
+struct Operands {
+  bool bytes;  // activations
+  int bits;  // of a code
+};
+
 // Tiles of a product, and how many of them run at a time.
 struct Waves {
   int64_t tiles, slots;
@@ -46,11 +52,11 @@ struct Waves {
   int64_t count() const { return (tiles + slots - 1) / slots; }
 };
 
-Waves waves_of(const W4Plan& plan, bool bytes, int64_t m, int64_t n, W4Kind kind, int sms) {
+Waves waves_of(const W4Plan& plan, Operands of, int64_t m, int64_t n, W4Kind kind, int sms) {
   Waves w;
-  w.cluster = w4_cluster(bytes, plan.tokens, plan.phases);
-  w.tiles = int64_t(blocks(m, plan.tokens)) * blocks(n, w4_channels(bytes, plan.tokens, plan.phases) * w.cluster);
-  w.slots = int64_t(sms) * w4_per_sm(bytes, plan.tokens, kind, plan.phases) / w.cluster;
+  w.cluster = w4_cluster(of.bytes, plan.tokens, plan.phases);
+  w.tiles = int64_t(blocks(m, plan.tokens)) * blocks(n, w4_channels(of.bytes, plan.tokens, plan.phases) * w.cluster);
+  w.slots = int64_t(sms) * w4_per_sm(of.bytes, of.bits, plan.tokens, kind, plan.phases) / w.cluster;
   return w;
 }
 
@@ -67,32 +73,33 @@ W4Plan finished(W4Plan plan, const Waves& w, bool shared) {
 // Few tokens: the narrowest tiles that one wave serves, of 32 channels to a multiprocessor (8 phases), or of 64, as
 // many as fit at a time; integers, whose phases wait for one another, in tiles of 64 only while each has a
 // multiprocessor. Sums in memory cost some 4 us: they are shared where less than half of the chip would have work. With
-// multipliers, four phases where their tiles are nearly one for each multiprocessor; with floats, where K is long
-// enough to give each of the four its share (8192 x 8192 at one row on an H100: 12.7 us, 14.1 by two). 8-bit codes have
-// no such tile of 8 tokens, and take that of 16.
-W4Plan plan_few(bool bytes, int bits, int64_t m, int64_t n, int64_t k, W4Kind kind, bool phases, int sms) {
+// multipliers, four phases where their tiles are nearly one for each multiprocessor. Floats by 4-bit codes have four
+// phases throughout, since two CTAs of those fit, the second of which is often the next product's (4096 x 14336 at one
+// row on an H200: 9.5 us, 10.6 by two phases). Floats by 8-bit codes only where K is long enough to give each of the
+// four its share; they have no such tile of 8 tokens, and take that of 16.
+W4Plan plan_few(Operands of, int64_t m, int64_t n, int64_t k, W4Kind kind, bool phases, int sms) {
   W4Plan plan = {};
   plan.tokens = m <= 8 ? 8 : kFew;
-  const int64_t narrow = blocks(n, 64), slabs = w4_slabs(k);
+  const int64_t narrow = blocks(n, 64);
   if (!phases) {
     plan.phases = 1;
-  } else if (blocks(n, w4_channels(bytes, plan.tokens, 8)) <= sms) {
+  } else if (blocks(n, w4_channels(of.bytes, plan.tokens, 8)) <= sms) {
     plan.phases = 8;
   } else if (kind == W4Kind::kMultiplier) {
     plan.phases = narrow <= sms && narrow * 4 > int64_t(sms) * 3 ? 4 : 2;
-  } else if (bytes) {
+  } else if (of.bytes) {
     plan.phases = narrow <= sms ? 4 : 1;
-  } else if (bits == 8 && narrow <= sms && narrow * 3 > int64_t(sms) * 2 && slabs >= 32) {
-    plan.tokens = kFew, plan.phases = 4;
-  } else if (bits == 4 && narrow <= sms && slabs >= (plan.tokens == 8 ? 32 : 64)) {
+  } else if (of.bits == 4) {
     plan.phases = 4;
+  } else if (narrow <= sms && narrow * 3 > int64_t(sms) * 2 && w4_slabs(k) >= 32) {
+    plan.tokens = kFew, plan.phases = 4;
   } else {
-    plan.phases = narrow <= (bits == 8 ? 4 : 2) * int64_t(sms) ? 2 : 1;
+    plan.phases = narrow <= 4 * int64_t(sms) ? 2 : 1;
   }
-  const Waves w = waves_of(plan, bytes, m, n, kind, sms);
+  const Waves w = waves_of(plan, of, m, n, kind, sms);
   // Half of the multiprocessors in a single wave, half of the places in the last of several.
   const bool enough = w.count() == 1 ? w.tiles * w.cluster * 2 >= sms : w.tiles * 2 > w.count() * w.slots;
-  return finished(plan, w, !bytes && plan.phases == 1 && !enough);
+  return finished(plan, w, !of.bytes && plan.phases == 1 && !enough);
 }
 
 struct Costed {
@@ -102,14 +109,14 @@ struct Costed {
 
 // The cheapest of the tiles that `has` admits, in one launch.
 template <size_t kCount, typename Has>
-Costed cheapest(const Tile (&tiles)[kCount], bool bytes, int64_t m, int64_t n, int64_t k, W4Kind kind, int sms,
+Costed cheapest(const Tile (&tiles)[kCount], Operands of, int64_t m, int64_t n, int64_t k, W4Kind kind, int sms,
                 const Has& has) {
   W4Plan best = {};
   double least = 0.0;
   const auto consider = [&](const Tile& tile, bool shared) {
     W4Plan plan = {};
     plan.tokens = tile.tokens, plan.phases = tile.phases;
-    const Waves w = waves_of(plan, bytes, m, n, kind, sms);
+    const Waves w = waves_of(plan, of, m, n, kind, sms);
     if (shared && w.tiles % w.slots == 0) return;
     const int64_t at_once = sms / w.cluster, full = (w.tiles + at_once - 1) / at_once;
     const double beside = w.slots > at_once && full > 1 ? kBeside : 1.0;
@@ -130,18 +137,18 @@ Costed cheapest(const Tile (&tiles)[kCount], bool bytes, int64_t m, int64_t n, i
 
 // The same in one launch or two: wide tiles whose last wave would be far from full leave its channels to narrower ones.
 template <size_t kCount, typename Has>
-W4Plan plan_many(const Tile (&tiles)[kCount], bool bytes, int64_t m, int64_t n, int64_t k, W4Kind kind, int sms,
+W4Plan plan_many(const Tile (&tiles)[kCount], Operands of, int64_t m, int64_t n, int64_t k, W4Kind kind, int sms,
                  const Has& has) {
-  Costed best = cheapest(tiles, bytes, m, n, k, kind, sms, has);
+  Costed best = cheapest(tiles, of, m, n, k, kind, sms, has);
   for (const Tile& tile : tiles) {
     if (tile.tokens <= 128 || !has(tile)) continue;
     W4Plan head = {};
     head.tokens = tile.tokens, head.phases = 1;
-    const Waves w = waves_of(head, bytes, m, n, kind, sms);
+    const Waves w = waves_of(head, of, m, n, kind, sms);
     const int64_t down = blocks(m, tile.tokens), full = w.tiles / w.slots, columns = full * w.slots / down;
-    const int64_t channels = columns * w4_channels(bytes, tile.tokens, 1) * w.cluster;
+    const int64_t channels = columns * w4_channels(of.bytes, tile.tokens, 1) * w.cluster;
     if (columns == 0 || channels >= n) continue;
-    Costed rest = cheapest(tiles, bytes, m, n - channels, k, kind, sms, has);
+    Costed rest = cheapest(tiles, of, m, n - channels, k, kind, sms, has);
     rest.cost += double(full) * tile.slab * double(w4_slabs(k)) + kBehind;
     if (rest.cost >= best.cost) continue;
     rest.plan.head_channels = static_cast<int32_t>(channels), rest.plan.head_tokens = tile.tokens;
@@ -152,15 +159,16 @@ W4Plan plan_many(const Tile (&tiles)[kCount], bool bytes, int64_t m, int64_t n, 
 
 // Phases need the groups of 8-bit activations to lie within a slab (`within`).
 W4Plan plan_wgmma(bool bytes, int64_t m, int64_t n, int64_t k, W4Kind kind, bool within, int sms) {
+  const Operands of = {bytes, 4};
   const bool whole = kind == W4Kind::kMultiplier;  // sums of whole rows
   const bool phases = (kind == W4Kind::kZeroPoint || whole) && w4_slabs(k) >= 8 && (within || whole || !bytes);
-  if (m <= kFew) return plan_few(bytes, 4, m, n, k, kind, phases, sms);
+  if (m <= kFew) return plan_few(of, m, n, k, kind, phases, sms);
   const auto has = [&](const Tile& tile) {
     return (phases || tile.phases == 1) && w4_has_tile(bytes, kind, tile.tokens, tile.phases);
   };
-  return whole   ? plan_many(kMultiplierTiles, bytes, m, n, k, kind, sms, has)
-         : bytes ? plan_many(kByteTiles, bytes, m, n, k, kind, sms, has)
-                 : plan_many(kHalfTiles, bytes, m, n, k, kind, sms, has);
+  return whole   ? plan_many(kMultiplierTiles, of, m, n, k, kind, sms, has)
+         : bytes ? plan_many(kByteTiles, of, m, n, k, kind, sms, has)
+                 : plan_many(kHalfTiles, of, m, n, k, kind, sms, has);
 }
 
 #ifdef QK_CUDA_SM90A
@@ -190,7 +198,7 @@ void keep_rest(GemmW4A8Args& a, int32_t first) {
 
 // run(args, plan, dependent), in two launches where the plan has a head. Its tiles are whole, in full waves.
 template <typename Args, typename Run>
-void run_plan(const Args& args, int32_t n, const W4Plan& plan, bool bytes, W4Kind kind, bool dependent,
+void run_plan(const Args& args, int32_t n, const W4Plan& plan, Operands of, W4Kind kind, bool dependent,
               const Run& run) {
   const int32_t first = plan.head_channels;
   if (first == 0) return run(args, plan, dependent);
@@ -199,7 +207,7 @@ void run_plan(const Args& args, int32_t n, const W4Plan& plan, bool bytes, W4Kin
   head.tokens = plan.head_tokens, head.phases = 1;
   Args part = args;
   keep_head(part, first);
-  head = finished(head, waves_of(head, bytes, args.m, first, kind, multiprocessors()), false);
+  head = finished(head, waves_of(head, of, args.m, first, kind, multiprocessors()), false);
   run(part, head, dependent);
   part = args;
   keep_rest(part, first);
@@ -259,8 +267,9 @@ W4Plan plan_w8a16(int64_t m, int64_t n, int64_t k, int capability, int sms) {
     return plan;
   }
   const bool phases = w4_slabs(k) >= 8;
-  if (m <= kFew) return plan_few(false, 8, m, n, k, W4Kind::kZeroPoint, phases, sms);
-  return plan_many(kByteCodeTiles, false, m, n, k, W4Kind::kZeroPoint, sms, [&](const Tile& tile) {
+  const Operands of = {false, 8};
+  if (m <= kFew) return plan_few(of, m, n, k, W4Kind::kZeroPoint, phases, sms);
+  return plan_many(kByteCodeTiles, of, m, n, k, W4Kind::kZeroPoint, sms, [&](const Tile& tile) {
     return (phases || tile.phases == 1) && w8a16_has_tile(tile.tokens, tile.phases);
   });
 }
@@ -269,7 +278,7 @@ void gemm_w4a16(const GemmW4A16Args& args, const W4Plan& plan, bool dependent, c
   if (args.m == 0) return;
   if (plan.kernel == W4Kernel::kMma) return gemm_w4a16_mma(args, plan, dependent, stream);
 #ifdef QK_CUDA_SM90A
-  return run_plan(args, args.weight.n, plan, false, args.weight.kind, dependent,
+  return run_plan(args, args.weight.n, plan, {false, 4}, args.weight.kind, dependent,
                   [&](const auto& a, const W4Plan& p, bool overlaps) { gemm_w4a16_sm90(a, p, overlaps, stream); });
 #else
   throw std::invalid_argument("gemm_w4a16: the wgmma kernel is not in this build");
@@ -280,7 +289,7 @@ void gemm_w8a16(const GemmW8A16Args& args, const W4Plan& plan, bool dependent, c
   if (args.m == 0 || args.n == 0) return;
   if (plan.kernel == W4Kernel::kMma) return gemm_w8a16_mma(args, plan.phases, stream);
 #ifdef QK_CUDA_SM90A
-  return run_plan(args, args.n, plan, false, W4Kind::kZeroPoint, dependent,
+  return run_plan(args, args.n, plan, {false, 8}, W4Kind::kZeroPoint, dependent,
                   [&](const auto& a, const W4Plan& p, bool overlaps) { gemm_w8a16_sm90(a, p, overlaps, stream); });
 #else
   throw std::invalid_argument("gemm_w8a16: the wgmma kernel is not in this build");
@@ -297,7 +306,7 @@ void gemm_w4a8(const GemmW4A8Args& args, const W4Plan& plan, bool dependent, cud
 #ifdef QK_CUDA_SM90A
   if (!multiplier) return gemm_w4a8_sm90(args, plan, dependent, stream);
   return run_plan(
-      args, args.weight.n, plan, true, args.weight.kind, dependent,
+      args, args.weight.n, plan, {true, 4}, args.weight.kind, dependent,
       [&](const auto& a, const W4Plan& p, bool overlaps) { gemm_w4a8_multiplier_sm90(a, p, overlaps, stream); });
 #else
   throw std::invalid_argument("gemm_w4a8: the wgmma kernel is not in this build");

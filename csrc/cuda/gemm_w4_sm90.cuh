@@ -33,7 +33,8 @@
 // goes for 4-bit weights under 8-bit activations whose groups have multipliers in place of scales (codes_sm90.cuh).
 //
 // Up to 16 tokens ("few"), whose products are over before the next ones begin: the same fragments by mma.sync, in two
-// chains of sums. It takes 35 cycles for a product where wgmma takes 90, and no descriptors; nothing else is different.
+// chains of sums. It takes 35 cycles for a product where wgmma takes 90, and no descriptors. Floats by 4-bit codes go
+// through them one slab at a time, by sixteen warps that hide each other's waiting (slabs_w4_sm90.cuh).
 //
 // Few channels: tiles of 64 or 32 of them, since each CTA walks all of K and most of the chip would have none. Two,
 // four or eight groups of their warps ("phases") take the slabs of such a tile in turns. Floats: each has sums of its
@@ -49,8 +50,8 @@
 #pragma once
 
 #include "codes_sm90.cuh"
-#include "copies_w4_sm90.cuh"
 #include "share_w4_sm90.cuh"
+#include "slabs_w4_sm90.cuh"
 #include "tensor_map.h"
 
 namespace qk::cuda {
@@ -60,13 +61,13 @@ template <typename S>
 __global__ void __launch_bounds__(S::kThreads, S::kPerSm)
     gemm_kernel(const __grid_constant__ CUtensorMap x_map, const Job job) {
   extern __shared__ uint8_t shared[];
-  __shared__ __align__(8) uint64_t full_barriers[kMostStages], empty_barriers[kMostStages];
+  __shared__ __align__(8) uint64_t barriers[2 * kMostStages];  // of full stages, of empty ones
   __shared__ uint32_t book[S::kCodebook ? 256 : 1];
   __shared__ bool is_last[2];
   __shared__ float4 exchange[S::kExchange];
   __shared__ Terms<S> all_terms[S::kGroups];
   const uint32_t base = (ptx::smem_u32(shared) + kAlignment - 1) / kAlignment * kAlignment;
-  const uint32_t full = ptx::smem_u32(full_barriers), empty = ptx::smem_u32(empty_barriers);
+  const uint32_t full = ptx::smem_u32(barriers), empty = full + kEmptyFromFull;
   const uint32_t packed_base = base + job.stages * S::kTokenBytes;
   const int warp = threadIdx.x >> 5, group = (warp >> 2) % S::kGroups;  // of 64 channels
   const int rank = S::kCluster > 1 ? static_cast<int>(ptx::cluster_rank()) : 0;
@@ -100,7 +101,8 @@ __global__ void __launch_bounds__(S::kThreads, S::kPerSm)
       ring.parity = 1;  // of an empty barrier nobody has used: its "previous" phase counts as complete
       [[maybe_unused]] int codes = 0;  // where a slab's go, of halves
       int skip = producer;  // slabs of the next segment until the first one of this producer
-      int until_half = max(1, walk.slabs(job) / (2 * S::kProducers));  // copies until the next kernel may begin
+      // Copies until the next kernel may begin: none where CTAs that wait for room will hold it back long enough.
+      int until_half = job.waits ? 1 : max(1, walk.slabs(job) / (2 * S::kProducers));
       bool waited = false;
       while (walk.next(job, s)) {
         const int count = s.last - s.first, first = s.first + skip;
@@ -126,6 +128,13 @@ __global__ void __launch_bounds__(S::kThreads, S::kPerSm)
           }
           if (!job.follows) ptx::grid_dependency_wait();
           waited = true;
+        }
+        if constexpr (S::kManyWarps) {
+          if (source.scale_step > 0) {
+            copy_slabs<S>(job, x_map, source, first, s.last, m0, ring, packed_here, tokens_here, full_here, policy,
+                          ahead, until_half);
+            break;  // its only tile
+          }
         }
 #pragma unroll 1
         for (int slab = first; slab < s.last; slab += S::kProducers) {
@@ -170,6 +179,8 @@ __global__ void __launch_bounds__(S::kThreads, S::kPerSm)
       }
     }
     __syncwarp();
+  } else if constexpr (S::kManyWarps) {
+    work_off_slabs<S>(job, shared + (packed_base - ptx::smem_u32(shared)), base, full, all_terms[0], exchange);
   } else {
     if constexpr (S::kMovesRegisters) ptx::registers_increase<S::kConsumerRegisters>();
     const Thread t(S::kWarps, S::kPhases > 1, S::kBits);

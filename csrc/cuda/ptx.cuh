@@ -294,7 +294,12 @@ __device__ __forceinline__ void named_barrier(int id, int threads) {
 __device__ __forceinline__ void named_barrier_arrive(int id, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
-// blockIdx.x, read anew where it is written: for code that has no register to keep it in.
+// threadIdx.x and blockIdx.x, read anew where it is written: for code that has no register to keep them in.
+__device__ __forceinline__ int thread_x() {
+  int x;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
+  return x;
+}
 __device__ __forceinline__ int block_x() {
   int x;
   asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(x));

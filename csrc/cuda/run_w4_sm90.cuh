@@ -69,7 +69,10 @@ void run_shape(Job job, const void* x, int64_t x_stride, const W4Plan& plan, boo
   job.stages = ((alone ? kMostBytes : kHalfBytes) - kAlignment) / (job.packed_bytes + S::kTokenBytes);
   if (S::kHalves) job.stages = S::kHalfStages;
   if (job.stages > kMostStages) job.stages = kMostStages;
-  job.stages -= job.stages % S::kProducers;  // each has stages of its own
+  // Each producer has stages of its own, and so has each phase: of two that took turns at one, the next but one slab's
+  // could take the last one's parity for its own.
+  job.stages -= job.stages % (S::kPhases > S::kProducers ? S::kPhases : S::kProducers);
+  job.waits = S::kManyWarps && job.clusters > S::kPerSm * multiprocessors();
   static std::atomic<uint64_t> allowed{0};
   allow_shared_memory(reinterpret_cast<const void*>(gemm_kernel<S>), kMostBytes, allowed);
   const int64_t bytes = sizeof(typename S::T);

@@ -16,6 +16,7 @@ namespace {
 
 constexpr int kAlignment = 1024;
 constexpr int kMostStages = 24;
+constexpr uint32_t kEmptyFromFull = 8 * kMostStages;  // bytes from a stage's barrier of one kind to the other
 
 // Named barriers: 1 and 2 are the warpgroups' own, 3 and 4 their turns; or from 1 on those between phases, and that of
 // all of them.
@@ -69,9 +70,11 @@ struct Shape {
   static constexpr int kSteps = kRowBytes / 32;  // products of a slab
   static constexpr int kFragments = kSteps / 2 * 4;  // registers of half a slab
   static constexpr int kValues = kTokens / 2;  // sums of a thread
-  static constexpr int kPerSm = w4_per_sm(kBytes, kTokens, kKind, kPhases);
+  static constexpr int kPerSm = w4_per_sm(kBytes, kBits, kTokens, kKind, kPhases);
+  // One slab at a time by sixteen warps (slabs_w4_sm90.cuh).
+  static constexpr bool kManyWarps = w4_many_warps(kBytes, kBits, kTokens, kPhases);
   // Warps: what one lane computes and waits for between its copies would limit small tiles.
-  static constexpr int kProducers = kPhases >= 4 ? 4 : kTokens > 128 ? 1 : 2;  // few stages fit
+  static constexpr int kProducers = kPhases >= 4 && !kManyWarps ? 4 : kTokens > 128 ? 1 : 2;  // few stages fit
   // Few tokens leave registers for two CTAs, which hide each other's latency. With more, the producer's registers go to
   // the consumers, and it is a whole warpgroup since setmaxnreg works on those: 168 a thread at launch, or 96 beside
   // four warpgroups of consumers.
@@ -124,6 +127,7 @@ struct Job {
   int32_t rows, group_rows;  // of scales, as groups_w4.cuh cuts slabs: of K, of a group
   int32_t* counters;
   float* partials;
+  bool waits;  // kManyWarps: not all CTAs run at a time
   bool follows;  // a kernel that had waited for whatever writes the activations
 };
 

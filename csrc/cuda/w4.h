@@ -108,8 +108,13 @@ constexpr int w4_cluster(bool bytes, int tokens, int phases) {
   if (bytes && phases == 1) return tokens >= 128 ? 2 : 1;
   return tokens >= 32 || (!bytes && tokens >= 16 && phases == 1) ? 2 : 1;
 }
+// Whether sixteen warps share a tile of few tokens of 16 bits, one slab each at a time, for kWgmma. bits: of a code.
+constexpr bool w4_many_warps(bool bytes, int bits, int tokens, int phases) {
+  return !bytes && bits == 4 && tokens <= 16 && phases >= 4;
+}
 // CTAs of a multiprocessor, for kWgmma: two where their sums leave registers for them.
-constexpr int w4_per_sm(bool bytes, int tokens, W4Kind kind, int phases) {
+constexpr int w4_per_sm(bool bytes, int bits, int tokens, W4Kind kind, int phases) {
+  if (w4_many_warps(bytes, bits, tokens, phases)) return 2;
   if (kind == W4Kind::kMultiplier && phases == 2 && tokens <= 64) return 2;
   return tokens <= 16 && phases <= 2 && (bytes || kind != W4Kind::kMinimum) ? 2 : 1;
 }
@@ -123,7 +128,7 @@ constexpr bool w4_has_tile(bool bytes, W4Kind kind, int tokens, int phases) {
   if (phases == 4) return tokens <= 32;
   if (phases == 8) return tokens <= 16;
   if (kind == W4Kind::kMultiplier && phases == 2) return tokens <= 128;
-  return phases == 2 && tokens <= (bytes ? 16 : 128);
+  return phases == 2 && (bytes ? tokens <= 16 : tokens > 16 && tokens <= 128);
 }
 // Of so many tiles, how many `ctas` (or clusters) take whole, in full waves; the others' slabs are dealt out in equal
 // runs: those of the last wave, which is not full, and of one before it, lest runs be short.

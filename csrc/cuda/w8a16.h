@@ -31,6 +31,7 @@ struct GemmW8A16Args {
 // The instances of kWgmma.
 constexpr bool w8a16_has_tile(int tokens, int phases) {
   if ((tokens == 8 && phases == 4) || (phases == 2 && (tokens == 32 || tokens == 128))) return false;
+  if (phases == 2 && (tokens == 8 || tokens == 16)) return true;
   return w4_has_tile(false, W4Kind::kZeroPoint, tokens, phases);
 }
 

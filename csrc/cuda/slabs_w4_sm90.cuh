@@ -1,0 +1,166 @@
+// Up to 16 tokens of 16 bits by sixteen warps (kManyWarps in tile_w4_sm90.cuh): each works its slabs off one after the
+// other, and what it waits for the other three of its scheduler hide. So it holds nothing for the next slab, and its 56
+// registers leave room for a second CTA: that of the next product, whose first slabs come while this one ends.
+//
+// Neither loop finds anything out twice: what a slab needs lies a step further than it did for the one before, or, at
+// the end of the ring of stages, that much less all of the ring. A producer's lane is alone in its warp and has no
+// other to hide behind; with what the compiler would work out anew it took longer for a slab than all consumers.
+#pragma once
+
+#include "copies_w4_sm90.cuh"
+#include "share_w4_sm90.cuh"
+#include "tensor_map.h"
+
+namespace qk::cuda {
+namespace {
+
+// Starts the copies of this producer's slabs from `slab` on, up to `last`; those of `ahead` stages are under way but
+// for their tokens. Where each slab is a group.
+template <typename S>
+__device__ __forceinline__ void copy_slabs(const Job& job, const CUtensorMap& x_map, const PackedSource<S>& source,
+                                           int slab, int last, int m0, const Ring& ring, uint32_t packed,
+                                           uint32_t tokens, uint32_t full, uint64_t policy, int ahead, int until_half) {
+  static_assert(S::kManyWarps && S::kStageBoxes == 2 && S::kCluster == 1, "two boxes of tokens, for this CTA alone");
+  const GroupRows& r = job.groups;
+  const uint32_t channels = ptx::keep(source.channels), bytes = ptx::keep(source.bytes);
+  const uint32_t codes_bytes = ptx::keep(channels * S::kCodeBytes), scale_bytes = ptx::keep(channels * r.value_bytes);
+  const uint32_t packed_bytes = ptx::keep(job.packed_bytes), stages = ptx::keep(job.stages);
+  const uint8_t *codes = source.codes, *scale = source.scale, *second = source.second;
+  uint32_t packed_to = ptx::keep(packed + ring.stage * packed_bytes);
+  uint32_t tokens_to = ptx::keep(tokens + ring.stage * S::kTokenBytes);
+  uint32_t full_at = ptx::keep(full + 8 * ring.stage), parity = ring.parity;
+  const uint32_t full_end = ptx::keep(full + 8 * stages);
+  int column = slab * S::kRowBytes;
+#pragma unroll 1
+  for (; slab < last; slab += S::kProducers) {
+    if (ahead > 0) {
+      --ahead;
+    } else {
+      ptx::mbarrier_wait(full_at + kEmptyFromFull, parity);
+      ptx::mbarrier_arrive_expect_tx(full_at, bytes);
+      if (channels > 0) {
+        const uint32_t row = packed_to + S::kChannels * S::kCodeBytes;
+        ptx::bulk_load(packed_to, codes, codes_bytes, full_at, policy);
+        ptx::bulk_load(row, scale, scale_bytes, full_at, policy);
+        if (S::kZeros && second) ptx::bulk_load(row + S::kChannels * r.value_bytes, second, channels, full_at, policy);
+      }
+      codes += source.step, scale += source.scale_step;
+      if (S::kZeros) second += source.second_step;
+    }
+    ptx::tensor_load_2d(tokens_to, &x_map, column, m0, full_at, ptx::kEvictNormal);
+    ptx::tensor_load_2d(tokens_to + S::kTokens * 128, &x_map, column + 128, m0, full_at, ptx::kEvictNormal);
+    column += S::kRowBytes * S::kProducers;
+    packed_to += packed_bytes * S::kProducers, tokens_to += S::kTokenBytes * S::kProducers;
+    full_at += 8 * S::kProducers;
+    if (full_at >= full_end) {
+      full_at -= 8 * stages, packed_to -= packed_bytes * stages, tokens_to -= S::kTokenBytes * stages;
+      parity ^= 1;
+    }
+    if (--until_half == 0) ptx::grid_launch_dependents();
+  }
+}
+
+// The products of kCount steps of half a slab, whose fragments are f. tokens: those of the half. In one chain, since
+// other warps have products of their own, and two steps of eight tokens at a time.
+template <typename S, int kFirst, int kCount>
+__device__ __forceinline__ void multiply_steps(const uint32_t* f, uint32_t tokens, bool fresh, Sums<S>& sums) {
+  if (fresh) {
+#pragma unroll
+    for (int i = 0; i < S::kValues; ++i) sums.part[i] = 0;
+  }
+#pragma unroll
+  for (int step = kFirst; step < kFirst + kCount; step += 2) {
+#pragma unroll
+    for (int j = 0; j < S::kTokens / 8; ++j) {
+      uint32_t b[4];
+      ptx::ldmatrix_x4(b, (tokens ^ step / 2 * 64) + j * 1024);
+#pragma unroll
+      for (int s = 0; s < 2; ++s) {
+        const uint32_t* a = f + 4 * (step + s);
+        multiply_few(typename S::T(), sums.part + 4 * j, {a[0], a[1], a[2], a[3]}, b + 2 * s);
+      }
+    }
+  }
+}
+
+// Adds this phase's slabs of a tile, of `slabs` in all, whose groups have 1 << kShift rows, to sums.total. packed: the
+// codes of the first stage; tokens: its tokens, as ldmatrix is to be told of them.
+template <typename S, int kShift>
+__device__ __forceinline__ void multiply_slabs(const Job& job, const Thread& t, const uint8_t* packed, uint32_t tokens,
+                                               uint32_t full, int slabs, Sums<S>& sums) {
+  constexpr int kHalf = S::kSteps / 2, kRowsOfHalf = (1 << kShift) / 2;
+  const uint32_t full_end = full + 8 * job.stages;
+  // From this thread's codes of a slab to its scales; a register each for the two would be one too many.
+  const uint32_t to_scales =
+      ptx::keep(S::kChannels * S::kCodeBytes - t.codes + t.channel * static_cast<uint32_t>(job.groups.value_bytes));
+  Thread at_scales = t;
+  at_scales.channel = 0;
+  packed += t.phase * job.packed_bytes + t.codes, tokens += t.phase * S::kTokenBytes, full += t.phase * 8;
+  uint32_t left = static_cast<uint32_t>(slabs - t.phase + S::kPhases - 1) / S::kPhases * 2;  // the parity in bit 0
+#pragma unroll 1
+  do {
+    ptx::mbarrier_wait(full, left & 1);
+    const auto add_row = [&](int row) {
+      promote<S>(load_factors<S>(job, at_scales, packed + to_scales + row * job.groups.row_bytes), sums);
+    };
+    // Side by side where nothing stands between halves; else there would be registers for it in no instance.
+#pragma unroll(kShift == 0 ? 2 : 1)
+    for (int half = 0; half < 2; ++half) {
+      uint32_t f[S::kFragments];
+      const uint4 codes = reinterpret_cast<const uint4*>(packed)[half * 32];
+      unpack_half<S, kShift>(job, t, packed - t.codes, codes, nullptr, half, f);
+      const uint32_t here = tokens + half * S::kTokens * 128;
+      if constexpr (kShift == 2) {
+        multiply_steps<S, 0, kHalf / 2>(f, here, true, sums);
+        add_row(kRowsOfHalf * half);
+        multiply_steps<S, kHalf / 2, kHalf / 2>(f, here, true, sums);
+        add_row(kRowsOfHalf * half + 1);
+      } else {
+        multiply_steps<S, 0, kHalf>(f, here, kShift == 1 || half == 0, sums);
+        if (kShift == 1) add_row(kRowsOfHalf * half);
+      }
+    }
+    if (kShift == 0) add_row(0);
+    __syncwarp();  // everybody has read the stage
+    if (t.lane == 0) ptx::mbarrier_arrive(full + kEmptyFromFull);
+    packed += job.packed_bytes * S::kPhases, tokens += S::kTokenBytes * S::kPhases, full += 8 * S::kPhases;
+    if (full >= full_end) {
+      full -= 8 * job.stages, packed -= job.packed_bytes * job.stages, tokens -= S::kTokenBytes * job.stages;
+      left ^= 1;
+    }
+    left -= 2;
+  } while (left > 1);
+}
+
+// All that a consumer does: its phase's slabs of the CTA's only tile, and its part of the outputs.
+template <typename S>
+__device__ __forceinline__ void work_off_slabs(const Job& job, const uint8_t* packed, uint32_t tokens, uint32_t full,
+                                               Terms<S>& terms, float4* exchange) {
+  const Thread t(S::kWarps, true, S::kBits);
+  const auto channel_of = [&] { return place_of(job, ptx::block_x()).n * S::kChannels; };
+  const auto token_of = [&] { return place_of(job, ptx::block_x()).m * S::kTokens; };
+  if (!job.follows) ptx::grid_dependency_wait();
+  terms.start(job, token_of(), channel_of(), Terms<S>::member(t.phase));
+  Sums<S> sums;
+#pragma unroll
+  for (int i = 0; i < S::kValues; ++i) sums.total[i] = 0;
+  const auto run = [&](auto shift) {
+    multiply_slabs<S, decltype(shift)::value>(job, t, packed, tokens + t.matrix, full, job.slabs, sums);
+  };
+  if (job.groups.row_shift == 0) {
+    run(std::integral_constant<int, 0>());
+  } else if (job.groups.row_shift == 1) {
+    run(std::integral_constant<int, 1>());
+  } else {
+    run(std::integral_constant<int, 2>());
+  }
+  const int warp = ptx::thread_x() >> 5, phase = warp / S::kWarps;  // no register to keep them in
+  float total[S::kPartTokens / 2];
+  if (gather<S>(exchange, phase, sums, total)) {
+    store_tile<S, S::kPartTokens>(job, token_of(), channel_of() + warp % S::kWarps * kW4Rows, phase * S::kPartTokens,
+                                  terms, total);
+  }
+}
+
+}  // namespace
+}  // namespace qk::cuda
