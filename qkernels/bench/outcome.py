@@ -46,7 +46,7 @@ def outcome(
 def versions() -> Mapping[str, str]:
     """Of everything that was, or could have been, measured."""
     found = {}
-    for name in ("qkernels", "torch", "numpy", "onnxruntime", "openvino"):
+    for name in ("qkernels", "torch", "numpy", "onnxruntime", "openvino", "humming-kernels", "gemlite"):
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
