@@ -102,7 +102,7 @@ def _native(
         return None
     if any(steps[3] != 1 for steps in (q_steps, k_steps, v_steps)):
         return None
-    mask_steps: Steps = (0, 0, 0)
+    mask_steps = (0, 0, 0)
     if of_mask is not None:
         mask, steps = of_mask
         if any(n not in (1, full) for n, full in zip(mask[:3], (batch, heads, tokens), strict=True)):

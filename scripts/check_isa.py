@@ -28,7 +28,9 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-ISA_OBJECT = re.compile(r"^(kernels|loops|weight_only|attention)_(avx2|avxvnni|avx512vnni|amx|avx512|avx512bf16)\.cpp\.o$")
+ISA_OBJECT = re.compile(
+    r"^(kernels|loops|weight_only|attention)_(avx2|avxvnni|avx512vnni|amx|avx512|avx512bf16)\.cpp\.o$"
+)
 BELOW_AVX512 = ("avx2", "avxvnni")
 PREFIXES = {"26", "2e", "36", "3e", "64", "65", "67"}  # segment and address size: may stand before VEX
 FMA = re.compile(r"^vfn?m(add|sub)")

@@ -48,7 +48,7 @@ struct AttentionSizes {
 
   int64_t thread_floats() const {
     return part_keys * width * 2 + kBlockQueries * score_step + kSegmentBlocks * kBlockQueries * (width + 2) +
-           kBlockQueries * (width + V::kLanes) + V::kLanes * width;
+           kBlockQueries * (width + 2) + V::kLanes * width;
   }
 
   int64_t width;  // of a row of sums or values, padded
@@ -91,6 +91,7 @@ class Attention {
  private:
   using F = typename V::F;
   using Tiles = AttentionTiles<V>;
+  using Ends = typename Tiles::Ends;
   static constexpr int64_t kTile = V::kTileVecs * V::kLanes;
   static constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
@@ -103,12 +104,13 @@ class Attention {
           queries(sums + kSegmentBlocks * kBlockQueries * sizes.width),
           staged(queries + kBlockQueries * sizes.width),
           factor(staged + V::kLanes * sizes.width),
-          largest(factor + kBlockQueries * V::kLanes),
+          scale(factor + kBlockQueries),
+          largest(scale + kBlockQueries),
           total(largest + kSegmentBlocks * kBlockQueries) {}
     float *keys, *values, *scores, *sums;
     float* queries;  // of a block, widened, where they are not fp32
     float* staged;  // kLanes keys, widened and padded
-    float* factor;  // [24] of the sums before
+    float *factor, *scale;  // [24] of the sums before, of the sums at the end
     float *largest, *total;  // of each query of a segment
   };
 
@@ -146,10 +148,7 @@ class Attention {
       pack_values(at(p_.v_step, first.batch, key_head, 0), keys, scratch);
       for (int64_t u = units.begin; u < units.end; ++u) {
         const Block block = block_of(u);
-        const int64_t index = (u - units.begin) * kBlockQueries, end = keys_end(block);
-        if (keys.begin >= end) continue;
-        attend(block, keys, index, scratch);
-        if (keys.end >= end) finish(block, index, scratch);
+        if (keys.begin < keys_end(block)) attend(block, keys, (u - units.begin) * kBlockQueries, scratch);
       }
     }
   }
@@ -221,7 +220,7 @@ class Attention {
       const int64_t packed = packed_vecs - panel < V::kTileVecs ? packed_vecs - panel : V::kTileVecs;
       const int64_t used = vecs - panel < packed ? vecs - panel : packed;
       Tiles::product(rows, used, q, step, scratch.keys + panel * V::kLanes * p_.size, packed * V::kLanes, p_.size,
-                     nullptr, scratch.scores + panel * V::kLanes, sizes_.score_step);
+                     Ends{}, scratch.scores + panel * V::kLanes, sizes_.score_step);
     }
     switch (p_.mask_kind) {
       case MaskKind::kNone:
@@ -234,11 +233,29 @@ class Attention {
         weigh<MaskKind::kAdded>(block, keys.begin, seen, first, index, scratch);
         break;
     }
+    const bool ends = keys.end >= keys_end(block);
+    if (ends)
+      for (int64_t r = 0; r < rows; ++r) {
+        const float total = scratch.total[index + r];
+        scratch.scale[r] = total == 0.0f ? 0.0f : 1.0f / total;
+      }
+    // The last part gives the output, past the sums where they need no conversion.
+    float *sums = scratch.sums + index * sizes_.width, *to = sums;
+    int64_t to_step = sizes_.width;
+    const int64_t y = ((block.batch * p_.queries + block.rows.begin) * p_.heads + block.head) * p_.size;
+    const bool direct = ends && D == DType::kF32 && p_.size == sizes_.width;
+    if (direct) {
+      to = static_cast<float*>(p_.y) + y;
+      to_step = p_.heads * p_.size;
+    }
     for (int64_t panel = 0; panel < sizes_.width; panel += kTile) {
       const int64_t width = sizes_.width - panel < kTile ? sizes_.width - panel : kTile;
       Tiles::product(rows, width / V::kLanes, scratch.scores, sizes_.score_step, scratch.values + panel * count, width,
-                     seen, first ? nullptr : scratch.factor, scratch.sums + index * sizes_.width + panel, sizes_.width);
+                     seen,
+                     Ends{first ? nullptr : scratch.factor, sums + panel, sizes_.width, ends ? scratch.scale : nullptr},
+                     to + panel, to_step);
     }
+    if (ends && !direct) convert(sums, rows, y);
   }
 
   const float* queries_of(const Block& block, const Scratch& scratch, int64_t* step) const {
@@ -325,19 +342,14 @@ class Attention {
     }
   }
 
-  void finish(const Block& block, int64_t index, const Scratch& scratch) const {
-    const int64_t size = p_.size, width = sizes_.width, step = p_.heads * size;
-    const float *sums = scratch.sums + index * width, *total = scratch.total + index;
-    void* const y = p_.y;
-    int64_t to = ((block.batch * p_.queries + block.rows.begin) * p_.heads + block.head) * size;
-    for (int64_t r = 0; r < block.rows.end - block.rows.begin; ++r, sums += width, to += step) {
-      const F inverse = V::set(total[r] == 0.0f ? 0.0f : 1.0f / total[r]);
-      for (int64_t d = 0; d < size; d += V::kLanes) {
-        const F value = V::mul(V::load_f(sums + d), inverse);
-        if (size - d < V::kLanes)
-          V::template store_part<D>(y, to + d, value, static_cast<int>(size - d));
+  // Rows of sums to elements [y, y + size) of the output and so on.
+  void convert(const float* sums, int64_t rows, int64_t y) const {
+    for (int64_t r = 0; r < rows; ++r, sums += sizes_.width, y += p_.heads * p_.size) {
+      for (int64_t d = 0; d < p_.size; d += V::kLanes) {
+        if (p_.size - d < V::kLanes)
+          V::template store_part<D>(p_.y, y + d, V::load_f(sums + d), static_cast<int>(p_.size - d));
         else
-          V::template store<D>(y, to + d, value);
+          V::template store<D>(p_.y, y + d, V::load_f(sums + d));
       }
     }
   }
