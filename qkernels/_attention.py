@@ -15,8 +15,8 @@ and ``A`` the largest ``scale * sum |q k| + |mask|`` of a query, masks of -2^100
 and its distance to the largest are off by ``(D + 8) A u``, and so is a weight, relative to itself; its exponential, the
 sums over L keys and the quotient add 2 L + 16 roundings at most: within
 ``(2 (D + 8) A + 2 L + 16) u * softmax(...) |v|`` of this to first order, plus the rounding to 16 bits.  Weights below
-2^-126 of the largest count as zero.  A row with NaN among its scores is NaN; keys that ``causal`` hides from a query may
-or may not pass on a NaN of their values.
+2^-126 of the largest count as zero.  A row with NaN among its scores is NaN; keys that ``causal`` hides from a query
+may or may not pass on a NaN of their values.
 """
 
 from __future__ import annotations

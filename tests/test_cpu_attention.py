@@ -201,6 +201,22 @@ def test_attention_large_and_small_scores(kernel: str) -> None:
     check(q, k, v, None, 0.0)
 
 
+def test_attention_exponential(kernel: str) -> None:
+    """Of two keys the second has the weight exp(-x) of the first, which is exact but for the exponential: of x within
+    2 x u by its product with 1 / ln(2), 3 u in itself, and five roundings of sums and quotient."""
+    x = torch.linspace(0, 87, 40001)
+    q, k, v = x.view(1, 1, -1, 1), torch.tensor([0.0, -1.0]).view(1, 1, 2, 1), torch.tensor([0.0, 1.0]).view(1, 1, 2, 1)
+    got = cpu_attention.attention(q, k, v, None, 1.0)
+    assert got is not None
+    exact = torch.sigmoid(-x.double())
+    error = (got.flatten().double() / exact - 1).abs() * 2.0**24
+    assert bool((error <= 2 * x + 8).all())
+    assert float(error[x < 1].max()) < 6
+    hidden = cpu_attention.attention(q + 88, k, v, None, 1.0)
+    assert hidden is not None
+    assert bool((hidden == 0).all())
+
+
 def test_attention_nan_stays_in_its_row(kernel: str) -> None:
     q, k, v = three(2, 2, 2, 20, 150, 32)
     q[0, 1, 7, 3] = torch.nan
