@@ -162,6 +162,31 @@ struct ActivationFunctionArgs {
   int threads;
 };
 
+// What a mask of attention says of a key: nothing; a byte that is not zero where the query sees it; a number of the
+// queries' dtype that is added to the score.
+enum class MaskKind : int32_t { kNone = 0, kBool = 1, kAdded = 2 };
+
+// Elements from one index to the next; 0 where all share one.
+struct AttentionSteps {
+  int64_t batch, head, token;
+};
+
+// y [B, T, H, D] = softmax(scale * q k^T + mask) v over the keys a query sees, zeros where it sees none: q [B, H, T,
+// D], k and v [B, G, L, D], mask [B, H, T, L], each with elements side by side in the last dimension; y contiguous. H
+// is a multiple of G: neighbouring heads of queries share a head of keys. Causal: query t sees keys up to t.
+struct AttentionArgs {
+  const void *q, *k, *v, *mask;
+  void* y;
+  DType dtype;
+  MaskKind mask_kind;
+  int64_t batch, heads, key_heads, queries, keys, size;
+  AttentionSteps q_step, k_step, v_step, mask_step;
+  float scale;
+  bool causal;
+  int threads;
+  uint8_t* scratch;  // kernel workspace
+};
+
 struct DequantizeArgs {
   const void* q;
   QKind kind;

@@ -287,6 +287,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("dequantize", &dequantize);
   m.def("embedding", &embedding);
   m.def("activation", &activation);
+  bind_attention(m);
   bind_held(m);
   bind_w4(m);
   bind_weight_only(m);

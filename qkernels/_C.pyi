@@ -209,6 +209,28 @@ class LinearW4A16:
         /,
     ) -> None: ...
 
+class Attention:
+    """Attention over tensors of these shapes and strides, features side by side. ``sizes``: batch, heads of queries,
+    heads of keys, queries, keys, features. Strides in elements of batch, head and token. Kinds of masks: 0 none,
+    1 bool, 2 added to the scores, of the queries' dtype."""
+
+    def __init__(
+        self,
+        sizes: tuple[int, int, int, int, int, int],
+        q: tuple[int, int, int],
+        k: tuple[int, int, int],
+        v: tuple[int, int, int],
+        mask: tuple[int, int, int],
+        dtype: int,
+        mask_kind: int,
+        causal: bool,
+    ) -> None: ...
+    def run(self, q: int, k: int, v: int, mask: int, y: int, scale: float, threads: int, /) -> bool:
+        """``y``: contiguous ``[batch, queries, heads, features]``. False, and nothing done, where the tier has none."""
+
+def has_attention() -> bool:
+    """Whether the tier in use has a kernel of attention."""
+
 def embedding(
     table: int,
     packed: bool,

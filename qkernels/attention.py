@@ -1,18 +1,21 @@
-"""Attention blocks that generate tokens: rotary embedding and attention over a cache as one kernel each on a GPU.
+"""Attention blocks: what stands between their Linears by kernels, rotary embedding and a cache's tokens on a GPU,
+attention there and on a CPU.
 
 Between its Linears a decoder's attention block turns queries and keys by their positions and reads all keys and values
 seen so far.  For one token these are some fifteen launches of a few microseconds each, which together take as long as
-the block's products of quantized weights.  The blocks of transformers look both steps up by name, in their module:
+the block's products of quantized weights.  An encoder's block on a CPU spends a fifth of its time in attention where
+the Linears are quantized.  The blocks of transformers look both steps up by name, in their module:
 
     query_states, key_states = apply_rotary_pos_emb(query_states, key_states, cos, sin)
     attention_interface = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, ...)
 
 :class:`AttentionForward` runs the very code of the class with other things under these two names: a rotary embedding
-that equals the block's own to the bit, and for ``sdpa`` a function that serves few queries (at most
-:data:`qkernels.cuda_attention.MOST_QUERIES` of one head of keys).  A static cache is handed over as one that writes the
-keys and the values of new tokens, and counts them, by one kernel.  Whatever the kernels do not serve, other devices,
-gradients, long prompts and ``torch.compile`` among it, goes where it went.  Nothing else in the model changes, and
-:func:`qkernels.unfuse_` takes it away.
+that equals the block's own to the bit, and for ``sdpa`` a function that serves few queries on a GPU (at most
+:data:`qkernels.cuda_attention.MOST_QUERIES` of one head of keys) and many on a CPU (at least
+:data:`qkernels.cpu_attention.FEWEST_QUERIES`).  A static cache is handed over as one that writes the keys and the
+values of new tokens, and counts them, by one kernel.  Whatever the kernels do not serve, gradients and
+``torch.compile`` among it, goes where it went.  Nothing else in the model changes, and :func:`qkernels.unfuse_` takes
+it away.
 """
 
 from __future__ import annotations
@@ -27,9 +30,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from . import cuda_attention, reference
+from . import cpu_attention, cuda, cuda_attention, reference
 
-__all__ = ["AttentionForward", "attends"]
+__all__ = ["AttentionForward", "attends", "in_words"]
 
 _ROTARY, _INTERFACES = "apply_rotary_pos_emb", "ALL_ATTENTION_FUNCTIONS"
 _CACHES = ("cache", "past_key_values")
@@ -42,6 +45,17 @@ def attends(module: nn.Module) -> bool:
     """Whether a module's class turns its heads or chooses its attention as the module says, and the instance leaves
     that to the class."""
     return "forward" not in module.__dict__ and _rewired(type(module).forward) is not None
+
+
+def in_words(module: nn.Module, device: torch.device) -> str:
+    """What the report says of the attention of such a module, whose Linears are on a device; nothing where no kernel
+    serves it."""
+    if not cuda.unavailable(device):
+        return "attention of few tokens by a kernel"
+    chosen = getattr(getattr(module, "config", None), "_attn_implementation", None)
+    names = inspect.unwrap(type(module).forward).__code__.co_names
+    served = device.type == "cpu" and cpu_attention.available() and chosen == "sdpa" and _INTERFACES in names
+    return "attention by a kernel" if served else ""
 
 
 class AttentionForward:
@@ -227,12 +241,19 @@ def _attention(
 ) -> Any:
     """Attention as transformers calls it: ``[B, heads, T, D]`` to ``[B, T, heads, D]`` and None."""
     usual = not dropout and kwargs.get("softcap") is None and kwargs.get("position_bias") is None
-    usual = usual and not kwargs.get("output_attentions")
-    # several queries without a mask see only keys before them
-    few = attention_mask is not None or query.shape[2] == 1
-    if usual and few:
+    if usual and not kwargs.get("output_attentions"):
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        out = cuda_attention.attention(query, key, value, attention_mask, scale)
+        free = attention_mask is None and query.shape[2] > 1
+        # Several queries without a mask may see only keys before them, which the GPU's kernel does not know.
+        out = None if free else cuda_attention.attention(query, key, value, attention_mask, scale)
+        if out is None and key.shape[1] * getattr(module, "num_key_value_groups", 1) == query.shape[1]:
+            causal = free and _is_causal(module, kwargs.get("is_causal"))
+            out = cpu_attention.attention(query, key, value, attention_mask, scale, causal=causal)
         if out is not None:
             return out, None
     return original(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+
+
+def _is_causal(module: nn.Module, given: bool | None) -> bool:
+    """Whether queries that no mask restricts see what is before them only, as transformers decides it."""
+    return bool(getattr(module, "is_causal", True) if given is None else given)

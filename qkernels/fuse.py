@@ -4,7 +4,7 @@ Activation modules are applied inside the Linear before them; Linears that read 
 :mod:`qkernels.groups`); residuals are added inside the Linear (see :mod:`qkernels.residuals`); on a GPU, norms and
 activations quantize their output in the pass that computes it, where Linears of 8-bit inputs alone read it, norms and
 gated activations are one kernel, where weight-only Linears do (:mod:`qkernels.norms`, :mod:`qkernels.deferred`), and so
-are rotary embeddings and attention of few queries (:mod:`qkernels.attention`).
+are rotary embeddings and attention of few queries, and on a CPU attention (:mod:`qkernels.attention`).
 
 An activation is fused where the parent's own ``forward``, traced with every child as a leaf, calls the quantized Linear
 once, hands its output to the activation and to nothing else, and calls the activation once.  The Linear gets the
@@ -23,8 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
-from . import cuda
-from .attention import AttentionForward, attends
+from .attention import AttentionForward, attends, in_words
 from .cpu_packed import PreparedPacked
 from .cpu_w8a8 import PreparedW8A8
 from .deferred import Handoff
@@ -154,7 +153,7 @@ def fuse_(model: nn.Module, *, on_failure: OnFailure | None = None) -> dict[str,
     for module in blocks:
         module.__dict__["forward"] = AttentionForward(module)
         first = family.children_of(module)[0]
-        note(first, "attention of few tokens by a kernel" if not cuda.unavailable(first._device()) else "")
+        note(first, in_words(module, first._device()))
     return done
 
 

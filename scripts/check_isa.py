@@ -2,8 +2,8 @@
 
 Usage: python scripts/check_isa.py BUILD_DIRECTORY
 
-Files with ISA flags are kernels_<tier>.cpp, loops_<tier>.cpp and weight_only_<features>.cpp; the dispatcher calls into
-them only after it has looked at the processor. What has to hold for that to be enough:
+Files with ISA flags are kernels_<tier>.cpp, loops_<tier>.cpp, weight_only_<features>.cpp and attention_<features>.cpp;
+the dispatcher calls into them only after it has looked at the processor. What has to hold for that to be enough:
 
 1. no VEX or EVEX instruction in any other object;
 2. no EVEX instruction in the tiers below AVX-512;
@@ -12,8 +12,9 @@ them only after it has looked at the processor. What has to hold for that to be 
 4. an ISA object has no static initializer: it would run when the module is loaded;
 5. an ISA object exports its table and nothing else, so that nobody can go around the dispatcher;
 6. a kernel contains no fused multiply-add, so that every step of the arithmetic is rounded once; the order and rounding
-   of weight-only sums are free, so those kernels are exempt, and in group_rows (tile_avx512vnni.h) a multiplication and
-   exact subtraction that are rounded once together have the bits of one multiplication.
+   of the sums of weight-only products and of attention are free, so those are exempt, and in group_rows
+   (tile_avx512vnni.h) a multiplication and exact subtraction that are rounded once together have the bits of one
+   multiplication.
 
 VEX and EVEX are told by their first byte (C4, C5 and 62 have no other meaning in 64-bit code), so instructions without
 a "v" in their name are found as well.
@@ -27,7 +28,9 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-ISA_OBJECT = re.compile(r"^(kernels|loops|weight_only)_(avx2|avxvnni|avx512vnni|amx|avx512|avx512bf16)\.cpp\.o$")
+ISA_OBJECT = re.compile(
+    r"^(kernels|loops|weight_only|attention)_(avx2|avxvnni|avx512vnni|amx|avx512|avx512bf16)\.cpp\.o$"
+)
 BELOW_AVX512 = ("avx2", "avxvnni")
 PREFIXES = {"26", "2e", "36", "3e", "64", "65", "67"}  # segment and address size: may stand before VEX
 FMA = re.compile(r"^vfn?m(add|sub)")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from qkernels import _C, _bench
+from qkernels import _C, _bench, cpu_attention
 from qkernels.bench import ceilings, contenders, grid, rivals, rivals_torch, timing
 from qkernels.bench.cli import RIVALS
 from qkernels.bench.rivals_zentorch import Zentorch
@@ -121,6 +121,43 @@ def test_bench_quick_run_writes_json_and_plots(tmp_path: Path, capsys: pytest.Ca
     for picture in (plot, tmp_path / "roofline-w8a8.png", tmp_path / "roofline-w4a16.png"):
         assert picture.read_bytes().startswith(b"\x89PNG")
     assert "% limit" in capsys.readouterr().out
+
+
+def test_bench_of_attention(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = tmp_path / "result.json"
+    arguments = ["bench", "--quick", "--schemes", "attention", "--rows", "2", "--json", str(result)]
+    assert main(arguments) == 0
+    text, rows = capsys.readouterr().out, json.loads(result.read_text())["rows"]
+    served = {"attention", "attention, padded"} if cpu_attention.available() else set()
+    for size in (32, 64):
+        assert f"K=256 in heads of {size}, N=128 M=2" in text
+        assert {row["contender"] for row in rows if row["size"] == size} == served | {
+            "torch: sdpa",
+            "torch: sdpa, padded",
+        }
+    for row in rows:
+        assert row["percent_of_limit"] == pytest.approx(100 * row["limit"] / row["median"])
+        assert row["gops"] == pytest.approx(1e-9 * 4 * 2 * 128 * 128 * 256 / row["median"])
+        assert row["error"] < 2.0**-17
+    if served:
+        given = cpu_attention.attention
+        monkeypatch.setattr(cpu_attention, "attention", lambda *args: given(*args) * 1.01)
+        assert main(arguments) == 1
+        assert "attention: NOT RIGHT at K=256 N=128 M=2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("odd", "complaint"),
+    [
+        (["--schemes", "attention", "w8a8"], "by itself"),
+        (["--schemes", "attention", "--rivals", "fp32"], "by itself"),
+        (["--schemes", "attention", "--shapes", "96x16"], "multiple of 64"),
+        (["--schemes", "attention", "--plot", "roofline.png"], "--plot"),
+    ],
+)
+def test_bench_of_attention_refuses(odd: list[str], complaint: str, capsys: pytest.CaptureFixture) -> None:
+    assert main(["bench", "--quick", *odd]) == 2
+    assert complaint in capsys.readouterr().err
 
 
 def test_bench_rejects_unknown_rivals_and_shapes(capsys: pytest.CaptureFixture) -> None:

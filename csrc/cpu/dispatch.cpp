@@ -74,30 +74,31 @@ struct Tier {
   const char* name;
   const KernelTable& (*table)();  // nullptr: not compiled into this build
   const WeightOnlyTable& (*weight_only)();
+  const AttentionTable& (*attention)();  // nullptr: none
   bool (*supported)(const Cpu&);
 };
 
 constexpr Tier kTiers[kMaxTiers] = {
-    {"scalar", kernels_scalar, weight_only_scalar, [](const Cpu&) { return true; }},
+    {"scalar", kernels_scalar, weight_only_scalar, nullptr, [](const Cpu&) { return true; }},
 #ifdef QK_HAVE_AVX2
-    {"avx2", kernels_avx2, weight_only_avx2, [](const Cpu& c) { return c.avx2; }},
+    {"avx2", kernels_avx2, weight_only_avx2, attention_avx2, [](const Cpu& c) { return c.avx2; }},
 #else
-    {"avx2", nullptr, nullptr, nullptr},
+    {"avx2", nullptr, nullptr, nullptr, nullptr},
 #endif
 #ifdef QK_HAVE_AVXVNNI
-    {"avxvnni", kernels_avxvnni, weight_only_avx2, [](const Cpu& c) { return c.avxvnni; }},
+    {"avxvnni", kernels_avxvnni, weight_only_avx2, attention_avx2, [](const Cpu& c) { return c.avxvnni; }},
 #else
-    {"avxvnni", nullptr, nullptr, nullptr},
+    {"avxvnni", nullptr, nullptr, nullptr, nullptr},
 #endif
 #ifdef QK_HAVE_AVX512VNNI
-    {"avx512vnni", kernels_avx512vnni, weight_only_avx512, [](const Cpu& c) { return c.avx512vnni; }},
+    {"avx512vnni", kernels_avx512vnni, weight_only_avx512, attention_avx512, [](const Cpu& c) { return c.avx512vnni; }},
 #else
-    {"avx512vnni", nullptr, nullptr, nullptr},
+    {"avx512vnni", nullptr, nullptr, nullptr, nullptr},
 #endif
 #ifdef QK_HAVE_AMX
-    {"amx", kernels_amx, weight_only_avx512, [](const Cpu& c) { return c.amx; }},
+    {"amx", kernels_amx, weight_only_avx512, attention_avx512, [](const Cpu& c) { return c.amx; }},
 #else
-    {"amx", nullptr, nullptr, nullptr},
+    {"amx", nullptr, nullptr, nullptr, nullptr},
 #endif
 };
 
@@ -105,11 +106,13 @@ bool usable(const Tier& tier) { return tier.table != nullptr && tier.supported(c
 
 const KernelTable* active_table = nullptr;
 const WeightOnlyTable* active_weight_only = nullptr;
+const AttentionTable* active_attention = nullptr;
 char active_reason[96] = "";
 
 void set_active(const Tier& tier, const char* reason) {
   active_table = &tier.table();
   active_weight_only = &tier.weight_only();
+  active_attention = tier.attention ? &tier.attention() : nullptr;
   std::strncpy(active_reason, reason, sizeof(active_reason) - 1);
 }
 
@@ -166,6 +169,8 @@ WeightOnlyTables weight_only_tables(const LinearWxA16Args& args) {
 }
 
 const WeightOnlyTable& weight_only_kernels(const LinearWxA16Args& args) { return *weight_only_tables(args).tables[0]; }
+
+const AttentionTable* attention_kernels() { return active_attention; }
 
 const char* isa_reason() { return active_reason; }
 

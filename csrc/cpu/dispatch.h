@@ -27,6 +27,12 @@ struct WeightOnlyTable {
   int64_t (*scratch_bytes)(int64_t m, int64_t k, int64_t group_size, int threads);  // group_size >= 1
 };
 
+// Attention in floating point. Fused multiply-adds here as well; the scalar tier has none and leaves it to torch.
+struct AttentionTable {
+  void (*attention)(const AttentionArgs&);
+  int64_t (*scratch_bytes)(int64_t size, int threads);
+};
+
 // Defined by kernels_<tier>.cpp, for the tiers this build was compiled with.
 const KernelTable& kernels_scalar();
 const KernelTable& kernels_avx2();
@@ -39,6 +45,10 @@ const WeightOnlyTable& weight_only_scalar();
 const WeightOnlyTable& weight_only_avx2();
 const WeightOnlyTable& weight_only_avx512();
 const WeightOnlyTable& weight_only_avx512bf16();
+
+// Defined by attention_<features>.cpp, likewise.
+const AttentionTable& attention_avx2();
+const AttentionTable& attention_avx512();
 
 constexpr int kMaxTiers = 5;
 
@@ -62,6 +72,8 @@ struct WeightOnlyTables {
 };
 WeightOnlyTables weight_only_tables(const LinearWxA16Args& args);
 const WeightOnlyTable& weight_only_kernels(const LinearWxA16Args& args);  // the first of these
+
+const AttentionTable* attention_kernels();  // of the tier in use, nullptr: none
 
 const char* isa_reason();  // why this tier
 

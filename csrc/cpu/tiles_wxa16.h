@@ -13,14 +13,12 @@
 //   kTileVecs                   vectors of columns in the tile
 //   stream_vecs(rows)           vectors of columns that a stream decodes side by side, so that accumulators fit the
 //   registers kEmbedsBroadcast            mac_at is as cheap as mac, so activations need no registers
-//
-// Loops over registers are unrolled by templates: g++ 12 keeps an array in registers only where every index is a
-// constant when it first looks.
 #pragma once
 
 #include <cstdint>
 
 #include "../layout.h"
+#include "unroll.h"
 #include "weights_wxa16.h"
 
 // Values loaded before this point are loaded again after it, rather than kept in (or spilled from) registers.
@@ -32,19 +30,6 @@ namespace {
 // Bytes of weights between a use and its prefetch. Column parts, and panels with their pauses, are no pattern that the
 // hardware follows: without it, four rows on AVX2 took 1.4 times as long with weights outside L2.
 constexpr int64_t kAhead = 4096;
-
-template <int kValue>
-struct Int {
-  static constexpr int value = kValue;
-};
-
-template <int kCount, int kAt = 0, class Body>
-QK_INLINE inline void unroll(const Body& body) {
-  if constexpr (kAt < kCount) {
-    body(Int<kAt>());
-    unroll<kCount, kAt + 1>(body);
-  }
-}
 
 template <class T>
 struct WeightTiles : T {

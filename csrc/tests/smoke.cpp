@@ -8,8 +8,6 @@
 // in 7.2), which faults at the end of a page where a processor does not.
 #include <cstdio>
 #include <cstdlib>
-#include <memory>
-#include <new>
 #include <random>
 #include <stdexcept>
 #include <string>
@@ -18,61 +16,10 @@
 #include "../cpu/pack.h"
 #include "../layout.h"
 #include "contract.h"
+#include "smoke_attention.h"
+#include "smoke_tools.h"
 
 namespace {
-
-using qk::DType;
-
-int failures = 0;
-int64_t checks = 0;
-
-void fail(const std::string& what) {
-  if (++failures <= 20) std::fprintf(stderr, "FAILED %s\n", what.c_str());
-}
-
-struct FreeAligned {
-  void operator()(void* p) const { ::operator delete(p, std::align_val_t(qk::kAlign)); }
-};
-
-template <class T>
-std::unique_ptr<T, FreeAligned> aligned(int64_t bytes) {
-  return std::unique_ptr<T, FreeAligned>(
-      static_cast<T*>(::operator new(static_cast<size_t>(bytes), std::align_val_t(qk::kAlign))));
-}
-
-size_t slack = 0;  // bytes
-
-template <class T>
-std::vector<T> buffer(int64_t count, T fill = T()) {
-  std::vector<T> result;
-  result.reserve(static_cast<size_t>(count) + slack / sizeof(T));
-  result.resize(static_cast<size_t>(count), fill);
-  return result;
-}
-
-int64_t bytes_of(DType dtype) { return dtype == DType::kF32 ? 4 : 2; }
-
-void store(DType dtype, void* base, int64_t at, float value) {
-  if (dtype == DType::kF32)
-    static_cast<float*>(base)[at] = value;
-  else
-    static_cast<uint16_t*>(base)[at] = dtype == DType::kBF16 ? contract::to_bf16(value) : contract::to_f16(value);
-}
-
-float load(DType dtype, const void* base, int64_t at) {
-  if (dtype == DType::kF32) return static_cast<const float*>(base)[at];
-  const uint16_t half = static_cast<const uint16_t*>(base)[at];
-  return dtype == DType::kBF16 ? contract::from_bf16(half) : contract::from_f16(half);
-}
-
-// Equal to the last bit; any NaN equals any other.
-bool same(DType dtype, const void* base, int64_t at, float expected) {
-  const float got = load(dtype, base, at);
-  if (std::isnan(got) || std::isnan(expected)) return std::isnan(got) && std::isnan(expected);
-  if (dtype == DType::kF32) return contract::bits_of_float(got) == contract::bits_of_float(expected);
-  const uint16_t half = dtype == DType::kBF16 ? contract::to_bf16(expected) : contract::to_f16(expected);
-  return static_cast<const uint16_t*>(base)[at] == half;
-}
 
 // Rows by number: 2 tiny, 3 zero, 4 with a NaN, 5 with an infinity, 6 an outlier; the rest normal.
 std::vector<uint8_t> make_rows(DType dtype, int64_t m, int64_t k, std::mt19937& random) {
@@ -397,6 +344,13 @@ void check_int4(int64_t rows, int64_t inner, int64_t group, bool symmetric, int 
 
 void check_tier() {
   std::mt19937 random(20);
+  const int64_t attended[][3] = {{1, 1, 1}, {5, 7, 33}, {26, 17, 32}, {9, 150, 64}, {60, 300, 20}, {13, 70, 256}};
+  for (const auto& s : attended) {
+    for (DType dtype : {DType::kF32, DType::kBF16, DType::kF16}) {
+      for (int mode = 0; mode < 3; ++mode)
+        check_attention(s[0], s[1], s[2], dtype, mode == 1, mode == 2, 1 + mode % 2 * 2, random);
+    }
+  }
   const int64_t shapes[][3] = {{1, 1, 1},    {1, 64, 64},  {7, 65, 3},  {9, 130, 67}, {2, 63, 200}, {13, 97, 64},
                                {8, 33, 257}, {97, 64, 31}, {0, 64, 64}, {3, 0, 64},   {7, 5, 0},    {5, 192, 520}};
   for (const auto& s : shapes) {

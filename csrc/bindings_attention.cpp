@@ -1,0 +1,79 @@
+// Attention of the Python module: between the Linears of a block, in floating point.
+#include <pybind11/stl.h>
+
+#include <array>
+
+#include "binding_helpers.h"
+#include "bindings.h"
+#include "cpu/dispatch.h"
+
+namespace py = pybind11;
+using qk::pointer;
+
+namespace {
+
+using Steps = std::array<int64_t, 3>;
+
+constexpr int64_t kMostAttentionSize = 256;  // a row of the scratch buffers that the kernels keep in L1
+
+// Shapes and strides of a call, which many calls share; see args.h.
+class Attention {
+ public:
+  Attention(const std::array<int64_t, 6>& sizes, const Steps& q, const Steps& k, const Steps& v, const Steps& mask,
+            int dtype, int mask_kind, bool causal) {
+    for (const int64_t size : sizes) QK_CHECK_GE(size, 1);
+    QK_CHECK_LE(sizes[5], kMostAttentionSize);
+    QK_CHECK_EQ(sizes[1] % sizes[2], 0);
+    QK_CHECK_GE(mask_kind, 0);
+    QK_CHECK_LE(mask_kind, 2);
+    args_.batch = sizes[0];
+    args_.heads = sizes[1];
+    args_.key_heads = sizes[2];
+    args_.queries = sizes[3];
+    args_.keys = sizes[4];
+    args_.size = sizes[5];
+    args_.q_step = {q[0], q[1], q[2]};
+    args_.k_step = {k[0], k[1], k[2]};
+    args_.v_step = {v[0], v[1], v[2]};
+    args_.mask_step = {mask[0], mask[1], mask[2]};
+    args_.dtype = qk::dtype(dtype);
+    args_.mask_kind = static_cast<qk::MaskKind>(mask_kind);
+    args_.causal = causal;
+  }
+
+  bool run(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t mask, uintptr_t y, float scale, int threads) const {
+    const qk::AttentionTable* table = qk::attention_kernels();
+    if (table == nullptr) return false;
+    QK_CHECK_GE(threads, 1);
+    if (args_.mask_kind != qk::MaskKind::kNone) QK_CHECK_EQ(mask != 0, true);
+    qk::AttentionArgs args = args_;
+    args.q = pointer<const void>(q);
+    args.k = pointer<const void>(k);
+    args.v = pointer<const void>(v);
+    args.mask = pointer<const void>(mask);
+    args.y = pointer<void>(y);
+    args.scale = scale;
+    args.threads = threads;
+    args.scratch = qk::scratch(table->scratch_bytes(args.size, threads));
+    const int64_t elements = args.batch * args.heads * args.queries * args.size;
+    qk::expect_output(args.y, elements * (args.dtype == qk::DType::kF32 ? 4 : 2));
+    qk::run_released(elements * args.keys > qk::kReleaseGilBytes, [&] { table->attention(args); });
+    qk::note("attention", qk::kernels().isa);
+    return true;
+  }
+
+ private:
+  qk::AttentionArgs args_{};
+};
+
+}  // namespace
+
+void bind_attention(py::module_& m) {
+  py::class_<Attention>(m, "Attention")
+      .def(py::init<const std::array<int64_t, 6>&, const Steps&, const Steps&, const Steps&, const Steps&, int, int,
+                    bool>(),
+           py::arg("sizes"), py::arg("q"), py::arg("k"), py::arg("v"), py::arg("mask"), py::arg("dtype"),
+           py::arg("mask_kind"), py::arg("causal"))
+      .def("run", &Attention::run);
+  m.def("has_attention", [] { return qk::attention_kernels() != nullptr; });
+}

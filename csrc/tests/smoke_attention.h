@@ -1,0 +1,89 @@
+// Attention of the tier in use against double precision.
+#pragma once
+
+#include <random>
+
+#include "../cpu/dispatch.h"
+#include "smoke_tools.h"
+
+namespace {
+
+// Heads side by side in a row of each token, as Linears leave them: q, k, v and y [tokens][heads][size]. `masked`: a
+// byte for each query and key; every third row sees nothing. Equal to double precision within the rounding of scores,
+// weights and sums (qkernels/_attention.py, with scores below 4).
+void check_attention(int64_t queries, int64_t keys, int64_t size, DType dtype, bool masked, bool causal, int threads,
+                     std::mt19937& random) {
+  const qk::AttentionTable* table = qk::attention_kernels();
+  if (table == nullptr) return;
+  const int64_t heads = 4, key_heads = 2;
+  const auto rows = [&](int64_t tokens, int64_t count) {
+    std::normal_distribution<float> normal;
+    auto x = buffer<uint8_t>(tokens * count * size * bytes_of(dtype));
+    for (int64_t i = 0; i < tokens * count * size; ++i) store(dtype, x.data(), i, normal(random));
+    return x;
+  };
+  const auto q = rows(queries, heads), k = rows(keys, key_heads), v = rows(keys, key_heads);
+  auto y = buffer<uint8_t>(queries * heads * size * bytes_of(dtype), 0xAB);
+  auto mask = buffer<uint8_t>(queries * keys);
+  for (int64_t i = 0; i < queries * keys; ++i) mask[static_cast<size_t>(i)] = i / keys % 3 != 2 && random() % 2;
+  auto scratch = aligned<uint8_t>(table->scratch_bytes(size, threads));
+  const float scale = 1.0f / std::sqrt(static_cast<float>(size));
+  const qk::AttentionSteps of_q = {0, size, heads * size}, of_k = {0, size, key_heads * size};
+  table->attention({q.data(),
+                    k.data(),
+                    v.data(),
+                    masked ? mask.data() : nullptr,
+                    y.data(),
+                    dtype,
+                    masked ? qk::MaskKind::kBool : qk::MaskKind::kNone,
+                    1,
+                    heads,
+                    key_heads,
+                    queries,
+                    keys,
+                    size,
+                    of_q,
+                    of_k,
+                    of_k,
+                    {0, 0, keys},
+                    scale,
+                    causal,
+                    threads,
+                    scratch.get()});
+  const double unit = dtype == DType::kBF16 ? 0x1p-8 : dtype == DType::kF16 ? 0x1p-11 : 0x1p-24;
+  for (int64_t t = 0; t < queries; ++t) {
+    for (int64_t h = 0; h < heads; ++h) {
+      const int64_t from_k = h / (heads / key_heads) * size;
+      std::vector<double> weights(static_cast<size_t>(keys));
+      double total = 0.0;
+      for (int64_t j = 0; j < keys; ++j) {
+        if ((masked && !mask[static_cast<size_t>(t * keys + j)]) || (causal && j > t)) continue;
+        double score = 0.0;
+        for (int64_t d = 0; d < size; ++d)
+          score += static_cast<double>(load(dtype, q.data(), (t * heads + h) * size + d)) *
+                   static_cast<double>(load(dtype, k.data(), j * key_heads * size + from_k + d));
+        total += weights[static_cast<size_t>(j)] = std::exp(score * static_cast<double>(scale));
+      }
+      for (int64_t d = 0; d < size; ++d, ++checks) {
+        double sum = 0.0, magnitude = 0.0;
+        for (int64_t j = 0; j < keys; ++j) {
+          const double weight = total > 0.0 ? weights[static_cast<size_t>(j)] / total : 0.0;
+          const double value = static_cast<double>(load(dtype, v.data(), j * key_heads * size + from_k + d));
+          sum += weight * value;
+          magnitude += weight * std::fabs(value);
+        }
+        const double bound = 0x1p-24 * static_cast<double>(20 * (size + 8) + 2 * keys + 16) * magnitude;
+        const double got = static_cast<double>(load(dtype, y.data(), (t * heads + h) * size + d));
+        if (!(std::fabs(got - sum) <= bound + 1.01 * unit * std::fabs(sum))) {
+          char what[144];
+          std::snprintf(what, sizeof(what), "attention %s T=%lld L=%lld D=%lld dtype=%d: got %.9g, expected %.9g",
+                        qk::kernels().isa, static_cast<long long>(queries), static_cast<long long>(keys),
+                        static_cast<long long>(size), static_cast<int>(dtype), got, sum);
+          return fail(what);
+        }
+      }
+    }
+  }
+}
+
+}  // namespace
