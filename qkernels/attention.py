@@ -3,8 +3,8 @@ attention there and on a CPU.
 
 Between its Linears a decoder's attention block turns queries and keys by their positions and reads all keys and values
 seen so far.  For one token these are some fifteen launches of a few microseconds each, which together take as long as
-the block's products of quantized weights.  An encoder's block on a CPU spends a fifth of its time in attention where
-the Linears are quantized.  The blocks of transformers look both steps up by name, in their module:
+the block's products of quantized weights.  On a CPU attention is the largest part of an encoder's block beside
+its quantized Linears.  The blocks of transformers look both steps up by name, in their module:
 
     query_states, key_states = apply_rotary_pos_emb(query_states, key_states, cos, sin)
     attention_interface = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, ...)
