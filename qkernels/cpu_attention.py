@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from . import _C
+from ._head_layout import Steps, layout_of
 from .checks import DTYPE_CODES
 from .eager import are_plain
 
@@ -22,8 +23,6 @@ MOST_FEATURES = 256
 
 FEWEST_QUERIES = 8
 """Below, packing a head of keys takes longer than the products that it makes fast."""
-
-Steps = tuple[int, ...]
 
 _num_threads = torch.get_num_threads
 
@@ -74,8 +73,8 @@ def attention(
     batch, heads, tokens, size = q.shape
     out = q.new_empty(batch, tokens, heads, size)
     at_mask = 0 if mask is None else mask.data_ptr()
-    native.run(q.data_ptr(), k.data_ptr(), v.data_ptr(), at_mask, out.data_ptr(), scale, _num_threads())
-    return out
+    addresses = q.data_ptr(), k.data_ptr(), v.data_ptr(), at_mask, out.data_ptr()
+    return out if native.run(*addresses, scale, _num_threads()) else None
 
 
 @functools.lru_cache(maxsize=4096)
@@ -92,28 +91,7 @@ def _native(
     causal: bool,
 ) -> _C.Attention | None:
     """The binding's object for tensors of these shapes and strides; None where the kernel does not take them."""
-    if len(q) != 4 or len(k) != 4 or v != k or not all((*q, *k)):
+    layout = layout_of(q, q_steps, k, k_steps, v, v_steps, of_mask)
+    if layout is None or layout.size > MOST_FEATURES or layout.tokens < FEWEST_QUERIES:
         return None
-    batch, heads, tokens, size = q
-    key_heads, length = k[1], k[2]
-    if k != (batch, key_heads, length, size) or heads % key_heads:
-        return None
-    if size > MOST_FEATURES or tokens < FEWEST_QUERIES:
-        return None
-    if any(steps[3] != 1 for steps in (q_steps, k_steps, v_steps)):
-        return None
-    mask_steps = (0, 0, 0)
-    if of_mask is not None:
-        mask, steps = of_mask
-        if any(n not in (1, full) for n, full in zip(mask[:3], (batch, heads, tokens), strict=True)):
-            return None
-        mask_steps = _steps(mask, steps)
-    sizes = (batch, heads, key_heads, tokens, length, size)
-    of_q, of_k, of_v = _steps(q, q_steps), _steps(k, k_steps), _steps(v, v_steps)
-    return _C.Attention(sizes, of_q, of_k, of_v, mask_steps, code, kind, causal)
-
-
-def _steps(shape: Steps, strides: Steps) -> tuple[int, int, int]:
-    """Elements from one index to the next in the first three dimensions; 0 in those of one."""
-    batch, head, token = (step if n > 1 else 0 for n, step in zip(shape[:3], strides[:3], strict=True))
-    return batch, head, token
+    return _C.Attention(layout[:6], *layout[6:], code, kind, causal)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from . import cuda
+from ._head_layout import Steps, layout_of, steps_of
 from .checks import DTYPE_CODES
 from .cuda_w4 import workspace
 from .eager import are_plain
@@ -26,9 +27,6 @@ MOST_QUERIES, MOST_TOKENS = 64, 16
 encoders, whose heads share nothing, torch's kernels are made."""
 
 _SIZES = (64, 128)
-
-
-Steps = tuple[int, ...]
 
 
 def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -79,7 +77,7 @@ def _rotary_way(
     if q_steps[3] != 1 or k_steps[3] != 1 or angle_steps[2] != 1:
         return None
     outputs = [(tokens * n * size, size, n * size, 1) for n in (heads, k[1])]
-    places = [_steps(*of) for of in ((q, q_steps), (k, k_steps), (q, outputs[0]), (k, outputs[1]))]
+    places = [steps_of(*of) for of in ((q, q_steps), (k, k_steps), (q, outputs[0]), (k, outputs[1]))]
     of_angles = (angle_steps[0] if angles[0] > 1 else 0, 0, angle_steps[1])
     sizes = (batch, heads, k[1], tokens, size)
     overlaps = cuda.overlaps(device)
@@ -130,7 +128,7 @@ def _append_way(layouts: tuple[tuple[Steps, Steps], ...], of_key: int, of_value:
         return None
     elements = of_key, of_value, of_key, of_value
     places = [
-        tuple(step * element for step in _steps(*layout)) for layout, element in zip(layouts, elements, strict=True)
+        tuple(step * element for step in steps_of(*layout)) for layout, element in zip(layouts, elements, strict=True)
     ]
     bytes_of = size * of_key, value[3] * of_value
     if any(step % 16 for step in (*bytes_of, *itertools.chain(*places))):
@@ -190,34 +188,19 @@ def _attention_way(
 ) -> tuple[Any, Steps, int, int] | None:
     """For tensors of these shapes and strides: what the module runs, the shape of its output, and the counters and
     partial sums it needs; None where it does not take them."""
-    if len(q) != 4 or len(k) != 4 or v != k or not all((*q, *k)) or cuda.unavailable(device):
+    layout = layout_of(q, q_steps, k, k_steps, v, v_steps, of_mask)
+    if layout is None or cuda.unavailable(device):
         return None
-    batch, heads, tokens, size = q
-    key_heads, length = k[1], k[2]
-    if size not in _SIZES or k != (batch, key_heads, length, size) or heads % key_heads:
+    batch, heads, key_heads, tokens, length, size, *places, mask_steps = layout
+    if size not in _SIZES or tokens > MOST_TOKENS or heads // key_heads * tokens > MOST_QUERIES:
         return None
-    if tokens > MOST_TOKENS or heads // key_heads * tokens > MOST_QUERIES:
+    if any(step % 8 for steps in (q_steps, k_steps, v_steps) for step in steps[:3]):
         return None
-    if any(steps[3] != 1 or any(step % 8 for step in steps[:3]) for steps in (q_steps, k_steps, v_steps)):
+    if of_mask is not None and (of_mask[0][3] != length or of_mask[1][3] != 1):
         return None
-    mask_steps: Steps = (0, 0, 0)
-    if of_mask is not None:
-        mask, steps = of_mask
-        if len(mask) != 4 or mask[3] != length or steps[3] != 1:
-            return None
-        if any(n not in (1, full) for n, full in zip(mask[:3], (batch, heads, tokens), strict=True)):
-            return None
-        mask_steps = _steps(mask, steps)
     sms = torch.cuda.get_device_properties(device).multi_processor_count
     sizes, of_out = (batch, heads, key_heads, tokens, size), (batch, tokens, heads, size)
     plan = cuda._cuda.plan_attention(sizes, length, sms)
-    out_steps = _steps(q, (tokens * heads * size, size, heads * size, 1))
-    places = [_steps(q, q_steps), _steps(k, k_steps), _steps(v, v_steps), out_steps, mask_steps]
-    overlaps = cuda.overlaps(device)
-    return cuda._cuda.Attention(sizes, length, *places, plan, overlaps).run, of_out, plan[2], plan[3]
-
-
-def _steps(shape: Steps, strides: Steps) -> tuple[int, int, int]:
-    """Elements from one index to the next in the first three dimensions; 0 in those of one."""
-    batch, head, token = (step if n > 1 else 0 for n, step in zip(shape[:3], strides[:3], strict=True))
-    return batch, head, token
+    out_steps = steps_of(q, (tokens * heads * size, size, heads * size, 1))
+    way = cuda._cuda.Attention(sizes, length, *places, out_steps, mask_steps, plan, cuda.overlaps(device))
+    return way.run, of_out, plan[2], plan[3]

@@ -9,15 +9,14 @@ import pytest
 import torch
 from helpers import DTYPES, assert_bits_equal, hazard_rows, seeded, static_grid
 from torch import Tensor, nn
-from w4_on_gpu import MMA_TILES, TILES, gpu, on_gpu
-from w4_on_gpu import MULTIPLIER_TILES as PHASED_TILES
+from w4_on_gpu import MMA_TILES, MULTIPLIER_TILES, TILES, gpu, on_gpu
 
 import qkernels as qk
 from qkernels import cuda, cuda_w4, cuda_w4_layer, joint, ops, packed, reference
 from qkernels.cuda_w4_layer import PreparedCudaW4
 from qkernels.scheme import Scheme
 
-MULTIPLIER_TILES = [*MMA_TILES, *TILES, *PHASED_TILES]
+EVERY_TILE = [*MMA_TILES, *TILES, *MULTIPLIER_TILES]
 KINDS = ["symmetric", "zero point"]
 
 
@@ -46,7 +45,7 @@ def skip_without_wgmma(phases: int) -> None:
 
 def tiles_of(k: int) -> list[tuple[int, int]]:
     """Those that run here on ``k`` features: each phase takes a slab."""
-    return [(tokens, phases) for tokens, phases in MULTIPLIER_TILES if phases <= (-(-k // 128) if has_wgmma() else 0)]
+    return [(tokens, phases) for tokens, phases in EVERY_TILE if phases <= (-(-k // 128) if has_wgmma() else 0)]
 
 
 # -- without a GPU ----------------------------------------------------------------------------------------------------
@@ -200,7 +199,7 @@ class TestMultipliers:
                 wanted = reference.dequantize_weight(moved, scheme, k, out)
                 assert_bits_equal(prepared.weight(out), wanted, "the float weight")
 
-    @pytest.mark.parametrize(("tokens", "phases"), MULTIPLIER_TILES)
+    @pytest.mark.parametrize(("tokens", "phases"), EVERY_TILE)
     @pytest.mark.parametrize("kind", KINDS)
     @pytest.mark.parametrize("symmetric", [True, False])
     def test_every_tile_of_every_size(self, tokens: int, phases: int, kind: str, symmetric: bool) -> None:
@@ -227,7 +226,7 @@ class TestMultipliers:
                     y = product.by_tile(x, tokens, phases, 1, out)
                     assert_bits_equal(y, product.wanted(x, out), f"{n}x{k}, {rows} rows, {out}")
 
-    @pytest.mark.parametrize(("tokens", "phases"), MULTIPLIER_TILES)
+    @pytest.mark.parametrize(("tokens", "phases"), EVERY_TILE)
     @pytest.mark.parametrize("symmetric", [True, False])
     def test_tiles_of_uneven_sizes(self, tokens: int, phases: int, symmetric: bool) -> None:
         """The same with K that every phase has a share of, and tokens that end within a tile."""
@@ -253,7 +252,7 @@ class TestMultipliers:
                 y = product.by_tile(x, tokens, phases, 1)
                 assert_bits_equal(y, product.wanted(x), f"K = {k}, groups of {group}")
 
-    @pytest.mark.parametrize(("tokens", "phases"), MULTIPLIER_TILES)
+    @pytest.mark.parametrize(("tokens", "phases"), EVERY_TILE)
     def test_tiles_repeat_to_the_bit(self, tokens: int, phases: int) -> None:
         """K of many slabs, a full chip of tiles."""
         skip_without_wgmma(phases)

@@ -385,18 +385,11 @@ __global__ void __launch_bounds__(S::kThreads, S::kPerSm)
         }
       } else {
         if (!S::kWide) odd_codes = load_codes(t, packed, 1);
-        const auto unpack_first = [&](auto fixed) {
+        for_row_shift(job.groups, [&](auto fixed) {
           constexpr int kShift = decltype(fixed)::value;
           unpack_half<S, kShift>(job, t, packed, load_codes(t, packed, 0), book, 0, even);
           if (S::kApart) unpack_half<S, kShift>(job, t, packed, odd_codes, book, 1, odd);
-        };
-        if (job.groups.row_shift == 0) {
-          unpack_first(std::integral_constant<int, 0>());
-        } else if (job.groups.row_shift == 1) {
-          unpack_first(std::integral_constant<int, 1>());
-        } else {
-          unpack_first(std::integral_constant<int, 2>());
-        }
+        });
       }
       if constexpr (S::kWide) {
         const Factors f = load_factors<S>(job, t, packed + S::kChannels * S::kCodeBytes);
@@ -451,16 +444,13 @@ __global__ void __launch_bounds__(S::kThreads, S::kPerSm)
           ptx::wgmma_wait<0>();
           release_before(ring.stage);
         }
-      } else if (job.groups.row_shift == 0) {
-        if (!S::kBytes || S::kRelays || job.group_rows == 1) {
-          run_slabs(std::integral_constant<int, 0>(), kYes);
-        } else {
-          run_slabs(std::integral_constant<int, 0>(), kNo);
-        }
-      } else if (job.groups.row_shift == 1) {
-        run_slabs(std::integral_constant<int, 1>(), kNo);
       } else {
-        run_slabs(std::integral_constant<int, 2>(), kNo);
+        for_row_shift(job.groups, [&](auto shift) {
+          if constexpr (decltype(shift)::value == 0) {
+            if (!S::kBytes || S::kRelays || job.group_rows == 1) return run_slabs(shift, kYes);
+          }
+          run_slabs(shift, kNo);
+        });
       }
       const int n0 = tile_n0 + t.warp * kW4Rows;
       if constexpr (S::kPhases > 1) {

@@ -4,6 +4,8 @@
 //     row p:  scale [channels] | minimum [channels] | zero point [channels]      each as it is stored
 #pragma once
 
+#include <type_traits>
+
 #include "numeric.cuh"
 #include "ptx.cuh"
 #include "w4.h"
@@ -31,6 +33,18 @@ inline GroupRows make_group_rows(const W4Weight& w, int channels) {
   r.value_bytes = w.scale_type == ScaleType::kF32 ? 4 : 2;
   r.row_bytes = channels * (r.value_bytes * (w.minimum ? 2 : 1) + (w.zero_point ? 1 : 0));
   return r;
+}
+
+// run(std::integral_constant<int, row_shift>()).
+template <typename Run>
+__device__ __forceinline__ void for_row_shift(const GroupRows& r, const Run& run) {
+  if (r.row_shift == 0) {
+    run(std::integral_constant<int, 0>());
+  } else if (r.row_shift == 1) {
+    run(std::integral_constant<int, 1>());
+  } else {
+    run(std::integral_constant<int, 2>());
+  }
 }
 
 // The group that holds k, a multiple of kW4GroupStep.

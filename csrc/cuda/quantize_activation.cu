@@ -152,7 +152,7 @@ void run(const QuantizeActivationArgs& n, cudaStream_t stream) {
       return launch(quantize_activation_kernel<T, 8, kGated>, shape, stream, name, n);
     }
   }
-  if (many_rows(n.codes) && n.codes.k > 2 * 32 * kVector) {
+  if (take_four(n.codes)) {
     const LaunchShape shape = shape_of_vectors(n.codes, 4, kMostThreads).launch;
     return launch(quantize_activation_kernel<T, 4, kGated>, shape, stream, name, n);
   }

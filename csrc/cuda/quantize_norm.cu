@@ -247,7 +247,7 @@ void run(const QuantizeNormArgs& n, cudaStream_t stream) {
   if (!vectors) {
     return launch(quantize_norm_scalar_kernel<T, kLayer>, shape_of_scalars(n.codes), stream, name, n);
   }
-  if (many_rows(n.codes) && n.codes.k > 2 * 32 * kVector) {
+  if (take_four(n.codes)) {
     const LaunchShape shape = shape_of_vectors(n.codes, 4, kMostThreads).launch;
     return launch(quantize_norm_kernel<T, 4, kLayer>, shape, stream, name, n);
   }

@@ -297,6 +297,9 @@ void for_type(DType dtype, const char* name, const Run& run) {
 // Rows beside which none of the latencies of a single one counts.
 inline bool many_rows(const QuantizeRowsArgs& a) { return a.m > 2 * multiprocessors(); }
 
+// Whether rows take four vectors a thread: many, of more than two a lane where a warp has the row.
+inline bool take_four(const QuantizeRowsArgs& a) { return many_rows(a) && a.k > 2 * 32 * kVector; }
+
 struct RowShape {
   LaunchShape launch;
   int64_t each;  // vectors of a thread, rounded up

@@ -83,11 +83,11 @@ __device__ __forceinline__ void multiply_steps(const uint32_t* f, uint32_t token
   }
 }
 
-// Adds this phase's slabs of a tile, of `slabs` in all, whose groups have 1 << kShift rows, to sums.total. packed: the
-// codes of the first stage; tokens: its tokens, as ldmatrix is to be told of them.
+// Adds this phase's slabs of a tile, whose groups have 1 << kShift rows, to sums.total. packed: the codes of the first
+// stage; tokens: its tokens, as ldmatrix is to be told of them.
 template <typename S, int kShift>
 __device__ __forceinline__ void multiply_slabs(const Job& job, const Thread& t, const uint8_t* packed, uint32_t tokens,
-                                               uint32_t full, int slabs, Sums<S>& sums) {
+                                               uint32_t full, Sums<S>& sums) {
   constexpr int kHalf = S::kSteps / 2, kRowsOfHalf = (1 << kShift) / 2;
   const uint32_t full_end = full + 8 * job.stages;
   // From this thread's codes of a slab to its scales; a register each for the two would be one too many.
@@ -96,7 +96,7 @@ __device__ __forceinline__ void multiply_slabs(const Job& job, const Thread& t, 
   Thread at_scales = t;
   at_scales.channel = 0;
   packed += t.phase * job.packed_bytes + t.codes, tokens += t.phase * S::kTokenBytes, full += t.phase * 8;
-  uint32_t left = static_cast<uint32_t>(slabs - t.phase + S::kPhases - 1) / S::kPhases * 2;  // the parity in bit 0
+  uint32_t left = static_cast<uint32_t>(job.slabs - t.phase + S::kPhases - 1) / S::kPhases * 2;  // the parity in bit 0
 #pragma unroll 1
   do {
     ptx::mbarrier_wait(full, left & 1);
@@ -144,16 +144,9 @@ __device__ __forceinline__ void work_off_slabs(const Job& job, const uint8_t* pa
   Sums<S> sums;
 #pragma unroll
   for (int i = 0; i < S::kValues; ++i) sums.total[i] = 0;
-  const auto run = [&](auto shift) {
-    multiply_slabs<S, decltype(shift)::value>(job, t, packed, tokens + t.matrix, full, job.slabs, sums);
-  };
-  if (job.groups.row_shift == 0) {
-    run(std::integral_constant<int, 0>());
-  } else if (job.groups.row_shift == 1) {
-    run(std::integral_constant<int, 1>());
-  } else {
-    run(std::integral_constant<int, 2>());
-  }
+  for_row_shift(job.groups, [&](auto shift) {
+    multiply_slabs<S, decltype(shift)::value>(job, t, packed, tokens + t.matrix, full, sums);
+  });
   const int warp = ptx::thread_x() >> 5, phase = warp / S::kWarps;  // no register to keep them in
   float total[S::kPartTokens / 2];
   if (gather<S>(exchange, phase, sums, total)) {

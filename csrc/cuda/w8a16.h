@@ -30,9 +30,8 @@ struct GemmW8A16Args {
 
 // The instances of kWgmma.
 constexpr bool w8a16_has_tile(int tokens, int phases) {
-  if ((tokens == 8 && phases == 4) || (phases == 2 && (tokens == 32 || tokens == 128))) return false;
-  if (phases == 2 && (tokens == 8 || tokens == 16)) return true;
-  return w4_has_tile(false, W4Kind::kZeroPoint, tokens, phases);
+  if (phases == 2) return tokens == 8 || tokens == 16 || tokens == 64;
+  return !(tokens == 8 && phases == 4) && w4_has_tile(false, W4Kind::kZeroPoint, tokens, phases);
 }
 
 // Plans as those of 4-bit weights. kMma: `phases` is the blocks of 16 channels of a CTA, 1 or 2.

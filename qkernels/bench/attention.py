@@ -24,10 +24,9 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from qkernels import _C, cpu_attention, reference
-from qkernels.bench.ceilings import Ceilings, describe, limit_seconds
-from qkernels.bench.outcome import outcome
+from qkernels.bench.ceilings import Ceilings, limit_seconds
+from qkernels.bench.cpu_runs import columns, end, fields, limits, line, set_up
 from qkernels.bench.timing import Rotation, interleave
-from qkernels.info import info
 from qkernels.progress import tracking
 
 __all__ = ["ROWS", "SHAPES", "AttentionRow", "run_attention"]
@@ -66,13 +65,8 @@ def run_attention(args: argparse.Namespace) -> int:
         raise ValueError("--plot: not for --schemes attention")
     if any(k % size for k, _ in args.shapes for size in _SIZES):
         raise ValueError(f"--schemes attention: expected shapes KxN with K a multiple of {max(_SIZES)}")
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    if args.isa:
-        _C.set_isa(args.isa)
-    ceilings = Ceilings(torch.get_num_threads())
-    ceilings.refresh(samples=3 if args.quick else 20)
-    print("\n".join(describe(ceilings, ("fp32",))))
+    set_up(args)
+    ceilings = limits(args, ("fp32",))
     rows: list[AttentionRow] = []
     notes: list[str] = []
     if not cpu_attention.available():
@@ -82,16 +76,7 @@ def run_attention(args: argparse.Namespace) -> int:
         for done, (k, n, m, size) in enumerate(problems):
             step(done, len(problems), f"K={k} N={n} M={m}, heads of {size}")
             rows += _run(args, k, n, m, size, ceilings, notes)
-    outcome(
-        args,
-        notes,
-        rows,
-        machine=info(),
-        isa=_C.info()["isa"],
-        threads=torch.get_num_threads(),
-        input_dtype=args.dtype,
-        ceilings=ceilings.to_dict(),
-    )
+    end(args, notes, rows, ceilings)
     return 1 if any("NOT RIGHT" in note for note in notes) else 0
 
 
@@ -127,12 +112,7 @@ def _run(
             k=k,
             n=n,
             m=m,
-            median=timing.median,
-            best=timing.best,
-            samples=timing.samples,
-            limit=limit,
-            percent_of_limit=100 * limit / timing.median,
-            gops=1e-9 * operations / timing.median,
+            **fields(timing, limit, operations),
             error=error,
         )
         for (name, ours, _, error), timing in zip(timed, timings, strict=True)
@@ -161,14 +141,10 @@ def _table(rows: list[AttentionRow]) -> str:
     first = rows[0]
     lines = [
         f"K={first.k} in heads of {first.size}, N={first.n} M={first.m}: limit {first.limit * 1e6:.1f} us",
-        f"{'':24}{'us':>11}{'GOPS':>9}{'% limit':>9}{'x torch':>9}{'error':>10}",
+        columns("torch"),
     ]
     for row in rows:
         kind = row.contender.partition(", ")[2]
-        rival = [other for other in rows if not other.ours and other.contender.partition(", ")[2] == kind]
-        speedup = f"{rival[0].median / row.median:.2f}" if row.ours and rival else ""
-        lines.append(
-            f"{row.contender:24}{row.median * 1e6:11.1f}{row.gops:9.0f}{row.percent_of_limit:9.1f}{speedup:>9}"
-            f"{row.error:10.1e}"
-        )
+        rivals = (other.median for other in rows if not other.ours and other.contender.partition(", ")[2] == kind)
+        lines.append(line(row, next(rivals, None) if row.ours else None, row.error))
     return "\n".join(lines)

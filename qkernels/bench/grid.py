@@ -13,11 +13,10 @@ from torch import Tensor
 
 from qkernels import _C, reference
 from qkernels.bench import rivals as others
-from qkernels.bench.ceilings import Ceilings, describe, limit_seconds
+from qkernels.bench.ceilings import Ceilings, limit_seconds
 from qkernels.bench.contenders import Contender, ours
-from qkernels.bench.outcome import outcome
+from qkernels.bench.cpu_runs import columns, end, fields, limits, line, set_up
 from qkernels.bench.timing import interleave
-from qkernels.info import info
 from qkernels.progress import tracking
 from qkernels.scheme import Scheme
 
@@ -71,15 +70,10 @@ def traffic(scheme: Scheme, k: int, n: int, m: int, itemsize: int, input_itemsiz
 
 def run_grid(args: argparse.Namespace) -> int:
     """Run what the command line asks for; 1 if one of our results was not exact, else 0."""
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    if args.isa:
-        _C.set_isa(args.isa)
+    set_up(args)
     chosen, missing = others.rivals(args.rivals, args.schemes, args.zentorch_python)
     contenders = [*ours(args.schemes), *chosen]
-    ceilings = Ceilings(torch.get_num_threads())
-    ceilings.refresh(samples=3 if args.quick else 20)
-    print("\n".join(describe(ceilings)))
+    ceilings = limits(args, ("int8", "fp32"))
     if missing:
         print("not measured: " + "; ".join(f"{name} ({reason})" for name, reason in missing.items()))
     rows: list[Row] = []
@@ -96,17 +90,7 @@ def run_grid(args: argparse.Namespace) -> int:
     finally:
         for contender in contenders:
             contender.close()
-    result = outcome(
-        args,
-        notes,
-        rows,
-        machine=info(),
-        isa=_C.info()["isa"],
-        threads=torch.get_num_threads(),
-        input_dtype=args.dtype,
-        ceilings=ceilings.to_dict(),
-        not_measured=missing,
-    )
+    result = end(args, notes, rows, ceilings, not_measured=missing)
     if args.plot:
         from qkernels.bench.plots import draw
 
@@ -180,12 +164,7 @@ def _run_shape(
                         n=n,
                         m=m,
                         state=state,
-                        median=timing.median,
-                        best=timing.best,
-                        samples=timing.samples,
-                        limit=limit,
-                        percent_of_limit=100 * limit / timing.median,
-                        gops=2e-9 * m * n * k / timing.median,
+                        **fields(timing, limit, 2.0 * m * n * k),
                         **asdict(checks[contender.name]),
                         rotated_bytes=int(copies[contender.name] * n * k * contender.bytes_per_weight),
                     )
@@ -239,15 +218,11 @@ def table(rows: Sequence[Row]) -> str:
     """The rows of one shape, M and state; "x rival": as fast as the fastest right rival of the scheme, times this."""
     first = rows[0]
     lines = [f"K={first.k} N={first.n} M={first.m} {first.state}: limit {first.limit * 1e6:.1f} us (first row's)"]
-    lines.append(f"{'':24}{'us':>11}{'GOPS':>9}{'% limit':>9}{'x rival':>9}{'error':>10}")
+    lines.append(columns("rival"))
     right = [row for row in rows if not row.ours and row.arithmetic_error < _SUSPICIOUS_ERROR]
     for row in rows:
         schemes = {row.scheme} if row.ours else set(row.rival_of)
         rival = min((other.median for other in right if schemes.intersection(other.rival_of)), default=None)
-        speedup = "" if rival is None else f"{rival / row.median:.2f}"
         verdict = "" if row.arithmetic_error < _SUSPICIOUS_ERROR else " WRONG"  # NaN too
-        lines.append(
-            f"{row.contender:24}{row.median * 1e6:11.1f}{row.gops:9.0f}{row.percent_of_limit:9.1f}{speedup:>9}"
-            f"{row.relative_error:10.1e}{verdict}"
-        )
+        lines.append(line(row, rival, row.relative_error) + verdict)
     return "\n".join(lines)

@@ -1,0 +1,58 @@
+"""Shapes and strides of queries, keys and values, as the kernels of attention are told of them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+__all__ = ["HeadLayout", "Steps", "layout_of", "steps_of"]
+
+Steps = tuple[int, ...]
+Place = tuple[int, int, int]
+
+
+class HeadLayout(NamedTuple):
+    """Sizes, and elements from one batch, head and token to the next."""
+
+    batch: int
+    heads: int
+    key_heads: int
+    tokens: int
+    length: int
+    size: int
+    q: Place
+    k: Place
+    v: Place
+    mask: Place  # zeros where there is none
+
+
+def layout_of(
+    q: Steps, q_steps: Steps, k: Steps, k_steps: Steps, v: Steps, v_steps: Steps, of_mask: tuple[Steps, Steps] | None
+) -> HeadLayout | None:
+    """Of tensors of these shapes and strides; None where they are no attention's, or features lie apart.
+
+    Args:
+        q: ``[B, H, T, D]``, nothing empty; k, v: ``[B, G, L, D]``, H a multiple of G.
+        of_mask: ``[B or 1, H or 1, T or 1, any]`` and its strides, or None.
+    """
+    if len(q) != 4 or len(k) != 4 or v != k or not all((*q, *k)):
+        return None
+    batch, heads, tokens, size = q
+    key_heads, length = k[1], k[2]
+    if k != (batch, key_heads, length, size) or heads % key_heads:
+        return None
+    if any(steps[3] != 1 for steps in (q_steps, k_steps, v_steps)):
+        return None
+    mask_steps: Place = (0, 0, 0)
+    if of_mask is not None:
+        mask, steps = of_mask
+        if len(mask) != 4 or any(n not in (1, full) for n, full in zip(mask, (batch, heads, tokens), strict=False)):
+            return None
+        mask_steps = steps_of(mask, steps)
+    places = steps_of(q, q_steps), steps_of(k, k_steps), steps_of(v, v_steps), mask_steps
+    return HeadLayout(batch, heads, key_heads, tokens, length, size, *places)
+
+
+def steps_of(shape: Steps, strides: Steps) -> Place:
+    """Elements from one index to the next in the first three dimensions; 0 in those of one."""
+    batch, head, token = (step if n > 1 else 0 for n, step in zip(shape[:3], strides[:3], strict=True))
+    return batch, head, token
