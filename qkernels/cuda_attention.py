@@ -200,7 +200,7 @@ def _attention_way(
         return None
     sms = torch.cuda.get_device_properties(device).multi_processor_count
     sizes, of_out = (batch, heads, key_heads, tokens, size), (batch, tokens, heads, size)
-    plan = cuda._cuda.plan_attention(sizes, length, sms)
+    plan = cuda._cuda.plan_attention(sizes, length, cuda.capability(device.index or 0), sms)
     out_steps = steps_of(q, (tokens * heads * size, size, heads * size, 1))
     way = cuda._cuda.Attention(sizes, length, *places, out_steps, mask_steps, plan, cuda.overlaps(device))
     return way.run, of_out, plan[2], plan[3]

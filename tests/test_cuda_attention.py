@@ -163,7 +163,7 @@ def check(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, wh
 @pytest.mark.parametrize("size", [64, 128])
 @pytest.mark.parametrize(("count", "key_heads"), [(8, 8), (32, 8), (9, 3), (12, 1), (64, 2)])
 def test_attention_of_one_token(dtype: torch.dtype, size: int, count: int, key_heads: int) -> None:
-    for length in (1, 15, 16, 17, 63, 64, 65, 200, 1000, 4097):
+    for length in (1, 15, 16, 17, 63, 64, 65, 200, 512, 513, 1000, 4097):
         q = heads(2, count, 1, size, 0, dtype)
         k, v = (seeded(2, key_heads, length, size, seed=seed).to(dtype).cuda() for seed in (1, 2))
         check(q, k, v, None, size**-0.5, f"{length} keys")

@@ -41,21 +41,23 @@ struct AttentionArgs {
   float scale;
   int parts;  // CTAs that share the keys of one head
   int64_t part;  // keys of each, a multiple of kAttentionStep
-  int32_t* counters;  // zero between launches, one for each head and 16 rows of queries, if parts > 1
-  float* partial;  // attention_floats() of them, if parts > 1
+  bool clustered;  // those CTAs are a cluster, and need nothing in memory; else, if parts > 1, as many as planned of:
+  int32_t* counters;  // zero between launches, one for each head and 16 rows of queries
+  float* partial;
   bool dependent;
 };
 
 constexpr int kAttentionRows = 16;  // queries of one CTA
 constexpr int kAttentionStep = 64;  // keys of one step of a CTA
 
-// How `length` keys are shared out, from the number of multiprocessors.
+// How `length` keys are shared out. capability: 10 * major + minor.
 struct AttentionPlan {
   int parts;
   int64_t part;
-  int64_t counters, floats;  // what the launch needs of both
+  int64_t counters, floats;  // what the launch needs of both; none of several parts: a cluster
 };
-AttentionPlan plan_attention(int batch, int heads, int key_heads, int tokens, int size, int64_t length, int sms);
+AttentionPlan plan_attention(int batch, int heads, int key_heads, int tokens, int size, int64_t length, int capability,
+                             int sms);
 
 // Keys and values of new tokens [batch, heads, tokens, size] into caches [batch, heads, capacity, size], behind the
 // `*length` tokens there are, which counts them. Bytes, whose meaning is the caller's; strides are in bytes too, and

@@ -62,6 +62,7 @@ class Attention {
     a.mask_at = strides_of(mask);
     QK_CHECK_EQ(plan.size(), size_t{4});
     a.parts = plan[0].cast<int>(), a.part = plan[1].cast<int64_t>();
+    a.clustered = a.parts > 1 && plan[2].cast<int64_t>() == 0;
     QK_CHECK_GE(a.parts, 1);
     QK_CHECK_GE(a.parts * a.part, length);
   }
@@ -113,10 +114,10 @@ class Append {
   AppendArgs args_ = {};
 };
 
-py::tuple plan_attention_of(const py::tuple& sizes, int64_t length, int sms) {
+py::tuple plan_attention_of(const py::tuple& sizes, int64_t length, int capability, int sms) {
   AttentionArgs a = {};
   put_sizes(sizes, a);
-  const AttentionPlan p = plan_attention(a.batch, a.heads, a.key_heads, a.tokens, a.size, length, sms);
+  const AttentionPlan p = plan_attention(a.batch, a.heads, a.key_heads, a.tokens, a.size, length, capability, sms);
   return py::make_tuple(p.parts, p.part, p.counters, p.floats);
 }
 
@@ -139,7 +140,8 @@ void bind_attention(py::module_& m) {
            py::arg("value"), py::arg("keys"), py::arg("values"), py::arg("dependent"))
       .def("run", &Append::run, py::arg("key"), py::arg("value"), py::arg("keys"), py::arg("values"), py::arg("length"),
            py::arg("counter"), py::arg("stream"));
-  m.def("plan_attention", &plan_attention_of, py::arg("sizes"), py::arg("length"), py::arg("sms"));
+  m.def("plan_attention", &plan_attention_of, py::arg("sizes"), py::arg("length"), py::arg("capability"),
+        py::arg("sms"));
 }
 
 }  // namespace qk::cuda

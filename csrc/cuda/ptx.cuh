@@ -310,12 +310,30 @@ __device__ __forceinline__ uint32_t cluster_rank() {
   asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(r));
   return r;
 }
-// "barrier.cluster": the relaxed arrival only says that it got here. (The releasing one is a fence of the whole GPU,
-// and nothing here needs it: what CTAs tell one another goes through mbarriers.)
+// "barrier.cluster": the relaxed arrival only says that it got here. (The releasing one is a fence of the whole GPU:
+// for what others read from this CTA's shared memory. What goes through mbarriers needs none.)
+__device__ __forceinline__ void cluster_arrive() {
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+}
 __device__ __forceinline__ void cluster_arrive_relaxed() {
   asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 }
 __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+// Of the shared memory of another CTA of the cluster, at such an address as cluster_address gives
+// ("ld.shared::cluster").
+__device__ __forceinline__ float2 load_there_2(uint32_t there) {
+  float2 v;
+  asm volatile("ld.shared::cluster.v2.f32 {%0,%1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(there) : "memory");
+  return v;
+}
+__device__ __forceinline__ float4 load_there_4(uint32_t there) {
+  float4 v;
+  asm volatile("ld.shared::cluster.v4.f32 {%0,%1,%2,%3}, [%4];"
+               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+               : "r"(there)
+               : "memory");
+  return v;
+}
 // "st.async": 16 bytes to address `address` in CTA `rank`, completing 16 bytes of that CTA's barrier `bar`.
 __device__ __forceinline__ void store_async_cluster(uint32_t address, uint32_t bar, uint32_t rank, int32_t x, int32_t y,
                                                     int32_t z, int32_t w) {
