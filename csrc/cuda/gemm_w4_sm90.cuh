@@ -101,8 +101,10 @@ __global__ void __launch_bounds__(S::kThreads, S::kPerSm)
       ring.parity = 1;  // of an empty barrier nobody has used: its "previous" phase counts as complete
       [[maybe_unused]] int codes = 0;  // where a slab's go, of halves
       int skip = producer;  // slabs of the next segment until the first one of this producer
-      // Copies until the next kernel may begin: none where CTAs that wait for room will hold it back long enough.
-      int until_half = job.waits ? 1 : max(1, walk.slabs(job) / (2 * S::kProducers));
+      // Copies until the next kernel may begin: about as many slabs are left then as its launch takes, or half of them;
+      // none where CTAs that wait for room will hold it back long enough.
+      const int before_next = S::kManyWarps ? walk.slabs(job) - kLead : walk.slabs(job) / 2;
+      int until_next = job.waits ? 1 : max(1, before_next / S::kProducers);
       bool waited = false;
       while (walk.next(job, s)) {
         const int count = s.last - s.first, first = s.first + skip;
@@ -115,7 +117,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kPerSm)
         if (!waited) {
           // The first stages' weights, which nothing before this kernel writes, are on their way before the activations
           // are there.
-          for (int slab = first; slab < s.last && ring.stage + ahead * S::kProducers < job.stages;
+          for (int slab = first; slab < s.last && ring.stage + ahead * S::kProducers < job.ahead;
                slab += S::kProducers) {
             const int stage = ring.stage + ahead * S::kProducers;
             source.load(job, slab, packed_here + stage / S::kStagesOfSlab * job.packed_bytes, full_here + 8 * stage,
@@ -132,7 +134,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kPerSm)
         if constexpr (S::kManyWarps) {
           if (source.scale_step > 0) {
             copy_slabs<S>(job, x_map, source, first, s.last, m0, ring, packed_here, tokens_here, full_here, policy,
-                          ahead, until_half);
+                          ahead, until_next);
             break;  // its only tile
           }
         }
@@ -167,7 +169,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kPerSm)
           if (S::kHalves) codes = next_codes<S>(codes);
           // It fills its stages where there is room, and memory is never idle; sooner, it would take from what this one
           // still needs.
-          if (--until_half == 0) ptx::grid_launch_dependents();
+          if (--until_next == 0) ptx::grid_launch_dependents();
         }
       }
       if (job.follows) ptx::grid_dependency_wait();  // what waits for this kernel waits for both

@@ -5,6 +5,8 @@
 namespace qk::cuda {
 namespace {
 
+constexpr char kName[] = "gemm_w4a16_sm90";
+
 template <typename T, W4Kind kKind, int kTokens, int kPhases>
 void run(const GemmW4A16Args& args, const W4Plan& plan, bool dependent, cudaStream_t stream) {
   Job job = {};
@@ -14,8 +16,8 @@ void run(const GemmW4A16Args& args, const W4Plan& plan, bool dependent, cudaStre
   job.counters = args.counters, job.partials = args.partials, job.follows = args.follows;
   const auto launch_as = [&](auto zeros) {
     constexpr int kCluster = w4_cluster(false, kTokens, kPhases);
-    run_shape<Shape<T, kTokens, kKind, decltype(zeros)::value, kCluster, kPhases>>(
-        job, args.x, args.x_stride, plan, dependent, "gemm_w4a16_sm90", stream);
+    run_shape<Shape<T, kTokens, kKind, decltype(zeros)::value, kCluster, kPhases>>(job, args.x, args.x_stride, plan,
+                                                                                   dependent, kName, stream);
   };
   if constexpr (kKind == W4Kind::kZeroPoint) {
     if (args.weight.zero_point || args.weight.scale_type != ScaleType::kF16) return launch_as(std::true_type());
@@ -50,7 +52,7 @@ void run_tile(const GemmW4A16Args& a, const W4Plan& p, bool dependent, cudaStrea
 }  // namespace
 
 void gemm_w4a16_sm90(const GemmW4A16Args& args, const W4Plan& plan, bool dependent, cudaStream_t stream) {
-  check_tile("gemm_w4a16_sm90", false, args.weight, plan);
+  check_tile(kName, false, args.weight, plan);
   for_type_and_kind(args, [&](auto type, auto kind) {
     run_tile<decltype(type), decltype(kind)::value>(args, plan, dependent, stream);
   });

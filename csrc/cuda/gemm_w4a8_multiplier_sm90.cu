@@ -6,6 +6,8 @@
 namespace qk::cuda {
 namespace {
 
+constexpr char kName[] = "gemm_w4a8_multiplier_sm90";
+
 constexpr W4Kind kKind = W4Kind::kMultiplier;
 
 // The instance with that tile, if there is one (w4_has_tile).
@@ -15,14 +17,14 @@ bool run_if(const GemmW4A8Args& args, const Job& job, const W4Plan& plan, bool d
   if (plan.tokens != kTokens || plan.phases != kPhases) return false;
   constexpr int kCluster = w4_cluster(true, kTokens, kPhases);
   run_shape<Shape<int8_t, kTokens, kKind, false, kCluster, kPhases>>(job, args.xq, args.x_stride, plan, dependent,
-                                                                     "gemm_w4a8_multiplier_sm90", stream);
+                                                                     kName, stream);
   return true;
 }
 
 }  // namespace
 
 void gemm_w4a8_multiplier_sm90(const GemmW4A8Args& args, const W4Plan& plan, bool dependent, cudaStream_t stream) {
-  check_tile("gemm_w4a8_multiplier_sm90", true, args.weight, plan);
+  check_tile(kName, true, args.weight, plan);
   Job job = {};
   job.weight = args.weight;
   job.e = make_store(args.y, args.y_dtype, args.y_stride, args.m, args.weight.n);

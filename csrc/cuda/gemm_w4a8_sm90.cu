@@ -4,6 +4,7 @@
 namespace qk::cuda {
 namespace {
 
+constexpr char kName[] = "gemm_w4a8_sm90";
 constexpr int kSixteenfoldGroup = 1 << 16;  // 16 * 8 * 127 * 2^16 < 2^31
 
 template <W4Kind kKind, int kTokens, int kPhases>
@@ -14,8 +15,8 @@ void run(const GemmW4A8Args& args, const W4Plan& plan, bool dependent, cudaStrea
   job.e.bias = args.bias, job.e.x_scale = args.x_scale;
   const auto launch_as = [&](auto zeros) {
     constexpr int kCluster = w4_cluster(true, kTokens, kPhases);
-    run_shape<Shape<int8_t, kTokens, kKind, decltype(zeros)::value, kCluster, kPhases>>(
-        job, args.xq, args.x_stride, plan, dependent, "gemm_w4a8_sm90", stream);
+    run_shape<Shape<int8_t, kTokens, kKind, decltype(zeros)::value, kCluster, kPhases>>(job, args.xq, args.x_stride,
+                                                                                        plan, dependent, kName, stream);
   };
   if constexpr (kKind == W4Kind::kZeroPoint) {
     const bool plain = args.weight.scale_type == ScaleType::kF16 && args.weight.group <= kSixteenfoldGroup;
@@ -49,7 +50,7 @@ void run_tile(const GemmW4A8Args& a, const W4Plan& p, bool dependent, cudaStream
 }  // namespace
 
 void gemm_w4a8_sm90(const GemmW4A8Args& args, const W4Plan& plan, bool dependent, cudaStream_t stream) {
-  check_tile("gemm_w4a8_sm90", true, args.weight, plan);
+  check_tile(kName, true, args.weight, plan);
   if (args.weight.kind == W4Kind::kMinimum) {
     run_tile<W4Kind::kMinimum>(args, plan, dependent, stream);
   } else {

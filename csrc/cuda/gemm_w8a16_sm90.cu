@@ -6,6 +6,8 @@
 namespace qk::cuda {
 namespace {
 
+constexpr char kName[] = "gemm_w8a16_sm90";
+
 // The instance with that tile, if there is one (w8a16_has_tile).
 template <typename T, int kTokens, int kPhases = 1>
 bool run_if(const GemmW8A16Args& args, const Job& job, const W4Plan& plan, bool dependent, cudaStream_t stream) {
@@ -13,7 +15,7 @@ bool run_if(const GemmW8A16Args& args, const Job& job, const W4Plan& plan, bool 
   if (plan.tokens != kTokens || plan.phases != kPhases) return false;
   constexpr int kCluster = w4_cluster(false, kTokens, kPhases);
   run_shape<Shape<T, kTokens, W4Kind::kZeroPoint, false, kCluster, kPhases, 8>>(job, args.x, args.x_stride, plan,
-                                                                                dependent, "gemm_w8a16_sm90", stream);
+                                                                                dependent, kName, stream);
   return true;
 }
 
@@ -37,7 +39,7 @@ void gemm_w8a16_sm90(const GemmW8A16Args& args, const W4Plan& plan, bool depende
     refuse("no instance with " + std::to_string(plan.tokens) + " tokens and " + std::to_string(plan.phases) +
            " phases");
   }
-  check_walk("gemm_w8a16_sm90", args.k, plan);
+  check_walk(kName, args.k, plan);
   if (plan.counters > 0 && plan.phases > 1) refuse("expected whole tiles, got shared ones");
   Job job = {};
   job.weight.packed = reinterpret_cast<const uint8_t*>(args.packed);

@@ -43,6 +43,9 @@ struct LaunchShape {
   bool dependent = false;  // programmatic dependent launch
 };
 
+// What this process launched last, on whatever stream: launch()'s `name`. For choices that no result depends on.
+inline std::atomic<const char*> last_launch{nullptr};
+
 template <typename... Params, typename... Args>
 void launch(void (*kernel)(Params...), const LaunchShape& shape, cudaStream_t stream, const char* name,
             const Args&... args) {
@@ -68,6 +71,7 @@ void launch(void (*kernel)(Params...), const LaunchShape& shape, cudaStream_t st
   config.attrs = attributes;
   config.numAttrs = count;
   check(cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...), name);
+  last_launch.store(name, std::memory_order_relaxed);
 }
 
 inline unsigned blocks(int64_t work, int64_t per_block) {

@@ -19,7 +19,7 @@ namespace {
 template <typename S>
 __device__ __forceinline__ void copy_slabs(const Job& job, const CUtensorMap& x_map, const PackedSource<S>& source,
                                            int slab, int last, int m0, const Ring& ring, uint32_t packed,
-                                           uint32_t tokens, uint32_t full, uint64_t policy, int ahead, int until_half) {
+                                           uint32_t tokens, uint32_t full, uint64_t policy, int ahead, int until_next) {
   static_assert(S::kManyWarps && S::kStageBoxes == 2 && S::kCluster == 1, "two boxes of tokens, for this CTA alone");
   const GroupRows& r = job.groups;
   const uint32_t channels = ptx::keep(source.channels), bytes = ptx::keep(source.bytes);
@@ -56,7 +56,7 @@ __device__ __forceinline__ void copy_slabs(const Job& job, const CUtensorMap& x_
       full_at -= 8 * stages, packed_to -= packed_bytes * stages, tokens_to -= S::kTokenBytes * stages;
       parity ^= 1;
     }
-    if (--until_half == 0) ptx::grid_launch_dependents();
+    if (--until_next == 0) ptx::grid_launch_dependents();
   }
 }
 

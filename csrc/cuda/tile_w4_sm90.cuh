@@ -16,6 +16,7 @@ namespace {
 
 constexpr int kAlignment = 1024;
 constexpr int kMostStages = 24;
+constexpr int kLead = 24;  // slabs that a CTA of kManyWarps has yet to ask for when the next kernel may begin
 constexpr uint32_t kEmptyFromFull = 8 * kMostStages;  // bytes from a stage's barrier of one kind to the other
 
 // Named barriers: 1 and 2 are the warpgroups' own, 3 and 4 their turns; or from 1 on those between phases, and that of
@@ -127,6 +128,7 @@ struct Job {
   int32_t rows, group_rows;  // of scales, as groups_w4.cuh cuts slabs: of K, of a group
   int32_t* counters;
   float* partials;
+  int ahead;  // stages whose weights come before the activations are there
   bool waits;  // kManyWarps: not all CTAs run at a time
   bool follows;  // a kernel that had waited for whatever writes the activations
 };
