@@ -119,15 +119,17 @@ def test_w4a8_any_shape(rows: int, n: int, k: int, group_size: int | None, grid:
 @pytest.mark.parametrize("preset", ["w4a8", "w4a8_intscale"])
 def test_w4a8_repeats_to_the_bit_across_threads_and_tiers(preset: str) -> None:
     layer = QuantLinear.from_float(seeded(200, 512), seeded(200), preset)
-    x = seeded(33, 512)
     before, tier = torch.get_num_threads(), _C.info()["isa"]
-    expected = layer(x)
     try:
-        for name in _C.info()["usable"]:
-            _C.set_isa(name)
-            for count in (1, 2, 5):
-                torch.set_num_threads(count)
-                assert_bits_equal(layer(x), expected)
+        for rows in (33, 251):
+            x = seeded(rows, 512)
+            expected = torch.cat([layer(x[i : i + 1]) for i in range(rows)])
+            for name in _C.info()["usable"]:
+                _C.set_isa(name)
+                for count in (1, 2, 5):
+                    torch.set_num_threads(count)
+                    assert_bits_equal(layer(x), expected)
+            _C.set_isa(tier)
     finally:
         torch.set_num_threads(before)
         _C.set_isa(tier)

@@ -281,6 +281,25 @@ def test_linear_w8a8_thread_count_does_not_matter(isa):
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("scheme", (Scheme(), ASYMMETRIC), ids=lambda s: s.name)
+@pytest.mark.parametrize("n, k, rows", [(130, 200, (95, 96, 97, 191, 192, 289, 485)), (70, 20_000, (97, 200, 301))])
+def test_linear_w8a8_rows_that_each_thread_has_for_itself(isa, scheme, n, k, rows):
+    """Around the numbers of rows from which on that is so, with scratch for all of them and for a few."""
+    made = tensors(n, k, scheme)
+    layer = QuantLinear(k, n, made, scheme)
+    before = torch.get_num_threads()
+    try:
+        for m in rows:
+            x = H.seeded(m, k, seed=m).t().contiguous().t() if m % 2 else H.seeded(m, k, seed=m)
+            x[m // 2] = math.nan
+            expected = reference.linear(x, made, scheme, k)
+            for workers in (1, 2, 3, 5):
+                torch.set_num_threads(workers)
+                H.assert_bits_equal(layer(x), expected, f"{workers} threads, {m} rows")
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_linear_w8a8_concurrent_callers(isa):
     made = tensors(200, 257)
     layer = QuantLinear(257, 200, made, "w8a8")

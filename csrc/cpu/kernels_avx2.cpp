@@ -49,6 +49,7 @@ struct Avx2 : YmmVerbs {
   static constexpr bool kFusesGroups = true, kFinishesTiles = false, kWidens = true, kJoinsGroups = false,
                         kSumsAreFloats = false;
   static constexpr int64_t kFusedK = 256;
+  static constexpr int64_t kOwnRows = 96;
   static constexpr int64_t kBlockBytes = 384 << 10, kWideBlockBytes = 1536 << 10;
   static constexpr int kWideTileM = 4, kWideSliceK = 512, kWideBlockTiles = 32;
   // Measured on Zen 3 and on Emerald Rapids: fewer rows do not earn back the panel.

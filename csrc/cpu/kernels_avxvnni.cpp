@@ -36,6 +36,7 @@ struct AvxVnni : YmmVerbs {
   static constexpr bool kFusesGroups = true, kFinishesTiles = false, kWidens = false, kJoinsGroups = true,
                         kSumsAreFloats = true;
   static constexpr int64_t kFusedK = 256;
+  static constexpr int64_t kOwnRows = 96;
   static constexpr int64_t kBlockBytes = 384 << 10;
   // Rows that go without a panel finish their groups through memory. Measured on Emerald Rapids.
   static int64_t direct_rows(int64_t group, bool streams) { return group < 64 ? 1 : group < 128 ? 2 : streams ? 4 : 3; }

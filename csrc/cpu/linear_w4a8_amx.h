@@ -28,7 +28,7 @@ class LinearW4A8Amx : PanelsW4A8Amx<V, kWhole> {
                  has_whole_lines(args.y, args.y_dtype, args.y_stride)) {}
 
   void run() const {
-    for_row_chunks<V>(
+    for_row_chunks<V, 4>(
         p_.m, p_.n, p_.k, this->stride(p_.m, p_.k, this->groups_), p_.scratch, p_.threads,
         [this](int64_t row, Range range, uint8_t* q, RowScale* scales) {
           alignas(kAlign) uint8_t buffer[kMaxK + kRowPad];

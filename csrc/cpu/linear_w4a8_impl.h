@@ -67,7 +67,7 @@ class LinearW4A8 {
                    V::direct_rows(kWhole ? kMaxK : args.group_size, kWhole || args.n * args.k / 2 >= kUncachedBytes)) {}
 
   void run() const {
-    for_row_chunks<V>(
+    for_row_chunks<V, 4>(
         p_.m, p_.n, p_.k, stride_, p_.scratch, p_.threads,
         [this](int64_t row, Range range, uint8_t* q, RowScale* scales) { quantize_rows(row, range, q, scales); },
         [this](int64_t row, int64_t rows, const uint8_t* q, const RowScale* scales, int thread, int team) {
@@ -114,7 +114,7 @@ class LinearW4A8 {
   }
 
   RowScale quantize(int64_t row, uint8_t* out) const {
-    const RowScale scale = quantize_row<V>(p_.act, row, p_.k, 0, out);
+    const RowScale scale = quantize_row<V>(p_.act, row, p_.m, p_.k, 0, out);
     std::memset(out + p_.k, 0, static_cast<size_t>(row_bytes(p_.k) - p_.k));
     return scale;
   }

@@ -7,6 +7,7 @@
 //   kSliceK           depth of a K slice, so that kTileN columns of it stay in the cache they are meant for
 //   kBlockBytes       activations of a block of row tiles, at most kMaxBlockTiles of them
 //   kDepthAlign       a tile's depth is rounded up to this; both operands are padded with zeros up to 64
+//   kOwnRows          from how many rows a thread on each has rows of its own (row_chunks.h), 0: never
 //   kFinishesTiles    whether finished_tile<D>(...) takes the sums of kFinishedRows rows or more through the epilogue
 //                     without storing them
 //   Session           constructed in each thread around its tiles
@@ -21,7 +22,7 @@
 //     widen_panel(...)    a slice of a superblock's weights, once for all row tiles of a block; and the same of columns
 //     wide_tile(...)      as tile, over those
 //
-// Order of the loops (rows of a chunk are quantized first, then a barrier):
+// Order of the loops (rows of a chunk are quantized first, then a barrier; or a thread's own rows, see row_chunks.h):
 //
 //   chunk of rows (scratch <= kChunkBytes)
 //     block of row tiles (their activations stay in L2)
@@ -78,7 +79,7 @@ class LinearW8A8 {
   }
 
   void run() const {
-    for_row_chunks<V>(
+    for_row_chunks<V, 8>(
         p_.m, superblocks_ * kBlockN, p_.k, stride_, p_.scratch, p_.threads,
         [this](int64_t row, Range range, uint8_t* q, RowScale* scales) {
           if constexpr (V::kWidens) {
@@ -117,7 +118,7 @@ class LinearW8A8 {
   }
 
   RowScale quantize_one(int64_t r, uint8_t* out) const {
-    const RowScale scale = p_.xq ? copy_row(r, out) : quantize_row<V>(p_.act, r, p_.k, V::kOffset, out);
+    const RowScale scale = p_.xq ? copy_row(r, out) : quantize_row<V>(p_.act, r, p_.m, p_.k, V::kOffset, out);
     // What meets zero weights: any value would do.
     std::memset(out + p_.k, 0, static_cast<size_t>(row_bytes(p_.k) - p_.k));
     return scale;
@@ -308,10 +309,12 @@ class LinearW8A8 {
     int64_t at, y_stride;
   };
 
-  // One slice, whole columns, nothing after the bias, and no tile of fewer rows than are served.
+  // One slice, whole columns, nothing after the bias but a function of what y can hold, and no tile of fewer rows than
+  // are served.
   bool finishes(const Columns& columns, int64_t rows, int64_t tiles) const {
-    return p_.k <= V::kSliceK && columns.count == kBlockN && columns.member->function == Activation::kNone &&
-           !columns.member->residual.rows && rows / tiles >= V::kFinishedRows;
+    const LinearW8A8Args& w = *columns.member;
+    return p_.k <= V::kSliceK && columns.count == kBlockN && !w.residual.rows && rows / tiles >= V::kFinishedRows &&
+           (w.function == Activation::kNone || w.y_dtype == DType::kF32);
   }
 
   void finished(int64_t row, int64_t rows, int64_t tiles, Range range, bool more, const uint8_t* q,
@@ -343,6 +346,19 @@ class LinearW8A8 {
                                   w.y_stride};
       V::template finished_tile<D>(static_cast<int>(tile_rows.end - tile_rows.begin), q + tile_rows.begin * stride_,
                                    stride_, weights, steps, epilogue, look_ahead(weights, p_.k, range, t, 0, more));
+      if constexpr (D == DType::kF32) {
+        if (w.function != Activation::kNone) apply_function(w, row, tile_rows, n0);
+      }
+    }
+  }
+
+  // The function of a finished tile, in place.
+  QK_NOINLINE void apply_function(const LinearW8A8Args& w, int64_t row, Range rows, int64_t n0) const {
+    for (int64_t r = rows.begin; r < rows.end; ++r) {
+      const int64_t at = (row + r) * w.y_stride + n0;
+      for (int64_t i = at; i < at + kBlockN; i += V::kLanes)
+        V::template store<DType::kF32>(w.y, i,
+                                       Activations<V>::apply(w.function, V::template load<DType::kF32>(w.y, i)));
     }
   }
 

@@ -324,9 +324,10 @@ struct RowScale {
 };
 
 // Quantizes one row of activations as stored = q + offset for a symmetric q in -127..127, and q - 128 + offset for an
-// asymmetric one in 0..255: offset 0 stores int8, offset 128 uint8.
+// asymmetric one in 0..255: offset 0 stores int8, offset 128 uint8. ahead: elements from x to what is asked for, or 0.
 template <class V, DType D>
-RowScale quantize_row_of(const ActivationArgs& act, const void* x, int64_t k, int32_t offset, uint8_t* out) {
+RowScale quantize_row_of(const ActivationArgs& act, const void* x, int64_t k, int32_t offset, int64_t ahead,
+                         uint8_t* out) {
   using G = Granule<V, D>;
   const bool is_static = act.scale != 0.0f;
   const Stats stats = act.symmetric || is_static ? G::template stats<false>(x, act.inv_smooth, 0, k)
@@ -337,24 +338,25 @@ RowScale quantize_row_of(const ActivationArgs& act, const void* x, int64_t k, in
   const int32_t shift = act.symmetric ? offset : offset - 128;
   const Levels levels = act.symmetric ? Levels{-127, 127, shift} : Levels{0, 255, shift};
   if (stats.finite() && is_static)
-    G::template quantize<false, true>(x, act.inv_smooth, 0, k, params, levels, 0, out);
+    G::template quantize<false, true>(x, act.inv_smooth, 0, k, params, levels, ahead, out);
   else if (stats.finite())
-    G::template quantize<false, false>(x, act.inv_smooth, 0, k, params, levels, 0, out);
+    G::template quantize<false, false>(x, act.inv_smooth, 0, k, params, levels, ahead, out);
   else
     fill(out, k, shift);
   return {params.scale, (stats.finite() ? params.zero_point : 0) + shift};
 }
 
+// Row `row` of `rows`; the next one is asked for meanwhile.
 template <class V>
-RowScale quantize_row(const ActivationArgs& act, int64_t row, int64_t k, int32_t offset, uint8_t* out) {
-  const int64_t at = row * act.x_stride;
+RowScale quantize_row(const ActivationArgs& act, int64_t row, int64_t rows, int64_t k, int32_t offset, uint8_t* out) {
+  const int64_t at = row * act.x_stride, ahead = row + 1 < rows ? act.x_stride : 0;
   switch (act.x_dtype) {
     case DType::kF32:
-      return quantize_row_of<V, DType::kF32>(act, static_cast<const float*>(act.x) + at, k, offset, out);
+      return quantize_row_of<V, DType::kF32>(act, static_cast<const float*>(act.x) + at, k, offset, ahead, out);
     case DType::kBF16:
-      return quantize_row_of<V, DType::kBF16>(act, static_cast<const uint16_t*>(act.x) + at, k, offset, out);
+      return quantize_row_of<V, DType::kBF16>(act, static_cast<const uint16_t*>(act.x) + at, k, offset, ahead, out);
     default:
-      return quantize_row_of<V, DType::kF16>(act, static_cast<const uint16_t*>(act.x) + at, k, offset, out);
+      return quantize_row_of<V, DType::kF16>(act, static_cast<const uint16_t*>(act.x) + at, k, offset, ahead, out);
   }
 }
 

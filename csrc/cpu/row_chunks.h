@@ -1,12 +1,15 @@
-// The outer loop of the integer products: a chunk of rows is quantized into scratch, then multiplied, by one team of
-// threads.
+// The outer loop of the integer products, in one of three ways:
+//
+//   a team quantizes a chunk of rows into scratch, then shares the chunk's product
+//   a few rows: each thread quantizes all of them for itself (a copy each), since a barrier would cost more
+//   many rows, and weights that a cache holds: each thread has rows of its own, which it quantizes and multiplies block
+//   by block with all weights, so that codes stay in its L2 and nobody waits
 //
 // scratch:   copies x chunk rows of stride bytes | copies x chunk RowScale | room for a tile that reads past the end
-//
-// A few rows are quantized by every thread for itself (a copy each), since a barrier would cost more.
 #pragma once
 
 #include "../layout.h"
+#include "ahead.h"
 #include "quantize_rows.h"
 #include "threads.h"
 
@@ -15,9 +18,15 @@ namespace {
 
 constexpr int64_t kChunkBytes = 4 << 20;  // quantized activations held at a time
 constexpr int64_t kMinChunkRows = 96;
-constexpr int64_t kRowPad = 64;        // bytes; keeps rows of a power-of-two K from falling on one cache set
+constexpr int64_t kRowPad = 64;  // bytes; keeps rows of a power-of-two K from falling on one cache set
 constexpr int64_t kRedundantRows = 4;  // up to this many rows, each thread quantizes all of them
 constexpr int64_t kMinMacsPerThread = 256 << 10;
+
+// Rows of its own that a thread multiplies at a time: at most these, and at least V::kOwnRows (0: never; then nothing
+// was measured). With fewer, tiles that are not full, and weights that come from L3 and are unpacked for each thread,
+// cost more than codes from another core's L2; with weights of kUncachedBytes, which may come from memory, nothing is
+// gained. One thread alone reads the same weights either way.
+constexpr int64_t kMostOwnRows = 96;
 
 inline int64_t row_bytes(int64_t k) { return padded_k(k) + kRowPad; }
 
@@ -43,9 +52,28 @@ int64_t row_chunks_bytes(int64_t m, int64_t k, int64_t stride, int threads) {
   return copies * chunk_room<V>(m, k) * (stride + static_cast<int64_t>(sizeof(RowScale))) + V::kTileM * stride;
 }
 
+// A thread's rows, where each has its own: blocks of `each` of them.
+struct OwnRows {
+  Range rows;
+  int64_t each;
+};
+
+// A thread's of m rows, multiplied by weights of n x k codes of `bits`. room: rows of scratch. each = 0: rows of its
+// own are not worth while.
+template <class V>
+OwnRows own_rows(int64_t m, int64_t n, int64_t k, int bits, int64_t room, int thread, int team) {
+  if (V::kOwnRows == 0 || m < V::kOwnRows * team) return {{0, 0}, 0};
+  const int64_t here = room / team / V::kTileM * V::kTileM, most = here < kMostOwnRows ? here : kMostOwnRows;
+  const bool cached = round_up(n, kBlockN) * padded_k(k) * bits / 8 < kUncachedBytes;
+  if ((team > 1 && !cached) || most < V::kOwnRows) return {{0, 0}, 0};
+  const Range rows = share(m, thread, team);
+  const int64_t count = rows.end - rows.begin;
+  return {rows, ceil_div(count, ceil_div(count, most))};
+}
+
 // Calls quantize(row, range, q, scales), which fills rows of q for rows row + range of the input, and then, when all
-// rows of the chunk are there, multiply(row, rows, q, scales, thread, team).
-template <class V, class Quantize, class Multiply>
+// rows are there, multiply(row, rows, q, scales, thread, team). bits: of a weight's code.
+template <class V, int bits, class Quantize, class Multiply>
 void for_row_chunks(int64_t m, int64_t n, int64_t k, int64_t stride, uint8_t* scratch, int most_threads,
                     const Quantize& quantize, const Multiply& multiply) {
   if (m == 0 || n == 0) return;
@@ -58,6 +86,15 @@ void for_row_chunks(int64_t m, int64_t n, int64_t k, int64_t stride, uint8_t* sc
     const int64_t copies = redundant ? threads : 1, copy = redundant ? thread : 0;
     uint8_t* q = scratch + copy * room * stride;
     RowScale* scales = reinterpret_cast<RowScale*>(scratch + copies * room * stride) + copy * room;
+    if (const OwnRows own = own_rows<V>(m, n, k, bits, room, thread, team); own.each > 0) {
+      q += thread * (room / team) * stride, scales += thread * (room / team);
+      for (int64_t row = own.rows.begin; row < own.rows.end; row += own.each) {
+        const int64_t rows = own.rows.end - row < own.each ? own.rows.end - row : own.each;
+        quantize(row, Range{0, rows}, q, scales);
+        multiply(row, rows, q, scales, 0, 1);
+      }
+      return;
+    }
     for (int64_t row = 0; row < m; row += chunk) {
       const int64_t rows = m - row < chunk ? m - row : chunk;
       if (redundant) {

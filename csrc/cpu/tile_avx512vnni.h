@@ -29,6 +29,7 @@ struct Avx512Vnni : ZmmVerbs {
   static constexpr bool kFusesGroups = true, kFinishesTiles = true, kWidens = false, kJoinsGroups = true,
                         kSumsAreFloats = true;
   static constexpr int64_t kFusedK = 256;
+  static constexpr int64_t kOwnRows = 48;
   static constexpr int64_t kBlockBytes = 384 << 10;
   // Codes are unpacked anew for each direct tile: 12 instructions beside 32 dot products, which they hold up on Intel's
   // ports and not on AMD's; and groups are finished through memory. Weights from memory leave time for the former.
