@@ -22,10 +22,10 @@ constexpr int64_t kRowPad = 64;  // bytes; keeps rows of a power-of-two K from f
 constexpr int64_t kRedundantRows = 4;  // up to this many rows, each thread quantizes all of them
 constexpr int64_t kMinMacsPerThread = 256 << 10;
 
-// Rows of its own that a thread multiplies at a time: at most these, and at least V::kOwnRows (0: never; then nothing
-// was measured). With fewer, tiles that are not full, and weights that come from L3 and are unpacked for each thread,
-// cost more than codes from another core's L2; with weights of kUncachedBytes, which may come from memory, nothing is
-// gained. One thread alone reads the same weights either way.
+// Rows of its own that a thread multiplies at a time: at most these, and at least V::kOwnRows (0: never). With fewer,
+// tiles that are not full, and weights that come from L3 and are unpacked for each thread, cost more than codes from
+// another core's L2; with weights of kUncachedBytes, which may come from memory, nothing is gained. One thread alone
+// reads the same weights either way.
 constexpr int64_t kMostOwnRows = 96;
 
 inline int64_t row_bytes(int64_t k) { return padded_k(k) + kRowPad; }
