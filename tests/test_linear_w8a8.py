@@ -266,38 +266,32 @@ def test_linear_w8a8_flushing_denormals_changes_nothing(isa, threads, scheme):
     H.assert_bits_equal(again, expected[:1])
 
 
-def test_linear_w8a8_thread_count_does_not_matter(isa):
-    made = tensors(515, 300)
-    layer = QuantLinear(300, 515, made, "w8a8")
+def check_threads(x: Tensor, made: dict[str, Tensor], scheme: Scheme, counts: tuple[int, ...]) -> None:
+    """The layer over ``made`` equals the reference on ``x``, whatever the number of threads."""
+    n, k = made["weight"].shape
+    layer, expected = QuantLinear(k, n, made, scheme), reference.linear(x, made, scheme, k)
     before = torch.get_num_threads()
     try:
-        for m in (1, 3, 37, 130):
-            x = H.seeded(m, 300)
-            expected = reference.linear(x, made, Scheme(), 300)
-            for workers in (1, 2, 3, 5, 8):
-                torch.set_num_threads(workers)
-                H.assert_bits_equal(layer(x), expected, f"{workers} threads, {m} rows")
+        for workers in counts:
+            torch.set_num_threads(workers)
+            H.assert_bits_equal(layer(x), expected, f"{workers} threads, {len(x)} rows")
     finally:
         torch.set_num_threads(before)
+
+
+def test_linear_w8a8_thread_count_does_not_matter(isa):
+    for m in (1, 3, 37, 130):
+        check_threads(H.seeded(m, 300), tensors(515, 300), Scheme(), (1, 2, 3, 5, 8))
 
 
 @pytest.mark.parametrize("scheme", (Scheme(), ASYMMETRIC), ids=lambda s: s.name)
 @pytest.mark.parametrize("n, k, rows", [(130, 200, (95, 96, 97, 191, 192, 289, 485)), (70, 20_000, (97, 200, 301))])
 def test_linear_w8a8_rows_that_each_thread_has_for_itself(isa, scheme, n, k, rows):
     """Around the numbers of rows from which on that is so, with scratch for all of them and for a few."""
-    made = tensors(n, k, scheme)
-    layer = QuantLinear(k, n, made, scheme)
-    before = torch.get_num_threads()
-    try:
-        for m in rows:
-            x = H.seeded(m, k, seed=m).t().contiguous().t() if m % 2 else H.seeded(m, k, seed=m)
-            x[m // 2] = math.nan
-            expected = reference.linear(x, made, scheme, k)
-            for workers in (1, 2, 3, 5):
-                torch.set_num_threads(workers)
-                H.assert_bits_equal(layer(x), expected, f"{workers} threads, {m} rows")
-    finally:
-        torch.set_num_threads(before)
+    for m in rows:
+        x = H.seeded(m, k, seed=m).t().contiguous().t() if m % 2 else H.seeded(m, k, seed=m)
+        x[m // 2] = math.nan
+        check_threads(x, tensors(n, k, scheme), scheme, (1, 2, 3, 5))
 
 
 def test_linear_w8a8_concurrent_callers(isa):

@@ -28,8 +28,8 @@ class LinearW4A8Amx : PanelsW4A8Amx<V, kWhole> {
                  has_whole_lines(args.y, args.y_dtype, args.y_stride)) {}
 
   void run() const {
-    for_row_chunks<V, 4>(
-        p_.m, p_.n, p_.k, this->stride(p_.m, p_.k, this->groups_), p_.scratch, p_.threads,
+    for_row_chunks<V>(
+        p_.m, p_.n, p_.k, Panels::streams(p_), this->stride(p_.m, p_.k, this->groups_), p_.scratch, p_.threads,
         [this](int64_t row, Range range, uint8_t* q, RowScale* scales) {
           alignas(kAlign) uint8_t buffer[kMaxK + kRowPad];
           int32_t* sums = reinterpret_cast<int32_t*>(q + this->sums_at(row));

@@ -64,11 +64,11 @@ class LinearW4A8 {
  public:
   explicit LinearW4A8(const LinearW4A8Args& args)  // a panel of multipliers takes longer
       : LinearW4A8(args, args.group_size, V::kJoinsGroups,
-                   V::direct_rows(kWhole ? kMaxK : args.group_size, kWhole || args.n * args.k / 2 >= kUncachedBytes)) {}
+                   V::direct_rows(kWhole ? kMaxK : args.group_size, kWhole || streams(args))) {}
 
   void run() const {
-    for_row_chunks<V, 4>(
-        p_.m, p_.n, p_.k, stride_, p_.scratch, p_.threads,
+    for_row_chunks<V>(
+        p_.m, p_.n, p_.k, streams(p_), stride_, p_.scratch, p_.threads,
         [this](int64_t row, Range range, uint8_t* q, RowScale* scales) { quantize_rows(row, range, q, scales); },
         [this](int64_t row, int64_t rows, const uint8_t* q, const RowScale* scales, int thread, int team) {
           gemm(row, rows, q, scales, thread, team);
@@ -79,6 +79,9 @@ class LinearW4A8 {
   using F = typename V::F;
   using I = typename V::I;
   using Total = typename std::conditional<kWhole, int32_t, float>::type;
+
+  // Whether the weights are too many to have stayed in a cache.
+  static bool streams(const LinearW4A8Args& args) { return args.n * args.k / 2 >= kUncachedBytes; }
 
   LinearW4A8(const LinearW4A8Args& args, int64_t group_size, bool joins, int64_t direct_rows = 0)
       : p_(args),
@@ -251,7 +254,6 @@ class LinearW4A8 {
     const int64_t direct_tiles = ceil_div(rows, V::kDirectRows < 1 ? 1 : V::kDirectRows);
     const LookAhead look_ahead(codes + code_bytes, code_bytes, direct ? direct_tiles : kBlockN / V::kTileN * tiles,
                                direct ? kLineBytes : kLineBytes / 2);
-    const bool streams = p_.n * p_.k / 2 >= kUncachedBytes;
     alignas(kAlign) Total totals[kTotalsRows * kBlockN];
     alignas(kAlign) uint8_t panel[kPanelK * kBlockN];
     alignas(kAlign) int32_t sums[(kTotalsRows + V::kTileM) * kBlockN];
@@ -272,7 +274,7 @@ class LinearW4A8 {
           const uint8_t* from = codes + begin / kLineK * kLineBytes;
           const int64_t lines = ceil_div(end - begin, kLineK);
           V::tile4_direct(static_cast<int>(tile.end - r), a + r * stride_ + begin, stride_, from, lines, sums,
-                          direct_tiles == 1 ? streams ? ahead_in_stream(from) : Ahead{}
+                          direct_tiles == 1 ? streams(p_) ? ahead_in_stream(from) : Ahead{}
                           : more            ? look_ahead.of(begin / kLineK * kLineBytes, r / V::kDirectRows, lines)
                                             : Ahead{});
           finish_group(g, end - begin, tile, a, scales + block.begin, sums, kBlockN, 0, group, totals);

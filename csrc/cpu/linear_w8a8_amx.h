@@ -25,8 +25,8 @@ class LinearW8A8Amx : LinearW8A8<V> {
   }
 
   void run() const {
-    for_row_chunks<V, 8>(
-        p_.m, this->superblocks_ * kBlockN, p_.k, tile_stride(p_.m, p_.k, 0), p_.scratch, p_.threads,
+    for_row_chunks<V>(
+        p_.m, this->superblocks_ * kBlockN, p_.k, Base::streams_, tile_stride(p_.m, p_.k, 0), p_.scratch, p_.threads,
         [this](int64_t row, Range range, uint8_t* q, RowScale* scales) {
           alignas(kAlign) uint8_t buffer[kMaxK + kRowPad];
           for (int64_t r = range.begin; r < range.end; ++r) {

@@ -38,7 +38,7 @@
 
 #include "../args.h"
 #include "../layout.h"
-#include "activation.h"
+#include "activation_impl.h"
 #include "ahead.h"
 #include "quantize_rows.h"
 #include "row_chunks.h"
@@ -79,8 +79,8 @@ class LinearW8A8 {
   }
 
   void run() const {
-    for_row_chunks<V, 8>(
-        p_.m, superblocks_ * kBlockN, p_.k, stride_, p_.scratch, p_.threads,
+    for_row_chunks<V>(
+        p_.m, superblocks_ * kBlockN, p_.k, streams_, stride_, p_.scratch, p_.threads,
         [this](int64_t row, Range range, uint8_t* q, RowScale* scales) {
           if constexpr (V::kWidens) {
             if (wide_) return widen_rows(row, range, q, scales);
@@ -354,11 +354,11 @@ class LinearW8A8 {
 
   // The function of a finished tile, in place.
   QK_NOINLINE void apply_function(const LinearW8A8Args& w, int64_t row, Range rows, int64_t n0) const {
+    ActivationFunctionArgs args = {};
+    args.x = args.y = w.y, args.function = w.function;
     for (int64_t r = rows.begin; r < rows.end; ++r) {
       const int64_t at = (row + r) * w.y_stride + n0;
-      for (int64_t i = at; i < at + kBlockN; i += V::kLanes)
-        V::template store<DType::kF32>(w.y, i,
-                                       Activations<V>::apply(w.function, V::template load<DType::kF32>(w.y, i)));
+      activation_range<V, DType::kF32, DType::kF32>(args, {at, at + kBlockN});
     }
   }
 

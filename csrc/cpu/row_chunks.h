@@ -9,7 +9,6 @@
 #pragma once
 
 #include "../layout.h"
-#include "ahead.h"
 #include "quantize_rows.h"
 #include "threads.h"
 
@@ -58,23 +57,22 @@ struct OwnRows {
   int64_t each;
 };
 
-// A thread's of m rows, multiplied by weights of n x k codes of `bits`. room: rows of scratch. each = 0: rows of its
-// own are not worth while.
+// A thread's of m rows. streams: whether the weights are kUncachedBytes or more. room: rows of scratch. each = 0: rows
+// of its own are not worth while.
 template <class V>
-OwnRows own_rows(int64_t m, int64_t n, int64_t k, int bits, int64_t room, int thread, int team) {
-  if (V::kOwnRows == 0 || m < V::kOwnRows * team) return {{0, 0}, 0};
+OwnRows own_rows(int64_t m, bool streams, int64_t room, int thread, int team) {
   const int64_t here = room / team / V::kTileM * V::kTileM, most = here < kMostOwnRows ? here : kMostOwnRows;
-  const bool cached = round_up(n, kBlockN) * padded_k(k) * bits / 8 < kUncachedBytes;
-  if ((team > 1 && !cached) || most < V::kOwnRows) return {{0, 0}, 0};
+  const bool worth = V::kOwnRows > 0 && m >= V::kOwnRows * team && most >= V::kOwnRows;
+  if (!worth || (streams && team > 1)) return {{0, 0}, 0};
   const Range rows = share(m, thread, team);
   const int64_t count = rows.end - rows.begin;
   return {rows, ceil_div(count, ceil_div(count, most))};
 }
 
 // Calls quantize(row, range, q, scales), which fills rows of q for rows row + range of the input, and then, when all
-// rows are there, multiply(row, rows, q, scales, thread, team). bits: of a weight's code.
-template <class V, int bits, class Quantize, class Multiply>
-void for_row_chunks(int64_t m, int64_t n, int64_t k, int64_t stride, uint8_t* scratch, int most_threads,
+// rows are there, multiply(row, rows, q, scales, thread, team). streams: as above.
+template <class V, class Quantize, class Multiply>
+void for_row_chunks(int64_t m, int64_t n, int64_t k, bool streams, int64_t stride, uint8_t* scratch, int most_threads,
                     const Quantize& quantize, const Multiply& multiply) {
   if (m == 0 || n == 0) return;
   const int64_t work = m * round_up(n, kBlockN) * padded_k(k) / kMinMacsPerThread;
@@ -86,7 +84,7 @@ void for_row_chunks(int64_t m, int64_t n, int64_t k, int64_t stride, uint8_t* sc
     const int64_t copies = redundant ? threads : 1, copy = redundant ? thread : 0;
     uint8_t* q = scratch + copy * room * stride;
     RowScale* scales = reinterpret_cast<RowScale*>(scratch + copies * room * stride) + copy * room;
-    if (const OwnRows own = own_rows<V>(m, n, k, bits, room, thread, team); own.each > 0) {
+    if (const OwnRows own = own_rows<V>(m, streams, room, thread, team); own.each > 0) {
       q += thread * (room / team) * stride, scales += thread * (room / team);
       for (int64_t row = own.rows.begin; row < own.rows.end; row += own.each) {
         const int64_t rows = own.rows.end - row < own.each ? own.rows.end - row : own.each;

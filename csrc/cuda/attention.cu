@@ -238,28 +238,37 @@ __device__ __forceinline__ void store(const AttentionArgs& a, int key_head, int 
       make_uint2(pack_pair<T>(over(out.x), over(out.y)), pack_pair<T>(over(out.z), over(out.w)));
 }
 
+// Every step-th of a head's outputs from `first` on, from all of its parts: state(p, row) is the maximum and sum of
+// part p, value(p, i) four of its outputs.
+template <typename T, int kSize, typename State, typename Value>
+__device__ __forceinline__ void join_parts(const AttentionArgs& a, int key_head, int first_row, int rows,
+                                           Shared<kSize>& shared, int first, int step, const State& state,
+                                           const Value& value) {
+  constexpr int kFours = kSize / 4;
+  for (int i = threadIdx.x; i < rows * a.parts; i += blockDim.x) {
+    shared.state[i / rows][i % rows] = state(i / rows, i % rows);
+  }
+  weigh(shared, rows, a.parts);
+  for (int i = first; i < rows * kFours; i += step) {
+    const float4 out = joined(shared, i / kFours, a.parts, [&](int p) { return value(p, i); });
+    store<T>(a, key_head, first_row + i / kFours, i % kFours * 4, out, shared.joined[i / kFours].y);
+  }
+}
+
 // This CTA's share of a head's outputs. The CTAs of the cluster have the head's parts, each its outputs in
 // shared.out[0].
 template <typename T, int kSize>
 __device__ __forceinline__ void join_cluster(const AttentionArgs& a, int key_head, int first_row, int rows,
                                              Shared<kSize>& shared) {
 #if __CUDA_ARCH__ >= 900
-  constexpr int kFours = kSize / 4;
   if (threadIdx.x < rows) shared.own[threadIdx.x] = shared.joined[threadIdx.x];
   ptx::cluster_arrive();
   ptx::cluster_wait();
   const uint32_t own = ptx::smem_u32(shared.own), out = ptx::smem_u32(shared.out[0]);
-  for (int i = threadIdx.x; i < rows * a.parts; i += blockDim.x) {
-    shared.state[i / rows][i % rows] =
-        ptx::load_there_2(ptx::cluster_address(own, i / rows) + i % rows * sizeof(float2));
-  }
-  weigh(shared, rows, a.parts);
-  for (int i = blockIdx.x + a.parts * threadIdx.x; i < rows * kFours; i += a.parts * blockDim.x) {
-    const float4 value = joined(shared, i / kFours, a.parts, [&](int p) {
-      return ptx::load_there_4(ptx::cluster_address(out, p) + i * sizeof(float4));
-    });
-    store<T>(a, key_head, first_row + i / kFours, i % kFours * 4, value, shared.joined[i / kFours].y);
-  }
+  join_parts<T>(
+      a, key_head, first_row, rows, shared, blockIdx.x + a.parts * threadIdx.x, a.parts * blockDim.x,
+      [&](int p, int row) { return ptx::load_there_2(ptx::cluster_address(own, p) + row * sizeof(float2)); },
+      [&](int p, int i) { return ptx::load_there_4(ptx::cluster_address(out, p) + i * sizeof(float4)); });
   __syncwarp();
   ptx::cluster_arrive_relaxed();
   ptx::cluster_wait();  // nobody leaves while others read
@@ -323,16 +332,11 @@ __global__ void __launch_bounds__(kAttentionWarps * 32, 2) attention_kernel(cons
   __syncthreads();
   if (!shared.last) return;
   __threadfence();
-  for (int i = threadIdx.x; i < rows * a.parts; i += blockDim.x) {
-    const float* of_part = parts + i / rows * kPartial;
-    shared.state[i / rows][i % rows] = __ldcg(reinterpret_cast<const float2*>(of_part + kOutputs) + i % rows);
-  }
-  weigh(shared, rows, a.parts);
-  for (int i = threadIdx.x; i < rows * kFours; i += blockDim.x) {
-    const float4 out = joined(shared, i / kFours, a.parts,
-                              [&](int p) { return __ldcg(reinterpret_cast<const float4*>(parts + p * kPartial) + i); });
-    store<T>(a, key_head, first_row + i / kFours, i % kFours * 4, out, shared.joined[i / kFours].y);
-  }
+  const auto part = [&](int p) { return parts + p * kPartial; };
+  join_parts<T>(
+      a, key_head, first_row, rows, shared, threadIdx.x, blockDim.x,
+      [&](int p, int row) { return __ldcg(reinterpret_cast<const float2*>(part(p) + kOutputs) + row); },
+      [&](int p, int i) { return __ldcg(reinterpret_cast<const float4*>(part(p)) + i); });
 }
 
 int row_tiles(int heads, int key_heads, int tokens) {
