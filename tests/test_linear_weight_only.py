@@ -203,7 +203,7 @@ def layer(bits: int, n: int, k: int, **options: object) -> W8:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("m", [1, 2, 3, 4, 5, 6, 7, 13, 67])
+@pytest.mark.parametrize("m", [1, 2, 3, 4, 5, 6, 7, 13, 25, 28, 31, 35, 67])
 @pytest.mark.parametrize("bits", [8, 4])
 def test_weight_only_rows(isa: str, bits: int, m: int, dtype: torch.dtype) -> None:
     subject = layer(bits, 130, 200)
@@ -306,7 +306,7 @@ def test_weight_only_many_rows_and_long_k(isa: str) -> None:
     for bits in (8, 4):
         subject = layer(bits, 67, 3000, **({} if bits == 8 else {"group": 128, "grid": "zero_point"}))
         for dtype in (torch.float32, torch.bfloat16):
-            subject.check(seeded(401, 3000).to(dtype))
+            subject.check(seeded(1400, 3000).to(dtype))
 
 
 @pytest.mark.parametrize("bits", [8, 4])

@@ -7,18 +7,19 @@
 // threads.
 //
 // A tier V provides, over the verbs of verbs_*.h:
-//   kUnitK                      consecutive k that one 32-bit lane of an activation holds: 1 (fp32) or 2 (a bf16 pair)
-//   kTileM, kTileN              rows and columns of the register tile; kTileN divides the 64 columns of a superblock
+//   kUnitK                      consecutive k in one 32-bit lane of an activation: 1 (fp32) or 2 (a bf16 pair)
+//   kTileM, kTileN              rows and columns of the register tile; kTileN divides the 64 of a superblock
 //   kStreamRows                 rows that a decoded register of weights serves
 //   kStreams                    whether it has stream
 //   stream_max<W>()             rows up to which decoding anew for each kStreamRows of them beats a panel, measured
-//   kScaledPanel                whether a decoded panel holds weights (fp32), or integers whose scale comes later
-//   (bf16) kTables                     whether decoding looks 4-bit values up in a table anyway, so that a codebook
-//   costs nothing copy_row<D, W>(...)         a row of x as units of kUnitK elements; for streams, times what
-//   stream_bias says stream_bias<W>()            what streams see too much in every weight: W8 as q + bias, W4 as q - 8
-//   + bias make_table<W>(codebook)     operand of the decoders stream<W>(rows, ...)        c [rows, 64] += (x @ q^T) *
-//   scale + sums * offset, over the lines of one piece of K panel<W>(...)               decodes one piece of K for the
-//   tiles tile(rows, ...)             c [rows, kTileN] += (x @ panel) [* scale + sums * offset]
+//   kScaledPanel                whether a decoded panel holds weights (fp32), or integers, scaled later (bf16)
+//   kTables                     whether decoding looks 4-bit values up in a table anyway: a codebook costs nothing
+//   copy_row<D, W>(...)         a row of x as units of kUnitK; for streams, times what stream_bias says
+//   stream_bias<W>()            what streams see too much in a weight: W8 as q + bias, W4 as q - 8 + bias
+//   make_table<W>(codebook)     operand of the decoders
+//   stream<W>(rows, ...)        c [rows, 64] += (x @ q^T) * scale + sums * offset, over the lines of a piece of K
+//   panel<W>(...)               decodes one piece of K for the tiles
+//   tile(rows, ...)             c [rows, kTileN] += (x @ panel) [* scale + sums * offset]
 //
 // M <= stream_max decodes weights in registers and never stores them, one sequential stream for each thread:
 //
@@ -26,8 +27,8 @@
 //
 // Larger M decodes each slice of a superblock once for many rows:
 //
-//   chunk of rows (their copies <= kCopyBytes): block of row tiles (sums stay in L1 or L2)
-//     superblock: slice of K (panel stays in L2): column tile (its part of the panel stays in L1) x row tile
+//   chunk of rows (their copies <= kCopyBytes): block of row tiles: kGroup superblocks (their sums stay in L2)
+//     slice of K (the rows' part stays in L2): superblock: column tile (its part of the panel stays in L1) x row tile
 //
 // The (superblock, row tile) pairs of a block are shared out contiguously. Within a group, 4-bit values count as q - 8;
 // what is left of a zero point or minimum is an offset per group and column, times the sum of that group's activations.
@@ -46,8 +47,9 @@
 namespace qk {
 namespace {
 
-constexpr int64_t kCopyBytes = 4 << 20;  // activations copied at a time
-constexpr int64_t kBlockRows = 192;  // rows that share one decoded panel: 48 KiB of sums
+constexpr int64_t kCopyBytes = 16 << 20;  // activations copied at a time
+constexpr int64_t kBlockRows = 288;  // rows that share one decoded panel: 72 KiB of sums
+constexpr int kGroup = 4;  // superblocks that a slice of the rows serves before the next one
 constexpr int64_t kSliceDepth = 256;  // k of a panel: 64 KiB in fp32
 constexpr int64_t kUnitPad = 16;  // units; keeps rows of a power-of-two K from falling on one cache set
 constexpr int64_t kMacsPerThread = 64 << 10;  // below this, another thread costs more than it saves
@@ -66,7 +68,7 @@ inline int64_t copied_rows(int64_t m, int64_t k, int64_t group) {
   return m < rows ? m : rows;
 }
 
-inline int64_t thread_floats() { return (kSliceDepth + kBlockRows) * kBlockN; }
+inline int64_t thread_floats() { return (kSliceDepth + kGroup * kBlockRows) * kBlockN; }
 
 inline int64_t linear_wxa16_scratch_bytes(int64_t m, int64_t k, int64_t group, int threads) {
   const int64_t copies = m <= kRedundantRows ? threads : 1;
@@ -244,13 +246,26 @@ class LinearWxA16 {
       const int64_t width = block.end - block.begin;
       const Range mine = share(superblocks * width, thread, team);
       for (int64_t u = mine.begin; u < mine.end;) {
-        const int64_t nb = u / width, first = u % width;
-        const int64_t last = width - first < mine.end - u ? width : first + (mine.end - u);
-        superblock(nb, row, rows, tiles, {block.begin + first, block.begin + last}, x, area);
-        u += last - first;
+        Piece pieces[kGroup];
+        int count = 0;
+        float* c = area + kSliceDepth * kBlockN;
+        for (; count < kGroup && u < mine.end; ++count) {
+          const int64_t first = u % width, last = width - first < mine.end - u ? width : first + (mine.end - u);
+          pieces[count] = {u / width, {block.begin + first, block.begin + last}, c};
+          c += rows_of({block.begin + first, block.begin + last}, rows, tiles).size() * kBlockN;
+          u += last - first;
+        }
+        superblocks_of(pieces, count, row, rows, tiles, x, area);
       }
     }
   }
+
+  // Tiles of rows of a superblock, and where their sums are.
+  struct Piece {
+    int64_t nb;
+    Range tiles;
+    float* c;
+  };
 
   // A piece of a slice that lies in one group.
   struct Segment {
@@ -258,51 +273,55 @@ class LinearWxA16 {
     bool ends_group;
   };
 
-  void superblock(int64_t nb, int64_t row, int64_t rows, int64_t tiles, Range range, const uint32_t* x,
-                  float* area) const {
-    float *panel = area, *c = area + kSliceDepth * kBlockN;
-    const Range mine = rows_of(range, rows, tiles);
+  // Slice by slice of K, so that the rows' part of one is in L2 for all superblocks but the first.
+  void superblocks_of(const Piece* pieces, int count, int64_t row, int64_t rows, int64_t tiles, const uint32_t* x,
+                      float* panel) const {
+    if (p_.k == 0) std::memset(pieces[0].c, 0, static_cast<size_t>(kGroup * kBlockRows * kBlockN) * sizeof(float));
+    for (int64_t k0 = 0; k0 < p_.k; k0 += kSliceDepth) {
+      for (int i = 0; i < count; ++i) slice(pieces[i], k0, rows, tiles, x, panel);
+    }
+    for (int i = 0; i < count; ++i) epilogue(row, rows_of(pieces[i].tiles, rows, tiles), pieces[i].nb, pieces[i].c);
+  }
+
+  void slice(const Piece& piece, int64_t k0, int64_t rows, int64_t tiles, const uint32_t* x, float* panel) const {
+    const int64_t nb = piece.nb, first_row = rows_of(piece.tiles, rows, tiles).begin;
     const int64_t columns =
         p_.n - nb * kBlockN < kBlockN ? p_.n - nb * kBlockN : kBlockN;  // tiles of padding are left out
-    std::memset(c, 0, static_cast<size_t>((mine.end - mine.begin) * kBlockN) * sizeof(float));
     alignas(kAlign) float scale[kMaxSegments][kBlockN], offset[kMaxSegments][kBlockN];
     Segment segments[kMaxSegments];
-    for (int64_t k0 = 0; k0 < p_.k; k0 += kSliceDepth) {
-      const int64_t k1 = k0 + kSliceDepth < p_.k ? k0 + kSliceDepth : p_.k;
-      const int64_t units = round_up(k1 - k0, kLineK) / V::kUnitK;
-      int count = 0;
-      for (int64_t k = k0; k < k1; ++count) {
-        const int64_t g = k / group_, next = (g + 1) * group_ < p_.k ? (g + 1) * group_ : p_.k,
-                      end = next < k1 ? next : k1;
-        Segment& s = segments[count];
-        s = {(k - k0) / V::kUnitK, round_up(end - k, kLineK) / V::kUnitK, g, end == next};
-        if (W::kBits == 4) group_params(nb, g, scale[count], offset[count]);
-        V::template panel<W>(line(nb, k), s.units / kLineUnits, table_, scale[count],
-                             has_offset_ ? offset[count] : nullptr, panel + s.unit * V::kTileN, units * V::kTileN);
-        k = end;
-      }
-      if (V::kScaledPanel || W::kBits == 8) {
-        segments[0] = {0, units, 0, false};
-        count = 1;
-      }
-      const bool scaled = !V::kScaledPanel && W::kBits == 4;
-      for (int64_t j = 0; j < columns; j += V::kTileN) {
-        const float* column_panel = panel + j * units;
-        for (int64_t t = range.begin; t < range.end; ++t) {
-          const Range r = rows_of({t, t + 1}, rows, tiles);
-          const uint32_t* a = x + r.begin * stride_ + k0 / V::kUnitK;
-          for (int i = 0; i < count; ++i) {
-            const Segment& s = segments[i];
-            const bool offsets = scaled && has_offset_ && s.ends_group;
-            V::tile(static_cast<int>(r.end - r.begin), a + s.unit, stride_, column_panel + s.unit * V::kTileN, s.units,
-                    c + (r.begin - mine.begin) * kBlockN + j,
-                    Scaling{scaled ? scale[i] + j : nullptr, offsets ? offset[i] + j : nullptr,
-                            offsets ? group_sums(x + r.begin * stride_) + s.group : nullptr, stride_});
-          }
+    const int64_t k1 = k0 + kSliceDepth < p_.k ? k0 + kSliceDepth : p_.k;
+    const int64_t units = round_up(k1 - k0, kLineK) / V::kUnitK;
+    int count = 0;
+    for (int64_t k = k0; k < k1; ++count) {
+      const int64_t g = k / group_, next = (g + 1) * group_ < p_.k ? (g + 1) * group_ : p_.k,
+                    end = next < k1 ? next : k1;
+      Segment& s = segments[count];
+      s = {(k - k0) / V::kUnitK, round_up(end - k, kLineK) / V::kUnitK, g, end == next};
+      if (W::kBits == 4) group_params(nb, g, scale[count], offset[count]);
+      V::template panel<W>(line(nb, k), s.units / kLineUnits, table_, scale[count],
+                           has_offset_ ? offset[count] : nullptr, panel + s.unit * V::kTileN, units * V::kTileN);
+      k = end;
+    }
+    if (V::kScaledPanel || W::kBits == 8) {
+      segments[0] = {0, units, 0, false};
+      count = 1;
+    }
+    const bool scaled = !V::kScaledPanel && W::kBits == 4;
+    for (int64_t j = 0; j < columns; j += V::kTileN) {
+      const float* column_panel = panel + j * units;
+      for (int64_t t = piece.tiles.begin; t < piece.tiles.end; ++t) {
+        const Range r = rows_of({t, t + 1}, rows, tiles);
+        const uint32_t* a = x + r.begin * stride_ + k0 / V::kUnitK;
+        for (int i = 0; i < count; ++i) {
+          const Segment& s = segments[i];
+          const bool offsets = scaled && has_offset_ && s.ends_group;
+          V::tile(static_cast<int>(r.size()), a + s.unit, stride_, column_panel + s.unit * V::kTileN, s.units,
+                  piece.c + (r.begin - first_row) * kBlockN + j,
+                  Scaling{scaled ? scale[i] + j : nullptr, offsets ? offset[i] + j : nullptr,
+                          offsets ? group_sums(x + r.begin * stride_) + s.group : nullptr, stride_, k0 == 0 && i == 0});
         }
       }
     }
-    epilogue(row, mine, nb, c);
   }
 
   // ---- epilogue ----------------------------------------------------------------------------------------------

@@ -64,6 +64,7 @@ inline void barrier(int team) {
 
 struct Range {
   int64_t begin, end;
+  int64_t size() const { return end - begin; }
 };
 
 // The contiguous share of `count` items that belongs to one thread; shares differ by at most one item.

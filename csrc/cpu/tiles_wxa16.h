@@ -50,7 +50,7 @@ struct WeightTiles : T {
       const int at = v.value * kLanes;
       unroll<kRows>([&](auto r) QK_INLINE {
         float* to = c + r.value * kBlockN + at;
-        F sum = T::load_f(to);
+        F sum = s.begins ? T::set(0.0f) : T::load_f(to);
         sum =
             s.scale ? T::fma(acc[r.value][v.value], T::load_f(s.scale + at), sum) : T::add(acc[r.value][v.value], sum);
         if (s.offset) sum = T::fma(T::set(s.sums[r.value * s.sum_stride]), T::load_f(s.offset + at), sum);
@@ -177,34 +177,27 @@ struct WeightTiles : T {
     F acc[kRows][kVecs];
     unroll<kRows>([&](auto r)
                       QK_INLINE { unroll<kVecs>([&](auto v) QK_INLINE { acc[r.value][v.value] = T::set(0.0f); }); });
-    const uint32_t* a3 = a + 3 * lda;  // as above
+    const uint32_t *a3 = a + 3 * lda, *a6 = a + 6 * lda, *a9 = a + 9 * lda;  // as above, three rows a pointer
     for (int64_t i = 0; i < units; ++i, b += kTileN) {
       typename T::Value w[kVecs];
       unroll<kVecs>([&](auto v) QK_INLINE { w[v.value] = T::load_value(b + v.value * kLanes); });
       unroll<kRows>([&](auto r) QK_INLINE {
-        const auto x = T::broadcast(r.value < 3 ? a + r.value * lda + i : a3 + (r.value - 3) * lda + i);
-        unroll<kVecs>([&](auto v) QK_INLINE { T::mac(acc[r.value][v.value], w[v.value], x); });
+        constexpr int kRow = r.value;
+        const uint32_t* row = kRow < 3 ? a : kRow < 6 ? a3 : kRow < 9 ? a6 : a9;
+        const auto x = T::broadcast(row + kRow % 3 * lda + i);
+        unroll<kVecs>([&](auto v) QK_INLINE { T::mac(acc[kRow][v.value], w[v.value], x); });
       });
     }
     add_scaled<kRows, kVecs>(acc, c, s);
   }
 
+  template <int kRows = 1>
   static void tile(int rows, const uint32_t* a, int64_t lda, const float* b, int64_t units, float* c,
                    const Scaling& s) {
-    switch (rows) {
-      case 1:
-        return tile_rows<1>(a, lda, b, units, c, s);
-      case 2:
-        return tile_rows<2>(a, lda, b, units, c, s);
-      case 3:
-        return tile_rows<3>(a, lda, b, units, c, s);
-      case 4:
-        return tile_rows<4>(a, lda, b, units, c, s);
-      case 5:
-        return tile_rows<5>(a, lda, b, units, c, s);
-      default:
-        return tile_rows<6>(a, lda, b, units, c, s);
+    if constexpr (kRows < T::kTileM) {
+      if (rows > kRows) return tile<kRows + 1>(rows, a, lda, b, units, c, s);
     }
+    tile_rows<kRows>(a, lda, b, units, c, s);
   }
 };
 

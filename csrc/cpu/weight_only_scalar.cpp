@@ -58,13 +58,14 @@ struct Scalar : ScalarVerbs {
     }
   }
 
-  static void tile(int rows, const uint32_t* a, int64_t lda, const float* b, int64_t units, float* c, const Scaling&) {
+  static void tile(int rows, const uint32_t* a, int64_t lda, const float* b, int64_t units, float* c,
+                   const Scaling& s) {
     for (int r = 0; r < rows; ++r, a += lda, c += kBlockN) {
       const float* x = reinterpret_cast<const float*>(a);
       float sums[kTileN] = {};
       for (int64_t i = 0; i < units; ++i)
         for (int j = 0; j < kTileN; ++j) sums[j] += x[i] * b[i * kTileN + j];
-      for (int j = 0; j < kTileN; ++j) c[j] += sums[j];
+      for (int j = 0; j < kTileN; ++j) c[j] = s.begins ? sums[j] : c[j] + sums[j];
     }
   }
 };

@@ -26,6 +26,7 @@ struct Scaling {
   const float* offset;  // [columns] or nullptr: 0
   const float* sums;  // of the piece's activations; read only with an offset
   int64_t sum_stride;
+  bool begins = false;  // nothing is in c yet
 };
 
 }  // namespace
