@@ -247,6 +247,22 @@ class TestW4A16:
             y = cuda_w4.gemm_w4a16(x, weight, None, torch.bfloat16, plan=plan, dependent=True)
             assert torch.equal(y.view(torch.int16), wanted.view(torch.int16))
 
+    @pytest.mark.parametrize(("tokens", "phases"), [(8, 4), (16, 4), (8, 8), (16, 8)])
+    def test_few_tokens_of_every_width(self, tokens: int, phases: int) -> None:
+        """From a block of 16 channels for each multiprocessor to more tiles than run at a time, none of them even."""
+        if cuda.capability(torch.cuda.current_device()) != 90:
+            pytest.skip("wgmma is an instruction of compute capability 9.0")
+        sms = torch.cuda.get_device_properties("cuda").multi_processor_count
+        for each, (kind, group) in itertools.product(range(1, 10), (("symmetric", 128), ("zero point", 64))):
+            scheme, n, k = scheme_of(kind, group), 16 * (sms * (each - 1) + 5) - 3, 1100
+            tensors = canonical(scheme, n, k)
+            prepared = on_gpu(tensors, scheme, k)
+            weight, bias = cuda_w4.describe(prepared.tensors, scheme, n, k), tensors["bias"].to("cuda")
+            for rows in (1, tokens, tokens + 3):
+                x = seeded(rows, k, seed=rows).to("cuda", torch.bfloat16)
+                y = cuda_w4.gemm_w4a16(x, weight, bias, torch.bfloat16, plan=(1, tokens, phases, 1, 0, 0))
+                assert_close(y, x, tensors, scheme, k)
+
     @pytest.mark.parametrize("dtype", DTYPES)
     def test_products_by_slices_are_within_rounding(self, dtype: torch.dtype) -> None:
         scheme, n, k = scheme_of("zero point", 64), 203, 1000

@@ -182,7 +182,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kPerSm)
     }
     __syncwarp();
   } else if constexpr (S::kManyWarps) {
-    work_off_slabs<S>(job, shared + (packed_base - ptx::smem_u32(shared)), base, full, all_terms[0], exchange);
+    work_off_slabs<S>(job, shared + (packed_base - ptx::smem_u32(shared)), base, full, all_terms[0]);
   } else {
     if constexpr (S::kMovesRegisters) ptx::registers_increase<S::kConsumerRegisters>();
     const Thread t(S::kWarps, S::kPhases > 1, S::kBits);

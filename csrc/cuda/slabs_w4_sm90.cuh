@@ -135,10 +135,15 @@ __device__ __forceinline__ void multiply_slabs(const Job& job, const Thread& t, 
 // All that a consumer does: its phase's slabs of the CTA's only tile, and its part of the outputs.
 template <typename S>
 __device__ __forceinline__ void work_off_slabs(const Job& job, const uint8_t* packed, uint32_t tokens, uint32_t full,
-                                               Terms<S>& terms, float4* exchange) {
+                                               Terms<S>& terms) {
   const Thread t(S::kWarps, true, S::kBits);
-  const auto channel_of = [&] { return place_of(job, ptx::block_x()).n * S::kChannels; };
-  const auto token_of = [&] { return place_of(job, ptx::block_x()).m * S::kTokens; };
+  // Found anew where it is asked for, and mostly without the divisions, which nothing hides at a tile's end.
+  const auto place = [&] {
+    const int tile = ptx::block_x();
+    return job.tiles_m == 1 ? Place{0, tile} : place_of(job, tile);
+  };
+  const auto channel_of = [&] { return place().n * S::kChannels; };
+  const auto token_of = [&] { return place().m * S::kTokens; };
   if (!job.follows) ptx::grid_dependency_wait();
   terms.start(job, token_of(), channel_of(), Terms<S>::member(t.phase));
   Sums<S> sums;
@@ -148,8 +153,10 @@ __device__ __forceinline__ void work_off_slabs(const Job& job, const uint8_t* pa
     multiply_slabs<S, decltype(shift)::value>(job, t, packed, tokens + t.matrix, full, sums);
   });
   const int warp = ptx::thread_x() >> 5, phase = warp / S::kWarps;  // no register to keep them in
+  if (job.meeting == 0) ptx::named_barrier(kGatherBarrier, S::kConsumers);  // nobody reads a stage any more
+  uint8_t* ring = const_cast<uint8_t*>(packed) - job.stages * S::kTokenBytes;
   float total[S::kPartTokens / 2];
-  if (gather<S>(exchange, phase, sums, total)) {
+  if (gather<S>(reinterpret_cast<float4*>(ring + job.meeting), phase, sums, total)) {
     store_tile<S, S::kPartTokens>(job, token_of(), channel_of() + warp % S::kWarps * kW4Rows, phase * S::kPartTokens,
                                   terms, total);
   }

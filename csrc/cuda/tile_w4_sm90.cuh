@@ -85,9 +85,10 @@ struct Shape {
   static constexpr bool kRelays = kBytes && !kOneSum && kPhases > 1, kGathers = !kRelays && kPhases > 1;
   static constexpr bool kGathersInRing = kGathers && kTokens >= 32;
   static constexpr int kQuads = kTokens / 8;  // float4 of a thread, if it holds all tokens
-  static constexpr int kExchange = kRelays                       ? kPhaseThreads * kQuads
-                                   : kGathers && !kGathersInRing ? kConsumers * kQuads
-                                                                 : 1;
+  static constexpr int kMeetingBytes = kConsumers * kQuads * 16;
+  static constexpr int kExchange = kRelays                                      ? kPhaseThreads * kQuads
+                                   : kGathers && !kGathersInRing && !kManyWarps ? kConsumers * kQuads
+                                                                                : 1;
   // Tiles whose slabs several clusters deal out among themselves: those of floats alone, since totals over groups of
   // integers have an order.
   static constexpr bool kShares = !kBytes && kPhases == 1;
@@ -128,6 +129,7 @@ struct Job {
   int32_t rows, group_rows;  // of scales, as groups_w4.cuh cuts slabs: of K, of a group
   int32_t* counters;
   float* partials;
+  int meeting;  // kManyWarps: bytes from the ring of stages to where phases meet; 0: in it
   int ahead;  // stages whose weights come before the activations are there
   bool waits;  // kManyWarps: not all CTAs run at a time
   bool follows;  // a kernel that had waited for whatever writes the activations
