@@ -258,13 +258,23 @@ class LinearW4A8 {
     alignas(kAlign) uint8_t panel[kPanelK * kBlockN];
     alignas(kAlign) int32_t sums[(kTotalsRows + V::kTileM) * kBlockN];
     std::memset(totals, 0, static_cast<size_t>(rows * kBlockN) * sizeof(Total));
-    Group group;
-    const bool fused = fuses_ && !direct;
+    // The residual of rows of the block, which `finish` adds.
+    const auto ask = [&](Range of) {
+      for (int64_t r = of.begin; p_.residual.rows && r < of.end; ++r)
+        prefetch_residual(p_.residual, p_.y_dtype, (row + block.begin + r) * p_.residual.stride + nb * kBlockN,
+                          kBlockN);
+    };
+    const auto finish = [&](Range of) {
+      for (int64_t r = of.begin; r < of.end; ++r)
+        finish_row(row + block.begin + r, scales[block.begin + r].scale, totals + r * kBlockN, nb * kBlockN, kBlockN);
+    };
     if constexpr (V::kFusesGroups) {
-      if (fused && p_.k > 0)
-        fused_groups(nb, columns, tiles, rows, a, codes, panel, totals, more ? &look_ahead : nullptr);
+      if (fuses_ && !direct && p_.k > 0)
+        return fused_groups(nb, columns, tiles, rows, a, codes, panel, totals, more ? &look_ahead : nullptr, ask,
+                            finish);
     }
-    for (int64_t g = 0; g < (p_.k > 0 && !fused ? groups_ : 0); ++g) {
+    Group group;
+    for (int64_t g = 0; g < (p_.k > 0 ? groups_ : 0); ++g) {
       const int64_t begin = g * group_, end = begin + group_ < p_.k ? begin + group_ : p_.k;
       load_group(nb, g, group);
       if (!p_.act.symmetric) sum_codes(nb, codes, begin, end, panel, group);
@@ -299,20 +309,18 @@ class LinearW4A8 {
         }
       }
     }
-    if (p_.residual.rows) {
-      for (int64_t r = 0; r < rows; ++r)
-        prefetch_residual(p_.residual, p_.y_dtype, (row + block.begin + r) * p_.residual.stride + nb * kBlockN,
-                          kBlockN);
-    }
-    for (int64_t r = 0; r < rows; ++r)
-      finish_row(row + block.begin + r, scales[block.begin + r].scale, totals + r * kBlockN, nb * kBlockN, kBlockN);
+    ask({0, rows});
+    finish({0, rows});
   }
 
   // Groups whose zero points are all 8, or 128, and which fit in a panel: the accumulators start at minus that times
   // sum(a) and end in the totals. Short groups share a panel, so that a tile has more to do at a time. Few tiles take
-  // half as much, since unpacking overlaps with products at the seams alone.
+  // half as much, since unpacking overlaps with products at the seams alone. Each tile is finished behind its last
+  // group: its stores wait for lines of y while the next tile multiplies.
+  template <class Ask, class Finish>
   void fused_groups(int64_t nb, int64_t columns, int64_t tiles, int64_t rows, const uint8_t* a, const uint8_t* codes,
-                    uint8_t* panel, Total* totals, const LookAhead* look_ahead) const {
+                    uint8_t* panel, Total* totals, const LookAhead* look_ahead, const Ask& ask,
+                    const Finish& finish) const {
     alignas(kAlign) Total scale[V::kFusedK / kLineK * kBlockN], origin[V::kFusedK / kLineK * kBlockN];
     const int64_t most = (tiles < 6 ? V::kFusedK / 2 : V::kFusedK) / group_;
     for (int64_t g = 0, count = 1; g < groups_; g += count) {
@@ -327,11 +335,14 @@ class LinearW4A8 {
       for (int64_t t = 0; t < tiles; ++t) {
         const Range tile = share(rows, static_cast<int>(t), static_cast<int>(tiles));
         const uint8_t* from = a + tile.begin * stride_;
+        const bool last = g + count == groups_;
+        if (last) ask(tile);
         V::tile4_groups(
             static_cast<int>(tile.end - tile.begin), from + begin, stride_, reinterpret_cast<const int8_t*>(panel),
             columns, steps / count, count, group_sums(from) + g, scale, floats_ ? origin : nullptr,
             totals + tile.begin * kBlockN,
             look_ahead ? look_ahead->of(begin / kLineK * kLineBytes, t, kBlockN / V::kTileN * steps) : Ahead{});
+        if (last) finish(tile);
       }
     }
   }
