@@ -276,14 +276,19 @@ class LinearWxA16 {
   // Slice by slice of K, so that the rows' part of one is in L2 for all superblocks but the first.
   void superblocks_of(const Piece* pieces, int count, int64_t row, int64_t rows, int64_t tiles, const uint32_t* x,
                       float* panel) const {
-    if (p_.k == 0) std::memset(pieces[0].c, 0, static_cast<size_t>(kGroup * kBlockRows * kBlockN) * sizeof(float));
     for (int64_t k0 = 0; k0 < p_.k; k0 += kSliceDepth) {
-      for (int i = 0; i < count; ++i) slice(pieces[i], k0, rows, tiles, x, panel);
+      for (int i = 0; i < count; ++i) slice(pieces[i], k0, row, rows, tiles, x, panel);
     }
-    for (int i = 0; i < count; ++i) epilogue(row, rows_of(pieces[i].tiles, rows, tiles), pieces[i].nb, pieces[i].c);
+    for (int i = 0; p_.k == 0 && i < count; ++i) {
+      const Range mine = rows_of(pieces[i].tiles, rows, tiles);
+      std::memset(pieces[i].c, 0, static_cast<size_t>(mine.size() * kBlockN) * sizeof(float));
+      epilogue(row, mine, pieces[i].nb, pieces[i].c);
+    }
   }
 
-  void slice(const Piece& piece, int64_t k0, int64_t rows, int64_t tiles, const uint32_t* x, float* panel) const {
+  // A tile goes through the epilogue behind its last slice: stores wait for lines of y while the next one multiplies.
+  void slice(const Piece& piece, int64_t k0, int64_t row, int64_t rows, int64_t tiles, const uint32_t* x,
+             float* panel) const {
     const int64_t nb = piece.nb, first_row = rows_of(piece.tiles, rows, tiles).begin;
     const int64_t columns =
         p_.n - nb * kBlockN < kBlockN ? p_.n - nb * kBlockN : kBlockN;  // tiles of padding are left out
@@ -312,14 +317,15 @@ class LinearWxA16 {
       for (int64_t t = piece.tiles.begin; t < piece.tiles.end; ++t) {
         const Range r = rows_of({t, t + 1}, rows, tiles);
         const uint32_t* a = x + r.begin * stride_ + k0 / V::kUnitK;
+        float* c = piece.c + (r.begin - first_row) * kBlockN;
         for (int i = 0; i < count; ++i) {
           const Segment& s = segments[i];
           const bool offsets = scaled && has_offset_ && s.ends_group;
-          V::tile(static_cast<int>(r.size()), a + s.unit, stride_, column_panel + s.unit * V::kTileN, s.units,
-                  piece.c + (r.begin - first_row) * kBlockN + j,
+          V::tile(static_cast<int>(r.size()), a + s.unit, stride_, column_panel + s.unit * V::kTileN, s.units, c + j,
                   Scaling{scaled ? scale[i] + j : nullptr, offsets ? offset[i] + j : nullptr,
                           offsets ? group_sums(x + r.begin * stride_) + s.group : nullptr, stride_, k0 == 0 && i == 0});
         }
+        if (k1 == p_.k && j + V::kTileN >= columns) epilogue(row, r, nb, c);
       }
     }
   }
