@@ -251,11 +251,12 @@ class LinearWxA16 {
         float* c = area + kSliceDepth * kBlockN;
         for (; count < kGroup && u < mine.end; ++count) {
           const int64_t first = u % width, last = width - first < mine.end - u ? width : first + (mine.end - u);
-          pieces[count] = {u / width, {block.begin + first, block.begin + last}, c};
-          c += rows_of({block.begin + first, block.begin + last}, rows, tiles).size() * kBlockN;
-          u += last - first;
+          const Range of = {block.begin + first, block.begin + last};
+          pieces[count] = {u / width, of, c};
+          c += rows_of(of, rows, tiles).size() * kBlockN;
+          u += of.size();
         }
-        superblocks_of(pieces, count, row, rows, tiles, x, area);
+        multiply(pieces, count, row, rows, tiles, x, area);
       }
     }
   }
@@ -274,8 +275,8 @@ class LinearWxA16 {
   };
 
   // Slice by slice of K, so that the rows' part of one is in L2 for all superblocks but the first.
-  void superblocks_of(const Piece* pieces, int count, int64_t row, int64_t rows, int64_t tiles, const uint32_t* x,
-                      float* panel) const {
+  void multiply(const Piece* pieces, int count, int64_t row, int64_t rows, int64_t tiles, const uint32_t* x,
+                float* panel) const {
     for (int64_t k0 = 0; k0 < p_.k; k0 += kSliceDepth) {
       for (int i = 0; i < count; ++i) slice(pieces[i], k0, row, rows, tiles, x, panel);
     }

@@ -85,7 +85,7 @@ struct Shape {
   static constexpr bool kRelays = kBytes && !kOneSum && kPhases > 1, kGathers = !kRelays && kPhases > 1;
   static constexpr bool kGathersInRing = kGathers && kTokens >= 32;
   static constexpr int kQuads = kTokens / 8;  // float4 of a thread, if it holds all tokens
-  static constexpr int kMeetingBytes = kConsumers * kQuads * 16;
+  static constexpr int kMeetingBytes = kConsumers * kQuads * 16;  // kManyWarps: of everybody's sums
   static constexpr int kExchange = kRelays                                      ? kPhaseThreads * kQuads
                                    : kGathers && !kGathersInRing && !kManyWarps ? kConsumers * kQuads
                                                                                 : 1;
