@@ -249,12 +249,12 @@ class TestW4A16:
 
     @pytest.mark.parametrize(("tokens", "phases"), [(8, 4), (16, 4), (8, 8), (16, 8)])
     def test_few_tokens_of_every_width(self, tokens: int, phases: int) -> None:
-        """From a block of 16 channels for each multiprocessor to more tiles than run at a time, none of them even."""
+        """From five blocks of 16 channels to more tiles than run at a time; stages that are used again where few."""
         if cuda.capability(torch.cuda.current_device()) != 90:
             pytest.skip("wgmma is an instruction of compute capability 9.0")
         sms = torch.cuda.get_device_properties("cuda").multi_processor_count
         for each, (kind, group) in itertools.product(range(1, 10), (("symmetric", 128), ("zero point", 64))):
-            scheme, n, k = scheme_of(kind, group), 16 * (sms * (each - 1) + 5) - 3, 1100
+            scheme, n, k = scheme_of(kind, group), 16 * (sms * (each - 1) + 5) - 3, 4200 if each < 3 else 1100
             tensors = canonical(scheme, n, k)
             prepared = on_gpu(tensors, scheme, k)
             weight, bias = cuda_w4.describe(prepared.tensors, scheme, n, k), tensors["bias"].to("cuda")

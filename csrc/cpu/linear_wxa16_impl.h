@@ -19,7 +19,7 @@
 //   make_table<W>(codebook)     operand of the decoders
 //   stream<W>(rows, ...)        c [rows, 64] += (x @ q^T) * scale + sums * offset, over the lines of a piece of K
 //   panel<W>(...)               decodes one piece of K for the tiles
-//   tile(rows, ...)             c [rows, kTileN] += (x @ panel) [* scale + sums * offset]
+//   tile(rows, ...)             c [rows, kTileN] += (x @ panel) [* scale + sums * offset], or = where a sum begins
 //
 // M <= stream_max decodes weights in registers and never stores them, one sequential stream for each thread:
 //
@@ -49,7 +49,7 @@ namespace {
 
 constexpr int64_t kCopyBytes = 16 << 20;  // activations copied at a time
 constexpr int64_t kBlockRows = 288;  // rows that share one decoded panel: 72 KiB of sums
-constexpr int kGroup = 4;  // superblocks that a slice of the rows serves before the next one
+constexpr int kGroup = 4;  // superblocks that a slice of the rows serves before the next one: 640 KiB with all of them
 constexpr int64_t kSliceDepth = 256;  // k of a panel: 64 KiB in fp32
 constexpr int64_t kUnitPad = 16;  // units; keeps rows of a power-of-two K from falling on one cache set
 constexpr int64_t kMacsPerThread = 64 << 10;  // below this, another thread costs more than it saves
@@ -68,11 +68,11 @@ inline int64_t copied_rows(int64_t m, int64_t k, int64_t group) {
   return m < rows ? m : rows;
 }
 
-inline int64_t thread_floats() { return (kSliceDepth + kGroup * kBlockRows) * kBlockN; }
+inline int64_t thread_floats(int64_t m) { return (kSliceDepth + kGroup * (m < kBlockRows ? m : kBlockRows)) * kBlockN; }
 
 inline int64_t linear_wxa16_scratch_bytes(int64_t m, int64_t k, int64_t group, int threads) {
   const int64_t copies = m <= kRedundantRows ? threads : 1;
-  return 4 * (copies * copied_rows(m, k, group) * row_units(k, group) + threads * thread_floats());
+  return 4 * (copies * copied_rows(m, k, group) * row_units(k, group) + threads * thread_floats(m));
 }
 
 template <class V, class W>
@@ -101,7 +101,7 @@ class LinearWxA16 {
     float* const work_areas = reinterpret_cast<float*>(copies + (redundant ? threads : 1) * chunk * stride_);
     parallel(threads, [&](int thread, int team) {
       uint32_t* x = copies + (redundant ? thread * chunk * stride_ : 0);
-      float* area = work_areas + thread * thread_floats();
+      float* area = work_areas + thread * thread_floats(p_.m);
       for (int64_t row = 0; row < p_.m; row += chunk) {
         const int64_t rows = p_.m - row < chunk ? p_.m - row : chunk;
         copy_rows(row, redundant ? Range{0, rows} : share(rows, thread, team), x);
@@ -232,6 +232,7 @@ class LinearWxA16 {
                                         has_offset_ ? group_sums(from) + g : nullptr, stride_});
         }
       }
+      ask_residual(0, mine, nb);
       epilogue(0, mine, nb, c);
     }
   }
@@ -243,7 +244,7 @@ class LinearWxA16 {
     const int64_t blocks = ceil_div(tiles, kBlockRows / V::kTileM);
     for (int64_t b = 0; b < blocks; ++b) {
       const Range block = share(tiles, static_cast<int>(b), static_cast<int>(blocks));
-      const int64_t width = block.end - block.begin;
+      const int64_t width = block.size();
       const Range mine = share(superblocks * width, thread, team);
       for (int64_t u = mine.begin; u < mine.end;) {
         Piece pieces[kGroup];
@@ -319,6 +320,8 @@ class LinearWxA16 {
         const Range r = rows_of({t, t + 1}, rows, tiles);
         const uint32_t* a = x + r.begin * stride_ + k0 / V::kUnitK;
         float* c = piece.c + (r.begin - first_row) * kBlockN;
+        const bool ends = k1 == p_.k && j + V::kTileN >= columns;
+        if (ends) ask_residual(row, r, nb);
         for (int i = 0; i < count; ++i) {
           const Segment& s = segments[i];
           const bool offsets = scaled && has_offset_ && s.ends_group;
@@ -326,18 +329,20 @@ class LinearWxA16 {
                   Scaling{scaled ? scale[i] + j : nullptr, offsets ? offset[i] + j : nullptr,
                           offsets ? group_sums(x + r.begin * stride_) + s.group : nullptr, stride_, k0 == 0 && i == 0});
         }
-        if (k1 == p_.k && j + V::kTileN >= columns) epilogue(row, r, nb, c);
+        if (ends) epilogue(row, r, nb, c);
       }
     }
   }
 
   // ---- epilogue ----------------------------------------------------------------------------------------------
 
+  // Of what epilogue adds.
+  void ask_residual(int64_t row, Range rows, int64_t nb) const {
+    for (int64_t r = rows.begin; p_.residual.rows && r < rows.end; ++r)
+      prefetch_residual(p_.residual, p_.y_dtype, (row + r) * p_.residual.stride + nb * kBlockN, kBlockN);
+  }
+
   void epilogue(int64_t row, Range rows, int64_t nb, const float* c) const {
-    if (p_.residual.rows) {
-      for (int64_t r = rows.begin; r < rows.end; ++r)
-        prefetch_residual(p_.residual, p_.y_dtype, (row + r) * p_.residual.stride + nb * kBlockN, kBlockN);
-    }
     switch (p_.y_dtype) {
       case DType::kF32:
         return epilogue_as<DType::kF32>(row, rows, nb, c);

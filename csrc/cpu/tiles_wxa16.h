@@ -5,14 +5,13 @@
 //   Value                       kLanes columns x one unit of weights
 //   decode<W, unit>(raw, table) unit u of a line; stream_decode likewise, for streams (see stream_bias)
 //   broadcast(p)                one unit of an activation row, in every column
-//   mac(c, value, x)            c += value * x: one fused multiply-add, or one bf16 dot product; mac_at(c, value, p)
-//   with
-//                               the unit at p
+//   mac(c, value, x)            c += value * x: one fused multiply-add, or one bf16 dot product
+//   mac_at(c, value, p)         the same with the unit at p
 //   fma(a, b, c)                a * b + c
 //   load_value, store_value     panel elements
 //   kTileVecs                   vectors of columns in the tile
-//   stream_vecs(rows)           vectors of columns that a stream decodes side by side, so that accumulators fit the
-//   registers kEmbedsBroadcast            mac_at is as cheap as mac, so activations need no registers
+//   stream_vecs(rows)           vectors of columns that a stream decodes at once, so that accumulators fit
+//   kEmbedsBroadcast            mac_at is as cheap as mac, so activations need no registers
 #pragma once
 
 #include <cstdint>
@@ -43,7 +42,7 @@ struct WeightTiles : T {
     return (W::kBits == 4 ? 8 : 4) / kUnitK;
   }
 
-  // c [kRows, kVecs * kLanes] (rows of 64) += what `acc` holds, scaled.
+  // c [kRows, kVecs * kLanes] (rows of 64) += what `acc` holds, scaled; or = that.
   template <int kRows, int kVecs>
   QK_INLINE static void add_scaled(const F (&acc)[kRows][kVecs], float* c, const Scaling& s) {
     unroll<kVecs>([&](auto v) QK_INLINE {

@@ -8,7 +8,7 @@ namespace qk {
 namespace {
 
 // 12 x 32 tile: 24 accumulators, 2 weight registers, 1 for the broadcast activation, of 32. 256 k of 32 columns are
-// 32 KiB, which stay in L1; those of a 6 x 64 tile came from L2.
+// 32 KiB, which an L1 of 48 keeps; those of a 6 x 64 tile came from L2.
 struct Avx512 : ZmmVerbs {
   static constexpr int kUnitK = 1, kTileM = 12, kTileVecs = 2, kStreamRows = 6;
   static constexpr bool kStreams = true;

@@ -20,13 +20,13 @@ struct W4Codebook {
   static constexpr bool kBook = true;
 };
 
-// How a piece of K enters the sums: c += acc * scale + sums[row * sum_stride] * offset.
+// How a piece of K enters the sums: c += acc * scale + sums[row * sum_stride] * offset, or c = that.
 struct Scaling {
   const float* scale;  // [columns] or nullptr: 1
   const float* offset;  // [columns] or nullptr: 0
   const float* sums;  // of the piece's activations; read only with an offset
   int64_t sum_stride;
-  bool begins = false;  // nothing is in c yet
+  bool begins = false;  // nothing is in c yet; of tiles, since streams find zeros there
 };
 
 }  // namespace

@@ -459,7 +459,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kPerSm)
         float4* meeting =
             S::kGathersInRing ? reinterpret_cast<float4*>(shared + (base - ptx::smem_u32(shared))) : exchange;
         typename S::Total total[S::kPartTokens / 2];
-        if (gather<S>(meeting, t.phase, sums, total)) {
+        if (gather<S>(meeting, S::kGathersInRing, t.phase, sums, total)) {
           store_tile<S, S::kPartTokens>(job, m0, n0, t.phase * S::kPartTokens, terms, total);
         }
       } else {

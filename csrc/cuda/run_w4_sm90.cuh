@@ -81,8 +81,8 @@ void run_shape(Job job, const void* x, int64_t x_stride, const W4Plan& plan, boo
     return stages - stages % kMultiple;
   };
   job.stages = stages_in(room);
-  // Phases meet where they had their stages if those would be fewer otherwise (4096 x 4096 and 14336 x 4096 at 16
-  // tokens on an H200: 16 stages instead of 8, 6.2 -> 4.8 and 15.9 -> 11.9 us).
+  // Phases meet where they had their stages if those would be fewer otherwise (16 tokens by tiles of 32 channels: 8
+  // instead of 16).
   if (S::kManyWarps && stages_in(room - S::kMeetingBytes) == job.stages) job.meeting = job.stages * stage_bytes;
   // A kernel over a few rows, which this one waits for, stands in line behind the weights that come early, and is done
   // before all stages are full (the same layers, one token and 8: 0.78 and 0.84 ms, with half of the stages 0.76 and
@@ -103,7 +103,7 @@ void run_shape(Job job, const void* x, int64_t x_stride, const W4Plan& plan, boo
   shape.block = dim3(S::kThreads);
   const int bytes_used = job.stages * S::kTokenBytes + (S::kHalves ? S::kCodeStages : job.stages) * job.packed_bytes +
                          (job.meeting > 0 ? S::kMeetingBytes : 0) + kAlignment;
-  shape.shared_bytes = static_cast<size_t>(alone && bytes_used <= kHalfBytes ? kHalfBytes + 4096 : bytes_used);
+  shape.shared_bytes = static_cast<size_t>(alone ? std::max(bytes_used, kHalfBytes + 4096) : bytes_used);
   shape.cluster_x = S::kCluster;
   shape.dependent = dependent || job.follows;
   launch(gemm_kernel<S>, shape, stream, name, map, job);

@@ -129,14 +129,15 @@ __device__ __forceinline__ void take_four(int32_t* d, float4 v) {
 }
 
 // The totals of the tokens kPartTokens * phase ... of a tile whose phases are through; but for a relay's, everybody's
-// are added up, floats in the order of the phases. False: no part is left for this phase.
+// are added up, floats in the order of the phases. in_ring: they meet in the stages. False: no part is left for this
+// phase.
 template <typename S>
-__device__ __forceinline__ bool gather(float4* exchange, int phase, const Sums<S>& sums,
+__device__ __forceinline__ bool gather(float4* exchange, bool in_ring, int phase, const Sums<S>& sums,
                                        typename S::Total (&total)[S::kPartTokens / 2]) {
   constexpr int kPartQuads = S::kPartTokens / 8;
   float4* own = exchange + threadIdx.x % S::kPhaseThreads;
   if constexpr (S::kGathers) {
-    if (S::kGathersInRing) ptx::named_barrier(kGatherBarrier, S::kConsumers);  // nobody reads a stage any more
+    if (in_ring) ptx::named_barrier(kGatherBarrier, S::kConsumers);  // nobody reads a stage any more
 #pragma unroll
     for (int q = 0; q < S::kQuads; ++q) {
       own[(phase * S::kQuads + q) * S::kPhaseThreads] = four_of(sums.total + 4 * q);

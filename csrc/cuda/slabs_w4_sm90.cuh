@@ -153,10 +153,9 @@ __device__ __forceinline__ void work_off_slabs(const Job& job, const uint8_t* pa
     multiply_slabs<S, decltype(shift)::value>(job, t, packed, tokens + t.matrix, full, sums);
   });
   const int warp = ptx::thread_x() >> 5, phase = warp / S::kWarps;  // no register to keep them in
-  if (job.meeting == 0) ptx::named_barrier(kGatherBarrier, S::kConsumers);  // nobody reads a stage any more
   uint8_t* ring = const_cast<uint8_t*>(packed) - job.stages * S::kTokenBytes;
   float total[S::kPartTokens / 2];
-  if (gather<S>(reinterpret_cast<float4*>(ring + job.meeting), phase, sums, total)) {
+  if (gather<S>(reinterpret_cast<float4*>(ring + job.meeting), job.meeting == 0, phase, sums, total)) {
     store_tile<S, S::kPartTokens>(job, token_of(), channel_of() + warp % S::kWarps * kW4Rows, phase * S::kPartTokens,
                                   terms, total);
   }

@@ -81,13 +81,14 @@ struct Shape {
   // four warpgroups of consumers.
   static constexpr bool kMovesRegisters = kPerSm == 1 ? kPhases == 1 || kTokens >= 32 : kTokens >= 64;
   static constexpr int kThreads = kConsumers + (kMovesRegisters ? 128 : 32 * kProducers);
-  // What phases tell one another: a running total, or everybody's sums, in the ring of stages where they are many.
+  // What phases tell one another: a running total, or everybody's sums, in the ring of stages where they are many; of
+  // kManyWarps there or behind it (Job::meeting).
   static constexpr bool kRelays = kBytes && !kOneSum && kPhases > 1, kGathers = !kRelays && kPhases > 1;
   static constexpr bool kGathersInRing = kGathers && kTokens >= 32;
   static constexpr int kQuads = kTokens / 8;  // float4 of a thread, if it holds all tokens
-  static constexpr int kMeetingBytes = kConsumers * kQuads * 16;  // kManyWarps: of everybody's sums
+  static constexpr int kMeetingBytes = kConsumers * kQuads * 16;  // of everybody's sums
   static constexpr int kExchange = kRelays                                      ? kPhaseThreads * kQuads
-                                   : kGathers && !kGathersInRing && !kManyWarps ? kConsumers * kQuads
+                                   : kGathers && !kGathersInRing && !kManyWarps ? kMeetingBytes / 16
                                                                                 : 1;
   // Tiles whose slabs several clusters deal out among themselves: those of floats alone, since totals over groups of
   // integers have an order.
