@@ -84,12 +84,16 @@ struct Activations {
   }
 };
 
-// Asks for elements [at, at + n) of a residual, of 2 or 4 bytes each: a tile touches a few columns of every row, which
-// no hardware prefetcher follows.
-inline void prefetch_residual(const ResidualArgs& residual, DType dtype, int64_t at, int64_t n) {
+// Asks for columns [column, column + columns) of rows [row, row + rows) of a residual, if there is one, elements of 2
+// or 4 bytes: a tile touches a few columns of every row, which no hardware prefetcher follows.
+inline void prefetch_residual(const ResidualArgs& residual, DType dtype, int64_t row, int64_t rows, int64_t column,
+                              int64_t columns) {
+  if (!residual.rows) return;
   const int64_t bytes = dtype == DType::kF32 ? 4 : 2;
-  const char* from = static_cast<const char*>(residual.rows) + at * bytes;
-  for (int64_t i = 0; i < n * bytes; i += kAlign) __builtin_prefetch(from + i);
+  for (int64_t r = row; r < row + rows; ++r) {
+    const char* from = static_cast<const char*>(residual.rows) + (r * residual.stride + column) * bytes;
+    for (int64_t i = 0; i < columns * bytes; i += kAlign) __builtin_prefetch(from + i);
+  }
 }
 
 // v plus lanes [at, at + n) of a residual of dtype D.

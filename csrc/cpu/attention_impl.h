@@ -164,7 +164,7 @@ class Attention {
   }
 
   void pack_keys(int64_t from, Range keys, const Scratch& scratch) const {
-    const int64_t count = keys.end - keys.begin, vecs = ceil_div(count, V::kLanes);
+    const int64_t count = keys.size(), vecs = ceil_div(count, V::kLanes);
     const F scale = V::set(p_.scale);
     for (int64_t j = 0; j < vecs; ++j) {
       const int64_t panel = j / V::kTileVecs * V::kTileVecs;
@@ -196,7 +196,7 @@ class Attention {
   }
 
   void pack_values(int64_t from, Range keys, const Scratch& scratch) const {
-    const int64_t count = keys.end - keys.begin;
+    const int64_t count = keys.size();
     for (int64_t panel = 0; panel < sizes_.width; panel += kTile) {
       const int64_t width = sizes_.width - panel < kTile ? sizes_.width - panel : kTile;
       float* to = scratch.values + panel * count;
@@ -210,7 +210,7 @@ class Attention {
   // ---- one block of queries over one part of the keys ------------------------------------------------------------
 
   void attend(const Block& block, Range keys, int64_t index, const Scratch& scratch) const {
-    const int64_t count = keys.end - keys.begin, rows = block.rows.end - block.rows.begin;
+    const int64_t count = keys.size(), rows = block.rows.size();
     const int64_t last = keys_end(block) - keys.begin, seen = last < count ? last : count;
     const int64_t vecs = ceil_div(seen, V::kLanes), packed_vecs = ceil_div(count, V::kLanes);
     const bool first = keys.begin == 0;
@@ -261,7 +261,7 @@ class Attention {
   const float* queries_of(const Block& block, const Scratch& scratch, int64_t* step) const {
     const int64_t from = at(p_.q_step, block.batch, block.head, block.rows.begin);
     if (D == DType::kF32) return static_cast<const float*>(p_.q) + from;
-    for (int64_t r = 0; r < block.rows.end - block.rows.begin; ++r)
+    for (int64_t r = 0; r < block.rows.size(); ++r)
       widen_row(p_.q, from + r * p_.q_step.token, scratch.queries + r * sizes_.width);
     *step = sizes_.width;
     return scratch.queries;
@@ -271,7 +271,7 @@ class Attention {
   template <MaskKind kMask>
   void weigh(const Block& block, int64_t first_key, int64_t seen, bool first, int64_t index,
              const Scratch& scratch) const {
-    const int64_t vecs = ceil_div(seen, V::kLanes), rows = block.rows.end - block.rows.begin;
+    const int64_t vecs = ceil_div(seen, V::kLanes), rows = block.rows.size();
     float *largest = scratch.largest + index, *total = scratch.total + index;
     alignas(kAlign) float before[kBlockQueries];
     // Two loops over the rows: the processor looks ahead far enough for the next rows of either, not for both at once.

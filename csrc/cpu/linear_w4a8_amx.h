@@ -403,9 +403,7 @@ class LinearW4A8Amx : PanelsW4A8Amx<V, kWhole> {
     const int64_t n0 = nb * kBlockN, columns = p_.n - n0 < kBlockN ? p_.n - n0 : kBlockN;
     const int64_t bytes = steps_ * kSpan * kBytesPerK;
     const int64_t slice = shared ? kSliceSteps : kSliceStepsAlone;
-    const int64_t most = block.end - block.begin <= 2        ? kFewTilesSteps
-                         : this->group_ <= slice / 2 * kSpan ? slice
-                                                             : kPanelSteps;
+    const int64_t most = block.size() <= 2 ? kFewTilesSteps : this->group_ <= slice / 2 * kSpan ? slice : kPanelSteps;
     const uint8_t* codes = p_.packed + nb * bytes;
     const int32_t* row_sums = reinterpret_cast<const int32_t*>(q + this->sums_at(row));
     for (int64_t k = 0; k < p_.k;) {
@@ -438,10 +436,7 @@ class LinearW4A8Amx : PanelsW4A8Amx<V, kWhole> {
           told.pending.row = row + first;
           told.pending.n0 = n0 + j;
           told.pending.scales = scales + first;
-          if (last && p_.residual.rows) {
-            for (int64_t r = 0; r < count; ++r)
-              prefetch_residual(p_.residual, p_.y_dtype, (row + first + r) * p_.residual.stride + n0 + j, kPairRows);
-          }
+          if (last) prefetch_residual(p_.residual, p_.y_dtype, row + first, count, n0 + j, kPairRows);
           const int64_t even = kPlain && count > kTileRows && flow.pending.rows % kPairRows == 0 ? ws.even_groups : 0;
           if (even > 0 && shared && multiply_even<true>(even, told, ws, flow)) continue;
           if (even > 0 && !shared && multiply_even<false>(even, told, ws, flow)) continue;

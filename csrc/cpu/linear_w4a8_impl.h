@@ -244,7 +244,7 @@ class LinearW4A8 {
 
   // more: whether the thread goes on to the next one.
   void superblock(int64_t nb, int64_t row, Range block, bool more, const uint8_t* q, const RowScale* scales) const {
-    const int64_t rows = block.end - block.begin, tiles = ceil_div(rows, V::kTileM);
+    const int64_t rows = block.size(), tiles = ceil_div(rows, V::kTileM);
     const bool direct = !joins_ && rows <= direct_rows_;
     const int64_t columns =
         p_.n - nb * kBlockN < kBlockN ? p_.n - nb * kBlockN : kBlockN;  // tiles of padding are left out
@@ -258,11 +258,9 @@ class LinearW4A8 {
     alignas(kAlign) uint8_t panel[kPanelK * kBlockN];
     alignas(kAlign) int32_t sums[(kTotalsRows + V::kTileM) * kBlockN];
     std::memset(totals, 0, static_cast<size_t>(rows * kBlockN) * sizeof(Total));
-    // The residual of rows of the block, which `finish` adds.
-    const auto ask = [&](Range of) {
-      for (int64_t r = of.begin; p_.residual.rows && r < of.end; ++r)
-        prefetch_residual(p_.residual, p_.y_dtype, (row + block.begin + r) * p_.residual.stride + nb * kBlockN,
-                          kBlockN);
+    // What `finish` adds to rows of the block.
+    const auto prefetch = [&](Range of) {
+      prefetch_residual(p_.residual, p_.y_dtype, row + block.begin + of.begin, of.size(), nb * kBlockN, kBlockN);
     };
     const auto finish = [&](Range of) {
       for (int64_t r = of.begin; r < of.end; ++r)
@@ -270,7 +268,7 @@ class LinearW4A8 {
     };
     if constexpr (V::kFusesGroups) {
       if (fuses_ && !direct && p_.k > 0)
-        return fused_groups(nb, columns, tiles, rows, a, codes, panel, totals, more ? &look_ahead : nullptr, ask,
+        return fused_groups(nb, columns, tiles, rows, a, codes, panel, totals, more ? &look_ahead : nullptr, prefetch,
                             finish);
     }
     Group group;
@@ -299,7 +297,7 @@ class LinearW4A8 {
         for (int j = 0; j < columns; j += V::kTileN) {
           for (int64_t t = 0; t < tiles; ++t) {
             const Range tile = share(rows, static_cast<int>(t), static_cast<int>(tiles));
-            V::tile4(static_cast<int>(tile.end - tile.begin), a + tile.begin * stride_ + k0, stride_,
+            V::tile4(static_cast<int>(tile.size()), a + tile.begin * stride_ + k0, stride_,
                      reinterpret_cast<const int8_t*>(panel) + j * kPackK, steps, c, k0 > begin,
                      more ? look_ahead.of(k0 / kLineK * kLineBytes, j / V::kTileN * tiles + t, steps) : Ahead{});
             if (k0 + depth == end)
@@ -309,7 +307,7 @@ class LinearW4A8 {
         }
       }
     }
-    ask({0, rows});
+    prefetch({0, rows});
     finish({0, rows});
   }
 
@@ -317,9 +315,9 @@ class LinearW4A8 {
   // sum(a) and end in the totals. Short groups share a panel, so that a tile has more to do at a time. Few tiles take
   // half as much, since unpacking overlaps with products at the seams alone. Each tile is finished behind its last
   // group: its stores wait for lines of y while the next tile multiplies.
-  template <class Ask, class Finish>
+  template <class Prefetch, class Finish>
   void fused_groups(int64_t nb, int64_t columns, int64_t tiles, int64_t rows, const uint8_t* a, const uint8_t* codes,
-                    uint8_t* panel, Total* totals, const LookAhead* look_ahead, const Ask& ask,
+                    uint8_t* panel, Total* totals, const LookAhead* look_ahead, const Prefetch& prefetch,
                     const Finish& finish) const {
     alignas(kAlign) Total scale[V::kFusedK / kLineK * kBlockN], origin[V::kFusedK / kLineK * kBlockN];
     const int64_t most = (tiles < 6 ? V::kFusedK / 2 : V::kFusedK) / group_;
@@ -336,10 +334,10 @@ class LinearW4A8 {
         const Range tile = share(rows, static_cast<int>(t), static_cast<int>(tiles));
         const uint8_t* from = a + tile.begin * stride_;
         const bool last = g + count == groups_;
-        if (last) ask(tile);
+        if (last) prefetch(tile);
         V::tile4_groups(
-            static_cast<int>(tile.end - tile.begin), from + begin, stride_, reinterpret_cast<const int8_t*>(panel),
-            columns, steps / count, count, group_sums(from) + g, scale, floats_ ? origin : nullptr,
+            static_cast<int>(tile.size()), from + begin, stride_, reinterpret_cast<const int8_t*>(panel), columns,
+            steps / count, count, group_sums(from) + g, scale, floats_ ? origin : nullptr,
             totals + tile.begin * kBlockN,
             look_ahead ? look_ahead->of(begin / kLineK * kLineBytes, t, kBlockN / V::kTileN * steps) : Ahead{});
         if (last) finish(tile);

@@ -126,7 +126,7 @@ class LinearW8A8Amx : LinearW8A8<V> {
                         // The next slice, or the first one of the next superblock, shared among this one's steps.
                         meanwhile.ahead = weights + (s0 + depth) * PackedTiles::kStep;
                         meanwhile.apart = depth * PackedTiles::kStep / kStreams;
-                        const int64_t pairs = kBlockN / kPairRows * (range.end - range.begin);
+                        const int64_t pairs = kBlockN / kPairRows * range.size();
                         meanwhile.lines = more || !last ? ceil_div(PackedTiles::kStep / 64, kStreams * pairs) : 0;
                         int32_t* c = sums;
                         for (int j = 0; j < columns.count; j += kPairRows) {

@@ -162,7 +162,7 @@ class LinearW8A8 {
     const int64_t blocks = ceil_div(tiles, block_tiles);
     for (int64_t b = 0; b < blocks; ++b) {
       const Range block = share(tiles, static_cast<int>(b), static_cast<int>(blocks));
-      const int64_t width = block.end - block.begin;
+      const int64_t width = block.size();
       const Range mine = share(superblocks_ * width, thread, team);
       for (int64_t u = mine.begin; u < mine.end;) {
         int64_t nb = u / width;
@@ -244,7 +244,7 @@ class LinearW8A8 {
         const int8_t* b = weights + k0 * kBlockN + j * kPackK;
         for (int64_t t = range.begin; t < range.end; ++t) {
           const Range tile_rows = share(rows, static_cast<int>(t), static_cast<int>(tiles));
-          const int64_t count = tile_rows.end - tile_rows.begin;
+          const int64_t count = tile_rows.size();
           if (last) prefetch(row, tile_rows, *columns.member, n0 + j, V::kTileN);
           const uint8_t* a = q + tile_rows.begin * stride_ + k0;
           const int64_t steps = round_up(depth, V::kDepthAlign) / kPackK;
@@ -262,7 +262,7 @@ class LinearW8A8 {
   // slice behind them (slices are not all of one depth), or a superblock where that is less.
   Ahead look_ahead(const int8_t* weights, int64_t depth, Range range, int64_t t, int64_t column, bool more) const {
     constexpr int64_t kColumns = kBlockN / V::kTileN;
-    const int64_t tiles = range.end - range.begin, bytes = padded_k(depth) * kBlockN;
+    const int64_t tiles = range.size(), bytes = padded_k(depth) * kBlockN;
     if (kColumns * tiles == 1) return streams_ ? ahead_in_stream(weights) : Ahead{};
     if (!more) return {};
     const int64_t behind = p_.k < V::kSliceK ? padded_k(p_.k) : V::kSliceK;
@@ -344,8 +344,8 @@ class LinearW8A8 {
                                   w.y,
                                   (row + tile_rows.begin) * w.y_stride + n0,
                                   w.y_stride};
-      V::template finished_tile<D>(static_cast<int>(tile_rows.end - tile_rows.begin), q + tile_rows.begin * stride_,
-                                   stride_, weights, steps, epilogue, look_ahead(weights, p_.k, range, t, 0, more));
+      V::template finished_tile<D>(static_cast<int>(tile_rows.size()), q + tile_rows.begin * stride_, stride_, weights,
+                                   steps, epilogue, look_ahead(weights, p_.k, range, t, 0, more));
       if constexpr (D == DType::kF32) {
         if (w.function != Activation::kNone) apply_function(w, row, tile_rows, n0);
       }
@@ -366,9 +366,7 @@ class LinearW8A8 {
 
   // The residual of a tile, while its product runs.
   void prefetch(int64_t row, Range rows, const LinearW8A8Args& w, int64_t column, int64_t columns) const {
-    if (!w.residual.rows) return;
-    for (int64_t r = rows.begin; r < rows.end; ++r)
-      prefetch_residual(w.residual, w.y_dtype, (row + r) * w.residual.stride + column, columns);
+    prefetch_residual(w.residual, w.y_dtype, row + rows.begin, rows.size(), column, columns);
   }
 
   // Columns [j, j + kPitch) of the superblock; c has kPitch columns. kStreams: see store_row.h.

@@ -218,7 +218,7 @@ class LinearWxA16 {
     if constexpr (V::kStreams) {
       alignas(kAlign) float scale[kBlockN], offset[kBlockN];
       const Range mine = rows_of(range, rows, tiles);
-      std::memset(c, 0, static_cast<size_t>((mine.end - mine.begin) * kBlockN) * sizeof(float));
+      std::memset(c, 0, static_cast<size_t>((mine.size()) * kBlockN) * sizeof(float));
       for (int i = 0; i < kBlockN; ++i) offset[i] = -bias_;
       for (int64_t g = 0; g < groups_; ++g) {
         const int64_t k = g * group_, end = k + group_ < p_.k ? k + group_ : p_.k;
@@ -226,13 +226,13 @@ class LinearWxA16 {
         for (int64_t t = range.begin; t < range.end; ++t) {
           const Range r = rows_of({t, t + 1}, rows, tiles);
           const uint32_t* from = x + r.begin * stride_;
-          V::template stream<W>(static_cast<int>(r.end - r.begin), from + k / V::kUnitK, stride_, line(nb, k),
+          V::template stream<W>(static_cast<int>(r.size()), from + k / V::kUnitK, stride_, line(nb, k),
                                 ceil_div(end - k, kLineK), table_, c + (r.begin - mine.begin) * kBlockN,
                                 Scaling{W::kBits == 4 ? scale : nullptr, has_offset_ ? offset : nullptr,
                                         has_offset_ ? group_sums(from) + g : nullptr, stride_});
         }
       }
-      ask_residual(0, mine, nb);
+      prefetch(0, mine, nb);
       epilogue(0, mine, nb, c);
     }
   }
@@ -321,7 +321,7 @@ class LinearWxA16 {
         const uint32_t* a = x + r.begin * stride_ + k0 / V::kUnitK;
         float* c = piece.c + (r.begin - first_row) * kBlockN;
         const bool ends = k1 == p_.k && j + V::kTileN >= columns;
-        if (ends) ask_residual(row, r, nb);
+        if (ends) prefetch(row, r, nb);
         for (int i = 0; i < count; ++i) {
           const Segment& s = segments[i];
           const bool offsets = scaled && has_offset_ && s.ends_group;
@@ -336,10 +336,9 @@ class LinearWxA16 {
 
   // ---- epilogue ----------------------------------------------------------------------------------------------
 
-  // Of what epilogue adds.
-  void ask_residual(int64_t row, Range rows, int64_t nb) const {
-    for (int64_t r = rows.begin; p_.residual.rows && r < rows.end; ++r)
-      prefetch_residual(p_.residual, p_.y_dtype, (row + r) * p_.residual.stride + nb * kBlockN, kBlockN);
+  // What epilogue adds.
+  void prefetch(int64_t row, Range rows, int64_t nb) const {
+    prefetch_residual(p_.residual, p_.y_dtype, row + rows.begin, rows.size(), nb * kBlockN, kBlockN);
   }
 
   void epilogue(int64_t row, Range rows, int64_t nb, const float* c) const {

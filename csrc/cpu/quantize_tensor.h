@@ -285,8 +285,7 @@ class Quantize {
     if (!ragged) {
       const Range range = share(p_.channels * whole, thread, team);
       const int64_t at = range.begin * size;
-      return granules(x_at(at), q_at(p_.kind == QKind::kInt4 ? at / 2 : at), size, range.begin,
-                      range.end - range.begin);
+      return granules(x_at(at), q_at(p_.kind == QKind::kInt4 ? at / 2 : at), size, range.begin, range.size());
     }
     const Range range = share(p_.channels, thread, team);
     const int64_t rest = p_.inner - whole * size, in_row = whole + (rest > 0);
@@ -314,7 +313,7 @@ class Quantize {
       for (int t = 0; t < team; ++t) whole.merge(partial[t]);
       const Params result = params_of(whole, c);
       if (thread == 0) publish(result, c);
-      for (int64_t turn = ceil_div(range.end - range.begin, kBackward); turn-- > 0;) {
+      for (int64_t turn = ceil_div(range.size(), kBackward); turn-- > 0;) {
         const int64_t begin = range.begin + turn * kBackward, rest = range.end - begin;
         emit(x, begin, rest < kBackward ? range.end : begin + kBackward, result, whole.finite(), q);
       }
@@ -323,7 +322,7 @@ class Quantize {
 
   // Channels whose runs along inner are long.
   void strided(Range channels) const {
-    const int64_t pitch = p_.channels * p_.inner, at = channels.begin * p_.inner, count = channels.end - channels.begin;
+    const int64_t pitch = p_.channels * p_.inner, at = channels.begin * p_.inner, count = channels.size();
     if (!p_.is_static) {
       const char* x = static_cast<const char*>(x_at(at));
       return p_.symmetric ? long_granules<false, false>(x, q_at(at), p_.inner, p_.outer, pitch, channels.begin, count)

@@ -65,7 +65,7 @@ OwnRows own_rows(int64_t m, bool streams, int64_t room, int thread, int team) {
   const bool worth = V::kOwnRows > 0 && m >= V::kOwnRows * team && most >= V::kOwnRows;
   if (!worth || (streams && team > 1)) return {{0, 0}, 0};
   const Range rows = share(m, thread, team);
-  const int64_t count = rows.end - rows.begin;
+  const int64_t count = rows.size();
   return {rows, ceil_div(count, ceil_div(count, most))};
 }
 

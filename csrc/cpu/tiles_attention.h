@@ -101,8 +101,8 @@ struct AttentionTiles {
     const int tiles = static_cast<int>(ceil_div(rows, kRows));
     for (int t = 0; t < tiles; ++t) {
       const Range r = share(rows, t, tiles);
-      tile_of<kVecs, kRows>(static_cast<int>(r.end - r.begin), a + r.begin * lda, lda, b, ldb, depth,
-                            ends.from(r.begin), c + r.begin * ldc, ldc);
+      tile_of<kVecs, kRows>(static_cast<int>(r.size()), a + r.begin * lda, lda, b, ldb, depth, ends.from(r.begin),
+                            c + r.begin * ldc, ldc);
     }
   }
 };

@@ -125,25 +125,13 @@ struct WeightTiles : T {
           {s.scale ? s.scale + j : nullptr, s.offset ? s.offset + j : nullptr, s.sums, s.sum_stride});
   }
 
-  template <class W>
+  template <class W, int kRows = 1>
   static void stream(int rows, const uint32_t* x, int64_t ldx, const uint8_t* w, int64_t lines, const Table& table,
                      float* c, const Scaling& s) {
-    switch (rows) {
-      case 1:
-        return stream_rows<W, 1>(x, ldx, w, lines, table, c, s);
-      case 2:
-        return stream_rows<W, 2>(x, ldx, w, lines, table, c, s);
-      case 3:
-        return stream_rows<W, 3>(x, ldx, w, lines, table, c, s);
-      case 4:
-        return stream_rows<W, 4>(x, ldx, w, lines, table, c, s);
-      default:
-        break;
+    if constexpr (kRows < T::kStreamRows) {
+      if (rows > kRows) return stream<W, kRows + 1>(rows, x, ldx, w, lines, table, c, s);
     }
-    if constexpr (T::kStreamRows > 4) {
-      if (rows == 5) return stream_rows<W, 5>(x, ldx, w, lines, table, c, s);
-      return stream_rows<W, 6>(x, ldx, w, lines, table, c, s);
-    }
+    stream_rows<W, kRows>(x, ldx, w, lines, table, c, s);
   }
 
   // panel [64 / kTileN][units][kTileN]; `pitch` floats from one block of columns to the next.

@@ -137,13 +137,8 @@ template <typename S>
 __device__ __forceinline__ void work_off_slabs(const Job& job, const uint8_t* packed, uint32_t tokens, uint32_t full,
                                                Terms<S>& terms) {
   const Thread t(S::kWarps, true, S::kBits);
-  // Found anew where it is asked for, and mostly without the divisions, which nothing hides at a tile's end.
-  const auto place = [&] {
-    const int tile = ptx::block_x();
-    return job.tiles_m == 1 ? Place{0, tile} : place_of(job, tile);
-  };
-  const auto channel_of = [&] { return place().n * S::kChannels; };
-  const auto token_of = [&] { return place().m * S::kTokens; };
+  const auto channel_of = [&] { return place_of(job, ptx::block_x()).n * S::kChannels; };
+  const auto token_of = [&] { return place_of(job, ptx::block_x()).m * S::kTokens; };
   if (!job.follows) ptx::grid_dependency_wait();
   terms.start(job, token_of(), channel_of(), Terms<S>::member(t.phase));
   Sums<S> sums;
