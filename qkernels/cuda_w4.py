@@ -88,13 +88,13 @@ before, channels and tokens of a tile."""
 
 TILES = [(tokens, 1) for tokens in (8, 16, 32, 64, 128, 192, 256)]
 PHASED_TILES = {
-    16: [(8, 8), (16, 8), (8, 4), (16, 4), (32, 4), (32, 2), (64, 2), (128, 2)],
+    16: [(8, 8), (16, 8), (8, 4), (16, 4), (32, 4), (8, 2), (16, 2), (32, 2), (64, 2), (128, 2)],
     8: [(8, 2), (16, 2), (8, 8), (16, 8), (8, 4), (16, 4), (32, 4)],
 }
 """Tokens and phases that a plan of the wgmma kernels may name (``w4_has_tile``), for the sanitizer and the tests; the
 latter by the bits of activations, for groups with scales and zero points alone."""
 
-MULTIPLIER_TILES = [(8, 2), (16, 2), *PHASED_TILES[16]]
+MULTIPLIER_TILES = PHASED_TILES[16]
 """The latter where groups have multipliers."""
 
 

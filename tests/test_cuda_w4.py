@@ -225,7 +225,7 @@ class TestW4A16:
                 y = cuda_w4.gemm_w4a16(x, weight, bias, dtype, plan=(1, tokens, phases, ctas, *room))
                 assert_close(y, x, tensors, scheme, k)
 
-    @pytest.mark.parametrize(("tokens", "phases"), [(8, 4), (16, 4), (8, 8), (16, 8)])
+    @pytest.mark.parametrize(("tokens", "phases"), [(8, 2), (16, 2), (8, 4), (16, 4), (8, 8), (16, 8)])
     def test_few_tokens_repeat_to_the_bit(self, tokens: int, phases: int) -> None:
         """More tiles than run at a time, K of many times the stages, launches that overlap: every stage's slabs change
         hands again and again."""
@@ -247,7 +247,7 @@ class TestW4A16:
             y = cuda_w4.gemm_w4a16(x, weight, None, torch.bfloat16, plan=plan, dependent=True)
             assert torch.equal(y.view(torch.int16), wanted.view(torch.int16))
 
-    @pytest.mark.parametrize(("tokens", "phases"), [(8, 4), (16, 4), (8, 8), (16, 8)])
+    @pytest.mark.parametrize(("tokens", "phases"), [(8, 2), (16, 2), (8, 4), (16, 4), (8, 8), (16, 8)])
     def test_few_tokens_of_every_width(self, tokens: int, phases: int) -> None:
         """From five blocks of 16 channels to more tiles than run at a time; stages that are used again where few."""
         if cuda.capability(torch.cuda.current_device()) != 90:

@@ -55,7 +55,8 @@ struct Waves {
 Waves waves_of(const W4Plan& plan, Operands of, int64_t m, int64_t n, W4Kind kind, int sms) {
   Waves w;
   w.cluster = w4_cluster(of.bytes, plan.tokens, plan.phases);
-  w.tiles = int64_t(blocks(m, plan.tokens)) * blocks(n, w4_channels(of.bytes, plan.tokens, plan.phases) * w.cluster);
+  w.tiles =
+      int64_t(blocks(m, plan.tokens)) * blocks(n, w4_channels(of.bytes, of.bits, plan.tokens, plan.phases) * w.cluster);
   w.slots = int64_t(sms) * w4_per_sm(of.bytes, of.bits, plan.tokens, kind, plan.phases) / w.cluster;
   return w;
 }
@@ -74,23 +75,24 @@ W4Plan finished(W4Plan plan, const Waves& w, bool shared) {
 // many as fit at a time; integers, whose phases wait for one another, in tiles of 64 only while each has a
 // multiprocessor. Sums in memory cost some 4 us: they are shared where less than half of the chip would have work. With
 // multipliers, four phases where their tiles are nearly one for each multiprocessor. Floats by 4-bit codes have four
-// phases throughout, since two CTAs of those fit, the second of which is often the next product's (4096 x 14336 at one
-// row on an H200: 9.5 us, 10.6 by two phases). Floats by 8-bit codes only where K is long enough to give each of the
-// four its share; they have no such tile of 8 tokens, and take that of 16.
+// phases while all those tiles run at a time, two to a multiprocessor, and beyond that two, of 128 channels each: fewer
+// tiles that wait for others to end, and tokens that come half as often (one and 16 rows on an H200: 4096 x 28672 18.6
+// and 21.8 -> 16.1 and 20.0 us, 4096 x 128256 73.2 and 85.1 -> 64.0 and 77.5). Floats by 8-bit codes have four only
+// where K is long enough to give each its share; they have no such tile of 8 tokens, and take that of 16.
 W4Plan plan_few(Operands of, int64_t m, int64_t n, int64_t k, W4Kind kind, bool phases, int sms) {
   W4Plan plan = {};
   plan.tokens = m <= 8 ? 8 : kFew;
   const int64_t narrow = blocks(n, 64);
   if (!phases) {
     plan.phases = 1;
-  } else if (blocks(n, w4_channels(of.bytes, plan.tokens, 8)) <= sms) {
+  } else if (blocks(n, w4_channels(of.bytes, of.bits, plan.tokens, 8)) <= sms) {
     plan.phases = 8;
   } else if (kind == W4Kind::kMultiplier) {
     plan.phases = narrow <= sms && narrow * 4 > int64_t(sms) * 3 ? 4 : 2;
   } else if (of.bytes) {
     plan.phases = narrow <= sms ? 4 : 1;
   } else if (of.bits == 4) {
-    plan.phases = 4;
+    plan.phases = narrow <= 2 * int64_t(sms) ? 4 : 2;
   } else if (narrow <= sms && narrow * 3 > int64_t(sms) * 2 && w4_slabs(k) >= 32) {
     plan.tokens = kFew, plan.phases = 4;
   } else {
@@ -146,7 +148,7 @@ W4Plan plan_many(const Tile (&tiles)[kCount], Operands of, int64_t m, int64_t n,
     head.tokens = tile.tokens, head.phases = 1;
     const Waves w = waves_of(head, of, m, n, kind, sms);
     const int64_t down = blocks(m, tile.tokens), full = w.tiles / w.slots, columns = full * w.slots / down;
-    const int64_t channels = columns * w4_channels(of.bytes, tile.tokens, 1) * w.cluster;
+    const int64_t channels = columns * w4_channels(of.bytes, of.bits, tile.tokens, 1) * w.cluster;
     if (columns == 0 || channels >= n) continue;
     Costed rest = cheapest(tiles, of, m, n - channels, k, kind, sms, has);
     rest.cost += double(full) * tile.slab * double(w4_slabs(k)) + kBehind;

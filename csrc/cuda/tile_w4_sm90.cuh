@@ -53,7 +53,10 @@ struct Shape {
   // Integer products are 16 times the true ones (operands_w4a8.cuh).
   static constexpr bool kSixteenfold = kBytes && kPlain;
   static constexpr int kPhases = kPhases_;
-  static constexpr int kChannels = w4_channels(kBytes, kTokens, kPhases), kGroups = kChannels > 64 ? kChannels / 64 : 1;
+  // One slab at a time by sixteen warps (slabs_w4_sm90.cuh).
+  static constexpr bool kManyWarps = w4_many_warps(kBytes, kBits, kTokens, kPhases);
+  static constexpr int kChannels = w4_channels(kBytes, kBits, kTokens, kPhases);
+  static constexpr int kGroups = kChannels > 64 && !kManyWarps ? kChannels / 64 : 1;
   static constexpr int kWarps = kChannels / kW4Rows;  // of a phase; all of them read a stage
   static constexpr int kPhaseThreads = kWarps * 32;
   static constexpr int kConsumerWarps = kWarps * kPhases, kConsumers = kConsumerWarps * 32;
@@ -72,8 +75,6 @@ struct Shape {
   static constexpr int kFragments = kSteps / 2 * 4;  // registers of half a slab
   static constexpr int kValues = kTokens / 2;  // sums of a thread
   static constexpr int kPerSm = w4_per_sm(kBytes, kBits, kTokens, kKind, kPhases);
-  // One slab at a time by sixteen warps (slabs_w4_sm90.cuh).
-  static constexpr bool kManyWarps = w4_many_warps(kBytes, kBits, kTokens, kPhases);
   // Warps: what one lane computes and waits for between its copies would limit small tiles.
   static constexpr int kProducers = kPhases >= 4 && !kManyWarps ? 4 : kTokens > 128 ? 1 : 2;  // few stages fit
   // Few tokens leave registers for two CTAs, which hide each other's latency. With more, the producer's registers go to
@@ -189,6 +190,7 @@ struct Place {
 // Groups of kTileGroup token tiles are walked before the next channels, so that what runs at one time shares operands;
 // the last group may be shorter.
 __device__ __forceinline__ Place place_of(const Job& job, int tile) {
+  if (job.tiles_m == 1) return Place{0, tile};  // few tokens wait for no division
   const int per_group = kTileGroup * job.tiles_n, group = tile / per_group, first = group * kTileGroup;
   const int rows = min(kTileGroup, job.tiles_m - first), inside = tile - group * per_group;
   return Place{first + inside % rows, inside / rows};

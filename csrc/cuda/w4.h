@@ -97,10 +97,10 @@ struct W4Plan {
   int32_t head_channels, head_tokens;
 };
 
-// kWgmma: channels of a CTA's tile, by the groups of warps that share its slabs. Two phases of 32 tokens of 16 bits
-// leave registers for four warpgroups, and so for all channels.
-constexpr int w4_channels(bool bytes, int tokens, int phases) {
-  if (!bytes && tokens == 32 && phases == 2) return 128;
+// kWgmma: channels of a CTA's tile, by the groups of warps that share its slabs. Two phases of up to 32 tokens of 16
+// bits leave registers for four warpgroups, and so for all channels. bits: of a code.
+constexpr int w4_channels(bool bytes, int bits, int tokens, int phases) {
+  if (!bytes && bits == 4 && tokens <= 32 && phases == 2) return 128;
   return phases == 8 ? 32 : phases > 1 ? 64 : 128;
 }
 // CTAs of a cluster that fetch a tile of tokens together, for kWgmma.
@@ -110,7 +110,7 @@ constexpr int w4_cluster(bool bytes, int tokens, int phases) {
 }
 // Whether sixteen warps share a tile of few tokens of 16 bits, one slab each at a time, for kWgmma. bits: of a code.
 constexpr bool w4_many_warps(bool bytes, int bits, int tokens, int phases) {
-  return !bytes && bits == 4 && tokens <= 16 && phases >= 4;
+  return !bytes && bits == 4 && tokens <= 16 && phases >= 2;
 }
 // CTAs of a multiprocessor, for kWgmma: two where their sums leave registers for them.
 constexpr int w4_per_sm(bool bytes, int bits, int tokens, W4Kind kind, int phases) {
@@ -128,7 +128,7 @@ constexpr bool w4_has_tile(bool bytes, W4Kind kind, int tokens, int phases) {
   if (phases == 4) return tokens <= 32;
   if (phases == 8) return tokens <= 16;
   if (kind == W4Kind::kMultiplier && phases == 2) return tokens <= 128;
-  return phases == 2 && (bytes ? tokens <= 16 : tokens > 16 && tokens <= 128);
+  return phases == 2 && tokens <= (bytes ? 16 : 128);
 }
 // Of so many tiles, how many `ctas` (or clusters) take whole, in full waves; the others' slabs are dealt out in equal
 // runs: those of the last wave, which is not full, and of one before it, lest runs be short.
