@@ -253,7 +253,8 @@ class TestW4A16:
         if cuda.capability(torch.cuda.current_device()) != 90:
             pytest.skip("wgmma is an instruction of compute capability 9.0")
         sms = torch.cuda.get_device_properties("cuda").multi_processor_count
-        for each, (kind, group) in itertools.product(range(1, 10), (("symmetric", 128), ("zero point", 64))):
+        widths = [*range(1, 10), 14, 17]  # blocks of 16 channels for each multiprocessor
+        for each, (kind, group) in itertools.product(widths, (("symmetric", 128), ("zero point", 64))):
             scheme, n, k = scheme_of(kind, group), 16 * (sms * (each - 1) + 5) - 3, 4200 if each < 3 else 1100
             tensors = canonical(scheme, n, k)
             prepared = on_gpu(tensors, scheme, k)

@@ -16,10 +16,11 @@ struct PackedSource {
   uint32_t channels;  // of the tile that are stored; the others keep what the stage held, and what they give is dropped
   uint32_t bytes;  // of a slab, and of tokens of a stage
 
-  __device__ __forceinline__ PackedSource(const Job& job, int channel0, int slab) {
+  __device__ __forceinline__ PackedSource(const Job& job, Channels tile, int slab) {
+    const int channel0 = tile.first;
     const W4Weight& w = job.weight;
     const GroupRows& r = job.groups;
-    channels = static_cast<uint32_t>(max(0, min(S::kChannels, r.width - channel0)));
+    channels = static_cast<uint32_t>(max(0, min(tile.count, r.width - channel0)));
     step = job.slab_bytes * S::kProducers;
     codes = w.packed + slab * job.slab_bytes + int64_t(channel0) * S::kCodeBytes;
     scale = static_cast<const uint8_t*>(w.scale) + int64_t(channel0) * r.value_bytes;

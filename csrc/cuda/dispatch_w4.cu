@@ -71,14 +71,34 @@ W4Plan finished(W4Plan plan, const Waves& w, bool shared) {
   return plan;
 }
 
+// What `tiles` of `width` * 64 channels take, in twentieths of a slab of 64: two on each multiprocessor at a time, and
+// four slabs until the next ones are under way; one on each takes little more than half of what two take.
+int64_t cost_of_waves(int64_t tiles, int width, int64_t slabs, int sms) {
+  const int64_t at_once = 2 * int64_t(sms), rest = tiles % at_once, each = width * slabs + 4;
+  return each * (20 * (tiles / at_once) + (rest == 0 ? 0 : rest <= sms ? 11 : 20));
+}
+
+// Floats by 4-bit codes: four phases of 64 channels while two such tiles for each multiprocessor are enough, since
+// there is often room for the next product's first CTAs then (4096 x 14336 at one row on an H200: 9.2 us, 9.8 by two
+// phases of 128). Beyond that two phases of 128 (run_w4_sm90.cuh cuts them evenly while all run at a time): fewer tiles
+// that wait for others to end, and tokens that come half as often (at one and 16 rows 4096 x 22016 15.4 and 17.6
+// -> 13.5 and 17.0 us, 4096 x 28672 19.0 and 22.2 -> 16.5 and 20.4, 4096 x 128256 73.2 and 85.1 -> 64.0 and 77.5). But
+// the narrower ones have few warps to hide what a slab waits for, and where K is long the second wave of the others
+// costs less (8192 x 17920: 26.3 and 29.8 us, 25.7 and 32.4 by two phases).
+int phases_of_few(int64_t m, int64_t n, int64_t k, int sms) {
+  const int64_t narrow = blocks(n, 64), slabs = w4_slabs(k), each = blocks(blocks(n, kW4Rows), sms);
+  if (narrow <= 2 * int64_t(sms)) return 4;
+  if (each <= 2 * kChannels / kW4Rows) return each > 12 || slabs < (m <= 8 ? 72 : 40) ? 2 : 4;
+  return cost_of_waves(blocks(n, kChannels), 2, slabs, sms) < cost_of_waves(narrow, 1, slabs, sms) ? 2 : 4;
+}
+
 // Few tokens: the narrowest tiles that one wave serves, of 32 channels to a multiprocessor (8 phases), or of 64, as
 // many as fit at a time; integers, whose phases wait for one another, in tiles of 64 only while each has a
 // multiprocessor. Sums in memory cost some 4 us: they are shared where less than half of the chip would have work. With
-// multipliers, four phases where their tiles are nearly one for each multiprocessor. Floats by 4-bit codes have four
-// phases while all those tiles run at a time, two to a multiprocessor, and beyond that two, of 128 channels each: fewer
-// tiles that wait for others to end, and tokens that come half as often (one and 16 rows on an H200: 4096 x 28672 18.6
-// and 21.8 -> 16.1 and 20.0 us, 4096 x 128256 73.2 and 85.1 -> 64.0 and 77.5). Floats by 8-bit codes have four only
-// where K is long enough to give each its share; they have no such tile of 8 tokens, and take that of 16.
+// multipliers, four phases where their tiles are nearly one for each multiprocessor, and one where tiles of 64 channels
+// would not all run at a time (4096 x 28672 at one row on an H200: 15.8 us, 18.6 by two phases). Floats by 8-bit codes
+// have four only where K is long enough to give each its share; they have no such tile of 8 tokens, and take that
+// of 16.
 W4Plan plan_few(Operands of, int64_t m, int64_t n, int64_t k, W4Kind kind, bool phases, int sms) {
   W4Plan plan = {};
   plan.tokens = m <= 8 ? 8 : kFew;
@@ -88,11 +108,11 @@ W4Plan plan_few(Operands of, int64_t m, int64_t n, int64_t k, W4Kind kind, bool 
   } else if (blocks(n, w4_channels(of.bytes, of.bits, plan.tokens, 8)) <= sms) {
     plan.phases = 8;
   } else if (kind == W4Kind::kMultiplier) {
-    plan.phases = narrow <= sms && narrow * 4 > int64_t(sms) * 3 ? 4 : 2;
+    plan.phases = narrow <= sms && narrow * 4 > int64_t(sms) * 3 ? 4 : narrow <= 2 * int64_t(sms) ? 2 : 1;
   } else if (of.bytes) {
     plan.phases = narrow <= sms ? 4 : 1;
   } else if (of.bits == 4) {
-    plan.phases = narrow <= 2 * int64_t(sms) ? 4 : 2;
+    plan.phases = phases_of_few(m, n, k, sms);
   } else if (narrow <= sms && narrow * 3 > int64_t(sms) * 2 && w4_slabs(k) >= 32) {
     plan.tokens = kFew, plan.phases = 4;
   } else {

@@ -74,9 +74,11 @@ __global__ void __launch_bounds__(S::kThreads, S::kPerSm)
   const int rank = S::kCluster > 1 ? static_cast<int>(ptx::cluster_rank()) : 0;
 
   if (threadIdx.x == 0) {
+    // All CTAs of a cluster read what any of them fetches.
+    const int readers = S::kManyWarps ? warps_of<S>(job) : S::kWarps * S::kCluster;
     for (int s = 0; s < job.stages; ++s) {
       ptx::mbarrier_init(full + 8 * s, 1);
-      ptx::mbarrier_init(empty + 8 * s, S::kWarps * S::kCluster);  // all CTAs read what any of them fetches
+      ptx::mbarrier_init(empty + 8 * s, readers);
     }
     ptx::fence_mbarrier_init();
   }
@@ -112,7 +114,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kPerSm)
         skip = (skip + S::kProducers - count % S::kProducers) % S::kProducers;
         if (first >= s.last) continue;
         const Place place = place_of(job, s.tile);
-        PackedSource<S> source(job, (place.n * S::kCluster + rank) * S::kChannels, first);
+        PackedSource<S> source(job, channels_of<S>(job, place.n * S::kCluster + rank), first);
         const int m0 = place.m * S::kTokens + rank * job.part;
         int ahead = 0;
         if (!waited) {

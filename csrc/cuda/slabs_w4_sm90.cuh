@@ -132,25 +132,34 @@ __device__ __forceinline__ void multiply_slabs(const Job& job, const Thread& t, 
   } while (left > 1);
 }
 
+// Warps of a phase that the CTA's only tile has channels for.
+template <typename S>
+__device__ __forceinline__ int warps_of(const Job& job) {
+  return channels_of<S>(job, place_of(job, ptx::block_x()).n).count / kW4Rows;
+}
+
 // All that a consumer does: its phase's slabs of the CTA's only tile, and its part of the outputs.
 template <typename S>
 __device__ __forceinline__ void work_off_slabs(const Job& job, const uint8_t* packed, uint32_t tokens, uint32_t full,
                                                Terms<S>& terms) {
   const Thread t(S::kWarps, true, S::kBits);
-  const auto channel_of = [&] { return place_of(job, ptx::block_x()).n * S::kChannels; };
+  const auto channel_of = [&] { return channels_of<S>(job, place_of(job, ptx::block_x()).n).first; };
   const auto token_of = [&] { return place_of(job, ptx::block_x()).m * S::kTokens; };
   if (!job.follows) ptx::grid_dependency_wait();
   terms.start(job, token_of(), channel_of(), Terms<S>::member(t.phase));
   Sums<S> sums;
 #pragma unroll
   for (int i = 0; i < S::kValues; ++i) sums.total[i] = 0;
-  for_row_shift(job.groups, [&](auto shift) {
-    multiply_slabs<S, decltype(shift)::value>(job, t, packed, tokens + t.matrix, full, sums);
-  });
+  if (t.warp < warps_of<S>(job)) {
+    for_row_shift(job.groups, [&](auto shift) {
+      multiply_slabs<S, decltype(shift)::value>(job, t, packed, tokens + t.matrix, full, sums);
+    });
+  }
   const int warp = ptx::thread_x() >> 5, phase = warp / S::kWarps;  // no register to keep them in
   uint8_t* ring = const_cast<uint8_t*>(packed) - job.stages * S::kTokenBytes;
   float total[S::kPartTokens / 2];
-  if (gather<S>(reinterpret_cast<float4*>(ring + job.meeting), job.meeting == 0, phase, sums, total)) {
+  if (gather<S>(reinterpret_cast<float4*>(ring + job.meeting), job.meeting == 0, phase, sums, total) &&
+      warp % S::kWarps < warps_of<S>(job)) {
     store_tile<S, S::kPartTokens>(job, token_of(), channel_of() + warp % S::kWarps * kW4Rows, phase * S::kPartTokens,
                                   terms, total);
   }

@@ -131,6 +131,8 @@ struct Job {
   int32_t rows, group_rows;  // of scales, as groups_w4.cuh cuts slabs: of K, of a group
   int32_t* counters;
   float* partials;
+  int32_t wide, wide_channels,
+      narrow_channels;  // kManyWarps: tiles that have the former, first, and the others' number
   int meeting;  // kManyWarps: bytes from the ring of stages to where phases meet; 0: in it
   int ahead;  // stages whose weights come before the activations are there
   bool waits;  // kManyWarps: not all CTAs run at a time
@@ -194,6 +196,18 @@ __device__ __forceinline__ Place place_of(const Job& job, int tile) {
   const int per_group = kTileGroup * job.tiles_n, group = tile / per_group, first = group * kTileGroup;
   const int rows = min(kTileGroup, job.tiles_m - first), inside = tile - group * per_group;
   return Place{first + inside % rows, inside / rows};
+}
+
+// A tile's channels, by its place; multiples of kW4Rows.
+struct Channels {
+  int first, count;
+};
+template <typename S>
+__device__ __forceinline__ Channels channels_of(const Job& job, int n) {
+  if constexpr (!S::kManyWarps) return {n * S::kChannels, S::kChannels};
+  const int wide = min(n, job.wide);
+  return {wide * job.wide_channels + (n - wide) * job.narrow_channels,
+          n < job.wide ? job.wide_channels : job.narrow_channels};
 }
 
 // What a consumer thread needs again and again.
