@@ -88,7 +88,7 @@ int64_t cost_of_waves(int64_t tiles, int width, int64_t slabs, int sms) {
 int phases_of_few(int64_t m, int64_t n, int64_t k, int sms) {
   const int64_t narrow = blocks(n, 64), slabs = w4_slabs(k), each = blocks(blocks(n, kW4Rows), sms);
   if (narrow <= 2 * int64_t(sms)) return 4;
-  if (each <= 2 * kChannels / kW4Rows) return each > 12 || slabs < (m <= 8 ? 72 : 40) ? 2 : 4;
+  if (each <= 2 * kChannels / kW4Rows) return each > 12 || (m <= 8 && slabs < 72) ? 2 : 4;
   return cost_of_waves(blocks(n, kChannels), 2, slabs, sms) < cost_of_waves(narrow, 1, slabs, sms) ? 2 : 4;
 }
 

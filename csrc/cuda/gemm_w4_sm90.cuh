@@ -34,7 +34,7 @@
 //
 // Up to 16 tokens ("few"), whose products are over before the next ones begin: the same fragments by mma.sync, in two
 // chains of sums. It takes 35 cycles for a product where wgmma takes 90, and no descriptors. Floats by 4-bit codes go
-// through them one slab at a time, by sixteen warps that hide each other's waiting (slabs_w4_sm90.cuh).
+// through them one slab at a time, by eight or sixteen warps that hide each other's waiting (slabs_w4_sm90.cuh).
 //
 // Few channels: tiles of 64 or 32 of them, since each CTA walks all of K and most of the chip would have none. Two,
 // four or eight groups of their warps ("phases") take the slabs of such a tile in turns. Floats: each has sums of its
@@ -67,6 +67,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kPerSm)
   __shared__ bool is_last[2];
   __shared__ float4 exchange[S::kExchange];
   __shared__ Terms<S> all_terms[S::kGroups];
+  __shared__ OnlyTile only;
   const uint32_t base = (ptx::smem_u32(shared) + kAlignment - 1) / kAlignment * kAlignment;
   const uint32_t full = ptx::smem_u32(barriers), empty = full + kEmptyFromFull;
   const uint32_t packed_base = base + job.stages * S::kTokenBytes;
@@ -74,8 +75,12 @@ __global__ void __launch_bounds__(S::kThreads, S::kPerSm)
   const int rank = S::kCluster > 1 ? static_cast<int>(ptx::cluster_rank()) : 0;
 
   if (threadIdx.x == 0) {
-    // All CTAs of a cluster read what any of them fetches.
-    const int readers = S::kManyWarps ? warps_of<S>(job) : S::kWarps * S::kCluster;
+    int readers = S::kWarps * S::kCluster;  // all CTAs of a cluster read what any of them fetches
+    if constexpr (S::kManyWarps) {
+      const OnlyTile tile = OnlyTile::of<S>(job);
+      readers = tile.channels.count / S::kWarpRows;
+      only = tile;
+    }
     for (int s = 0; s < job.stages; ++s) {
       ptx::mbarrier_init(full + 8 * s, 1);
       ptx::mbarrier_init(empty + 8 * s, readers);
@@ -113,9 +118,16 @@ __global__ void __launch_bounds__(S::kThreads, S::kPerSm)
         const int count = s.last - s.first, first = s.first + skip;
         skip = (skip + S::kProducers - count % S::kProducers) % S::kProducers;
         if (first >= s.last) continue;
-        const Place place = place_of(job, s.tile);
-        PackedSource<S> source(job, channels_of<S>(job, place.n * S::kCluster + rank), first);
-        const int m0 = place.m * S::kTokens + rank * job.part;
+        Channels channels;
+        int m0;
+        if constexpr (S::kManyWarps) {
+          channels = only.channels, m0 = only.m0;
+        } else {
+          const Place place = place_of(job, s.tile);
+          channels = {(place.n * S::kCluster + rank) * S::kChannels, S::kChannels};
+          m0 = place.m * S::kTokens + rank * job.part;
+        }
+        PackedSource<S> source(job, channels, first);
         int ahead = 0;
         if (!waited) {
           // The first stages' weights, which nothing before this kernel writes, are on their way before the activations
@@ -185,7 +197,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kPerSm)
     }
     __syncwarp();
   } else if constexpr (S::kManyWarps) {
-    work_off_slabs<S>(job, shared + (packed_base - ptx::smem_u32(shared)), base, full, all_terms[0]);
+    work_off_slabs<S>(job, only, shared + (packed_base - ptx::smem_u32(shared)), base, full, all_terms[0]);
   } else {
     if constexpr (S::kMovesRegisters) ptx::registers_increase<S::kConsumerRegisters>();
     const Thread t(S::kWarps, S::kPhases > 1, S::kBits);
@@ -457,20 +469,20 @@ __global__ void __launch_bounds__(S::kThreads, S::kPerSm)
           run_slabs(shift, kNo);
         });
       }
-      const int n0 = tile_n0 + t.warp * kW4Rows;
+      const int first_row = t.warp * kW4Rows;
       if constexpr (S::kPhases > 1) {
         float4* meeting =
             S::kGathersInRing ? reinterpret_cast<float4*>(shared + (base - ptx::smem_u32(shared))) : exchange;
-        typename S::Total total[S::kPartTokens / 2];
-        if (gather<S>(meeting, S::kGathersInRing, t.phase, sums, total)) {
-          store_tile<S, S::kPartTokens>(job, m0, n0, t.phase * S::kPartTokens, terms, total);
+        typename S::Total total[1][S::kPartTokens / 2];
+        if (gather<S>(meeting, S::kGathersInRing, t.phase, {sums}, total)) {
+          store_tile<S, S::kPartTokens>(job, m0, tile_n0, first_row, t.phase * S::kPartTokens, terms, total[0]);
         }
       } else {
         const bool all = !S::kShares || (s.first == 0 && s.last == job.slabs);
         if (all || meet<S>(job, s.tile - job.whole, s.first == 0, Walk<S>::cluster(), rank, is_last, sums)) {
           ptx::cp_async_wait_all();
           ptx::named_barrier(1 + group, 128);
-          store_tile<S, S::kTokens>(job, m0, n0, 0, terms, sums.total);
+          store_tile<S, S::kTokens>(job, m0, tile_n0, first_row, 0, terms, sums.total);
         }
         stored = true;
       }

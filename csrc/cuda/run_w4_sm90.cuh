@@ -34,15 +34,15 @@ inline void check_tile(const char* name, bool bytes, const W4Weight& w, const W4
 }
 
 // Tiles of a few tokens: of `most` channels each; or `evenly`, where two such tiles for each multiprocessor are enough,
-// of as many as give all multiprocessors the same number.
-inline void set_channels(Job& job, int most, bool evenly) {
-  const int widest = most / kW4Rows, sms = multiprocessors(), all = static_cast<int>(w4_blocks(job.weight.n));
-  const int each = static_cast<int>(blocks(all, sms));  // blocks of kW4Rows
+// of as many as give all multiprocessors the same number, multiples of `least`.
+inline void set_channels(Job& job, int most, int least, bool evenly) {
+  const int widest = most / least, sms = multiprocessors(), all = static_cast<int>(blocks(job.weight.n, least));
+  const int each = static_cast<int>(blocks(all, sms));
   job.wide = job.tiles_n, job.wide_channels = job.narrow_channels = most;
   if (!evenly || job.tiles_m > 1 || each > 2 * widest) return;
   const int wide = each <= widest ? each : (each + 1) / 2, narrow = each - wide;
   job.wide = std::min(static_cast<int>(blocks(all, wide)), sms);
-  job.wide_channels = wide * kW4Rows, job.narrow_channels = narrow * kW4Rows;
+  job.wide_channels = wide * least, job.narrow_channels = narrow * least;
   const int left = all - job.wide * wide;
   job.tiles_n = job.wide + (left > 0 ? static_cast<int>(blocks(left, narrow)) : 0);
 }
@@ -55,7 +55,7 @@ void run_shape(Job job, const void* x, int64_t x_stride, const W4Plan& plan, boo
   job.slabs = static_cast<int32_t>(w4_slabs(w.k));
   job.tiles_m = static_cast<int32_t>(blocks(job.e.m, S::kTokens));
   job.tiles_n = static_cast<int32_t>(blocks(w.n, S::kChannels * S::kCluster));
-  if constexpr (S::kManyWarps) set_channels(job, S::kChannels, S::kPhases == 2);
+  if constexpr (S::kManyWarps) set_channels(job, S::kChannels, S::kWarpRows, S::kPhases == 2);
   const int64_t tiles = int64_t(job.tiles_m) * job.tiles_n;
   if (tiles * job.slabs > 0x7fffffff) throw std::invalid_argument("expected less than 2^31 slabs of work");
   job.clusters = S::kPhases == 1 ? plan.ctas : static_cast<int32_t>(tiles);

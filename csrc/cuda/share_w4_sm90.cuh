@@ -29,11 +29,6 @@ struct Terms : std::conditional<S::kMultiplier, ShiftTerms<S::kTokens, S::kChann
     return S::kGroups == 1 ? thread % kThreads : phase * kOfPhase + thread % kOfPhase;
   }
 
-  // Of a consumer warp's lane: the first of its two channels, the other is 8 further.
-  static __device__ __forceinline__ int channel_of(int warp, int lane) {
-    return warp % (kWidth / kW4Rows) * kW4Rows + (lane >> 2);
-  }
-
   // Starts the copies for the tile that begins at token m0 and, for this group, at channel n0. What does not exist gets
   // what others have.
   __device__ __forceinline__ void start(const Job& job, int m0, int n0, int member) {
@@ -132,15 +127,18 @@ __device__ __forceinline__ void take_four(int32_t* d, float4 v) {
 // are added up, floats in the order of the phases. in_ring: they meet in the stages. False: no part is left for this
 // phase.
 template <typename S>
-__device__ __forceinline__ bool gather(float4* exchange, bool in_ring, int phase, const Sums<S>& sums,
-                                       typename S::Total (&total)[S::kPartTokens / 2]) {
+__device__ __forceinline__ bool gather(float4* exchange, bool in_ring, int phase, const Sums<S> (&sums)[S::kBlocks],
+                                       typename S::Total (&total)[S::kBlocks][S::kPartTokens / 2]) {
   constexpr int kPartQuads = S::kPartTokens / 8;
-  float4* own = exchange + threadIdx.x % S::kPhaseThreads;
+  const auto place = [&](int of, int block, int q) {
+    return exchange + ((of * S::kBlocks + block) * S::kQuads + q) * S::kPhaseThreads + threadIdx.x % S::kPhaseThreads;
+  };
   if constexpr (S::kGathers) {
     if (in_ring) ptx::named_barrier(kGatherBarrier, S::kConsumers);  // nobody reads a stage any more
 #pragma unroll
-    for (int q = 0; q < S::kQuads; ++q) {
-      own[(phase * S::kQuads + q) * S::kPhaseThreads] = four_of(sums.total + 4 * q);
+    for (int block = 0; block < S::kBlocks; ++block) {
+#pragma unroll
+      for (int q = 0; q < S::kQuads; ++q) *place(phase, block, q) = four_of(sums[block].total + 4 * q);
     }
   }
   ptx::cp_async_wait_all();
@@ -149,12 +147,13 @@ __device__ __forceinline__ bool gather(float4* exchange, bool in_ring, int phase
 #pragma unroll
   for (int p = 0; p < (S::kGathers ? S::kPhases : 1); ++p) {
 #pragma unroll
-    for (int q = 0; q < kPartQuads; ++q) {
-      const float4 v = own[(p * S::kQuads + phase * kPartQuads + q) * S::kPhaseThreads];
+    for (int i = 0; i < S::kBlocks * kPartQuads; ++i) {
+      const int block = i / kPartQuads, q = i % kPartQuads;
+      const float4 v = *place(p, block, phase * kPartQuads + q);
       if (p == 0) {
-        take_four(total + 4 * q, v);
+        take_four(total[block] + 4 * q, v);
       } else {
-        add_four(total + 4 * q, v);
+        add_four(total[block] + 4 * q, v);
       }
     }
   }
@@ -226,14 +225,15 @@ __device__ __forceinline__ bool meet(const Job& job, int shared, bool from_first
   return true;
 }
 
-// Totals of kTokens tokens from `first` on of the tile that begins at token m0 and, for this warp, at channel n0; they
-// lose what the shift of activations with zero points added to them.
+// Totals of kTokens tokens, and of a block of kW4Rows channels, of the tile that begins at token m0 and channel n0:
+// from `first` and `first_row` on. They lose what the shift of activations with zero points added to them.
 template <typename S, int kTokens>
-__device__ __forceinline__ void store_tile(const Job& job, int m0, int n0, int first, const Terms<S>& terms,
-                                           typename S::Total (&total)[kTokens / 2]) {
+__device__ __forceinline__ void store_tile(const Job& job, int m0, int n0, int first_row, int first,
+                                           const Terms<S>& terms, typename S::Total (&total)[kTokens / 2]) {
   const int lane = threadIdx.x & 31;
   const Epilogue& e = job.e;
-  const int channel = Terms<S>::channel_of(threadIdx.x >> 5, lane), token = first + 2 * (lane & 3);
+  // The first of two channels, the other is 8 further.
+  const int channel = first_row % Terms<S>::kWidth + (lane >> 2), token = first + 2 * (lane & 3);
   const float low = e.bias ? terms.bias[channel] : -0.0f, high = e.bias ? terms.bias[channel + 8] : -0.0f;
   [[maybe_unused]] float low_scale, high_scale;
   if constexpr (S::kOneSum) low_scale = terms.scale[channel], high_scale = terms.scale[channel + 8];
@@ -250,7 +250,7 @@ __device__ __forceinline__ void store_tile(const Job& job, int m0, int n0, int f
       }
     }
   }
-  store_blocks<kTokens / 8>(e, n0, m0 + first, lane, [&](int j, float (&v)[4]) {
+  store_blocks<kTokens / 8>(e, n0 + first_row, m0 + first, lane, [&](int j, float (&v)[4]) {
     [[maybe_unused]] float2 x_scale;
     if constexpr (S::kBytes) x_scale = *reinterpret_cast<const float2*>(terms.x_scale + token + 8 * j);
 #pragma unroll

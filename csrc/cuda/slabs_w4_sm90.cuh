@@ -1,6 +1,8 @@
-// Up to 16 tokens of 16 bits by sixteen warps (kManyWarps in tile_w4_sm90.cuh): each works its slabs off one after the
-// other, and what it waits for the other three of its scheduler hide. So it holds nothing for the next slab, and its 56
-// registers leave room for a second CTA: that of the next product, whose first slabs come while this one ends.
+// Up to 16 tokens of 16 bits by many warps (kManyWarps in tile_w4_sm90.cuh): each works its slabs off one after the
+// other, and what it waits for the others of its scheduler hide. So it holds nothing for the next slab, and its
+// registers leave room for a second CTA: that of the next product, whose first slabs come while this one ends. Of 8
+// tokens they are sixteen warps of 16 channels; of 16, eight of 32, since shared memory would limit warps that each
+// read all tokens for 16 channels alone (one warp's 16 channels and 128 k: 1 KB of codes, and 4 KB of tokens).
 //
 // Neither loop finds anything out twice: what a slab needs lies a step further than it did for the one before, or, at
 // the end of the ring of stages, that much less all of the ring. A producer's lane is alone in its warp and has no
@@ -60,65 +62,72 @@ __device__ __forceinline__ void copy_slabs(const Job& job, const CUtensorMap& x_
   }
 }
 
-// The products of kCount steps of half a slab, whose fragments are f. tokens: those of the half. In one chain, since
-// other warps have products of their own, and two steps of eight tokens at a time.
-template <typename S, int kFirst, int kCount>
-__device__ __forceinline__ void multiply_steps(const uint32_t* f, uint32_t tokens, bool fresh, Sums<S>& sums) {
-  if (fresh) {
-#pragma unroll
-    for (int i = 0; i < S::kValues; ++i) sums.part[i] = 0;
-  }
-#pragma unroll
-  for (int step = kFirst; step < kFirst + kCount; step += 2) {
-#pragma unroll
-    for (int j = 0; j < S::kTokens / 8; ++j) {
-      uint32_t b[4];
-      ptx::ldmatrix_x4(b, (tokens ^ step / 2 * 64) + j * 1024);
-#pragma unroll
-      for (int s = 0; s < 2; ++s) {
-        const uint32_t* a = f + 4 * (step + s);
-        multiply_few(typename S::T(), sums.part + 4 * j, {a[0], a[1], a[2], a[3]}, b + 2 * s);
-      }
-    }
-  }
-}
-
-// Adds this phase's slabs of a tile, whose groups have 1 << kShift rows, to sums.total. packed: the codes of the first
-// stage; tokens: its tokens, as ldmatrix is to be told of them.
+// Adds this phase's slabs of a tile, whose groups have 1 << kShift rows, to the totals of each of the warp's blocks.
+// packed: the codes of the first stage; tokens: its tokens, as ldmatrix is to be told of them. Products of a block and
+// eight tokens are one chain, since other warps, and blocks, have products of their own.
 template <typename S, int kShift>
 __device__ __forceinline__ void multiply_slabs(const Job& job, const Thread& t, const uint8_t* packed, uint32_t tokens,
-                                               uint32_t full, Sums<S>& sums) {
-  constexpr int kHalf = S::kSteps / 2, kRowsOfHalf = (1 << kShift) / 2;
+                                               uint32_t full, Sums<S> (&sums)[S::kBlocks]) {
   const uint32_t full_end = full + 8 * job.stages;
   // From this thread's codes of a slab to its scales; a register each for the two would be one too many.
   const uint32_t to_scales =
       ptx::keep(S::kChannels * S::kCodeBytes - t.codes + t.channel * static_cast<uint32_t>(job.groups.value_bytes));
   Thread at_scales = t;
-  at_scales.channel = 0;
   packed += t.phase * job.packed_bytes + t.codes, tokens += t.phase * S::kTokenBytes, full += t.phase * 8;
   uint32_t left = static_cast<uint32_t>(job.slabs - t.phase + S::kPhases - 1) / S::kPhases * 2;  // the parity in bit 0
 #pragma unroll 1
   do {
     ptx::mbarrier_wait(full, left & 1);
     const auto add_row = [&](int row) {
-      promote<S>(load_factors<S>(job, at_scales, packed + to_scales + row * job.groups.row_bytes), sums);
+#pragma unroll
+      for (int block = 0; block < S::kBlocks; ++block) {
+        at_scales.channel = block * kW4Rows;
+        promote<S>(load_factors<S>(job, at_scales, packed + to_scales + row * job.groups.row_bytes), sums[block]);
+      }
     };
     // Side by side where nothing stands between halves; else there would be registers for it in no instance.
 #pragma unroll(kShift == 0 ? 2 : 1)
     for (int half = 0; half < 2; ++half) {
-      uint32_t f[S::kFragments];
-      const uint4 codes = reinterpret_cast<const uint4*>(packed)[half * 32];
-      unpack_half<S, kShift>(job, t, packed - t.codes, codes, nullptr, half, f);
-      const uint32_t here = tokens + half * S::kTokens * 128;
-      if constexpr (kShift == 2) {
-        multiply_steps<S, 0, kHalf / 2>(f, here, true, sums);
-        add_row(kRowsOfHalf * half);
-        multiply_steps<S, kHalf / 2, kHalf / 2>(f, here, true, sums);
-        add_row(kRowsOfHalf * half + 1);
-      } else {
-        multiply_steps<S, 0, kHalf>(f, here, kShift == 1 || half == 0, sums);
-        if (kShift == 1) add_row(kRowsOfHalf * half);
+      uint4 codes[S::kBlocks];
+#pragma unroll
+      for (int block = 0; block < S::kBlocks; ++block) {
+        codes[block] = reinterpret_cast<const uint4*>(packed + block * kW4BlockBytes)[half * 32];
       }
+      uint32_t b[2][S::kTokens / 8][4];  // of 32 k, two steps
+      const auto load_tokens = [&](int part) {
+#pragma unroll
+        for (int j = 0; j < S::kTokens / 8; ++j) {
+          ptx::ldmatrix_x4(b[part][j], ((tokens + half * S::kTokens * 128) ^ part * 64) + j * 1024);
+        }
+      };
+      if (S::kBlocks == 1) load_tokens(0), load_tokens(1);  // nothing else hides what they take
+#pragma unroll
+      for (int part = 0; part < 2; ++part) {
+        if (S::kBlocks > 1) load_tokens(part);
+#pragma unroll
+        for (int block = 0; block < S::kBlocks; ++block) {
+          if (kShift == 2 || (part == 0 && (kShift == 1 || half == 0))) {
+#pragma unroll
+            for (int i = 0; i < S::kValues; ++i) sums[block].part[i] = 0;
+          }
+          Thread of_block = t;
+          of_block.channel += block * kW4Rows;
+          const uint4& v = codes[block];
+          uint32_t f[S::kFragments / 2];
+          unpack_quarter<S, kShift>(job, of_block, packed - t.codes, {part ? v.z : v.x, part ? v.w : v.y}, nullptr,
+                                    2 * half + part, f);
+#pragma unroll
+          for (int s = 0; s < 2; ++s) {
+#pragma unroll
+            for (int j = 0; j < S::kTokens / 8; ++j) {
+              const uint32_t* a = f + 4 * s;
+              multiply_few(typename S::T(), sums[block].part + 4 * j, {a[0], a[1], a[2], a[3]}, b[part][j] + 2 * s);
+            }
+          }
+        }
+        if (kShift == 2) add_row(2 * half + part);
+      }
+      if (kShift == 1) add_row(half);
     }
     if (kShift == 0) add_row(0);
     __syncwarp();  // everybody has read the stage
@@ -132,36 +141,31 @@ __device__ __forceinline__ void multiply_slabs(const Job& job, const Thread& t, 
   } while (left > 1);
 }
 
-// Warps of a phase that the CTA's only tile has channels for.
-template <typename S>
-__device__ __forceinline__ int warps_of(const Job& job) {
-  return channels_of<S>(job, place_of(job, ptx::block_x()).n).count / kW4Rows;
-}
-
 // All that a consumer does: its phase's slabs of the CTA's only tile, and its part of the outputs.
 template <typename S>
-__device__ __forceinline__ void work_off_slabs(const Job& job, const uint8_t* packed, uint32_t tokens, uint32_t full,
-                                               Terms<S>& terms) {
-  const Thread t(S::kWarps, true, S::kBits);
-  const auto channel_of = [&] { return channels_of<S>(job, place_of(job, ptx::block_x()).n).first; };
-  const auto token_of = [&] { return place_of(job, ptx::block_x()).m * S::kTokens; };
+__device__ __forceinline__ void work_off_slabs(const Job& job, const OnlyTile& tile, const uint8_t* packed,
+                                               uint32_t tokens, uint32_t full, Terms<S>& terms) {
+  const Thread t(S::kWarps, true, S::kBits, S::kBlocks);
   if (!job.follows) ptx::grid_dependency_wait();
-  terms.start(job, token_of(), channel_of(), Terms<S>::member(t.phase));
-  Sums<S> sums;
+  terms.start(job, tile.m0, tile.channels.first, Terms<S>::member(t.phase));
+  Sums<S> sums[S::kBlocks];
 #pragma unroll
-  for (int i = 0; i < S::kValues; ++i) sums.total[i] = 0;
-  if (t.warp < warps_of<S>(job)) {
+  for (int i = 0; i < S::kBlocks * S::kValues; ++i) sums[i / S::kValues].total[i % S::kValues] = 0;
+  if (t.warp * S::kWarpRows < tile.channels.count) {
     for_row_shift(job.groups, [&](auto shift) {
       multiply_slabs<S, decltype(shift)::value>(job, t, packed, tokens + t.matrix, full, sums);
     });
   }
   const int warp = ptx::thread_x() >> 5, phase = warp / S::kWarps;  // no register to keep them in
+  const int row = warp % S::kWarps * S::kWarpRows;
   uint8_t* ring = const_cast<uint8_t*>(packed) - job.stages * S::kTokenBytes;
-  float total[S::kPartTokens / 2];
-  if (gather<S>(reinterpret_cast<float4*>(ring + job.meeting), job.meeting == 0, phase, sums, total) &&
-      warp % S::kWarps < warps_of<S>(job)) {
-    store_tile<S, S::kPartTokens>(job, token_of(), channel_of() + warp % S::kWarps * kW4Rows, phase * S::kPartTokens,
-                                  terms, total);
+  float4* meeting = reinterpret_cast<float4*>(ring + job.meeting);
+  float total[S::kBlocks][S::kPartTokens / 2];
+  if (!gather<S>(meeting, job.meeting == 0, phase, sums, total) || row >= tile.channels.count) return;
+#pragma unroll
+  for (int block = 0; block < S::kBlocks; ++block) {
+    store_tile<S, S::kPartTokens>(job, tile.m0, tile.channels.first, row + block * kW4Rows, phase * S::kPartTokens,
+                                  terms, total[block]);
   }
 }
 

@@ -1,5 +1,5 @@
-// What consumers of gemm_w4_sm90.cuh do with a tile: which slabs are its own, codes to
-// fragments, sums times scales. Its end is in share_w4_sm90.cuh.
+// What consumers of gemm_w4_sm90.cuh do with a tile: codes to fragments, products, sums times scales. Its end is in
+// share_w4_sm90.cuh.
 #pragma once
 
 #include <type_traits>
@@ -10,6 +10,7 @@
 #include "operands_w4a16.cuh"
 #include "operands_w4a8.cuh"
 #include "wgmma.cuh"
+#include "work_w4_sm90.cuh"
 
 namespace qk::cuda {
 namespace {
@@ -22,14 +23,15 @@ constexpr uint32_t kEmptyFromFull = 8 * kMostStages;  // bytes from a stage's ba
 // Named barriers: 1 and 2 are the warpgroups' own, 3 and 4 their turns; or from 1 on those between phases, and that of
 // all of them.
 constexpr int kTurnBarrier = 3, kPhaseBarrier = 1, kGatherBarrier = 15;
-constexpr int kTileGroup = 16;  // token tiles walked before the next channels
 
 // kZeros_: zero points are read, where there are any, and scales may be of fp32. Else zero points are 8, and scales
 // fp16 unless there are minima or a codebook.
 // kPhases_: groups of warps that take the slabs of a tile in turns (gemm_w4_sm90.cuh).
 // kBits_: of a code. Bytes are multiplied by 16-bit activations; they lie in K slabs (w8a8.h), their scales are of
 // channels.
-template <typename T_, int kTokens_, W4Kind kKind_, bool kZeros_, int kCluster_, int kPhases_, int kBits_ = 4>
+// kAlone_: no other CTA of the launch runs on the same multiprocessor.
+template <typename T_, int kTokens_, W4Kind kKind_, bool kZeros_, int kCluster_, int kPhases_, int kBits_ = 4,
+          bool kAlone_ = false>
 struct Shape {
   using T = T_;
   static constexpr bool kBytes = std::is_same<T, int8_t>::value;
@@ -53,11 +55,13 @@ struct Shape {
   // Integer products are 16 times the true ones (operands_w4a8.cuh).
   static constexpr bool kSixteenfold = kBytes && kPlain;
   static constexpr int kPhases = kPhases_;
-  // One slab at a time by sixteen warps (slabs_w4_sm90.cuh).
+  // One slab at a time by many warps (slabs_w4_sm90.cuh).
   static constexpr bool kManyWarps = w4_many_warps(kBytes, kBits, kTokens, kPhases);
   static constexpr int kChannels = w4_channels(kBytes, kBits, kTokens, kPhases);
   static constexpr int kGroups = kChannels > 64 && !kManyWarps ? kChannels / 64 : 1;
-  static constexpr int kWarps = kChannels / kW4Rows;  // of a phase; all of them read a stage
+  // Blocks of kW4Rows channels of a warp: with two, what is read from shared memory of 16 tokens serves both.
+  static constexpr int kBlocks = kManyWarps && kTokens == 16 ? 2 : 1, kWarpRows = kBlocks * kW4Rows;
+  static constexpr int kWarps = kChannels / kWarpRows;  // of a phase; all of them read a stage
   static constexpr int kPhaseThreads = kWarps * 32;
   static constexpr int kConsumerWarps = kWarps * kPhases, kConsumers = kConsumerWarps * 32;
   static constexpr int kRowBytes = kW4SlabK * static_cast<int>(sizeof(T));  // of a token in a slab
@@ -75,8 +79,11 @@ struct Shape {
   static constexpr int kFragments = kSteps / 2 * 4;  // registers of half a slab
   static constexpr int kValues = kTokens / 2;  // sums of a thread
   static constexpr int kPerSm = w4_per_sm(kBytes, kBits, kTokens, kKind, kPhases);
-  // Warps: what one lane computes and waits for between its copies would limit small tiles.
-  static constexpr int kProducers = kPhases >= 4 && !kManyWarps ? 4 : kTokens > 128 ? 1 : 2;  // few stages fit
+  // Warps: what one lane computes and waits for between its copies would limit small tiles; few stages of many tokens
+  // fit. Of kManyWarps, four where registers allow and a multiprocessor has one such CTA (one row on an H200: 14336 x
+  // 4096 10.8 -> 9.0 us, 8192 x 8192 9.7 -> 9.3); two CTAs of them are slower (4096 x 14336 9.4 -> 9.7).
+  static constexpr bool kSpareProducers = kBlocks == 1 && !kZeros && (kPhases == 8 || kAlone_);
+  static constexpr int kProducers = kManyWarps ? (kSpareProducers ? 4 : 2) : kPhases >= 4 ? 4 : kTokens > 128 ? 1 : 2;
   // Few tokens leave registers for two CTAs, which hide each other's latency. With more, the producer's registers go to
   // the consumers, and it is a whole warpgroup since setmaxnreg works on those: 168 a thread at launch, or 96 beside
   // four warpgroups of consumers.
@@ -87,7 +94,7 @@ struct Shape {
   static constexpr bool kRelays = kBytes && !kOneSum && kPhases > 1, kGathers = !kRelays && kPhases > 1;
   static constexpr bool kGathersInRing = kGathers && kTokens >= 32;
   static constexpr int kQuads = kTokens / 8;  // float4 of a thread, if it holds all tokens
-  static constexpr int kMeetingBytes = kConsumers * kQuads * 16;  // of everybody's sums
+  static constexpr int kMeetingBytes = kConsumers * kBlocks * kQuads * 16;  // of everybody's sums
   static constexpr int kExchange = kRelays                                      ? kPhaseThreads * kQuads
                                    : kGathers && !kGathersInRing && !kManyWarps ? kMeetingBytes / 16
                                                                                 : 1;
@@ -117,99 +124,6 @@ struct Shape {
                 "more registers than the CTA has");
 };
 
-struct Job {
-  W4Weight weight;  // of 8-bit codes: packed, n and k alone; their scales are the epilogue's
-  Epilogue e;
-  GroupRows groups;
-  int64_t slab_bytes;  // from one slab of codes to the next
-  int32_t slabs;
-  int32_t tiles_m, tiles_n, whole;  // tiles of a cluster; those done whole, the first ones
-  int32_t clusters, run, longer;  // shared slabs of a cluster; the first `longer` have one more
-  int32_t stages, packed_bytes;  // of a stage: codes, then rows of scales
-  int32_t box_rows;  // tokens of a copy; all CTAs of a cluster make one for each slab
-  int32_t part;  // tokens from the copy of one CTA to that of the next
-  int32_t rows, group_rows;  // of scales, as groups_w4.cuh cuts slabs: of K, of a group
-  int32_t* counters;
-  float* partials;
-  int32_t wide, wide_channels,
-      narrow_channels;  // kManyWarps: tiles that have the former, first, and the others' number
-  int meeting;  // kManyWarps: bytes from the ring of stages to where phases meet; 0: in it
-  int ahead;  // stages whose weights come before the activations are there
-  bool waits;  // kManyWarps: not all CTAs run at a time
-  bool follows;  // a kernel that had waited for whatever writes the activations
-};
-
-__device__ __forceinline__ int begin_of(const Job& job, int cluster) {
-  return cluster * job.run + min(cluster, job.longer);
-}
-// The cluster that has a shared slab.
-__device__ __forceinline__ int owner_of(const Job& job, int unit) {
-  const int head = job.longer * (job.run + 1);
-  return unit < head ? unit / (job.run + 1) : job.longer + (unit - head) / job.run;
-}
-
-// The slabs first ... last - 1 of a tile.
-struct Segment {
-  int tile, first, last;
-};
-
-// The segments of this CTA's cluster, one after the other. What is left to work out again is held by nobody.
-template <typename S>
-struct Walk {
-  int tile, unit;
-  static __device__ __forceinline__ int cluster() { return static_cast<int>(blockIdx.x) / S::kCluster; }
-  static __device__ __forceinline__ int end(const Job& job) {
-    const int here =
-        S::kTokens == 256 && S::kOneSum ? ptx::block_x() / S::kCluster : cluster();  // no register to keep it in
-    return begin_of(job, here + 1);
-  }
-  __device__ __forceinline__ explicit Walk(const Job& job) : tile(cluster()), unit(begin_of(job, cluster())) {}
-  __device__ __forceinline__ int slabs(const Job& job) const {
-    const int tiles = tile < job.whole ? (job.whole - tile - 1) / job.clusters + 1 : 0;
-    return tiles * job.slabs + (S::kShares ? end(job) - unit : 0);
-  }
-  __device__ __forceinline__ bool next(const Job& job, Segment& s) {
-    if (tile < job.whole) {
-      s.tile = tile, s.first = 0, s.last = job.slabs;
-      tile += job.clusters;
-      return true;
-    }
-    if constexpr (!S::kShares) return false;
-    const int stop = end(job);
-    if (unit == stop) return false;
-    const int shared = unit / job.slabs;
-    s.tile = job.whole + shared, s.first = unit - shared * job.slabs;
-    s.last = min(job.slabs, s.first + stop - unit);
-    unit += s.last - s.first;
-    return true;
-  }
-};
-
-struct Place {
-  int m, n;  // tile of tokens, of a cluster's channels
-};
-
-// Groups of kTileGroup token tiles are walked before the next channels, so that what runs at one time shares operands;
-// the last group may be shorter.
-__device__ __forceinline__ Place place_of(const Job& job, int tile) {
-  if (job.tiles_m == 1) return Place{0, tile};  // few tokens wait for no division
-  const int per_group = kTileGroup * job.tiles_n, group = tile / per_group, first = group * kTileGroup;
-  const int rows = min(kTileGroup, job.tiles_m - first), inside = tile - group * per_group;
-  return Place{first + inside % rows, inside / rows};
-}
-
-// A tile's channels, by its place; multiples of kW4Rows.
-struct Channels {
-  int first, count;
-};
-template <typename S>
-__device__ __forceinline__ Channels channels_of(const Job& job, int n) {
-  if constexpr (!S::kManyWarps) return {n * S::kChannels, S::kChannels};
-  const int wide = min(n, job.wide);
-  return {wide * job.wide_channels + (n - wide) * job.narrow_channels,
-          n < job.wide ? job.wide_channels : job.narrow_channels};
-}
-
 // What a consumer thread needs again and again.
 struct Thread {
   int lane, warp;  // warp of the channels
@@ -217,12 +131,12 @@ struct Thread {
   int channel;  // of the tile: the first of its two, the other is 8 further
   uint32_t codes;  // bytes from the stage's codes on to this thread's; of 8 bits, to the row that it names to ldmatrix
   uint32_t matrix;  // of few tokens: bytes from those of a stage on to the row that this thread names to ldmatrix
-  __device__ __forceinline__ Thread(int warps, bool phases, int bits)
+  __device__ __forceinline__ Thread(int warps, bool phases, int bits, int blocks = 1)
       : lane(static_cast<int>(ptx::keep(threadIdx.x & 31))),
         warp(static_cast<int>(ptx::uniform(threadIdx.x >> 5)) % warps),
         phase(phases ? static_cast<int>(ptx::uniform(threadIdx.x >> 5)) / warps : 0),
-        channel(static_cast<int>(ptx::keep(warp * kW4Rows + (lane >> 2)))),
-        codes(ptx::keep(bits == 4 ? warp * kW4BlockBytes + lane * 16
+        channel(static_cast<int>(ptx::keep(warp * blocks * kW4Rows + (lane >> 2)))),
+        codes(ptx::keep(bits == 4 ? warp * blocks * kW4BlockBytes + lane * 16
                                   : (warp * kW4Rows + (lane & 15)) * kSlabK + (((lane >> 4) ^ (lane & 7)) << 4))),
         matrix(ptx::keep((lane & 7) * 128 + (((lane >> 3) ^ (lane & 7)) << 4))) {}
 };
@@ -241,70 +155,75 @@ __device__ __forceinline__ ScaleType scale_type(const Job& job) {
 __device__ __forceinline__ bool is_live(float scale) { return !(fabsf(scale) < 0x1p-100f); }
 __device__ __forceinline__ float live_or(float scale, float other) { return is_live(scale) ? scale : other; }
 
-// Those codes as wgmma fragments. packed: the stage's codes, with the rows of its groups behind them.
+// The two words of codes of a quarter of a slab, 32 k, as wgmma fragments. packed: the stage's codes, with the rows of
+// its groups behind them.
 template <typename S, int kShift>
-__device__ __forceinline__ void unpack_half(const Job& job, const Thread& t, const uint8_t* packed, const uint4& v,
-                                            const uint32_t* book, int half, uint32_t (&f)[S::kFragments]) {
-  const uint32_t words[4] = {v.x, v.y, v.z, v.w};
+__device__ __forceinline__ void unpack_quarter(const Job& job, const Thread& t, const uint8_t* packed,
+                                               const uint32_t (&words)[2], const uint32_t* book, int quarter,
+                                               uint32_t* f) {
+  uint32_t zero[2] = {S::kMinimum ? 0u : 8u, S::kMinimum ? 0u : 8u};  // of channels g and g + 8
+  const uint8_t* row = packed + S::kChannels * S::kCodeBytes + (quarter >> (2 - kShift)) * job.groups.row_bytes;
+  if (S::kZeros && job.weight.zero_point) {
+    const uint8_t* zeros = row + S::kChannels * job.groups.value_bytes;
+    zero[0] = zeros[t.channel], zero[1] = zeros[t.channel + 8];
+  }
+  if constexpr (S::kBytes) {
+    if constexpr (S::kSixteenfold) {
 #pragma unroll
-  for (int part = 0; part < 2; ++part) {  // 32 k
-    uint32_t zero[2] = {S::kMinimum ? 0u : 8u, S::kMinimum ? 0u : 8u};  // of channels g and g + 8
-    const uint8_t* row =
-        packed + S::kChannels * S::kCodeBytes + ((2 * half + part) >> (2 - kShift)) * job.groups.row_bytes;
-    if (S::kZeros && job.weight.zero_point) {
-      const uint8_t* zeros = row + S::kChannels * job.groups.value_bytes;
-      zero[0] = zeros[t.channel], zero[1] = zeros[t.channel + 8];
-    }
-    if constexpr (S::kBytes) {
-      if constexpr (S::kSixteenfold) {
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          f[4 * part + 2 * i] = low_bytes_sixteenfold(words[2 * part + i]);
-          f[4 * part + 2 * i + 1] = high_bytes_sixteenfold(words[2 * part + i]);
-        }
-      } else {
-        const uint32_t z0 = zero[0] * kOnes, z1 = zero[1] * kOnes;
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          if constexpr (S::kMinimum) {
-            f[4 * part + 2 * i] = words[2 * part + i] & 0x0f0f0f0fu;
-            f[4 * part + 2 * i + 1] = (words[2 * part + i] >> 4) & 0x0f0f0f0fu;
-          } else {
-            f[4 * part + 2 * i] = low_bytes(words[2 * part + i], z0);
-            f[4 * part + 2 * i + 1] = high_bytes(words[2 * part + i], z1);
-          }
-        }
+      for (int i = 0; i < 2; ++i) {
+        f[2 * i] = low_bytes_sixteenfold(words[i]);
+        f[2 * i + 1] = high_bytes_sixteenfold(words[i]);
       }
     } else {
-      using T = typename S::T;
-      [[maybe_unused]] uint32_t factor[2], offset[2], kept[2];
+      const uint32_t z0 = zero[0] * kOnes, z1 = zero[1] * kOnes;
 #pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        using N = Nibbles<T>;
-        factor[e] = e ? N::kOddFactor : N::kFactor;
-        offset[e] = S::kMinimum ? (e ? N::kOddZero : N::kZero) : (e ? N::kOddEight : N::kEight);
-        if (S::kZeros && job.weight.zero_point) offset[e] = nibble_offset<T>(e, zero[e]);
-        if constexpr (S::kWide) {
-          const bool live = is_live(row_value(row, scale_type<S>(job), t.channel + 8 * e));
-          kept[e] = live ? ~0u : 0u;
-          if (!live) factor[e] = offset[e] = 0u;
+      for (int i = 0; i < 2; ++i) {
+        if constexpr (S::kMinimum) {
+          f[2 * i] = words[i] & 0x0f0f0f0fu;
+          f[2 * i + 1] = (words[i] >> 4) & 0x0f0f0f0fu;
+        } else {
+          f[2 * i] = low_bytes(words[i], z0);
+          f[2 * i + 1] = high_bytes(words[i], z1);
         }
       }
+    }
+  } else {
+    using T = typename S::T;
+    [[maybe_unused]] uint32_t factor[2], offset[2], kept[2];
 #pragma unroll
-      for (int s = 2 * part; s < 2 * part + 2; ++s) {
+    for (int e = 0; e < 2; ++e) {
+      using N = Nibbles<T>;
+      factor[e] = e ? N::kOddFactor : N::kFactor;
+      offset[e] = S::kMinimum ? (e ? N::kOddZero : N::kZero) : (e ? N::kOddEight : N::kEight);
+      if (S::kZeros && job.weight.zero_point) offset[e] = nibble_offset<T>(e, zero[e]);
+      if constexpr (S::kWide) {
+        const bool live = is_live(row_value(row, scale_type<S>(job), t.channel + 8 * e));
+        kept[e] = live ? ~0u : 0u;
+        if (!live) factor[e] = offset[e] = 0u;
+      }
+    }
 #pragma unroll
-        for (int r = 0; r < 4; ++r) {
-          uint32_t& to = f[4 * s + r];
-          if constexpr (S::kCodebook) {
-            to = pair_of(words[s], r, book);
-            if constexpr (S::kWide) to &= kept[r & 1];
-          } else {
-            to = pair_of_nibbles<T>(words[s], r, factor[r & 1], offset[r & 1]);
-          }
+    for (int s = 0; s < 2; ++s) {
+#pragma unroll
+      for (int r = 0; r < 4; ++r) {
+        uint32_t& to = f[4 * s + r];
+        if constexpr (S::kCodebook) {
+          to = pair_of(words[s], r, book);
+          if constexpr (S::kWide) to &= kept[r & 1];
+        } else {
+          to = pair_of_nibbles<T>(words[s], r, factor[r & 1], offset[r & 1]);
         }
       }
     }
   }
+}
+
+// The same of half a slab.
+template <typename S, int kShift>
+__device__ __forceinline__ void unpack_half(const Job& job, const Thread& t, const uint8_t* packed, const uint4& v,
+                                            const uint32_t* book, int half, uint32_t (&f)[S::kFragments]) {
+  unpack_quarter<S, kShift>(job, t, packed, {v.x, v.y}, book, 2 * half, f);
+  unpack_quarter<S, kShift>(job, t, packed, {v.z, v.w}, book, 2 * half + 1, f + S::kFragments / 2);
 }
 
 // A register of ones as the activations' operand.

@@ -108,7 +108,7 @@ constexpr int w4_cluster(bool bytes, int tokens, int phases) {
   if (bytes && phases == 1) return tokens >= 128 ? 2 : 1;
   return tokens >= 32 || (!bytes && tokens >= 16 && phases == 1) ? 2 : 1;
 }
-// Whether sixteen warps share a tile of few tokens of 16 bits, one slab each at a time, for kWgmma. bits: of a code.
+// Whether many warps share a tile of few tokens of 16 bits, one slab each at a time, for kWgmma. bits: of a code.
 constexpr bool w4_many_warps(bool bytes, int bits, int tokens, int phases) {
   return !bytes && bits == 4 && tokens <= 16 && phases >= 2;
 }
