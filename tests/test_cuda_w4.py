@@ -92,15 +92,16 @@ def test_w4_kernels_say_what_they_leave_alone() -> None:
 @pytest.mark.parametrize("capability", [80, 90])
 def test_w4_plans_have_room_for_what_is_shared(eight_bits: bool, capability: int) -> None:
     kinds = (0, 1, 3) if eight_bits else (0, 1, 2)  # codebooks under 16-bit activations, multipliers under 8-bit ones
-    sizes = ((1, 8, 9, 16, 33, 64, 65, 320, 8192), (1, 129, 4096, 28672), (1, 129, 4096, 14336), kinds, (96, 128))
-    for m, n, k, kind, group in itertools.product(*sizes):
-        plan = cuda._cuda.plan_w4(eight_bits, m, n, k, group, kind, capability, 132)
+    rows, channels = (1, 8, 9, 16, 33, 64, 65, 320, 8192), (1, 129, 4096, 17408, 22016, 28672, 128256)
+    sizes = (rows, channels, (1, 129, 4096, 14336), kinds, (96, 128), (78, 114, 132))
+    for m, n, k, kind, group, sms in itertools.product(*sizes):
+        plan = cuda._cuda.plan_w4(eight_bits, m, n, k, group, kind, capability, sms)
         kernel, tokens, phases, ctas, counters, floats, head, _ = plan
         assert not head or (kernel == 1 and m > 128)
         assert kernel == (1 if capability == 90 and cuda._cuda.has_sm90a() else 0)
         if kernel == 0:
             assert tokens in ((8, 16, 64, 128) if eight_bits else (8, 16, 32, 64))
-            assert eight_bits or 1 <= ctas <= min(264, -(-m // tokens) * -(-n // 128) * -(-k // 128))
+            assert eight_bits or 1 <= ctas <= min(2 * sms, -(-m // tokens) * -(-n // 128) * -(-k // 128))
             assert eight_bits or floats == ctas * 2 * 128 * tokens
             continue
         tiles = TILES[: 4 if kind == 1 else 5 if eight_bits and kind != 3 else 7]
@@ -111,7 +112,7 @@ def test_w4_plans_have_room_for_what_is_shared(eight_bits: bool, capability: int
         assert (tokens, phases) in tiles
         assert phases == 1 or (k > 128 and (not eight_bits or kind == 3 or group == 128))
         assert phases == 1 or not counters
-        assert 1 <= ctas <= 264
+        assert 1 <= ctas <= 2 * sms
         assert (floats == 0) == (counters == 0)
         assert floats % (ctas * 2 * 128 * tokens) == 0
         assert counters == 0 or not eight_bits

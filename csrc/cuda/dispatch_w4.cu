@@ -80,15 +80,15 @@ int64_t cost_of_waves(int64_t tiles, int width, int64_t slabs, int sms) {
 
 // Floats by 4-bit codes: four phases of 64 channels while two such tiles for each multiprocessor are enough, since
 // there is often room for the next product's first CTAs then (4096 x 14336 at one row on an H200: 9.2 us, 9.8 by two
-// phases of 128). Beyond that two phases of 128 (run_w4_sm90.cuh cuts them evenly while all run at a time): fewer tiles
-// that wait for others to end, and tokens that come half as often (at one and 16 rows 4096 x 22016 15.4 and 17.6
-// -> 13.5 and 17.0 us, 4096 x 28672 19.0 and 22.2 -> 16.5 and 20.4, 4096 x 128256 73.2 and 85.1 -> 64.0 and 77.5). But
-// the narrower ones have few warps to hide what a slab waits for, and where K is long the second wave of the others
-// costs less (8192 x 17920: 26.3 and 29.8 us, 25.7 and 32.4 by two phases).
+// phases of 128). Beyond that two phases of 128, fewer tiles that wait for others to end, and tokens that come half as
+// often: while all run at a time (w4_is_even), of up to 8 rows and K of less than 72 slabs, or of more than 12 blocks
+// of channels a multiprocessor (one row of 4096 x 22016 15.4 -> 13.5 us, of 4096 x 28672 18.6 -> 16.1). Otherwise such
+// tiles have few warps to hide what a slab waits for, and a second wave of the others costs less (8192 x 17920 at 16
+// rows 28.1 us, 34.0 by two phases). Of more tiles, whatever waits less (4096 x 128256 at one row 73.2 -> 64.0).
 int phases_of_few(int64_t m, int64_t n, int64_t k, int sms) {
   const int64_t narrow = blocks(n, 64), slabs = w4_slabs(k), each = blocks(blocks(n, kW4Rows), sms);
   if (narrow <= 2 * int64_t(sms)) return 4;
-  if (each <= 2 * kChannels / kW4Rows) return each > 12 || (m <= 8 && slabs < 72) ? 2 : 4;
+  if (w4_is_even(n, sms)) return each > 12 || (m <= 8 && slabs < 72) ? 2 : 4;
   return cost_of_waves(blocks(n, kChannels), 2, slabs, sms) < cost_of_waves(narrow, 1, slabs, sms) ? 2 : 4;
 }
 

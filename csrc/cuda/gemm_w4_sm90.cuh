@@ -111,7 +111,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kPerSm)
       int skip = producer;  // slabs of the next segment until the first one of this producer
       // Copies until the next kernel may begin: about as many slabs are left then as its launch takes, or half of them;
       // none where CTAs that wait for room will hold it back long enough.
-      const int before_next = S::kManyWarps ? walk.slabs(job) - kLead : walk.slabs(job) / 2;
+      const int before_next = S::kManyWarps ? job.slabs - kLead : walk.slabs(job) / 2;
       int until_next = job.waits ? 1 : max(1, before_next / S::kProducers);
       bool waited = false;
       while (walk.next(job, s)) {

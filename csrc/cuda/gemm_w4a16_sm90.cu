@@ -14,9 +14,9 @@ void run(const GemmW4A16Args& args, const W4Plan& plan, bool dependent, cudaStre
   job.e = make_store(args.y, args.y_dtype, args.y_stride, args.m, args.weight.n);
   job.e.bias = args.bias;
   job.counters = args.counters, job.partials = args.partials, job.follows = args.follows;
-  const auto launch_as = [&](auto zeros, auto alone) {
+  const auto launch_as = [&](auto zeros, auto one_per_sm) {
     constexpr int kCluster = w4_cluster(false, kTokens, kPhases);
-    using S = Shape<T, kTokens, kKind, decltype(zeros)::value, kCluster, kPhases, 4, decltype(alone)::value>;
+    using S = Shape<T, kTokens, kKind, decltype(zeros)::value, kCluster, kPhases, 4, decltype(one_per_sm)::value>;
     run_shape<S>(job, args.x, args.x_stride, plan, dependent, kName, stream);
   };
   if constexpr (kKind == W4Kind::kZeroPoint) {
@@ -24,8 +24,9 @@ void run(const GemmW4A16Args& args, const W4Plan& plan, bool dependent, cudaStre
       return launch_as(std::true_type(), std::false_type());
     }
   }
-  if constexpr (kTokens == 8 && kPhases == 4) {
-    const int64_t tiles = int64_t(blocks(args.m, kTokens)) * blocks(args.weight.n, w4_channels(false, 4, 8, 4));
+  if constexpr (kTokens == 8 && kPhases == 4) {  // whose producers are two or four (Shape::kFourProducers)
+    const int64_t tiles =
+        int64_t(blocks(args.m, kTokens)) * blocks(args.weight.n, w4_channels(false, 4, kTokens, kPhases));
     if (tiles <= multiprocessors()) return launch_as(std::false_type(), std::true_type());
   }
   launch_as(std::false_type(), std::false_type());

@@ -33,18 +33,20 @@ inline void check_tile(const char* name, bool bytes, const W4Weight& w, const W4
   if (plan.counters > 0 && (bytes || plan.phases > 1)) refuse("expected whole tiles, got shared ones");
 }
 
-// Tiles of a few tokens: of `most` channels each; or `evenly`, where two such tiles for each multiprocessor are enough,
-// of as many as give all multiprocessors the same number, multiples of `least`.
-inline void set_channels(Job& job, int most, int least, bool evenly) {
-  const int widest = most / least, sms = multiprocessors(), all = static_cast<int>(blocks(job.weight.n, least));
-  const int each = static_cast<int>(blocks(all, sms));
-  job.wide = job.tiles_n, job.wide_channels = job.narrow_channels = most;
-  if (!evenly || job.tiles_m > 1 || each > 2 * widest) return;
-  const int wide = each <= widest ? each : (each + 1) / 2, narrow = each - wide;
-  job.wide = std::min(static_cast<int>(blocks(all, wide)), sms);
-  job.wide_channels = wide * least, job.narrow_channels = narrow * least;
-  const int left = all - job.wide * wide;
-  job.tiles_n = job.wide + (left > 0 ? static_cast<int>(blocks(left, narrow)) : 0);
+// The channels of a few tokens' tiles: all that fit into one; or of tiles of 128, where they all run at a time, as many
+// as give all multiprocessors the same number.
+template <typename S>
+void set_channels(Job& job) {
+  job.wide_tiles = job.tiles_n, job.wide_channels = job.narrow_channels = S::kChannels;
+  const int sms = multiprocessors();
+  if (S::kChannels < 128 || job.tiles_m > 1 || !w4_is_even(job.weight.n, sms)) return;
+  // In units of a warp's.
+  const int all = static_cast<int>(blocks(job.weight.n, S::kWarpRows)), each = static_cast<int>(blocks(all, sms));
+  const int wide = each <= S::kWarps ? each : (each + 1) / 2, narrow = each - wide;
+  job.wide_tiles = std::min(static_cast<int>(blocks(all, wide)), sms);
+  job.wide_channels = wide * S::kWarpRows, job.narrow_channels = narrow * S::kWarpRows;
+  const int left = all - job.wide_tiles * wide;
+  job.tiles_n = job.wide_tiles + (left > 0 ? static_cast<int>(blocks(left, narrow)) : 0);
 }
 
 // Launches the instance S; job: what is not worked out here. name: the same array for all instances of one kind.
@@ -55,7 +57,7 @@ void run_shape(Job job, const void* x, int64_t x_stride, const W4Plan& plan, boo
   job.slabs = static_cast<int32_t>(w4_slabs(w.k));
   job.tiles_m = static_cast<int32_t>(blocks(job.e.m, S::kTokens));
   job.tiles_n = static_cast<int32_t>(blocks(w.n, S::kChannels * S::kCluster));
-  if constexpr (S::kManyWarps) set_channels(job, S::kChannels, S::kWarpRows, S::kPhases == 2);
+  if constexpr (S::kManyWarps) set_channels<S>(job);
   const int64_t tiles = int64_t(job.tiles_m) * job.tiles_n;
   if (tiles * job.slabs > 0x7fffffff) throw std::invalid_argument("expected less than 2^31 slabs of work");
   job.clusters = S::kPhases == 1 ? plan.ctas : static_cast<int32_t>(tiles);

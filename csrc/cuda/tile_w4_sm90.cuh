@@ -29,9 +29,9 @@ constexpr int kTurnBarrier = 3, kPhaseBarrier = 1, kGatherBarrier = 15;
 // kPhases_: groups of warps that take the slabs of a tile in turns (gemm_w4_sm90.cuh).
 // kBits_: of a code. Bytes are multiplied by 16-bit activations; they lie in K slabs (w8a8.h), their scales are of
 // channels.
-// kAlone_: no other CTA of the launch runs on the same multiprocessor.
+// kOnePerSm_: the launch has no more CTAs than there are multiprocessors.
 template <typename T_, int kTokens_, W4Kind kKind_, bool kZeros_, int kCluster_, int kPhases_, int kBits_ = 4,
-          bool kAlone_ = false>
+          bool kOnePerSm_ = false>
 struct Shape {
   using T = T_;
   static constexpr bool kBytes = std::is_same<T, int8_t>::value;
@@ -82,8 +82,8 @@ struct Shape {
   // Warps: what one lane computes and waits for between its copies would limit small tiles; few stages of many tokens
   // fit. Of kManyWarps, four where registers allow and a multiprocessor has one such CTA (one row on an H200: 14336 x
   // 4096 10.8 -> 9.0 us, 8192 x 8192 9.7 -> 9.3); two CTAs of them are slower (4096 x 14336 9.4 -> 9.7).
-  static constexpr bool kSpareProducers = kBlocks == 1 && !kZeros && (kPhases == 8 || kAlone_);
-  static constexpr int kProducers = kManyWarps ? (kSpareProducers ? 4 : 2) : kPhases >= 4 ? 4 : kTokens > 128 ? 1 : 2;
+  static constexpr bool kFourProducers = kBlocks == 1 && !kZeros && (kPhases == 8 || kOnePerSm_);
+  static constexpr int kProducers = kManyWarps ? (kFourProducers ? 4 : 2) : kPhases >= 4 ? 4 : kTokens > 128 ? 1 : 2;
   // Few tokens leave registers for two CTAs, which hide each other's latency. With more, the producer's registers go to
   // the consumers, and it is a whole warpgroup since setmaxnreg works on those: 168 a thread at launch, or 96 beside
   // four warpgroups of consumers.

@@ -98,7 +98,7 @@ struct W4Plan {
 };
 
 // kWgmma: channels of a CTA's tile, by the groups of warps that share its slabs. Two phases of up to 32 tokens of 16
-// bits leave registers for four warpgroups, and so for all channels. bits: of a code.
+// bits by 4-bit codes have registers for all channels; those of 8-bit codes keep 64. bits: of a code.
 constexpr int w4_channels(bool bytes, int bits, int tokens, int phases) {
   if (!bytes && bits == 4 && tokens <= 32 && phases == 2) return 128;
   return phases == 8 ? 32 : phases > 1 ? 64 : 128;
@@ -118,6 +118,9 @@ constexpr int w4_per_sm(bool bytes, int bits, int tokens, W4Kind kind, int phase
   if (kind == W4Kind::kMultiplier && phases == 2 && tokens <= 64) return 2;
   return tokens <= 16 && phases <= 2 && (bytes || kind != W4Kind::kMinimum) ? 2 : 1;
 }
+// Whether many warps' tiles of 128 channels, of which a multiprocessor holds two, all run at a time: then they are cut
+// evenly.
+constexpr bool w4_is_even(int64_t n, int sms) { return n <= int64_t(sms) * 2 * 128; }
 // The instances of kWgmma. Minima need registers for the sums of tokens; phases are for scales and zero points alone.
 constexpr bool w4_has_tile(bool bytes, W4Kind kind, int tokens, int phases) {
   const bool is_power = tokens == 8 || tokens == 16 || tokens == 32 || tokens == 64 || tokens == 128 || tokens == 256;
@@ -127,8 +130,7 @@ constexpr bool w4_has_tile(bool bytes, W4Kind kind, int tokens, int phases) {
   if (kind != W4Kind::kZeroPoint && kind != W4Kind::kMultiplier) return false;
   if (phases == 4) return tokens <= 32;
   if (phases == 8) return tokens <= 16;
-  if (kind == W4Kind::kMultiplier && phases == 2) return tokens <= 128;
-  return phases == 2 && tokens <= (bytes ? 16 : 128);
+  return phases == 2 && tokens <= (two_sums ? 16 : 128);
 }
 // Of so many tiles, how many `ctas` (or clusters) take whole, in full waves; the others' slabs are dealt out in equal
 // runs: those of the last wave, which is not full, and of one before it, lest runs be short.

@@ -24,7 +24,7 @@ struct Job {
   int32_t rows, group_rows;  // of scales, as groups_w4.cuh cuts slabs: of K, of a group
   int32_t* counters;
   float* partials;
-  int32_t wide;  // kManyWarps: the tiles of wide_channels, which come first; the others are of narrow_channels
+  int32_t wide_tiles;  // kManyWarps: those of wide_channels, which come first; the others are of narrow_channels
   int32_t wide_channels, narrow_channels;
   int meeting;  // kManyWarps: bytes from the ring of stages to where phases meet; 0: in it
   int ahead;  // stages whose weights come before the activations are there
@@ -103,10 +103,10 @@ struct OnlyTile {
   template <typename S>
   static __device__ __forceinline__ OnlyTile of(const Job& job) {
     const Place place = place_of(job, static_cast<int>(blockIdx.x));
-    const int wide = min(place.n, job.wide);
+    const int wide = min(place.n, job.wide_tiles);
     return {place.m * S::kTokens,
             {wide * job.wide_channels + (place.n - wide) * job.narrow_channels,
-             place.n < job.wide ? job.wide_channels : job.narrow_channels}};
+             place.n < job.wide_tiles ? job.wide_channels : job.narrow_channels}};
   }
 };
 
