@@ -218,7 +218,7 @@ class LinearWxA16 {
     if constexpr (V::kStreams) {
       alignas(kAlign) float scale[kBlockN], offset[kBlockN];
       const Range mine = rows_of(range, rows, tiles);
-      std::memset(c, 0, static_cast<size_t>((mine.size()) * kBlockN) * sizeof(float));
+      std::memset(c, 0, static_cast<size_t>(mine.size() * kBlockN) * sizeof(float));
       for (int i = 0; i < kBlockN; ++i) offset[i] = -bias_;
       for (int64_t g = 0; g < groups_; ++g) {
         const int64_t k = g * group_, end = k + group_ < p_.k ? k + group_ : p_.k;
