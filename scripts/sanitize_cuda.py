@@ -22,7 +22,7 @@ import sys
 import time
 from pathlib import Path
 
-TOOLS = {"memcheck": 1101, "racecheck": 257}
+TOOLS = {"memcheck": 1101, "racecheck": 255}
 """And the features of their products."""
 
 PHASED_FEATURES = 1024

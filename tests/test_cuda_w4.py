@@ -96,8 +96,8 @@ def test_w4_plans_have_room_for_what_is_shared(eight_bits: bool, capability: int
     sizes = (rows, channels, (1, 129, 4096, 14336), kinds, (96, 128), (78, 114, 132))
     for m, n, k, kind, group, sms in itertools.product(*sizes):
         plan = cuda._cuda.plan_w4(eight_bits, m, n, k, group, kind, capability, sms)
-        kernel, tokens, phases, ctas, counters, floats, head, _ = plan
-        assert not head or (kernel == 1 and m > 128)
+        kernel, tokens, phases, ctas, counters, floats, head, head_tokens = plan
+        assert not head or (kernel == 1 and (head_tokens == 128 if 64 < m <= 128 else m > 128 and head_tokens > 128))
         assert kernel == (1 if capability == 90 and cuda._cuda.has_sm90a() else 0)
         if kernel == 0:
             assert tokens in ((8, 16, 64, 128) if eight_bits else (8, 16, 32, 64))
@@ -114,7 +114,7 @@ def test_w4_plans_have_room_for_what_is_shared(eight_bits: bool, capability: int
         assert phases == 1 or not counters
         assert 1 <= ctas <= 2 * sms
         assert (floats == 0) == (counters == 0)
-        assert floats % (ctas * 2 * 128 * tokens) == 0
+        assert counters == 0 or (floats == counters * 64 * tokens and counters % (2 * ctas) == 0)
         assert counters == 0 or not eight_bits
 
 
@@ -247,6 +247,29 @@ class TestW4A16:
         for _ in range(40):
             y = cuda_w4.gemm_w4a16(x, weight, None, torch.bfloat16, plan=plan, dependent=True)
             assert torch.equal(y.view(torch.int16), wanted.view(torch.int16))
+
+    @pytest.mark.parametrize("tokens", [8, 16, 32, 64, 128, 192, 256])
+    def test_shared_tiles_repeat_to_the_bit(self, tokens: int) -> None:
+        """Tiles of one to many clusters, launches that overlap: sums that others leave, and their flags, are used
+        again at once."""
+        if cuda.capability(torch.cuda.current_device()) != 90:
+            pytest.skip("wgmma is an instruction of compute capability 9.0")
+        scheme, k = scheme_of("symmetric", 128), 14336
+        for n, rows in ((1024, tokens), (4096, tokens), (10240, 2 * tokens)):
+            codes = torch.randint(0, 256, (n, k // 2), dtype=torch.uint8, device="cuda")
+            tensors = {"weight": codes, "weight_scale": (torch.rand(n, k // 128, device="cuda") + 0.5).half()}
+            prepared = on_gpu(tensors, scheme, k)
+            weight = cuda_w4.describe(prepared.tensors, scheme, n, k)
+            x = seeded(rows, k).to("cuda", torch.bfloat16)
+            for ctas in (66, 61):
+                plan = (1, tokens, 1, ctas, 4 * ctas, 2 * ctas * 128 * tokens)
+                wanted = cuda_w4.gemm_w4a16(x, weight, None, torch.bfloat16, plan=plan)
+                some = slice(0, n, 111)
+                few = {name: tensor[some].contiguous() for name, tensor in tensors.items()}
+                assert_close(wanted[:, some], x, few, scheme, k)
+                for _ in range(40):
+                    y = cuda_w4.gemm_w4a16(x, weight, None, torch.bfloat16, plan=plan, dependent=True)
+                    assert torch.equal(y.view(torch.int16), wanted.view(torch.int16))
 
     @pytest.mark.parametrize(("tokens", "phases"), [(8, 2), (16, 2), (8, 4), (16, 4), (8, 8), (16, 8)])
     def test_few_tokens_of_every_width(self, tokens: int, phases: int) -> None:

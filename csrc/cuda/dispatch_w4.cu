@@ -18,9 +18,9 @@ struct Tile {
   double slab, launch, sharing, wave = 0;
 };
 constexpr Tile kHalfTiles[] = {{16, 4, 0.17, 3.2, 0, 3}, {32, 4, 0.165, 2.7, 0, 3}, {32, 2, 0.31, 3, 0, 3},
-                               {64, 2, 0.25, 2.9, 0, 3}, {128, 2, 0.44, 1.8, 0, 3}, {32, 1, 0.37, 2.8, 4.5},
-                               {64, 1, 0.48, 2, 5},      {128, 1, 0.76, 0.6, 7.5},  {192, 1, 1.05, 0, 9.5},
-                               {256, 1, 1.3, 0, 14}};
+                               {64, 2, 0.25, 2.9, 0, 3}, {128, 2, 0.44, 1.1, 0, 3}, {32, 1, 0.37, 2.8, 3},
+                               {64, 1, 0.48, 2, 3.4},    {128, 1, 0.76, 0.6, 5.7},  {192, 1, 1.05, 0, 7.8},
+                               {256, 1, 1.3, 0, 9.4}};
 constexpr Tile kByteTiles[] = {{16, 4, 0.198, 1.84, 0},
                                {32, 4, 0.247, 2.34, 0},
                                {32, 1, 0.308, 3.18, 0},
@@ -28,8 +28,8 @@ constexpr Tile kByteTiles[] = {{16, 4, 0.198, 1.84, 0},
                                {128, 1, 0.623, 4.5, 0}};
 constexpr Tile kByteCodeTiles[] = {
     {16, 2, 0.2, 0.69, 0, 2.81},  {16, 4, 0.217, 0.31, 0, 1}, {32, 4, 0.28, 0.17, 0, 1.72},
-    {64, 2, 0.302, 0.34, 0, 2.6}, {32, 1, 0.509, 0, 9.24},    {64, 1, 0.561, 0, 9.05},
-    {128, 1, 0.785, 0.48, 8},     {192, 1, 1.13, 0, 11},      {256, 1, 1.48, 0.1, 21}};  // on an H100
+    {64, 2, 0.302, 0.34, 0, 2.6}, {32, 1, 0.509, 0, 3},       {64, 1, 0.595, 1, 3.5},
+    {128, 1, 0.785, 0.9, 5.7},    {192, 1, 1.145, 0, 7.8},    {256, 1, 1.48, 0.1, 9.3}};
 constexpr Tile kMultiplierTiles[] = {
     {32, 1, 0.341, 3.28, 0},  {32, 2, 0.238, 2.64, 0}, {32, 4, 0.205, 2.14, 0},
     {64, 1, 0.37, 3.58, 0},   {64, 2, 0.318, 2.71, 0}, {128, 1, 0.431, 4.23, 0},
@@ -65,8 +65,8 @@ W4Plan finished(W4Plan plan, const Waves& w, bool shared) {
   plan.kernel = W4Kernel::kWgmma;
   plan.ctas = static_cast<int32_t>(!shared && w.tiles < w.slots ? w.tiles : w.slots);
   if (shared) {
-    plan.counters = (w.tiles - w4_whole_tiles(w.tiles, plan.ctas)) * w.cluster * 2;
-    plan.partial_floats = int64_t(2) * plan.ctas * w.cluster * kChannels * plan.tokens;
+    plan.counters = int64_t(2) * plan.ctas * w.cluster;  // a flag for each warpgroup
+    plan.partial_floats = int64_t(plan.ctas) * w.cluster * kChannels * plan.tokens;
   }
   return plan;
 }
@@ -94,7 +94,7 @@ int phases_of_few(int64_t m, int64_t n, int64_t k, int sms) {
 
 // Few tokens: the narrowest tiles that one wave serves, of 32 channels to a multiprocessor (8 phases), or of 64, as
 // many as fit at a time; integers, whose phases wait for one another, in tiles of 64 only while each has a
-// multiprocessor. Sums in memory cost some 4 us: they are shared where less than half of the chip would have work. With
+// multiprocessor. Tiles are shared, at some 3 us, where less than half of the chip would have work. With
 // multipliers, four phases where their tiles are nearly one for each multiprocessor, and one where tiles of 64 channels
 // would not all run at a time (4096 x 28672 at one row on an H200: 15.8 us, 18.6 by two phases). Floats by 8-bit codes
 // have four only where K is long enough to give each its share; they have no such tile of 8 tokens, and take that
@@ -163,7 +163,8 @@ W4Plan plan_many(const Tile (&tiles)[kCount], Operands of, int64_t m, int64_t n,
                  const Has& has) {
   Costed best = cheapest(tiles, of, m, n, k, kind, sms, has);
   for (const Tile& tile : tiles) {
-    if (tile.tokens <= 128 || !has(tile)) continue;
+    // A head of 65 to 128 rows has tiles of 128, and of more rows wider ones.
+    if (tile.phases > 1 || tile.tokens < 128 || m <= 64 || (tile.tokens > 128) != (m > 128) || !has(tile)) continue;
     W4Plan head = {};
     head.tokens = tile.tokens, head.phases = 1;
     const Waves w = waves_of(head, of, m, n, kind, sms);

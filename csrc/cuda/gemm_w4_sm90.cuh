@@ -45,9 +45,9 @@
 // slab waits for; of fewer, channels are so many that tiles of 64 of them would not all run at a time.
 //
 // Work: every cluster takes whole tiles (cluster, cluster + clusters, ...). What is left over, less than two tiles per
-// cluster, is dealt out in equal runs of slabs ("stream-K") where K may be split: CTAs that share a tile leave their
-// sums in memory, and whoever comes last adds them all in the order of K, its own from registers. So bits do not
-// depend on timing, and nobody waits.
+// cluster, is dealt out in equal runs of slabs ("stream-K") where K may be split. A run begins with the rest of a tile,
+// whose sums are left in memory, and ends with the beginning of another, to which the sums that others have left are
+// added in the order of K (share_w4_sm90.cuh). So bits do not depend on timing, and nobody waits for long.
 #pragma once
 
 #include "codes_sm90.cuh"
@@ -64,7 +64,6 @@ __global__ void __launch_bounds__(S::kThreads, S::kPerSm)
   extern __shared__ uint8_t shared[];
   __shared__ __align__(8) uint64_t barriers[2 * kMostStages];  // of full stages, of empty ones
   __shared__ uint32_t book[S::kCodebook ? 256 : 1];
-  __shared__ bool is_last[2];
   __shared__ float4 exchange[S::kExchange];
   __shared__ Terms<S> all_terms[S::kGroups];
   __shared__ OnlyTile only;
@@ -187,6 +186,16 @@ __global__ void __launch_bounds__(S::kThreads, S::kPerSm)
           if (--until_next == 0) ptx::grid_launch_dependents();
         }
       }
+      if constexpr (S::kShares) {  // the sums of those who share its last tile
+        const int cluster = Walk<S>::cluster(job), stages = helpers_of(job, s, cluster) * Handover<S>::kStages;
+        if (stages > 0 && !waited && !job.follows) ptx::grid_dependency_wait();  // flags of a launch before this one
+#pragma unroll 1
+        for (int i = skip; i < stages; i += S::kProducers) {
+          ptx::mbarrier_wait(empty_here + 8 * ring.stage, ring.parity);
+          Handover<S>::fetch(job, cluster, rank, i, base + ring.stage * S::kTokenBytes, full_here + 8 * ring.stage);
+          ring.advance(job.stages, S::kProducers);
+        }
+      }
       if (job.follows) ptx::grid_dependency_wait();  // what waits for this kernel waits for both
       if constexpr (S::kCluster > 1) {  // stay until the last arrivals of the other CTAs are here
         for (int i = 0; i < job.stages; i += S::kProducers) {
@@ -194,6 +203,9 @@ __global__ void __launch_bounds__(S::kThreads, S::kPerSm)
           ring.advance(job.stages, S::kProducers);
         }
       }
+    }
+    if constexpr (S::kShares && S::kSpareWarps) {
+      if (producer == S::kProducers) Handover<S>::raise_flags(job, Walk<S>::cluster(job), rank);
     }
     __syncwarp();
   } else if constexpr (S::kManyWarps) {
@@ -478,13 +490,27 @@ __global__ void __launch_bounds__(S::kThreads, S::kPerSm)
           store_tile<S, S::kPartTokens>(job, m0, tile_n0, first_row, t.phase * S::kPartTokens, terms, total[0]);
         }
       } else {
-        const bool all = !S::kShares || (s.first == 0 && s.last == job.slabs);
-        if (all || meet<S>(job, s.tile - job.whole, s.first == 0, Walk<S>::cluster(), rank, is_last, sums)) {
-          ptx::cp_async_wait_all();
-          ptx::named_barrier(1 + group, 128);
-          store_tile<S, S::kTokens>(job, m0, tile_n0, first_row, 0, terms, sums.total);
-        }
         stored = true;
+        if constexpr (S::kShares) {
+          const int cluster = Walk<S>::cluster(job);
+          if (s.first > 0) {
+            Handover<S>::leave(job, cluster, rank, sums);
+            continue;
+          }
+#pragma unroll 1
+          for (int helpers = helpers_of(job, s, cluster); helpers > 0; --helpers) {
+#pragma unroll
+            for (int i = 0; i < Handover<S>::kStages; ++i) {
+              ptx::mbarrier_wait(full_here + 8 * ring.stage, ring.parity);
+              Handover<S>::add(i, shared + (base - ptx::smem_u32(shared)) + ring.stage * S::kTokenBytes, sums);
+              release(ring.stage);
+              ring.advance(job.stages);
+            }
+          }
+        }
+        ptx::cp_async_wait_all();
+        ptx::named_barrier(1 + group, 128);
+        store_tile<S, S::kTokens>(job, m0, tile_n0, first_row, 0, terms, sums.total);
       }
     }
   }

@@ -150,6 +150,10 @@ __device__ __forceinline__ int32_t load_acquire(const int32_t* at) {
   asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(at) : "memory");
   return value;
 }
+// Releases, to other multiprocessors, what this thread has written and what it knows others to have.
+__device__ __forceinline__ void store_release(int32_t* at, int32_t value) {
+  asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(at), "r"(value) : "memory");
+}
 
 // ---- mbarrier (sm_90) ----------------------------------------------------------------------------------------------
 
@@ -162,6 +166,8 @@ __device__ __forceinline__ void fence_mbarrier_init() {
 }
 // "fence.proxy.async": orders this thread's ordinary shared-memory accesses with later asynchronous ones.
 __device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+// The same of global memory.
+__device__ __forceinline__ void fence_proxy_async_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
 __device__ __forceinline__ void mbarrier_arrive(uint32_t bar) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(bar) : "memory");
 }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 
 #include "gemm_w4_sm90.cuh"
 #include "host.h"
@@ -49,6 +50,14 @@ void set_channels(Job& job) {
   job.tiles_n = job.wide_tiles + (left > 0 ? static_cast<int>(blocks(left, narrow)) : 0);
 }
 
+// Token tiles beside each other among `clusters` that run at a time: as many as make what these fetch least, tokens for
+// each row of such tiles and codes for each column.
+template <typename S>
+int32_t tile_group(int clusters) {
+  const double tokens = S::kTokens * S::kRowBytes, codes = S::kChannels * S::kCluster * S::kCodeBytes;
+  return std::max(1, static_cast<int32_t>(std::lround(std::sqrt(clusters * codes / tokens))));
+}
+
 // Launches the instance S; job: what is not worked out here. name: the same array for all instances of one kind.
 template <typename S>
 void run_shape(Job job, const void* x, int64_t x_stride, const W4Plan& plan, bool dependent, const char* name,
@@ -61,6 +70,7 @@ void run_shape(Job job, const void* x, int64_t x_stride, const W4Plan& plan, boo
   const int64_t tiles = int64_t(job.tiles_m) * job.tiles_n;
   if (tiles * job.slabs > 0x7fffffff) throw std::invalid_argument("expected less than 2^31 slabs of work");
   job.clusters = S::kPhases == 1 ? plan.ctas : static_cast<int32_t>(tiles);
+  job.tile_group = tile_group<S>(job.clusters);
   job.whole = static_cast<int32_t>(plan.counters > 0 ? w4_whole_tiles(tiles, job.clusters) : tiles);
   const int64_t units = (tiles - job.whole) * job.slabs;
   job.run = static_cast<int32_t>(units / job.clusters), job.longer = static_cast<int32_t>(units % job.clusters);

@@ -160,70 +160,75 @@ __device__ __forceinline__ bool gather(float4* exchange, bool in_ring, int phase
   return true;
 }
 
-// Leaves this warpgroup's totals of a tile that clusters share; the last to come replaces its own by the sum of all,
-// and gets true.
+// How many clusters, those behind this one, have the rest of a tile that it has begun.
+__device__ __forceinline__ int helpers_of(const Job& job, const Segment& s, int cluster) {
+  if (s.first > 0 || s.last == job.slabs || s.last == 0) return 0;
+  return owner_of(job, (s.tile - job.whole + 1) * job.slabs - 1) - cluster;
+}
+
+// A tile that clusters share belongs to the one that has its first slabs, as the last thing it does. The others, which
+// begin with theirs, leave their totals in memory when they are through, long before as a rule, and raise a flag; the
+// owner's producers fetch them into the ring of stages behind its last slabs. There is a place and a flag for each
+// warpgroup, since no cluster leaves more than one tile's totals.
 template <typename S>
-__device__ __forceinline__ bool meet(const Job& job, int shared, bool from_first_slab, int cluster, int rank,
-                                     bool* is_last, Sums<S>& sums) {
-  constexpr int kQuads = S::kValues / 4;
-  const int group = threadIdx.x >> 7, member = threadIdx.x & 127;
-  // A cluster enters at most one shared tile in its middle, and leaves at most one that it entered at its beginning.
-  const auto slot = [&](int c, bool first) {
-    const int64_t index = (int64_t(2 * c + (first ? 1 : 0)) * S::kCluster + rank) * 2 + group;
-    return reinterpret_cast<float4*>(job.partials + index * 64 * S::kTokens) + member;
-  };
-  const int first = owner_of(job, shared * job.slabs), last = owner_of(job, (shared + 1) * job.slabs - 1);
-  int32_t* counter = job.counters + (shared * S::kCluster + rank) * 2 + group;
-  // Whoever has the beginning of a tile ends with it, when the others have left their sums as a rule: then its own need
-  // not go through memory.
-  bool mine = false;
-  if (from_first_slab) {
-    if (member == 0) is_last[group] = ptx::load_acquire(counter) == last - first;
-    ptx::named_barrier(1 + group, 128);
-    mine = is_last[group];
+struct Handover {
+  static constexpr int kBytes = 64 * S::kTokens * 4;  // of a warpgroup, [quad][thread] float4
+  static constexpr int kPieces = kBytes / S::kTokenBytes;  // stages that they fill
+  static_assert(!S::kShares || kPieces * S::kTokenBytes == kBytes, "whole stages");
+  static constexpr int kStages = 2 * kPieces;  // of a helper
+  static constexpr int kPieceQuads = S::kQuads / kPieces;
+
+  static __device__ __forceinline__ int place(int cluster, int rank, int group) {
+    return (cluster * S::kCluster + rank) * 2 + group;
   }
-  if (!mine) {
-    float4* own = slot(cluster, from_first_slab);
-#pragma unroll
-    for (int q = 0; q < kQuads; ++q) __stcg(own + q * 128, four_of(sums.total + 4 * q));
-    __threadfence();
-    ptx::named_barrier(1 + group, 128);
-    if (member == 0) is_last[group] = atomicAdd(counter, 1) == last - first;
-    ptx::named_barrier(1 + group, 128);
-    mine = is_last[group];
+  static __device__ __forceinline__ float* sums_at(const Job& job, int place) {
+    return job.partials + int64_t(place) * (kBytes / 4);
   }
-  if (!mine) return false;
-  if (member == 0) *counter = 0;
-  __threadfence();
-  // Its own sums are still here, and of the first two terms either may be the first. Loads take long, so several are on
-  // their way at once; the order of additions is the same.
-  const bool keeps = cluster <= first + 1;
-  constexpr int kPart = kQuads / ((kQuads + 15) / 16), kAtOnce = kQuads <= 2 ? 4 : kQuads <= 4 ? 2 : 1;
+
+  // By a warpgroup of a helper. A release takes as long as a slab: a warp that has nothing else to do raises the flags
+  // where there is one.
+  static __device__ __forceinline__ void leave(const Job& job, int cluster, int rank, const Sums<S>& sums) {
+    const int group = threadIdx.x >> 7, member = threadIdx.x & 127, here = place(cluster, rank, group);
+    float4* to = reinterpret_cast<float4*>(sums_at(job, here)) + member;
 #pragma unroll
-  for (int q0 = 0; q0 < kQuads; q0 += kPart) {
-#pragma unroll
-    for (int i = 4 * q0; i < 4 * (q0 + kPart); ++i) sums.total[i] = (keeps ? sums.total[i] : 0) + 0;  // -0 becomes 0
-    for (int c0 = first; c0 <= last; c0 += kAtOnce) {
-      if (kAtOnce == 1 && keeps && c0 == cluster) continue;
-      float4 v[kAtOnce][kPart];
-#pragma unroll
-      for (int p = 0; p < kAtOnce; ++p) {
-        const int c = min(c0 + p, last);
-        // Only the last one left the tile before its end, having begun it; the first one began it.
-#pragma unroll
-        for (int q = 0; q < kPart; ++q) v[p][q] = __ldcg(slot(c, c == first) + (q0 + q) * 128);
-      }
-#pragma unroll
-      for (int p = 0; p < kAtOnce; ++p) {
-        if (c0 + p > last) break;
-        if (keeps && c0 + p == cluster) continue;
-#pragma unroll
-        for (int q = 0; q < kPart; ++q) add_four(sums.total + 4 * (q0 + q), v[p][q]);
-      }
+    for (int q = 0; q < S::kQuads; ++q) __stcg(to + q * 128, four_of(sums.total + 4 * q));
+    if constexpr (S::kSpareWarps) {
+      ptx::named_barrier_arrive(kLeaveBarrier, S::kConsumers + 32);
+    } else {
+      ptx::named_barrier(1 + group, 128);
+      if (member == 0) ptx::store_release(job.counters + here, 1);
     }
   }
-  return true;
-}
+  // By that warp.
+  static __device__ __forceinline__ void raise_flags(const Job& job, int cluster, int rank) {
+    const int begin = begin_of(job, cluster);
+    if (begin == begin_of(job, cluster + 1) || begin % job.slabs == 0) return;  // begins no tile in its middle
+    ptx::named_barrier(kLeaveBarrier, S::kConsumers + 32);
+    const int lane = threadIdx.x & 31;
+    if (lane < 2) ptx::store_release(job.counters + place(cluster, rank, lane), 1);
+  }
+
+  // By the owner's producer: starts the copy of what the stage `number` behind the last slab is for.
+  static __device__ __forceinline__ void fetch(const Job& job, int cluster, int rank, int number, uint32_t to,
+                                               uint32_t bar) {
+    const int piece = number % kPieces, there = place(cluster + 1 + number / kStages, rank, number / kPieces % 2);
+    while (ptx::load_acquire(job.counters + there) == 0) {
+    }
+    ptx::fence_proxy_async_global();
+    ptx::mbarrier_arrive_expect_tx(bar, S::kTokenBytes);
+    ptx::bulk_load(to, sums_at(job, there) + piece * (S::kTokenBytes / 4), S::kTokenBytes, bar, ptx::kEvictFirst);
+    if (piece == kPieces - 1) job.counters[there] = 0;
+  }
+
+  // By a warpgroup of the owner: adds what the stage `number` of a helper holds, if it is this warpgroup's.
+  static __device__ __forceinline__ void add(int number, const uint8_t* stage, Sums<S>& sums) {
+    const int group = threadIdx.x >> 7, member = threadIdx.x & 127, piece = number % kPieces;
+    if (number / kPieces != group) return;
+    const float4* from = reinterpret_cast<const float4*>(stage) + member;
+#pragma unroll
+    for (int q = 0; q < kPieceQuads; ++q) add_four(sums.total + 4 * (piece * kPieceQuads + q), from[q * 128]);
+  }
+};
 
 // Totals of kTokens tokens, and of a block of kW4Rows channels, of the tile that begins at token m0 and channel n0:
 // from `first` and `first_row` on. They lose what the shift of activations with zero points added to them.

@@ -20,9 +20,9 @@ constexpr int kMostStages = 24;
 constexpr int kLead = 24;  // slabs that a CTA of kManyWarps has yet to ask for when the next kernel may begin
 constexpr uint32_t kEmptyFromFull = 8 * kMostStages;  // bytes from a stage's barrier of one kind to the other
 
-// Named barriers: 1 and 2 are the warpgroups' own, 3 and 4 their turns; or from 1 on those between phases, and that of
-// all of them.
-constexpr int kTurnBarrier = 3, kPhaseBarrier = 1, kGatherBarrier = 15;
+// Named barriers: 1 and 2 are the warpgroups' own, 3 and 4 their turns, 5 where they leave sums to others; or from 1 on
+// those between phases, and that of all of them.
+constexpr int kTurnBarrier = 3, kLeaveBarrier = 5, kPhaseBarrier = 1, kGatherBarrier = 15;
 
 // kZeros_: zero points are read, where there are any, and scales may be of fp32. Else zero points are 8, and scales
 // fp16 unless there are minima or a codebook.
@@ -101,6 +101,7 @@ struct Shape {
   // Tiles whose slabs several clusters deal out among themselves: those of floats alone, since totals over groups of
   // integers have an order.
   static constexpr bool kShares = !kBytes && kPhases == 1;
+  static constexpr bool kSpareWarps = kMovesRegisters && kProducers < 4;  // beside the producers
   static constexpr bool kHoldsTotal = kTokens <= 32;  // while rows of a slab are added to it; else it stays where it is
   // Of a tile whose sums are complete, the phases take parts to the output.
   static constexpr int kParts = kPhases < kQuads ? kPhases : kQuads, kPartTokens = kTokens / kParts;

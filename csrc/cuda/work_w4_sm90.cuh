@@ -8,8 +8,6 @@
 namespace qk::cuda {
 namespace {
 
-constexpr int kTileGroup = 16;  // token tiles walked before the next channels
-
 struct Job {
   W4Weight weight;  // of 8-bit codes: packed, n and k alone; their scales are the epilogue's
   Epilogue e;
@@ -17,6 +15,7 @@ struct Job {
   int64_t slab_bytes;  // from one slab of codes to the next
   int32_t slabs;
   int32_t tiles_m, tiles_n, whole;  // tiles of a cluster; those done whole, the first ones
+  int32_t tile_group;  // token tiles walked before the next channels
   int32_t clusters, run, longer;  // shared slabs of a cluster; the first `longer` have one more
   int32_t stages, packed_bytes;  // of a stage: codes, then rows of scales
   int32_t box_rows;  // tokens of a copy; all CTAs of a cluster make one for each slab
@@ -43,20 +42,26 @@ __device__ __forceinline__ int owner_of(const Job& job, int unit) {
 
 // The slabs first ... last - 1 of a tile.
 struct Segment {
-  int tile, first, last;
+  int tile = 0, first = 0, last = 0;
 };
 
 // The segments of this CTA's cluster, one after the other. What is left to work out again is held by nobody.
 template <typename S>
 struct Walk {
   int tile, unit;
-  static __device__ __forceinline__ int cluster() { return static_cast<int>(blockIdx.x) / S::kCluster; }
-  static __device__ __forceinline__ int end(const Job& job) {
-    const int here =
-        S::kTokens == 256 && S::kOneSum ? ptx::block_x() / S::kCluster : cluster();  // no register to keep it in
-    return begin_of(job, here + 1);
+  // A cluster waits for those behind it (share_w4_sm90.cuh), which therefore have the CTAs that start first.
+  static __device__ __forceinline__ int cluster_of(const Job& job, int block) {
+    return S::kShares ? job.clusters - 1 - block / S::kCluster : block / S::kCluster;
   }
-  __device__ __forceinline__ explicit Walk(const Job& job) : tile(cluster()), unit(begin_of(job, cluster())) {}
+  static __device__ __forceinline__ int cluster(const Job& job) {
+    return cluster_of(job, static_cast<int>(blockIdx.x));
+  }
+  static __device__ __forceinline__ int end(const Job& job) {
+    const int block =
+        S::kTokens == 256 && S::kOneSum ? ptx::block_x() : static_cast<int>(blockIdx.x);  // no register to keep it in
+    return begin_of(job, cluster_of(job, block) + 1);
+  }
+  __device__ __forceinline__ explicit Walk(const Job& job) : tile(cluster(job)), unit(begin_of(job, cluster(job))) {}
   __device__ __forceinline__ int slabs(const Job& job) const {
     const int tiles = tile < job.whole ? (job.whole - tile - 1) / job.clusters + 1 : 0;
     return tiles * job.slabs + (S::kShares ? end(job) - unit : 0);
@@ -82,12 +87,12 @@ struct Place {
   int m, n;  // tile of tokens, of a cluster's channels
 };
 
-// Groups of kTileGroup token tiles are walked before the next channels, so that what runs at one time shares operands;
-// the last group may be shorter.
+// Groups of token tiles are walked before the next channels, so that what runs at one time shares operands; the last
+// group may be shorter.
 __device__ __forceinline__ Place place_of(const Job& job, int tile) {
   if (job.tiles_m == 1) return Place{0, tile};  // few tokens wait for no division
-  const int per_group = kTileGroup * job.tiles_n, group = tile / per_group, first = group * kTileGroup;
-  const int rows = min(kTileGroup, job.tiles_m - first), inside = tile - group * per_group;
+  const int per_group = job.tile_group * job.tiles_n, group = tile / per_group, first = group * job.tile_group;
+  const int rows = min(job.tile_group, job.tiles_m - first), inside = tile - group * per_group;
   return Place{first + inside % rows, inside / rows};
 }
 

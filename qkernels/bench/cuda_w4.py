@@ -10,6 +10,9 @@
     humming            Humming's layer of the same bits and groups, where humming-kernels is installed (bf16 and fp16)
     gemlite            GemLite over the same codes, W4A16, where it is installed (bf16 and fp16)
 
+Everybody's weights are normal: where operations limit, so does power, and equally likely codes cost more of it (8192 x
+8192 at 4096 rows on an H200: 812 us, 790 with normal ones).
+
 W4A16 is timed once its distance from the float32 reference is below half a step of the output; W4A8 once it has the
 reference's bits.
 """
@@ -40,17 +43,9 @@ class ProblemW4:
         self.scheme = Scheme.from_preset(name)
         self.name, self.k, self.n, self.m, self.dtype = name, k, n, m, dtype
         count = max(2, min(64, -(-2 * cold_bytes // (n * k))))
-        groups = -(-k // self.scheme.resolve_group_size(k))
         self.canonical = []
         for _ in range(count):
-            tensors = {"weight": torch.randint(0, 256, (n, -(-k // 2)), dtype=torch.uint8, device="cuda")}
-            if self.scheme.group_scales == "int":
-                top = self.scheme.largest_multiplier
-                tensors["weight_scale"] = torch.rand(n, device="cuda") * 0.001 + 0.0001
-                tensors["weight_multiplier"] = torch.randint(1, top + 1, (n, groups), dtype=torch.uint8, device="cuda")
-            else:
-                tensors["weight_scale"] = (torch.rand(n, groups, device="cuda") * 0.01 + 0.001).to(torch.float16)
-            self.canonical.append(tensors)
+            self.canonical.append(reference.quantize_weight(torch.randn(n, k, device="cuda"), self.scheme))
         self.layers = [PreparedCudaW4.from_canonical(t, self.scheme, k) for t in self.canonical]
         self.x = torch.randn(m, k, device="cuda").to(dtype)
 

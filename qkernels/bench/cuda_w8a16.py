@@ -35,8 +35,7 @@ class ProblemW8A16:
         self.k, self.n, self.m, self.dtype = k, n, m, dtype
         self.canonical = []
         for _ in range(max(2, min(64, -(-cold_bytes // (n * k))))):
-            weight = torch.randint(-127, 128, (n, k), dtype=torch.int8, device="cuda")
-            self.canonical.append({"weight": weight, "weight_scale": torch.rand(n, device="cuda") * 0.01 + 0.001})
+            self.canonical.append(reference.quantize_weight(torch.randn(n, k, device="cuda"), self.scheme))
         prepare = cuda_w8a16.PreparedCudaW8A16.from_canonical
         self.layers = [prepare(tensors, self.scheme, k) for tensors in self.canonical]
         self.x = torch.randn(m, k, device="cuda").to(dtype)
