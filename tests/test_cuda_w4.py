@@ -97,7 +97,7 @@ def test_w4_plans_have_room_for_what_is_shared(eight_bits: bool, capability: int
     for m, n, k, kind, group, sms in itertools.product(*sizes):
         plan = cuda._cuda.plan_w4(eight_bits, m, n, k, group, kind, capability, sms)
         kernel, tokens, phases, ctas, counters, floats, head, head_tokens = plan
-        assert not head or (kernel == 1 and (head_tokens == 128 if 64 < m <= 128 else m > 128 and head_tokens > 128))
+        assert not head or (kernel == 1 and kind == 3 and m > 64 and (head_tokens > 128) == (m > 128))
         assert kernel == (1 if capability == 90 and cuda._cuda.has_sm90a() else 0)
         if kernel == 0:
             assert tokens in ((8, 16, 64, 128) if eight_bits else (8, 16, 32, 64))

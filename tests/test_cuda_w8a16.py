@@ -102,8 +102,9 @@ def test_w8a16_plans_are_of_instances() -> None:
         assert blocks == 1 or channels // 32 >= 132  # wide ones leave work for every multiprocessor
         if cuda._cuda.has_sm90a():
             plan = cuda._cuda.plan_w8a16(rows, channels, features, 90, 132)
-            kernel, tokens, phases, ctas, counters, floats = plan[:6]
+            kernel, tokens, phases, ctas, counters, floats, *head = plan
             assert kernel == 1
+            assert head == [0, 0]
             assert (tokens, phases) in TILES
             assert phases == 1 or (features > 896 and not counters)
             assert ctas >= 1

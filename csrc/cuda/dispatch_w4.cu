@@ -129,7 +129,7 @@ struct Costed {
   double cost;
 };
 
-// The cheapest of the tiles that `has` admits, in one launch.
+// The cheapest of the tiles that `has` admits.
 template <size_t kCount, typename Has>
 Costed cheapest(const Tile (&tiles)[kCount], Operands of, int64_t m, int64_t n, int64_t k, W4Kind kind, int sms,
                 const Has& has) {
@@ -157,21 +157,23 @@ Costed cheapest(const Tile (&tiles)[kCount], Operands of, int64_t m, int64_t n, 
   return {best, least};
 }
 
-// The same in one launch or two: wide tiles whose last wave would be far from full leave its channels to narrower ones.
-template <size_t kCount, typename Has>
-W4Plan plan_many(const Tile (&tiles)[kCount], Operands of, int64_t m, int64_t n, int64_t k, W4Kind kind, int sms,
-                 const Has& has) {
-  Costed best = cheapest(tiles, of, m, n, k, kind, sms, has);
-  for (const Tile& tile : tiles) {
+// Of multipliers, whose tiles are not shared, in one launch or two: wide tiles whose last wave would be far from full
+// leave its channels to narrower ones.
+template <typename Has>
+W4Plan plan_multipliers(int64_t m, int64_t n, int64_t k, int sms, const Has& has) {
+  constexpr Operands kOf = {true, 4};
+  constexpr W4Kind kKind = W4Kind::kMultiplier;
+  Costed best = cheapest(kMultiplierTiles, kOf, m, n, k, kKind, sms, has);
+  for (const Tile& tile : kMultiplierTiles) {
     // A head of 65 to 128 rows has tiles of 128, and of more rows wider ones.
-    if (tile.phases > 1 || tile.tokens < 128 || m <= 64 || (tile.tokens > 128) != (m > 128) || !has(tile)) continue;
+    if (tile.phases > 1 || tile.tokens < 128 || m <= 64 || (tile.tokens > 128) != (m > 128)) continue;
     W4Plan head = {};
     head.tokens = tile.tokens, head.phases = 1;
-    const Waves w = waves_of(head, of, m, n, kind, sms);
+    const Waves w = waves_of(head, kOf, m, n, kKind, sms);
     const int64_t down = blocks(m, tile.tokens), full = w.tiles / w.slots, columns = full * w.slots / down;
-    const int64_t channels = columns * w4_channels(of.bytes, of.bits, tile.tokens, 1) * w.cluster;
+    const int64_t channels = columns * w4_channels(kOf.bytes, kOf.bits, tile.tokens, 1) * w.cluster;
     if (columns == 0 || channels >= n) continue;
-    Costed rest = cheapest(tiles, of, m, n - channels, k, kind, sms, has);
+    Costed rest = cheapest(kMultiplierTiles, kOf, m, n - channels, k, kKind, sms, has);
     rest.cost += double(full) * tile.slab * double(w4_slabs(k)) + kBehind;
     if (rest.cost >= best.cost) continue;
     rest.plan.head_channels = static_cast<int32_t>(channels), rest.plan.head_tokens = tile.tokens;
@@ -189,58 +191,50 @@ W4Plan plan_wgmma(bool bytes, int64_t m, int64_t n, int64_t k, W4Kind kind, bool
   const auto has = [&](const Tile& tile) {
     return (phases || tile.phases == 1) && w4_has_tile(bytes, kind, tile.tokens, tile.phases);
   };
-  return whole   ? plan_many(kMultiplierTiles, of, m, n, k, kind, sms, has)
-         : bytes ? plan_many(kByteTiles, of, m, n, k, kind, sms, has)
-                 : plan_many(kHalfTiles, of, m, n, k, kind, sms, has);
+  if (whole) return plan_multipliers(m, n, k, sms, has);
+  return (bytes ? cheapest(kByteTiles, of, m, n, k, kind, sms, has) : cheapest(kHalfTiles, of, m, n, k, kind, sms, has))
+      .plan;
 }
 
 #ifdef QK_CUDA_SM90A
 
 // What a product keeps of its head alone, or of what is behind it; `first` channels, a multiple of kW4Rows.
-void keep_head(W4Weight& w, int32_t first) { w.n = first; }
-void keep_rest(W4Weight& w, int32_t first) {
-  const int64_t bytes = w.scale_type == ScaleType::kF32 ? 4 : 2;
+GemmW4A8Args head_of(GemmW4A8Args a, int32_t first) {
+  a.weight.n = first;
+  return a;
+}
+GemmW4A8Args rest_of(GemmW4A8Args a, int32_t first) {
+  W4Weight& w = a.weight;
   w.n -= first;
   w.packed += int64_t(first) / kW4Rows * kW4BlockBytes;
-  w.scale = static_cast<const uint8_t*>(w.scale) + first * bytes;
-  if (w.zero_point) w.zero_point += first;
-  if (w.minimum) w.minimum = static_cast<const uint8_t*>(w.minimum) + first * bytes;
-  if (w.channel_scale) w.channel_scale += first;
-}
-void keep_head(GemmW8A16Args& a, int32_t first) { a.n = first; }
-void keep_rest(GemmW8A16Args& a, int32_t first) {
-  a.n -= first, a.packed += int64_t(first) * kSlabK, a.weight_scale += first;
-}
-void keep_head(GemmW4A16Args& a, int32_t first) { keep_head(a.weight, first); }
-void keep_rest(GemmW4A16Args& a, int32_t first) { keep_rest(a.weight, first); }
-void keep_head(GemmW4A8Args& a, int32_t first) { keep_head(a.weight, first); }
-void keep_rest(GemmW4A8Args& a, int32_t first) {
-  keep_rest(a.weight, first);
+  w.channel_scale += first;
   if (a.channel_sum) a.channel_sum += first;
+  if (a.bias) a.bias += first;
+  a.y = static_cast<uint8_t*>(a.y) + int64_t(first) * (a.y_dtype == DType::kF32 ? 4 : 2);
+  a.follows = true;
+  return a;
 }
 
-// run(args, plan, dependent), in two launches where the plan has a head. Its tiles are whole, in full waves.
-template <typename Args, typename Run>
-void run_plan(const Args& args, int32_t n, const W4Plan& plan, Operands of, W4Kind kind, bool dependent,
-              const Run& run) {
+// In two launches where the plan has a head. Its tiles are whole, in full waves.
+void run_multipliers(const GemmW4A8Args& args, const W4Plan& plan, bool dependent, cudaStream_t stream) {
   const int32_t first = plan.head_channels;
-  if (first == 0) return run(args, plan, dependent);
-  if (first >= n) throw std::invalid_argument("plan: expected a head of fewer channels than there are");
+  if (first == 0) return gemm_w4a8_multiplier_sm90(args, plan, dependent, stream);
+  if (first >= args.weight.n) throw std::invalid_argument("plan: expected a head of fewer channels than there are");
   W4Plan head = {};
   head.tokens = plan.head_tokens, head.phases = 1;
-  Args part = args;
-  keep_head(part, first);
-  head = finished(head, waves_of(head, of, args.m, first, kind, multiprocessors()), false);
-  run(part, head, dependent);
-  part = args;
-  keep_rest(part, first);
-  part.y = static_cast<uint8_t*>(args.y) + int64_t(first) * (args.y_dtype == DType::kF32 ? 4 : 2);
-  if (args.bias) part.bias += first;
-  part.follows = true;
-  run(part, plan, true);
+  head = finished(head, waves_of(head, {true, 4}, args.m, first, args.weight.kind, multiprocessors()), false);
+  gemm_w4a8_multiplier_sm90(head_of(args, first), head, dependent, stream);
+  gemm_w4a8_multiplier_sm90(rest_of(args, first), plan, true, stream);
 }
 
 #endif
+
+void check_no_head(const W4Plan& plan) {
+  if (plan.head_channels > 0) {
+    throw std::invalid_argument("plan: expected no head, which the wgmma kernel of multipliers alone has, got " +
+                                std::to_string(plan.head_channels) + " channels");
+  }
+}
 
 }  // namespace
 
@@ -292,45 +286,44 @@ W4Plan plan_w8a16(int64_t m, int64_t n, int64_t k, int capability, int sms) {
   const bool phases = w4_slabs(k) >= 8;
   const Operands of = {false, 8};
   if (m <= kFew) return plan_few(of, m, n, k, W4Kind::kZeroPoint, phases, sms);
-  return plan_many(kByteCodeTiles, of, m, n, k, W4Kind::kZeroPoint, sms, [&](const Tile& tile) {
+  const auto has = [&](const Tile& tile) {
     return (phases || tile.phases == 1) && w8a16_has_tile(tile.tokens, tile.phases);
-  });
+  };
+  return cheapest(kByteCodeTiles, of, m, n, k, W4Kind::kZeroPoint, sms, has).plan;
 }
 
 void gemm_w4a16(const GemmW4A16Args& args, const W4Plan& plan, bool dependent, cudaStream_t stream) {
+  check_no_head(plan);
   if (args.m == 0) return;
   if (plan.kernel == W4Kernel::kMma) return gemm_w4a16_mma(args, plan, dependent, stream);
 #ifdef QK_CUDA_SM90A
-  return run_plan(args, args.weight.n, plan, {false, 4}, args.weight.kind, dependent,
-                  [&](const auto& a, const W4Plan& p, bool overlaps) { gemm_w4a16_sm90(a, p, overlaps, stream); });
+  return gemm_w4a16_sm90(args, plan, dependent, stream);
 #else
   throw std::invalid_argument("gemm_w4a16: the wgmma kernel is not in this build");
 #endif
 }
 
 void gemm_w8a16(const GemmW8A16Args& args, const W4Plan& plan, bool dependent, cudaStream_t stream) {
+  check_no_head(plan);
   if (args.m == 0 || args.n == 0) return;
   if (plan.kernel == W4Kernel::kMma) return gemm_w8a16_mma(args, plan.phases, stream);
 #ifdef QK_CUDA_SM90A
-  return run_plan(args, args.n, plan, {false, 8}, W4Kind::kZeroPoint, dependent,
-                  [&](const auto& a, const W4Plan& p, bool overlaps) { gemm_w8a16_sm90(a, p, overlaps, stream); });
+  return gemm_w8a16_sm90(args, plan, dependent, stream);
 #else
   throw std::invalid_argument("gemm_w8a16: the wgmma kernel is not in this build");
 #endif
 }
 
 void gemm_w4a8(const GemmW4A8Args& args, const W4Plan& plan, bool dependent, cudaStream_t stream) {
-  if (args.m == 0) return;
   const bool multiplier = args.weight.kind == W4Kind::kMultiplier;
+  if (!multiplier || plan.kernel == W4Kernel::kMma) check_no_head(plan);
+  if (args.m == 0) return;
   if (plan.kernel == W4Kernel::kMma) {
     if (multiplier) return gemm_w4a8_multiplier_mma(args, plan.tokens, dependent, stream);
     return gemm_w4a8_mma(args, plan.tokens, dependent, stream);
   }
 #ifdef QK_CUDA_SM90A
-  if (!multiplier) return gemm_w4a8_sm90(args, plan, dependent, stream);
-  return run_plan(
-      args, args.weight.n, plan, {true, 4}, args.weight.kind, dependent,
-      [&](const auto& a, const W4Plan& p, bool overlaps) { gemm_w4a8_multiplier_sm90(a, p, overlaps, stream); });
+  return multiplier ? run_multipliers(args, plan, dependent, stream) : gemm_w4a8_sm90(args, plan, dependent, stream);
 #else
   throw std::invalid_argument("gemm_w4a8: the wgmma kernel is not in this build");
 #endif

@@ -188,7 +188,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kPerSm)
       }
       if constexpr (S::kShares) {  // the sums of those who share its last tile
         const int cluster = Walk<S>::cluster(job), stages = helpers_of(job, s, cluster) * Handover<S>::kStages;
-        if (stages > 0 && !waited && !job.follows) ptx::grid_dependency_wait();  // flags of a launch before this one
+        if (stages > 0 && !waited) ptx::grid_dependency_wait();  // flags of a launch before this one
 #pragma unroll 1
         for (int i = skip; i < stages; i += S::kProducers) {
           ptx::mbarrier_wait(empty_here + 8 * ring.stage, ring.parity);

@@ -13,7 +13,7 @@ void run(const GemmW4A16Args& args, const W4Plan& plan, bool dependent, cudaStre
   job.weight = args.weight;
   job.e = make_store(args.y, args.y_dtype, args.y_stride, args.m, args.weight.n);
   job.e.bias = args.bias;
-  job.counters = args.counters, job.partials = args.partials, job.follows = args.follows;
+  job.counters = args.counters, job.partials = args.partials;
   const auto launch_as = [&](auto zeros, auto one_per_sm) {
     constexpr int kCluster = w4_cluster(false, kTokens, kPhases);
     using S = Shape<T, kTokens, kKind, decltype(zeros)::value, kCluster, kPhases, 4, decltype(one_per_sm)::value>;

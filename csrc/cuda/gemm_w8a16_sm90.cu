@@ -47,7 +47,7 @@ void gemm_w8a16_sm90(const GemmW8A16Args& args, const W4Plan& plan, bool depende
   job.slab_bytes = args.slab_rows * kSlabK;
   job.e = make_store(args.y, args.y_dtype, args.y_stride, args.m, args.n);
   job.e.weight_scale = args.weight_scale, job.e.bias = args.bias;
-  job.counters = args.counters, job.partials = args.partials, job.follows = args.follows;
+  job.counters = args.counters, job.partials = args.partials;
   if (args.x_dtype == DType::kBF16) return run_tile<__nv_bfloat16>(args, job, plan, dependent, stream);
   run_tile<__half>(args, job, plan, dependent, stream);
 }

@@ -78,7 +78,6 @@ struct GemmW4A16Args {
   int64_t y_stride;
   int32_t* counters;  // as W4Plan says
   float* partials;
-  bool follows;  // the launch before serves this product's head: it has waited for whatever writes x
 };
 
 // Which kernel runs a product, and how its work is cut.
@@ -93,7 +92,7 @@ struct W4Plan {
   int32_t ctas;  // that share all slabs in equal runs; kWgmma: clusters. Without meaning to W4A8 by mma.sync
   int64_t counters;  // int32 zeros that the kernel is to be given, and leaves as zeros; kWgmma: 0: tiles are not shared
   int64_t partial_floats;  // of memory for the sums of tiles that several share
-  // kWgmma: the first channels, where a launch before the rest serves them in whole waves of wide tiles; 0: none
+  // kWgmma of kMultiplier: the first channels, which a launch before the rest serves in whole waves of wide tiles
   int32_t head_channels, head_tokens;
 };
 
@@ -154,7 +153,7 @@ struct GemmW4A8Args {
   void* y;
   DType y_dtype;
   int64_t y_stride;
-  bool follows;  // as above
+  bool follows;  // the launch before serves this product's head: it has waited for whatever writes xq
 };
 
 }  // namespace qk::cuda

@@ -25,7 +25,6 @@ struct GemmW8A16Args {
   int64_t y_stride;
   int32_t* counters;  // as W4Plan says
   float* partials;
-  bool follows;  // as w4.h says
 };
 
 // The instances of kWgmma.

@@ -28,7 +28,7 @@ struct Job {
   int meeting;  // kManyWarps: bytes from the ring of stages to where phases meet; 0: in it
   int ahead;  // stages whose weights come before the activations are there
   bool waits;  // kManyWarps: not all CTAs run at a time
-  bool follows;  // a kernel that had waited for whatever writes the activations
+  bool follows;  // kMultiplier: a kernel that had waited for whatever writes the activations
 };
 
 __device__ __forceinline__ int begin_of(const Job& job, int cluster) {
