@@ -4,9 +4,10 @@ python scripts/sanitize_cuda.py                   # both tools
 python scripts/sanitize_cuda.py --tools memcheck
 python scripts/sanitize_cuda.py --run             # the kernels alone, without the sanitizer
 
-racecheck takes few features, so that no ring of stages comes round: it knows mbarriers, but not that __syncwarp puts
-the reads of 32 lanes before the one arrival that frees a stage, and reports the copy that fills it again; and where
-warpgroups hand a value round by bar.arrive and bar.sync, it reports the second round.  (Both on kernels of ten lines.)
+racecheck takes few features, so that no ring of stages comes round, but to what wgmma alone has read: it knows
+mbarriers, but not that __syncwarp puts the reads of 32 lanes before the one arrival that frees a stage, and reports the
+copy that fills it again; and where warpgroups hand a value round by bar.arrive and bar.sync, it reports the second
+round.  (Both on kernels of ten lines.)
 
 Data are made on the CPU, so that nearly all launches are of the kernels themselves, and every tensor is an allocation
 (torch's cache would hide accesses beside it).  Results are compared with the reference.

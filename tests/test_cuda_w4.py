@@ -254,8 +254,14 @@ class TestW4A16:
         again at once."""
         if cuda.capability(torch.cuda.current_device()) != 90:
             pytest.skip("wgmma is an instruction of compute capability 9.0")
-        scheme, k = scheme_of("symmetric", 128), 14336
-        for n, rows in ((1024, tokens), (4096, tokens), (10240, 2 * tokens)):
+        scheme = scheme_of("symmetric", 128)
+        # The last one's are behind whole tiles.
+        for n, k, rows in (
+            (1024, 14336, tokens),
+            (4096, 14336, tokens),
+            (10240, 14336, 2 * tokens),
+            (35840, 1024, tokens),
+        ):
             codes = torch.randint(0, 256, (n, k // 2), dtype=torch.uint8, device="cuda")
             tensors = {"weight": codes, "weight_scale": (torch.rand(n, k // 128, device="cuda") + 0.5).half()}
             prepared = on_gpu(tensors, scheme, k)

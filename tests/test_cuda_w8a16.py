@@ -151,6 +151,27 @@ class TestW8A16:
                 bound = (4 * k + 64) * 2.0**-24 * (x.double().abs() @ weight.abs().T) + 2.0**-23 * expected.abs() + 1e-7
                 assert bool(((y.double() - expected).abs() <= bound).all()), f"{n}x{k}, {rows} rows, {ctas} CTAs"
 
+    @pytest.mark.parametrize("tokens", [16, 64, 192, 256])
+    def test_shared_tiles_repeat_to_the_bit(self, tokens: int) -> None:
+        """Launches that overlap use the sums that clusters leave, and their flags, again at once.  From 192 tokens on
+        a stage holds half of what a warpgroup leaves; the second product's shared tiles are behind whole ones."""
+        if not (cuda.capability(0) == 90 and cuda._cuda.has_sm90a()):
+            pytest.skip("no wgmma here")
+        plan = (1, tokens, 1, 66, 4 * 66, 2 * 66 * 128 * tokens)
+        for n, k in ((4096, 4096), (35840, 1024)):
+            weight = torch.randint(-128, 128, (n, k), dtype=torch.int8, device="cuda")
+            scale = torch.rand(n, device="cuda") + 0.5
+            packed, _ = cuda.pack_w8(weight, layout=cuda.W8Layout.PAIRS)
+            x = seeded(tokens, k).to("cuda", torch.bfloat16)
+            wanted = cuda_w8a16.gemm_w8a16(x, packed, scale, None, torch.float32, plan=plan)
+            few, factor = weight[::111].double().T, scale[::111].double()
+            expected = x.double() @ few * factor
+            bound = (4 * k + 64) * 2.0**-24 * (x.double().abs() @ few.abs() * factor) + 2.0**-23 * expected.abs()
+            assert bool(((wanted[:, ::111].double() - expected).abs() <= bound).all())
+            for _ in range(40):
+                y = cuda_w8a16.gemm_w8a16(x, packed, scale, None, torch.float32, plan=plan, dependent=True)
+                assert_bits_equal(y, wanted)
+
     @pytest.mark.parametrize("plan", [(0, 8, 1), (0, 8, 2), *((1, *tile) for tile in TILES)])
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     def test_every_code_is_exact_at_every_place(self, plan: tuple[int, int, int], dtype: torch.dtype) -> None:

@@ -44,6 +44,7 @@ struct Operands {
   bool bytes;  // activations
   int bits;  // of a code
 };
+constexpr Operands kIntegers = {true, 4};
 
 // Tiles of a product, and how many of them run at a time.
 struct Waves {
@@ -161,19 +162,18 @@ Costed cheapest(const Tile (&tiles)[kCount], Operands of, int64_t m, int64_t n, 
 // leave its channels to narrower ones.
 template <typename Has>
 W4Plan plan_multipliers(int64_t m, int64_t n, int64_t k, int sms, const Has& has) {
-  constexpr Operands kOf = {true, 4};
   constexpr W4Kind kKind = W4Kind::kMultiplier;
-  Costed best = cheapest(kMultiplierTiles, kOf, m, n, k, kKind, sms, has);
+  Costed best = cheapest(kMultiplierTiles, kIntegers, m, n, k, kKind, sms, has);
   for (const Tile& tile : kMultiplierTiles) {
     // A head of 65 to 128 rows has tiles of 128, and of more rows wider ones.
     if (tile.phases > 1 || tile.tokens < 128 || m <= 64 || (tile.tokens > 128) != (m > 128)) continue;
     W4Plan head = {};
     head.tokens = tile.tokens, head.phases = 1;
-    const Waves w = waves_of(head, kOf, m, n, kKind, sms);
+    const Waves w = waves_of(head, kIntegers, m, n, kKind, sms);
     const int64_t down = blocks(m, tile.tokens), full = w.tiles / w.slots, columns = full * w.slots / down;
-    const int64_t channels = columns * w4_channels(kOf.bytes, kOf.bits, tile.tokens, 1) * w.cluster;
+    const int64_t channels = columns * w4_channels(kIntegers.bytes, kIntegers.bits, tile.tokens, 1) * w.cluster;
     if (columns == 0 || channels >= n) continue;
-    Costed rest = cheapest(kMultiplierTiles, kOf, m, n - channels, k, kKind, sms, has);
+    Costed rest = cheapest(kMultiplierTiles, kIntegers, m, n - channels, k, kKind, sms, has);
     rest.cost += double(full) * tile.slab * double(w4_slabs(k)) + kBehind;
     if (rest.cost >= best.cost) continue;
     rest.plan.head_channels = static_cast<int32_t>(channels), rest.plan.head_tokens = tile.tokens;
@@ -207,6 +207,7 @@ GemmW4A8Args rest_of(GemmW4A8Args a, int32_t first) {
   W4Weight& w = a.weight;
   w.n -= first;
   w.packed += int64_t(first) / kW4Rows * kW4BlockBytes;
+  w.scale = static_cast<const uint16_t*>(w.scale) + first;  // multipliers
   w.channel_scale += first;
   if (a.channel_sum) a.channel_sum += first;
   if (a.bias) a.bias += first;
@@ -222,7 +223,7 @@ void run_multipliers(const GemmW4A8Args& args, const W4Plan& plan, bool dependen
   if (first >= args.weight.n) throw std::invalid_argument("plan: expected a head of fewer channels than there are");
   W4Plan head = {};
   head.tokens = plan.head_tokens, head.phases = 1;
-  head = finished(head, waves_of(head, {true, 4}, args.m, first, args.weight.kind, multiprocessors()), false);
+  head = finished(head, waves_of(head, kIntegers, args.m, first, args.weight.kind, multiprocessors()), false);
   gemm_w4a8_multiplier_sm90(head_of(args, first), head, dependent, stream);
   gemm_w4a8_multiplier_sm90(rest_of(args, first), plan, true, stream);
 }

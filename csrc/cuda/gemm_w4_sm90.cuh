@@ -11,7 +11,7 @@
 //  64  |  warps 0-3  |   x K              token crosses the L2 once for 128 * kCluster channels.
 //      +-------------+
 //  64  |  warps 4-7  |                    warps 8, 9: producers; where registers move (kMovesRegisters), warps 10, 11
-//      +-------------+                    only hand theirs over.
+//      +-------------+                    hand theirs over, and one says where sums have been left to others.
 //
 // A block of codes is in the order of wgmma's register operand, so a warp reads 16 bytes a lane, makes 64 k of them
 // whole (8 or 16 registers) and multiplies them with the tokens in shared memory. Halves of a slab take turns: while
@@ -189,12 +189,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kPerSm)
       if constexpr (S::kShares) {  // the sums of those who share its last tile
         const int cluster = Walk<S>::cluster(job), stages = helpers_of(job, s, cluster) * Handover<S>::kStages;
         if (stages > 0 && !waited) ptx::grid_dependency_wait();  // flags of a launch before this one
-#pragma unroll 1
-        for (int i = skip; i < stages; i += S::kProducers) {
-          ptx::mbarrier_wait(empty_here + 8 * ring.stage, ring.parity);
-          Handover<S>::fetch(job, cluster, rank, i, base + ring.stage * S::kTokenBytes, full_here + 8 * ring.stage);
-          ring.advance(job.stages, S::kProducers);
-        }
+        Handover<S>::fetch_all(job, cluster, rank, skip, stages, base, full_here, empty_here, ring);
       }
       if (job.follows) ptx::grid_dependency_wait();  // what waits for this kernel waits for both
       if constexpr (S::kCluster > 1) {  // stay until the last arrivals of the other CTAs are here
@@ -497,16 +492,8 @@ __global__ void __launch_bounds__(S::kThreads, S::kPerSm)
             Handover<S>::leave(job, cluster, rank, sums);
             continue;
           }
-#pragma unroll 1
-          for (int helpers = helpers_of(job, s, cluster); helpers > 0; --helpers) {
-#pragma unroll
-            for (int i = 0; i < Handover<S>::kStages; ++i) {
-              ptx::mbarrier_wait(full_here + 8 * ring.stage, ring.parity);
-              Handover<S>::add(i, shared + (base - ptx::smem_u32(shared)) + ring.stage * S::kTokenBytes, sums);
-              release(ring.stage);
-              ring.advance(job.stages);
-            }
-          }
+          Handover<S>::add_all(helpers_of(job, s, cluster), job, shared + (base - ptx::smem_u32(shared)), full_here,
+                               ring, release, sums);
         }
         ptx::cp_async_wait_all();
         ptx::named_barrier(1 + group, 128);

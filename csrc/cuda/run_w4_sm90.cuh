@@ -50,10 +50,11 @@ void set_channels(Job& job) {
   job.tiles_n = job.wide_tiles + (left > 0 ? static_cast<int>(blocks(left, narrow)) : 0);
 }
 
-// Token tiles beside each other among `clusters` that run at a time: as many as make what these fetch least, tokens for
-// each row of such tiles and codes for each column.
+// Token tiles beside each other among the clusters that run at a time: as many as make what these fetch least, tokens
+// for each row of such tiles and codes for each column.
 template <typename S>
 int32_t tile_group(int clusters) {
+  clusters = std::min(clusters, multiprocessors() * S::kPerSm / S::kCluster);
   const double tokens = S::kTokens * S::kRowBytes, codes = S::kChannels * S::kCluster * S::kCodeBytes;
   return std::max(1, static_cast<int32_t>(std::lround(std::sqrt(clusters * codes / tokens))));
 }

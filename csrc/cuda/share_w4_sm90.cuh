@@ -1,7 +1,7 @@
 // How a tile of gemm_w4_sm90.cuh ends: the meeting of phases and of clusters that share it, and the way out.
 #pragma once
 
-#include "tile_w4_sm90.cuh"
+#include "copies_w4_sm90.cuh"
 
 namespace qk::cuda {
 namespace {
@@ -175,6 +175,7 @@ struct Handover {
   static constexpr int kBytes = 64 * S::kTokens * 4;  // of a warpgroup, [quad][thread] float4
   static constexpr int kPieces = kBytes / S::kTokenBytes;  // stages that they fill
   static_assert(!S::kShares || kPieces * S::kTokenBytes == kBytes, "whole stages");
+  static_assert(!S::kShares || kPieces == 1 || S::kProducers == 1, "who fetches the last piece takes the flag down");
   static constexpr int kStages = 2 * kPieces;  // of a helper
   static constexpr int kPieceQuads = S::kQuads / kPieces;
 
@@ -219,6 +220,16 @@ struct Handover {
     ptx::bulk_load(to, sums_at(job, there) + piece * (S::kTokenBytes / 4), S::kTokenBytes, bar, ptx::kEvictFirst);
     if (piece == kPieces - 1) job.counters[there] = 0;
   }
+  // Those of `stages` behind the last slab that are this producer's, the first one `skip` behind it.
+  static __device__ __forceinline__ void fetch_all(const Job& job, int cluster, int rank, int skip, int stages,
+                                                   uint32_t tokens, uint32_t full, uint32_t empty, Ring& ring) {
+#pragma unroll 1
+    for (int i = skip; i < stages; i += S::kProducers) {
+      ptx::mbarrier_wait(empty + 8 * ring.stage, ring.parity);
+      fetch(job, cluster, rank, i, tokens + ring.stage * S::kTokenBytes, full + 8 * ring.stage);
+      ring.advance(job.stages, S::kProducers);
+    }
+  }
 
   // By a warpgroup of the owner: adds what the stage `number` of a helper holds, if it is this warpgroup's.
   static __device__ __forceinline__ void add(int number, const uint8_t* stage, Sums<S>& sums) {
@@ -227,6 +238,21 @@ struct Handover {
     const float4* from = reinterpret_cast<const float4*>(stage) + member;
 #pragma unroll
     for (int q = 0; q < kPieceQuads; ++q) add_four(sums.total + 4 * (piece * kPieceQuads + q), from[q * 128]);
+  }
+  // The same of all helpers, in the order of K.
+  template <typename Release>
+  static __device__ __forceinline__ void add_all(int helpers, const Job& job, const uint8_t* tokens, uint32_t full,
+                                                 Ring& ring, const Release& release, Sums<S>& sums) {
+#pragma unroll 1
+    for (; helpers > 0; --helpers) {
+#pragma unroll
+      for (int i = 0; i < kStages; ++i) {
+        ptx::mbarrier_wait(full + 8 * ring.stage, ring.parity);
+        add(i, tokens + ring.stage * S::kTokenBytes, sums);
+        release(ring.stage);
+        ring.advance(job.stages);
+      }
+    }
   }
 };
 

@@ -9,7 +9,6 @@
 // other to hide behind; with what the compiler would work out anew it took longer for a slab than all consumers.
 #pragma once
 
-#include "copies_w4_sm90.cuh"
 #include "share_w4_sm90.cuh"
 #include "tensor_map.h"
 
