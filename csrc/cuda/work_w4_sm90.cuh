@@ -49,18 +49,14 @@ struct Segment {
 template <typename S>
 struct Walk {
   int tile, unit;
-  // A cluster waits for those behind it (share_w4_sm90.cuh), which therefore have the CTAs that start first.
-  static __device__ __forceinline__ int cluster_of(const Job& job, int block) {
-    return S::kShares ? job.clusters - 1 - block / S::kCluster : block / S::kCluster;
-  }
+  // A cluster waits for those behind it (share_w4_sm90.cuh), which therefore have the CTAs that start first. Read anew
+  // each time where there is no register to keep it in.
   static __device__ __forceinline__ int cluster(const Job& job) {
-    return cluster_of(job, static_cast<int>(blockIdx.x));
+    constexpr bool kAnew = (S::kTokens == 256 && S::kOneSum) || (S::kTokens == 16 && S::kCodebook);
+    const int number = (kAnew ? ptx::block_x() : static_cast<int>(blockIdx.x)) / S::kCluster;
+    return S::kShares ? job.clusters - 1 - number : number;
   }
-  static __device__ __forceinline__ int end(const Job& job) {
-    const int block =
-        S::kTokens == 256 && S::kOneSum ? ptx::block_x() : static_cast<int>(blockIdx.x);  // no register to keep it in
-    return begin_of(job, cluster_of(job, block) + 1);
-  }
+  static __device__ __forceinline__ int end(const Job& job) { return begin_of(job, cluster(job) + 1); }
   __device__ __forceinline__ explicit Walk(const Job& job) : tile(cluster(job)), unit(begin_of(job, cluster(job))) {}
   __device__ __forceinline__ int slabs(const Job& job) const {
     const int tiles = tile < job.whole ? (job.whole - tile - 1) / job.clusters + 1 : 0;
