@@ -315,9 +315,10 @@ def test_moves_join_again() -> None:
     model.to(torch.bfloat16)  # nothing moves
     assert storages(model) == before
     assert_joined(model)
+    held = [layer._buffers["q_weight"] for layer in layers(model)]  # or what moves may get the same memory again
     model._apply(torch.clone)
     assert_joined(model)
-    assert storages(model) != before
+    assert storages(model).isdisjoint(tensor.untyped_storage().data_ptr() for tensor in held)
     model.k._apply(torch.clone)
     assert_joined(model)
     assert_same(model, alone)
