@@ -182,6 +182,24 @@ class TestPacking:
 # -- W4A16 ------------------------------------------------------------------------------------------------------------
 
 
+def check_repeats(n: int, k: int, rows: int, plans: list[tuple[int, ...]]) -> None:
+    """Each plan's product of bf16 rows is right, and launches of it that overlap have its bits."""
+    scheme = scheme_of("symmetric", 128)
+    codes = torch.randint(0, 256, (n, k // 2), dtype=torch.uint8, device="cuda")
+    tensors = {"weight": codes, "weight_scale": (torch.rand(n, k // 128, device="cuda") + 0.5).half()}
+    prepared = on_gpu(tensors, scheme, k)
+    weight = cuda_w4.describe(prepared.tensors, scheme, n, k)
+    some = slice(0, n, 111)
+    few = {name: tensor[some].contiguous() for name, tensor in tensors.items()}
+    x = seeded(rows, k).to("cuda", torch.bfloat16)
+    for plan in plans:
+        wanted = cuda_w4.gemm_w4a16(x, weight, None, torch.bfloat16, plan=plan)
+        assert_close(wanted[:, some], x, few, scheme, k)
+        for _ in range(40):
+            y = cuda_w4.gemm_w4a16(x, weight, None, torch.bfloat16, plan=plan, dependent=True)
+            assert torch.equal(y.view(torch.int16), wanted.view(torch.int16))
+
+
 class TestW4A16:
     """Products and layers."""
 
@@ -232,21 +250,7 @@ class TestW4A16:
         hands again and again."""
         if cuda.capability(torch.cuda.current_device()) != 90:
             pytest.skip("wgmma is an instruction of compute capability 9.0")
-        scheme, n, k = scheme_of("symmetric", 128), 28672, 14336
-        codes = torch.randint(0, 256, (n, k // 2), dtype=torch.uint8, device="cuda")
-        scales = (torch.rand(n, k // 128, device="cuda") + 0.5).half()
-        tensors = {"weight": codes, "weight_scale": scales}
-        prepared = on_gpu(tensors, scheme, k)
-        weight = cuda_w4.describe(prepared.tensors, scheme, n, k)
-        x = seeded(tokens, k).to("cuda", torch.bfloat16)
-        plan = (1, tokens, phases, 1, 0, 0)
-        wanted = cuda_w4.gemm_w4a16(x, weight, None, torch.bfloat16, plan=plan)
-        some = slice(0, n, 911)
-        few = {name: tensor[some].contiguous() for name, tensor in tensors.items()}
-        assert_close(wanted[:, some], x, few, scheme, k)
-        for _ in range(40):
-            y = cuda_w4.gemm_w4a16(x, weight, None, torch.bfloat16, plan=plan, dependent=True)
-            assert torch.equal(y.view(torch.int16), wanted.view(torch.int16))
+        check_repeats(28672, 14336, tokens, [(1, tokens, phases, 1, 0, 0)])
 
     @pytest.mark.parametrize("tokens", [8, 16, 32, 64, 128, 192, 256])
     def test_shared_tiles_repeat_to_the_bit(self, tokens: int) -> None:
@@ -254,28 +258,10 @@ class TestW4A16:
         again at once."""
         if cuda.capability(torch.cuda.current_device()) != 90:
             pytest.skip("wgmma is an instruction of compute capability 9.0")
-        scheme = scheme_of("symmetric", 128)
-        # The last one's are behind whole tiles.
-        for n, k, rows in (
-            (1024, 14336, tokens),
-            (4096, 14336, tokens),
-            (10240, 14336, 2 * tokens),
-            (35840, 1024, tokens),
-        ):
-            codes = torch.randint(0, 256, (n, k // 2), dtype=torch.uint8, device="cuda")
-            tensors = {"weight": codes, "weight_scale": (torch.rand(n, k // 128, device="cuda") + 0.5).half()}
-            prepared = on_gpu(tensors, scheme, k)
-            weight = cuda_w4.describe(prepared.tensors, scheme, n, k)
-            x = seeded(rows, k).to("cuda", torch.bfloat16)
-            for ctas in (66, 61):
-                plan = (1, tokens, 1, ctas, 4 * ctas, 2 * ctas * 128 * tokens)
-                wanted = cuda_w4.gemm_w4a16(x, weight, None, torch.bfloat16, plan=plan)
-                some = slice(0, n, 111)
-                few = {name: tensor[some].contiguous() for name, tensor in tensors.items()}
-                assert_close(wanted[:, some], x, few, scheme, k)
-                for _ in range(40):
-                    y = cuda_w4.gemm_w4a16(x, weight, None, torch.bfloat16, plan=plan, dependent=True)
-                    assert torch.equal(y.view(torch.int16), wanted.view(torch.int16))
+        plans = [(1, tokens, 1, ctas, 4 * ctas, 2 * ctas * 128 * tokens) for ctas in (66, 61)]
+        for n, rows in ((1024, tokens), (4096, tokens), (10240, 2 * tokens)):
+            check_repeats(n, 14336, rows, plans)
+        check_repeats(35840, 1024, tokens, plans)  # behind whole tiles
 
     @pytest.mark.parametrize(("tokens", "phases"), [(8, 2), (16, 2), (8, 4), (16, 4), (8, 8), (16, 8)])
     def test_few_tokens_of_every_width(self, tokens: int, phases: int) -> None:

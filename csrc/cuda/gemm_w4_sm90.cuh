@@ -15,8 +15,7 @@
 //
 // A block of codes is in the order of wgmma's register operand, so a warp reads 16 bytes a lane, makes 64 k of them
 // whole (8 or 16 registers) and multiplies them with the tokens in shared memory. Halves of a slab take turns: while
-// one is multiplied, the other is read and unpacked, and while a warpgroup adds its sums up, the other one's products
-// run.
+// one is multiplied, the other is read and unpacked, and while a warpgroup adds up, the other one's products run.
 //
 //     tensor cores    | even half   | odd half                 |                        | even half of the next ...
 //     this warpgroup  | unpack odd  | unpack even of the next  | total += sums * scale  | ...
@@ -43,11 +42,6 @@
 // relay, in pieces of the tile); what takes long, unpacking and products, is under way in all of them at a time. Two
 // phases of up to 32 tokens of 16 bits have all 128 channels: of 32 tokens, four warpgroups instead of two hide what a
 // slab waits for; of fewer, channels are so many that tiles of 64 of them would not all run at a time.
-//
-// Work: every cluster takes whole tiles (cluster, cluster + clusters, ...). What is left over, less than two tiles per
-// cluster, is dealt out in equal runs of slabs ("stream-K") where K may be split. A run begins with the rest of a tile,
-// whose sums are left in memory, and ends with the beginning of another, to which the sums that others have left are
-// added in the order of K (share_w4_sm90.cuh). So bits do not depend on timing, and nobody waits for long.
 #pragma once
 
 #include "codes_sm90.cuh"
@@ -129,8 +123,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kPerSm)
         PackedSource<S> source(job, channels, first);
         int ahead = 0;
         if (!waited) {
-          // The first stages' weights, which nothing before this kernel writes, are on their way before the activations
-          // are there.
+          // The first stages' weights, which nothing before this kernel writes, come before the activations are there.
           for (int slab = first; slab < s.last && ring.stage + ahead * S::kProducers < job.ahead;
                slab += S::kProducers) {
             const int stage = ring.stage + ahead * S::kProducers;

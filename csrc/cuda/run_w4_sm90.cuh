@@ -50,6 +50,12 @@ void set_channels(Job& job) {
   job.tiles_n = job.wide_tiles + (left > 0 ? static_cast<int>(blocks(left, narrow)) : 0);
 }
 
+// Of so many tiles, how many clusters take whole, in full waves; the others' slabs are dealt out in equal runs: those
+// of the last wave, which is not full, and of one before it, lest runs be short.
+constexpr int64_t whole_tiles(int64_t tiles, int64_t clusters) {
+  return tiles % clusters == 0 ? tiles : tiles < clusters ? 0 : (tiles / clusters - 1) * clusters;
+}
+
 // Token tiles beside each other among the clusters that run at a time: as many as make what these fetch least, tokens
 // for each row of such tiles and codes for each column.
 template <typename S>
@@ -72,7 +78,7 @@ void run_shape(Job job, const void* x, int64_t x_stride, const W4Plan& plan, boo
   if (tiles * job.slabs > 0x7fffffff) throw std::invalid_argument("expected less than 2^31 slabs of work");
   job.clusters = S::kPhases == 1 ? plan.ctas : static_cast<int32_t>(tiles);
   job.tile_group = tile_group<S>(job.clusters);
-  job.whole = static_cast<int32_t>(plan.counters > 0 ? w4_whole_tiles(tiles, job.clusters) : tiles);
+  job.whole = static_cast<int32_t>(plan.counters > 0 ? whole_tiles(tiles, job.clusters) : tiles);
   const int64_t units = (tiles - job.whole) * job.slabs;
   job.run = static_cast<int32_t>(units / job.clusters), job.longer = static_cast<int32_t>(units % job.clusters);
   if constexpr (S::kBits == 8) {

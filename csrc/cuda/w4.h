@@ -131,11 +131,6 @@ constexpr bool w4_has_tile(bool bytes, W4Kind kind, int tokens, int phases) {
   if (phases == 8) return tokens <= 16;
   return phases == 2 && tokens <= (two_sums ? 16 : 128);
 }
-// Of so many tiles, how many `ctas` (or clusters) take whole, in full waves; the others' slabs are dealt out in equal
-// runs: those of the last wave, which is not full, and of one before it, lest runs be short.
-constexpr int64_t w4_whole_tiles(int64_t tiles, int64_t ctas) {
-  return tiles % ctas == 0 ? tiles : tiles < ctas ? 0 : (tiles / ctas - 1) * ctas;
-}
 
 // y [M, N] from int8 activations: total = sum over groups in order of float(d_g) * scale_g (+ min_g * float(sum_g)),
 // y = round(total * x_scale + bias), each step rounded once; d_g = sum (q - zero) * a and sum_g = sum a in int32, with

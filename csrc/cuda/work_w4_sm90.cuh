@@ -1,4 +1,9 @@
 // How gemm_w4_sm90.cuh cuts a product: whole tiles of clusters, runs of slabs that they share, and what is where.
+//
+// Every cluster takes whole tiles (cluster, cluster + clusters, ...). What is left over, less than two tiles per
+// cluster, is dealt out in equal runs of slabs ("stream-K") where K may be split. A run begins with the rest of a tile,
+// whose sums are left in memory, and ends with the beginning of another, to which the sums that others have left are
+// added in the order of K (share_w4_sm90.cuh). So bits do not depend on timing, and nobody waits for long.
 #pragma once
 
 #include "epilogue.cuh"
