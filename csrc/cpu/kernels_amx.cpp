@@ -17,7 +17,7 @@ constexpr int64_t kMinRows = 16;
 struct Amx : ZmmVerbs {
   static constexpr const char* kIsa = "amx";
   static constexpr int kTileM = 32, kTileN = 32, kOffset = 0, kSliceK = 4096, kMaxBlockTiles = 8;
-  static constexpr bool kFusesGroups = false, kWidens = false, kSumsAreFloats = false;
+  static constexpr bool kFusesGroups = false, kSumsAreFloats = false;
   static constexpr int64_t kOwnRows = 0;
   static constexpr int64_t kBlockBytes = 1 << 20;
   using Session = TileSession;

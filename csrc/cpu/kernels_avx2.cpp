@@ -2,9 +2,9 @@
 #include "activation_impl.h"
 #include "dispatch.h"
 #include "linear_w4a8_impl.h"
-#include "linear_w8a8_impl.h"
+#include "linear_w8a8_wide.h"
 #include "quantize_impl.h"
-#include "verbs_ymm.h"
+#include "tile_wide_avx2.h"
 
 namespace qk {
 namespace {
@@ -42,18 +42,14 @@ inline __m256i broadcast4(const uint8_t* p) {
 }
 
 // 4 x 16 tile: 8 accumulators, 2 weight registers, a, |a|, ones and a temporary, of 16.
-struct Avx2 : YmmVerbs {
+struct Avx2 : WideAvx2 {
   static constexpr const char* kIsa = "avx2";
   static constexpr int kTileM = 4, kTileN = 16, kOffset = 0, kSliceK = 512;
   static constexpr int kDepthAlign = 8, kMaxBlockTiles = 16, kDirectRows = 2;
-  static constexpr bool kFusesGroups = true, kFinishesTiles = false, kWidens = true, kJoinsGroups = false,
-                        kSumsAreFloats = false;
+  static constexpr bool kFusesGroups = true, kFinishesTiles = false, kJoinsGroups = false, kSumsAreFloats = false;
   static constexpr int64_t kFusedK = 256;
   static constexpr int64_t kOwnRows = 96;
-  static constexpr int64_t kBlockBytes = 384 << 10, kWideBlockBytes = 1536 << 10;
-  static constexpr int kWideTileM = 4, kWideSliceK = 512, kWideBlockTiles = 32;
-  // Measured on Zen 3 and on Emerald Rapids: fewer rows do not earn back the panel.
-  static int64_t wide_rows(int64_t k) { return is_intel() ? 17 : k < 2048 ? 9 : 13; }
+  static constexpr int64_t kBlockBytes = 384 << 10;
   static int64_t direct_rows(int64_t /*group*/, bool /*streams*/) { return 2; }
   struct Session {
     Session() {}
@@ -130,123 +126,6 @@ struct Avx2 : YmmVerbs {
       tile_with<Signed>(rows, a, lda, b, steps, c, accumulate, ahead);
   }
 
-  // ---- widened operands ----------------------------------------------------------------------------------------
-  //
-  // Winograd's inner product (1968) takes half of the multiplications: a0 w0 + a1 w1 is (a0 + w1)(a1 + w0) less the
-  // products a0 a1 and w0 w1, which each row and each column has once. Sums of two bytes fit in words, so 32 products
-  // are two vpaddw, one vpmaddwd and one vpaddd; without it they are two vpmaddwd and two vpaddd, and vpmaddwd has half
-  // of the pipes of an addition. (vpsignb, vpmaddubsw, vpmaddwd and vpaddd have the same count, three of them on those
-  // pipes.) Sums may wrap on the way: what they come to fits in int32.
-  //
-  // Within a group of four k, words stand in the order k0 k2, k1 k3: that is what a shift leaves of the bytes of a
-  // dword, and pairs each word with its partner's place.
-
-  static __m256i even_words(__m256i bytes) { return _mm256_srai_epi16(_mm256_slli_epi16(bytes, 8), 8); }
-  static __m256i odd_words(__m256i bytes) { return _mm256_srai_epi16(bytes, 8); }
-
-  // A row of a tile: in [k], k a multiple of 64, int8, to out [k / 4][4 rows][k0 k2 k1 k3], whose first row's place is
-  // given. Side by side, the rows of a tile come from L2 as one stream (1.12 cycles for 32 products rather than 1.24).
-  // Returns minus the sum of the products of the row's own pairs.
-  static int32_t widen_row(const uint8_t* in, int64_t k, uint8_t* out) {
-    __m256i less = _mm256_setzero_si256();
-    for (int64_t i = 0; i < k; i += 32) {
-      const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(in + i));
-      const __m256i even = even_words(v), odd = odd_words(v);
-      const __m256d low = _mm256_castsi256_pd(_mm256_unpacklo_epi32(even, odd)),
-                    high = _mm256_castsi256_pd(_mm256_unpackhi_epi32(even, odd));
-      less = _mm256_sub_epi32(less, _mm256_madd_epi16(even, odd));
-      double* to = reinterpret_cast<double*>(out + i * kWideTileM * 2);
-      const auto store = [&](int at, __m128d two) {
-        _mm_storel_pd(to + at * kWideTileM, two);
-        _mm_storeh_pd(to + (at + 1) * kWideTileM, two);
-      };
-      store(0, _mm256_castpd256_pd128(low));
-      store(2, _mm256_castpd256_pd128(high));
-      store(4, _mm256_extractf128_pd(low, 1));
-      store(6, _mm256_extractf128_pd(high, 1));
-    }
-    __m128i sum = _mm_add_epi32(_mm256_castsi256_si128(less), _mm256_extracti128_si256(less, 1));
-    sum = _mm_add_epi32(sum, _mm_shuffle_epi32(sum, 0x4E));
-    sum = _mm_add_epi32(sum, _mm_shuffle_epi32(sum, 0xB1));
-    return _mm_cvtsi128_si32(sum);
-  }
-
-  // panel [64 / 16 columns][steps][k0 k2 of 16 columns, k1 k3 of 16 columns]: a column tile's part stays in L1.
-  // less [64]: minus the sum of the products of each column's own pairs.
-  QK_NOINLINE static void widen_panel(const int8_t* b, int64_t steps, int16_t* panel, int32_t* less) {
-    __m256i c0, c1, c2, c3, c4, c5, c6, c7;
-    c0 = c1 = c2 = c3 = c4 = c5 = c6 = c7 = _mm256_setzero_si256();
-    const int64_t pitch = steps * kTileN * kPackK;
-    for (int64_t k = 0; k < steps; ++k, b += kBlockN * kPackK, panel += kTileN * kPackK) {
-      const auto columns = [&](int j, __m256i& x0, __m256i& x1) __attribute__((always_inline)) {
-        const __m256i* in = reinterpret_cast<const __m256i*>(b + j * kTileN * kPackK);
-        __m256i* out = reinterpret_cast<__m256i*>(panel + j * pitch);
-        const auto half = [&](int h, __m256i& x) __attribute__((always_inline)) {
-          const __m256i v = _mm256_load_si256(in + h), even = even_words(v), odd = odd_words(v);
-          x = _mm256_sub_epi32(x, _mm256_madd_epi16(even, odd));
-          _mm256_store_si256(out + h, even);
-          _mm256_store_si256(out + 2 + h, odd);
-        };
-        half(0, x0);
-        half(1, x1);
-      };
-      columns(0, c0, c1);
-      columns(1, c2, c3);
-      columns(2, c4, c5);
-      columns(3, c6, c7);
-    }
-    store_run(less, c0, c1, c2, c3, c4, c5, c6, c7);
-  }
-
-  // 4 x 16 tile: 8 accumulators, 4 weight registers and 4 for sums of activations and weights, of 16. More rows would
-  // have to read weights again and again, and two such loads in a cycle are all there are. steps: an even number.
-  // row_less: of the tile's rows; nullptr to go on from c.
-  template <int kRows, int kLines>
-  QK_NOINLINE static void wide_rows(const uint8_t* a, const int16_t* panel, int64_t steps, const int32_t* less,
-                                    const int32_t* row_less, int32_t* c, const Ahead& ahead) {
-    __m256i c00, c01, c10, c11, c20, c21, c30, c31;
-    const auto init = [&](int r, __m256i& x0, __m256i& x1) {
-      x0 = add_i(load_i(less), row_less ? set_i(row_less[r]) : load_i(c + r * kTileN));
-      x1 = add_i(load_i(less + 8), row_less ? set_i(row_less[r]) : load_i(c + r * kTileN + 8));
-    };
-    each_row<kRows>(init, c00, c01, c10, c11, c20, c21, c30, c31);
-    const __m256i* b = reinterpret_cast<const __m256i*>(panel);
-    for (int64_t k = 0; k < steps; k += 2, b += 8, a += 16 * kWideTileM) {
-      const auto step = [&](int at) __attribute__((always_inline)) {
-        const __m256i even0 = _mm256_load_si256(b + 4 * at), even1 = _mm256_load_si256(b + 4 * at + 1),
-                      odd0 = _mm256_load_si256(b + 4 * at + 2), odd1 = _mm256_load_si256(b + 4 * at + 3);
-        // By hand: left to itself, g++ 12 keeps half of the accumulators on the stack.
-        const auto row = [&](int r, __m256i& x0, __m256i& x1) __attribute__((always_inline)) {
-          const int32_t* words = reinterpret_cast<const int32_t*>(a + 8 * (at * kWideTileM + r));
-          __m256i even, odd, s, t;
-          __asm__(
-              "vpbroadcastd %6, %2\n\t"
-              "vpbroadcastd %7, %3\n\t"
-              "vpaddw %10, %2, %4\n\t"
-              "vpaddw %8, %3, %5\n\t"
-              "vpaddw %11, %2, %2\n\t"
-              "vpaddw %9, %3, %3\n\t"
-              "vpmaddwd %4, %5, %4\n\t"
-              "vpmaddwd %2, %3, %2\n\t"
-              "vpaddd %4, %0, %0\n\t"
-              "vpaddd %2, %1, %1"
-              : "+x"(x0), "+x"(x1), "=&x"(even), "=&x"(odd), "=&x"(s), "=&x"(t)
-              : "m"(words[0]), "m"(words[1]), "x"(even0), "x"(even1), "x"(odd0), "x"(odd1));
-        };
-        each_row<kRows>(row, c00, c01, c10, c11, c20, c21, c30, c31);
-      };
-      step(0);
-      step(1);
-      ask<kLines>(ahead, k);
-    }
-    store_sums<kRows>(c, c00, c01, c10, c11, c20, c21, c30, c31);
-  }
-  static void wide_tile(int rows, const uint8_t* a, const int16_t* panel, int64_t steps, const int32_t* less,
-                        const int32_t* row_less, int32_t* c, const Ahead& ahead) {
-    with_constants<kTileM>(
-        rows, ahead, [&](auto r, auto lines) { wide_rows<r(), lines()>(a, panel, steps, less, row_less, c, ahead); });
-  }
-
   // The words of kCodeSteps steps at a time, to finish(row, half, first k of the piece, words).
   template <int kRows, int kLines, class Finish>
   __attribute__((always_inline)) static void code_words(const uint8_t* a, int64_t lda, const int8_t* b, int64_t steps,
@@ -263,7 +142,7 @@ struct Avx2 : YmmVerbs {
       for (; b < end; b += kBlockN * kPackK, a += kPackK, a2 += kPackK) {
         const __m256i b0 = _mm256_load_si256(reinterpret_cast<const __m256i*>(b)),
                       b1 = _mm256_load_si256(reinterpret_cast<const __m256i*>(b + 32));
-        // By hand, as in wide_rows.
+        // By hand, as in tile_wide_avx2.h.
         const auto row = [&](const uint8_t* ar, __m256i& x0, __m256i& x1) __attribute__((always_inline)) {
           __m256i v, t;
           __asm__(
@@ -422,12 +301,24 @@ struct Avx2 : YmmVerbs {
   }
 };
 
+const char* linear_w8a8_by_rows(const LinearW8A8Args* members, int count) {
+  using Wide = LinearW8A8Wide<Avx2>;
+  if (!Wide::serves(members->m, members->k)) return linear_w8a8<Avx2>(members, count);
+  Wide(members, count).run();
+  return Avx2::kIsa;
+}
+
+int64_t linear_w8a8_scratch_by_rows(int64_t m, int64_t k, int threads) {
+  return LinearW8A8Wide<Avx2>::serves(m, k) ? LinearW8A8Wide<Avx2>::scratch_bytes(m, k, threads)
+                                            : linear_w8a8_scratch_bytes<Avx2>(m, k, threads);
+}
+
 }  // namespace
 
 const KernelTable& kernels_avx2() {
   static constexpr KernelTable table = {"avx2",
-                                        linear_w8a8<Avx2>,
-                                        linear_w8a8_scratch_bytes<Avx2>,
+                                        linear_w8a8_by_rows,
+                                        linear_w8a8_scratch_by_rows,
                                         linear_w4a8<Avx2>,
                                         linear_w4a8_scratch_bytes<Avx2>,
                                         quantize<Avx2>,

@@ -33,8 +33,7 @@ struct AvxVnni : YmmVerbs {
   static constexpr const char* kIsa = "avxvnni";
   static constexpr int kTileM = 6, kTileN = 16, kOffset = 128, kSliceK = 1024;
   static constexpr int kDepthAlign = 8, kMaxBlockTiles = 16, kDirectRows = 1;
-  static constexpr bool kFusesGroups = true, kFinishesTiles = false, kWidens = false, kJoinsGroups = true,
-                        kSumsAreFloats = true;
+  static constexpr bool kFusesGroups = true, kFinishesTiles = false, kJoinsGroups = true, kSumsAreFloats = true;
   static constexpr int64_t kFusedK = 256;
   static constexpr int64_t kOwnRows = 96;
   static constexpr int64_t kBlockBytes = 384 << 10;

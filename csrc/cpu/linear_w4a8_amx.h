@@ -29,7 +29,7 @@ class LinearW4A8Amx : PanelsW4A8Amx<V, kWhole> {
 
   void run() const {
     for_row_chunks<V>(
-        p_.m, p_.n, p_.k, Panels::streams(p_), this->stride(p_.m, p_.k, this->groups_), p_.scratch, p_.threads,
+        p_.m, p_.n, p_.k, Panels::streams(p_), {this->stride(p_.m, p_.k, this->groups_)}, p_.scratch, p_.threads,
         [this](int64_t row, Range range, uint8_t* q, RowScale* scales) {
           alignas(kAlign) uint8_t buffer[kMaxK + kRowPad];
           int32_t* sums = reinterpret_cast<int32_t*>(q + this->sums_at(row));

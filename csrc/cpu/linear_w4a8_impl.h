@@ -58,7 +58,7 @@ inline int64_t w4a8_row_bytes(int64_t k, int64_t groups) {
 template <class V>
 int64_t linear_w4a8_scratch_bytes(int64_t m, int64_t k, int64_t groups, int threads) {
   const int64_t panels = ceil_div(k, kPanelK);
-  return row_chunks_bytes<V>(m, k, w4a8_row_bytes(k, groups > panels ? groups : panels), threads);
+  return row_chunks_bytes<V>(m, k, {w4a8_row_bytes(k, groups > panels ? groups : panels)}, threads);
 }
 
 // kWhole: scales of groups are multipliers, totals integers.
@@ -71,7 +71,7 @@ class LinearW4A8 {
 
   void run() const {
     for_row_chunks<V>(
-        p_.m, p_.n, p_.k, streams(p_), stride_, p_.scratch, p_.threads,
+        p_.m, p_.n, p_.k, streams(p_), {stride_}, p_.scratch, p_.threads,
         [this](int64_t row, Range range, uint8_t* q, RowScale* scales) { quantize_rows(row, range, q, scales); },
         [this](int64_t row, int64_t rows, const uint8_t* q, const RowScale* scales, int thread, int team) {
           gemm(row, rows, q, scales, thread, team);

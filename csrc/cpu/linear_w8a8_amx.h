@@ -21,12 +21,12 @@ class LinearW8A8Amx : LinearW8A8<V> {
         streams_(is_streamed(p_.m, this->superblocks_ * kBlockN, p_.y_dtype, p_.threads)) {}
 
   static int64_t scratch_bytes(int64_t m, int64_t k, int threads) {
-    return row_chunks_bytes<V>(m, k, tile_stride(m, k, 0), threads);
+    return row_chunks_bytes<V>(m, k, {tile_stride(m, k, 0)}, threads);
   }
 
   void run() const {
     for_row_chunks<V>(
-        p_.m, this->superblocks_ * kBlockN, p_.k, Base::streams_, tile_stride(p_.m, p_.k, 0), p_.scratch, p_.threads,
+        p_.m, this->superblocks_ * kBlockN, p_.k, Base::streams_, {tile_stride(p_.m, p_.k, 0)}, p_.scratch, p_.threads,
         [this](int64_t row, Range range, uint8_t* q, RowScale* scales) {
           alignas(kAlign) uint8_t buffer[kMaxK + kRowPad];
           for (int64_t r = range.begin; r < range.end; ++r) {
@@ -114,8 +114,8 @@ class LinearW8A8Amx : LinearW8A8<V> {
     const int64_t steps = padded_ / 64;
     // A slice of the block's activations is in use at a time.
     const int64_t slice = steps < kSliceSteps ? steps : kSliceSteps;
-    this->share_out(ceil_div(rows, kPairRows), V::kBlockBytes / (kPairBytes * (slice > 0 ? slice : 1)), thread, team,
-                    [&](const LinearW8A8Args& w, int64_t nb, Range range, bool more) {
+    this->share_out(ceil_div(rows, kPairRows), V::kBlockBytes / (kPairBytes * (slice > 0 ? slice : 1)),
+                    V::kMaxBlockTiles, thread, team, [&](const LinearW8A8Args& w, int64_t nb, Range range, bool more) {
                       Columns columns = this->columns_of(w, nb, rows, copies[visits++ % 2]);
                       if (p_.act.symmetric) columns.shared = nullptr;  // all zero
                       const bool streams = streams_ && has_whole_lines(w.y, w.y_dtype, w.y_stride);

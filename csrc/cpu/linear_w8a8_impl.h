@@ -14,13 +14,6 @@
 //   tile(rows, ...)   c [rows, kTileN] (+)= a [rows, 4 * steps] * b, b being a slice of the packed superblock;
 //                     it may ask for what is ahead on the way (ahead.h)
 //   tile_one(...)     the same for one row and all 64 columns: M = 1 reads the weights as one sequential stream
-//   kWidens           whether both operands are widened to 16 bits first, from wide_rows(k) rows on; and then
-//     kWideTileM, kWideSliceK, kWideBlockBytes, kWideBlockTiles   take the place of kTileM, kSliceK, kBlockBytes and
-//                                                                 kMaxBlockTiles
-//     widen_row(...)      a row of activations: bytes to words, the rows of a tile side by side; returns what its sums
-//                         have too much, negated
-//     widen_panel(...)    a slice of a superblock's weights, once for all row tiles of a block; and the same of columns
-//     wide_tile(...)      as tile, over those
 //
 // Order of the loops (rows of a chunk are quantized first, then a barrier; or a thread's own rows, see row_chunks.h):
 //
@@ -48,73 +41,35 @@
 namespace qk {
 namespace {
 
-// Whether the product of m rows runs over widened operands.
-template <class V>
-bool is_wide(int64_t m, int64_t k) {
-  if constexpr (V::kWidens) return k > 0 && m >= V::wide_rows(k);
-  return false;
-}
-
-// Bytes of a quantized row.
-template <class V>
-int64_t w8a8_row_bytes(int64_t m, int64_t k) {
-  return is_wide<V>(m, k) ? 2 * row_bytes(k) : row_bytes(k);
-}
-
 template <class V>
 int64_t linear_w8a8_scratch_bytes(int64_t m, int64_t k, int threads) {
-  return row_chunks_bytes<V>(m, k, w8a8_row_bytes<V>(m, k), threads);
+  return row_chunks_bytes<V>(m, k, {row_bytes(k)}, threads);
 }
 
 template <class V>
 class LinearW8A8 {
  public:
-  LinearW8A8(const LinearW8A8Args* members, int count)
-      : p_(*members),
-        members_(members),
-        wide_(is_wide<V>(members->m, members->k)),
-        stride_(w8a8_row_bytes<V>(members->m, members->k)) {
+  LinearW8A8(const LinearW8A8Args* members, int count) : LinearW8A8(members, count, row_bytes(members->k)) {}
+  LinearW8A8(const LinearW8A8Args* members, int count, int64_t stride)
+      : p_(*members), members_(members), stride_(stride) {
     for (int i = 0; i < count; ++i) superblocks_ += ceil_div(members[i].n, kBlockN);
     streams_ = superblocks_ * kBlockN * padded_k(p_.k) >= kUncachedBytes;
   }
 
   void run() const {
     for_row_chunks<V>(
-        p_.m, superblocks_ * kBlockN, p_.k, streams_, stride_, p_.scratch, p_.threads,
-        [this](int64_t row, Range range, uint8_t* q, RowScale* scales) {
-          if constexpr (V::kWidens) {
-            if (wide_) return widen_rows(row, range, q, scales);
-          }
-          quantize_rows(row, range, q, scales);
-        },
+        p_.m, superblocks_ * kBlockN, p_.k, streams_, {stride_}, p_.scratch, p_.threads,
+        [this](int64_t row, Range range, uint8_t* q, RowScale* scales) { quantize_rows(row, range, q, scales); },
         [this](int64_t row, int64_t rows, const uint8_t* q, const RowScale* scales, int thread, int team) {
           gemm(row, rows, q, scales, thread, team);
         });
   }
 
- protected:  // the AMX tier has loops of its own over these
+ protected:  // other tiers have loops of their own over these
   // ---- activations -------------------------------------------------------------------------------------------
 
   void quantize_rows(int64_t row, Range range, uint8_t* q, RowScale* scales) const {
     for (int64_t r = range.begin; r < range.end; ++r) scales[r] = quantize_one(row + r, q + r * stride_);
-  }
-
-  // Rows of a tile side by side; what their sums have too much behind them.
-  void widen_rows(int64_t row, Range range, uint8_t* q, RowScale* scales) const {
-    const int64_t k = padded_k(p_.k);
-    alignas(kAlign) uint8_t bytes[kMaxK + kRowPad];
-    for (int64_t r = range.begin; r < range.end; ++r) {
-      const int64_t place = r % V::kWideTileM;
-      uint8_t* tile = q + (r - place) * stride_;
-      scales[r] = quantize_one(row + r, bytes);
-      row_less(tile)[place] = V::widen_row(bytes, k, tile + place * 2 * kPackK);
-    }
-  }
-  int32_t* row_less(uint8_t* tile) const {
-    return reinterpret_cast<int32_t*>(tile + V::kWideTileM * 2 * padded_k(p_.k));
-  }
-  const int32_t* row_less(const uint8_t* tile) const {
-    return reinterpret_cast<const int32_t*>(tile + V::kWideTileM * 2 * padded_k(p_.k));
   }
 
   RowScale quantize_one(int64_t r, uint8_t* out) const {
@@ -136,15 +91,11 @@ class LinearW8A8 {
   // ---- matrix product ----------------------------------------------------------------------------------------
 
   void gemm(int64_t row, int64_t rows, const uint8_t* q, const RowScale* scales, int thread, int team) const {
-    int64_t tile_m = V::kTileM, block_bytes = V::kBlockBytes;
     // A slice of the block is in use at a time. Fewer rows would have weights come from memory more often than L2 lacks
     // activations.
-    int64_t slice_bytes = stride_ < V::kSliceK + kRowPad ? stride_ : V::kSliceK + kRowPad;
-    if constexpr (V::kWidens) {
-      if (wide_) tile_m = V::kWideTileM, block_bytes = V::kWideBlockBytes, slice_bytes = stride_;
-    }
-    const int64_t tiles = ceil_div(rows, tile_m);
-    share_out(tiles, block_bytes / (tile_m * slice_bytes), thread, team,
+    const int64_t slice_bytes = stride_ < V::kSliceK + kRowPad ? stride_ : V::kSliceK + kRowPad;
+    const int64_t tiles = ceil_div(rows, V::kTileM);
+    share_out(tiles, V::kBlockBytes / (V::kTileM * slice_bytes), V::kMaxBlockTiles, thread, team,
               [&](const LinearW8A8Args& member, int64_t nb, Range range, bool more) {
                 superblock(member, nb, row, rows, tiles, range, more, q, scales);
               });
@@ -153,11 +104,7 @@ class LinearW8A8 {
   // The thread's part of the (superblock, row tile) pairs of each block of row tiles: body(member, superblock of it,
   // row tiles, whether there is more to come in the block).
   template <class Body>
-  void share_out(int64_t tiles, int64_t block_tiles, int thread, int team, const Body& body) const {
-    int64_t most_tiles = V::kMaxBlockTiles;
-    if constexpr (V::kWidens) {
-      if (wide_) most_tiles = V::kWideBlockTiles;
-    }
+  void share_out(int64_t tiles, int64_t block_tiles, int64_t most_tiles, int thread, int team, const Body& body) const {
     block_tiles = block_tiles < 1 ? 1 : block_tiles > most_tiles ? most_tiles : block_tiles;
     const int64_t blocks = ceil_div(tiles, block_tiles);
     for (int64_t b = 0; b < blocks; ++b) {
@@ -222,9 +169,6 @@ class LinearW8A8 {
     ColumnCopies copies;
     const Columns columns = columns_of(w, nb, rows, copies);
     const int8_t* weights = w.packed + n0 * padded_k(p_.k);
-    if constexpr (V::kWidens) {
-      if (wide_) return wide_slices(row, rows, range, more, q, scales, columns, weights, n0);
-    }
     if (rows == 1) {
       alignas(kAlign) int32_t sums[kBlockN];
       V::tile_one(q, weights, round_up(p_.k, V::kDepthAlign) / kPackK, sums, w.has_minus128);
@@ -268,34 +212,6 @@ class LinearW8A8 {
     const int64_t behind = p_.k < V::kSliceK ? padded_k(p_.k) : V::kSliceK;
     const LookAhead ahead(weights + behind * kBlockN, bytes, kColumns * tiles, kBlockN * kPackK);
     return ahead.of(0, column * tiles + t - range.begin, padded_k(depth) / kPackK);
-  }
-
-  // The same order of loops over widened operands.
-  void wide_slices(int64_t row, int64_t rows, Range range, bool more, const uint8_t* q, const RowScale* scales,
-                   const Columns& columns, const int8_t* weights, int64_t n0) const {
-    static_assert(V::kWideSliceK == V::kSliceK, "look_ahead takes slices of one depth");
-    alignas(kAlign) int16_t panel[V::kWideSliceK * kBlockN];
-    alignas(kAlign) int32_t less[kBlockN], sums[V::kWideBlockTiles * V::kWideTileM * kBlockN];
-    for (int64_t k0 = 0; k0 < p_.k; k0 += V::kWideSliceK) {
-      const int64_t depth = p_.k - k0 < V::kWideSliceK ? p_.k - k0 : V::kWideSliceK;
-      const int64_t steps = round_up(depth, V::kDepthAlign) / kPackK;
-      V::widen_panel(weights + k0 * kBlockN, steps, panel, less);
-      const bool last = k0 + depth >= p_.k;
-      int32_t* c = sums;
-      for (int j = 0; j < columns.count; j += V::kTileN) {
-        for (int64_t t = range.begin; t < range.end; ++t) {
-          const int64_t first = t * V::kWideTileM;
-          const Range tile_rows{first, rows - first < V::kWideTileM ? rows : first + V::kWideTileM};
-          const uint8_t* tile = q + first * stride_;
-          if (last) prefetch(row, tile_rows, *columns.member, n0 + j, V::kTileN);
-          V::wide_tile(static_cast<int>(tile_rows.end - first), tile + V::kWideTileM * 2 * k0,
-                       panel + j * steps * kPackK, steps, less + j, k0 > 0 ? nullptr : row_less(tile), c,
-                       look_ahead(weights + k0 * kBlockN, depth, range, t, j / V::kTileN, more || !last));
-          if (last) epilogue<V::kTileN>(row, tile_rows, scales, c, columns, n0, j);
-          if (p_.k > V::kWideSliceK) c += V::kWideTileM * V::kTileN;
-        }
-      }
-    }
   }
 
   // ---- tiles that finish by themselves ------------------------------------------------------------------------
@@ -419,7 +335,6 @@ class LinearW8A8 {
 
   const LinearW8A8Args& p_;  // the first member, for what they share
   const LinearW8A8Args* const members_;
-  const bool wide_;
   const int64_t stride_;
   int64_t superblocks_ = 0;  // of all members
   bool streams_ = false;  // whether the weights are too many to have stayed in a cache

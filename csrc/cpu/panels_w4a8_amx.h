@@ -64,7 +64,7 @@ class PanelsW4A8Amx : protected LinearW4A8<V, kWhole> {
     return tile_stride(m, k, groups * static_cast<int64_t>(sizeof(int32_t)));
   }
   static int64_t workspaces(int64_t m, int64_t k, int64_t groups, int threads) {
-    return round_up(row_chunks_bytes<V>(m, k, stride(m, k, groups), threads), kAlign);
+    return round_up(row_chunks_bytes<V>(m, k, {stride(m, k, groups)}, threads), kAlign);
   }
   // Where the sums of the chunk's groups begin, [rows][groups]; `row` is the chunk's first.
   int64_t sums_at(int64_t row) const {

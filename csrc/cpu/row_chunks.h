@@ -21,11 +21,16 @@ constexpr int64_t kRowPad = 64;  // bytes; keeps rows of a power-of-two K from f
 constexpr int64_t kRedundantRows = 4;  // up to this many rows, each thread quantizes all of them
 constexpr int64_t kMinMacsPerThread = 256 << 10;
 
-// Rows of its own that a thread multiplies at a time: at most these, and at least V::kOwnRows (0: never). With fewer,
-// tiles that are not full, and weights that come from L3 and are unpacked for each thread, cost more than codes from
-// another core's L2; with weights of kUncachedBytes, which may come from memory, nothing is gained. One thread alone
-// reads the same weights either way.
-constexpr int64_t kMostOwnRows = 96;
+// How a kernel holds quantized rows.
+struct RowPlan {
+  int64_t stride;  // bytes of a row
+  int64_t unit = 1;  // rows that are quantized together, of which there is room for whole numbers
+  // Rows of its own that a thread multiplies at a time: at most these, and at least V::kOwnRows (0: never). With fewer,
+  // tiles that are not full, and weights that come from L3 and are unpacked for each thread, cost more than codes from
+  // another core's L2; with weights of kUncachedBytes, which may come from memory, nothing is gained. One thread alone
+  // reads the same weights either way.
+  int64_t most_own = 96;
+};
 
 inline int64_t row_bytes(int64_t k) { return padded_k(k) + kRowPad; }
 
@@ -37,18 +42,11 @@ inline int64_t chunk_rows(int64_t m, int64_t k) {
   return m < rows ? m : rows;
 }
 
-// Rows that memory is set aside for: whole tiles where a tile's rows lie side by side.
+// A tile may read (and ignore) up to kTileM - 1 rows past the last one.
 template <class V>
-int64_t chunk_room(int64_t m, int64_t k) {
-  if constexpr (V::kWidens) return round_up(chunk_rows(m, k), V::kWideTileM);
-  return chunk_rows(m, k);
-}
-
-// stride: bytes of a quantized row. A tile may read (and ignore) up to kTileM - 1 rows past the last one.
-template <class V>
-int64_t row_chunks_bytes(int64_t m, int64_t k, int64_t stride, int threads) {
-  const int64_t copies = m <= kRedundantRows ? threads : 1;
-  return copies * chunk_room<V>(m, k) * (stride + static_cast<int64_t>(sizeof(RowScale))) + V::kTileM * stride;
+int64_t row_chunks_bytes(int64_t m, int64_t k, const RowPlan& plan, int threads) {
+  const int64_t copies = m <= kRedundantRows ? threads : 1, room = round_up(chunk_rows(m, k), plan.unit);
+  return copies * room * (plan.stride + static_cast<int64_t>(sizeof(RowScale))) + V::kTileM * plan.stride;
 }
 
 // A thread's rows, where each has its own: blocks of `each` of them.
@@ -60,8 +58,9 @@ struct OwnRows {
 // A thread's of m rows. streams: whether the weights are kUncachedBytes or more. room: rows of scratch. each = 0: rows
 // of its own are not worth while.
 template <class V>
-OwnRows own_rows(int64_t m, bool streams, int64_t room, int thread, int team) {
-  const int64_t here = room / team / V::kTileM * V::kTileM, most = here < kMostOwnRows ? here : kMostOwnRows;
+OwnRows own_rows(int64_t m, bool streams, int64_t room, const RowPlan& plan, int thread, int team) {
+  const int64_t whole = V::kTileM > plan.unit ? V::kTileM : plan.unit, here = room / team / whole * whole;
+  const int64_t most = here < plan.most_own ? here : plan.most_own;
   const bool worth = V::kOwnRows > 0 && m >= V::kOwnRows * team && most >= V::kOwnRows;
   if (!worth || (streams && team > 1)) return {{0, 0}, 0};
   const Range rows = share(m, thread, team);
@@ -70,21 +69,22 @@ OwnRows own_rows(int64_t m, bool streams, int64_t room, int thread, int team) {
 }
 
 // Calls quantize(row, range, q, scales), which fills rows of q for rows row + range of the input, and then, when all
-// rows are there, multiply(row, rows, q, scales, thread, team). streams: as above.
+// rows are there, multiply(row, rows, q, scales, thread, team). streams: as above. Ranges
+// are whole units but for the last one.
 template <class V, class Quantize, class Multiply>
-void for_row_chunks(int64_t m, int64_t n, int64_t k, bool streams, int64_t stride, uint8_t* scratch, int most_threads,
-                    const Quantize& quantize, const Multiply& multiply) {
+void for_row_chunks(int64_t m, int64_t n, int64_t k, bool streams, const RowPlan& plan, uint8_t* scratch,
+                    int most_threads, const Quantize& quantize, const Multiply& multiply) {
   if (m == 0 || n == 0) return;
   const int64_t work = m * round_up(n, kBlockN) * padded_k(k) / kMinMacsPerThread;
   const int threads = work < most_threads ? static_cast<int>(work < 1 ? 1 : work) : most_threads;
-  const int64_t chunk = chunk_rows(m, k), room = chunk_room<V>(m, k);
+  const int64_t chunk = chunk_rows(m, k), unit = plan.unit, room = round_up(chunk, unit), stride = plan.stride;
   const bool redundant = m <= kRedundantRows;
   parallel(threads, [&](int thread, int team) {
     const typename V::Session session;
     const int64_t copies = redundant ? threads : 1, copy = redundant ? thread : 0;
     uint8_t* q = scratch + copy * room * stride;
     RowScale* scales = reinterpret_cast<RowScale*>(scratch + copies * room * stride) + copy * room;
-    if (const OwnRows own = own_rows<V>(m, streams, room, thread, team); own.each > 0) {
+    if (const OwnRows own = own_rows<V>(m, streams, room, plan, thread, team); own.each > 0) {
       q += thread * (room / team) * stride, scales += thread * (room / team);
       for (int64_t row = own.rows.begin; row < own.rows.end; row += own.each) {
         const int64_t rows = own.rows.end - row < own.each ? own.rows.end - row : own.each;
@@ -98,7 +98,9 @@ void for_row_chunks(int64_t m, int64_t n, int64_t k, bool streams, int64_t strid
       if (redundant) {
         quantize(row, Range{0, rows}, q, scales);
       } else {
-        quantize(row, share(rows, thread, team), q, scales);
+        const Range units = share(ceil_div(rows, unit), thread, team);
+        const int64_t begin = units.begin * unit, end = units.end * unit;
+        quantize(row, Range{begin, end < rows ? end : rows}, q, scales);
         barrier(team);
       }
       multiply(row, rows, q, scales, thread, team);

@@ -26,8 +26,7 @@ struct Avx512Vnni : ZmmVerbs {
   static constexpr const char* kIsa = "avx512vnni";
   static constexpr int kTileM = 6, kTileN = 64, kOffset = 128, kSliceK = 4096;
   static constexpr int kDepthAlign = 8, kMaxBlockTiles = 16, kDirectRows = 4;
-  static constexpr bool kFusesGroups = true, kFinishesTiles = true, kWidens = false, kJoinsGroups = true,
-                        kSumsAreFloats = true;
+  static constexpr bool kFusesGroups = true, kFinishesTiles = true, kJoinsGroups = true, kSumsAreFloats = true;
   static constexpr int64_t kFusedK = 256;
   static constexpr int64_t kOwnRows = 48;
   static constexpr int64_t kBlockBytes = 384 << 10;

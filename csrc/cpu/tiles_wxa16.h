@@ -42,20 +42,29 @@ struct WeightTiles : T {
     return (W::kBits == 4 ? 8 : 4) / kUnitK;
   }
 
-  // c [kRows, kVecs * kLanes] (rows of 64) += what `acc` holds, scaled; or = that.
+  // c [kRows, kVecs * kLanes] (rows of 64) += what `acc` holds, scaled; or = that. Asked once, not for each vector: a
+  // tile's depth is short.
   template <int kRows, int kVecs>
   QK_INLINE static void add_scaled(const F (&acc)[kRows][kVecs], float* c, const Scaling& s) {
-    unroll<kVecs>([&](auto v) QK_INLINE {
-      const int at = v.value * kLanes;
-      unroll<kRows>([&](auto r) QK_INLINE {
-        float* to = c + r.value * kBlockN + at;
-        F sum = s.begins ? T::set(0.0f) : T::load_f(to);
-        sum =
-            s.scale ? T::fma(acc[r.value][v.value], T::load_f(s.scale + at), sum) : T::add(acc[r.value][v.value], sum);
-        if (s.offset) sum = T::fma(T::set(s.sums[r.value * s.sum_stride]), T::load_f(s.offset + at), sum);
-        T::store_f(to, sum);
+    const auto put = [&](const auto& sum_at) QK_INLINE {
+      unroll<kVecs>([&](auto v) QK_INLINE {
+        unroll<kRows>([&](auto r) QK_INLINE {
+          float* to = c + r.value * kBlockN + v.value * kLanes;
+          T::store_f(to, sum_at(acc[r.value][v.value], to, r.value, v.value * kLanes));
+        });
       });
-    });
+    };
+    if (s.scale || s.offset) {
+      put([&](F sum, const float* to, int r, int at) QK_INLINE {
+        const F before = s.begins ? T::set(0.0f) : T::load_f(to);
+        sum = s.scale ? T::fma(sum, T::load_f(s.scale + at), before) : T::add(sum, before);
+        return s.offset ? T::fma(T::set(s.sums[r * s.sum_stride]), T::load_f(s.offset + at), sum) : sum;
+      });
+    } else if (s.begins) {
+      put([](F sum, const float*, int, int) QK_INLINE { return T::add(sum, T::set(0.0f)); });
+    } else {
+      put([](F sum, const float* to, int, int) QK_INLINE { return T::add(sum, T::load_f(to)); });
+    }
   }
 
   // Two sets of accumulators where one row alone has too few chains for the latency of the multiply-add.
