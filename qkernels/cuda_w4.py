@@ -94,7 +94,7 @@ PHASED_TILES = {
 """Tokens and phases that a plan of the wgmma kernels may name (``w4_has_tile``), for the sanitizer and the tests; the
 latter by the bits of activations, for groups with scales and zero points alone."""
 
-MULTIPLIER_TILES = PHASED_TILES[16]
+MULTIPLIER_TILES = [*PHASED_TILES[16], (64, 4)]
 """The latter where groups have multipliers."""
 
 

@@ -40,7 +40,8 @@ void gemm_w4a8_multiplier_sm90(const GemmW4A8Args& args, const W4Plan& plan, boo
                      run_if<64, 2>(a, job, plan, dependent, stream) ||
                      run_if<128, 2>(a, job, plan, dependent, stream) || run_if<8, 4>(a, job, plan, dependent, stream) ||
                      run_if<16, 4>(a, job, plan, dependent, stream) || run_if<32, 4>(a, job, plan, dependent, stream) ||
-                     run_if<8, 8>(a, job, plan, dependent, stream) || run_if<16, 8>(a, job, plan, dependent, stream);
+                     run_if<64, 4>(a, job, plan, dependent, stream) || run_if<8, 8>(a, job, plan, dependent, stream) ||
+                     run_if<16, 8>(a, job, plan, dependent, stream);
   if (!found) throw std::logic_error("a tile of w4_has_tile that is not listed here");
 }
 

@@ -96,15 +96,19 @@ struct W4Plan {
   int32_t head_channels, head_tokens;
 };
 
-// kWgmma: channels of a CTA's tile, by the groups of warps that share its slabs. Two phases of up to 32 tokens of 16
-// bits by 4-bit codes have registers for all channels; those of 8-bit codes keep 64. bits: of a code.
+// Whether two phases have registers for all channels, for kWgmma: of up to 32 tokens of 16 bits by 4-bit codes, and of
+// 32 or 64 of 8 bits by those with multipliers. bits: of a code.
+constexpr bool w4_two_have_all(bool bytes, int bits, int tokens) {
+  return bytes ? tokens == 32 || tokens == 64 : bits == 4 && tokens <= 32;
+}
+// kWgmma: channels of a CTA's tile, by the groups of warps that share its slabs.
 constexpr int w4_channels(bool bytes, int bits, int tokens, int phases) {
-  if (!bytes && bits == 4 && tokens <= 32 && phases == 2) return 128;
+  if (phases == 2 && w4_two_have_all(bytes, bits, tokens)) return 128;
   return phases == 8 ? 32 : phases > 1 ? 64 : 128;
 }
 // CTAs of a cluster that fetch a tile of tokens together, for kWgmma.
 constexpr int w4_cluster(bool bytes, int tokens, int phases) {
-  if (bytes && phases == 1) return tokens >= 128 ? 2 : 1;
+  if (bytes && (phases == 1 || (phases == 2 && w4_two_have_all(bytes, 4, tokens)))) return tokens >= 128 ? 2 : 1;
   return tokens >= 32 || (!bytes && tokens >= 16 && phases == 1) ? 2 : 1;
 }
 // Whether many warps share a tile of few tokens of 16 bits, one slab each at a time, for kWgmma. bits: of a code.
@@ -114,7 +118,6 @@ constexpr bool w4_many_warps(bool bytes, int bits, int tokens, int phases) {
 // CTAs of a multiprocessor, for kWgmma: two where their sums leave registers for them.
 constexpr int w4_per_sm(bool bytes, int bits, int tokens, W4Kind kind, int phases) {
   if (w4_many_warps(bytes, bits, tokens, phases)) return 2;
-  if (kind == W4Kind::kMultiplier && phases == 2 && tokens <= 64) return 2;
   return tokens <= 16 && phases <= 2 && (bytes || kind != W4Kind::kMinimum) ? 2 : 1;
 }
 // Whether many warps' tiles of 128 channels, of which a multiprocessor holds two, all run at a time: then they are cut
@@ -127,7 +130,7 @@ constexpr bool w4_has_tile(bool bytes, W4Kind kind, int tokens, int phases) {
   if (!is_power && tokens != 192) return false;
   if (phases == 1) return tokens <= (kind == W4Kind::kMinimum ? 64 : two_sums ? 128 : 256);
   if (kind != W4Kind::kZeroPoint && kind != W4Kind::kMultiplier) return false;
-  if (phases == 4) return tokens <= 32;
+  if (phases == 4) return tokens <= (kind == W4Kind::kMultiplier ? 64 : 32);
   if (phases == 8) return tokens <= 16;
   return phases == 2 && tokens <= (two_sums ? 16 : 128);
 }
