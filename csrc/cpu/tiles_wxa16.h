@@ -168,7 +168,8 @@ struct WeightTiles : T {
   }
 
   template <int kRows>
-  static void tile_rows(const uint32_t* a, int64_t lda, const float* b, int64_t units, float* c, const Scaling& s) {
+  QK_NOINLINE static void tile_rows(const uint32_t* a, int64_t lda, const float* b, int64_t units, float* c,
+                                    const Scaling& s) {
     constexpr int kVecs = T::kTileVecs;
     F acc[kRows][kVecs];
     unroll<kRows>([&](auto r)

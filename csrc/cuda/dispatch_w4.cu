@@ -31,12 +31,12 @@ constexpr Tile kByteCodeTiles[] = {
     {64, 2, 0.302, 0.34, 0, 2.6}, {32, 1, 0.509, 0, 3},       {64, 1, 0.595, 1, 3.5},
     {128, 1, 0.785, 0.9, 5.7},    {192, 1, 1.145, 0, 7.8},    {256, 1, 1.48, 0.1, 9.3}};
 constexpr Tile kMultiplierTiles[] = {{32, 1, 0.299, 2.4, 0, 1},    {32, 2, 0.237, 2.9, 0, 7.5},
-                                     {32, 4, 0.135, 2.4, 0, 4.5},   {64, 1, 0.323, 2.9, 0, 2.1},
+                                     {32, 4, 0.135, 2.4, 0, 4.5},  {64, 1, 0.323, 2.9, 0, 2.1},
                                      {64, 2, 0.257, 3.9, 0, 7.5},  {64, 4, 0.145, 2.5, 0, 5.1},
                                      {128, 1, 0.397, 4.3, 0, 2.3}, {128, 2, 0.219, 2.5, 0, 5.4},
                                      {192, 1, 0.56, 4, 0},         {256, 1, 0.712, 4, 0}};  // from 192 on, on an H100
 constexpr double kMissing = 0.0017;  // of a row that does not exist, in each slab of several tiles that phases share
-constexpr double kBehind = 6;  // microseconds from a head to what is behind it
+constexpr double kBehind = 7;  // microseconds from a head to what is behind it
 constexpr double kBeside = 0.75;  // of the cost of two waves: that of two CTAs on each multiprocessor
 constexpr int kFew = 16;  // tokens, whose tiles wait for weights alone
 
@@ -145,7 +145,8 @@ Costed cheapest(const Tile (&tiles)[kCount], Operands of, int64_t m, int64_t n, 
     const int64_t at_once = sms / w.cluster, full = (w.tiles + at_once - 1) / at_once;
     const double beside = w.slots > at_once && full > 1 ? kBeside : 1.0;
     const double waves = shared ? double(w.tiles) / double(w.slots) : double(full) * beside;
-    const bool counts = tile.wave > 0.0 && m > tile.tokens;
+    const bool fetched_alone = kind == W4Kind::kMultiplier && w.cluster == 1;  // 14336 x 4096: 129 rows as 192
+    const bool counts = tile.phases > 1 && tile.wave > 0.0 && m > tile.tokens && !fetched_alone;
     const int64_t missing = counts ? int64_t(blocks(m, tile.tokens)) * tile.tokens - m : 0;
     const double cost = (waves * tile.slab + double(missing) * kMissing) * double(w4_slabs(k)) + tile.launch +
                         (shared ? tile.sharing : double(full - 1) * tile.wave);
@@ -190,7 +191,8 @@ W4Plan plan_wgmma(bool bytes, int64_t m, int64_t n, int64_t k, W4Kind kind, bool
   const bool phases = (kind == W4Kind::kZeroPoint || whole) && w4_slabs(k) >= 8 && (within || whole || !bytes);
   if (m <= kFew) return plan_few(of, m, n, k, kind, phases, sms);
   const auto has = [&](const Tile& tile) {
-    if (whole && tile.tokens < 64 && m > tile.tokens) return false;  // tiles of 64 have all that those of 32 have
+    // Several tiles of 32 cost less than one of 64 only where no phases share them.
+    if (whole && tile.phases > 1 && tile.tokens < 64 && m > tile.tokens) return false;
     return (phases || tile.phases == 1) && w4_has_tile(bytes, kind, tile.tokens, tile.phases);
   };
   if (whole) return plan_multipliers(m, n, k, sms, has);

@@ -40,8 +40,8 @@
 // own, and at the end they meet in shared memory, where each phase adds a part of the tokens up. Integers, whose order
 // counts: the running totals lie in shared memory, and each phase adds its slab's to them when the one before it has (a
 // relay, in pieces of the tile); what takes long, unpacking and products, is under way in all of them at a time. Two
-// phases of up to 32 tokens of 16 bits have all 128 channels: of 32 tokens, four warpgroups instead of two hide what a
-// slab waits for; of fewer, channels are so many that tiles of 64 of them would not all run at a time.
+// phases have all 128 channels where registers allow (w4_two_have_all): four warpgroups instead of two hide what a slab
+// waits for; and of up to 16 tokens, channels are so many that tiles of 64 would not all run at a time.
 #pragma once
 
 #include "codes_sm90.cuh"
