@@ -92,7 +92,7 @@ def test_w4_kernels_say_what_they_leave_alone() -> None:
 @pytest.mark.parametrize("capability", [80, 90])
 def test_w4_plans_have_room_for_what_is_shared(eight_bits: bool, capability: int) -> None:
     kinds = (0, 1, 3) if eight_bits else (0, 1, 2)  # codebooks under 16-bit activations, multipliers under 8-bit ones
-    rows, channels = (1, 8, 9, 16, 33, 64, 65, 320, 8192), (1, 129, 4096, 17408, 22016, 28672, 128256)
+    rows, channels = (1, 8, 9, 16, 17, 33, 64, 65, 129, 320, 8192), (1, 129, 4096, 17408, 22016, 28672, 128256)
     sizes = (rows, channels, (1, 129, 4096, 14336), kinds, (96, 128), (78, 114, 132))
     for m, n, k, kind, group, sms in itertools.product(*sizes):
         plan = cuda._cuda.plan_w4(eight_bits, m, n, k, group, kind, capability, sms)

@@ -142,7 +142,7 @@ def test_linear_w8a8_extreme_values_do_not_saturate(isa, k):
 
 
 @pytest.mark.parametrize("scheme", (Scheme(), ASYMMETRIC), ids=lambda s: s.name)
-@pytest.mark.parametrize("n, k", [(1, 600), (20, 770), (33, 640), (64, 1024), (70, 1100), (100, 2300), (128, 768)])
+@pytest.mark.parametrize("n, k", [(193, 600), (212, 770), (225, 640), (256, 1024), (262, 1100), (292, 2300)])
 def test_linear_w8a8_operands_in_halves(isa, threads, scheme, n, k):
     """Where Strassen's products take rows, columns and K in halves: halves that are short, and that are not there."""
     made = tensors(n, k, scheme, seed=n)
@@ -156,15 +156,15 @@ def test_linear_w8a8_operands_in_halves(isa, threads, scheme, n, k):
 @pytest.mark.parametrize("k", (640, 8192))
 def test_linear_w8a8_halves_do_not_overflow(isa, k):
     """Sums of operands, and of their sums, as large as they can be."""
-    rows, columns = torch.arange(72).view(-1, 1), torch.arange(64).view(-1, 1)
+    rows, columns = torch.arange(72).view(-1, 1), torch.arange(256).view(-1, 1) % 64
     later = (torch.arange(k) >= k // 2).view(1, -1)
     sign = 1 - 2 * (torch.arange(k) % 2).view(1, -1)
     for flips in (later & (rows >= 4), later ^ (rows % 8 >= 4), later & False, sign < 0):
         x = torch.where(flips, -1.0, 1.0).expand(72, k).contiguous()
         for columns_flip in (later & (columns >= 32), later ^ (columns >= 32), later & False, sign < 0):
-            weight = torch.where(columns_flip, -128, 127).expand(64, k).to(torch.int8).contiguous()
+            weight = torch.where(columns_flip, -128, 127).expand(256, k).to(torch.int8).contiguous()
             for scheme in (Scheme(), ASYMMETRIC):
-                check(x, {"weight": weight, "weight_scale": torch.ones(64)}, scheme, isa)
+                check(x, {"weight": weight, "weight_scale": torch.ones(256)}, scheme, isa)
 
 
 def test_linear_w8a8_depth_limit():

@@ -17,7 +17,7 @@
 //
 // Order of the loops (rows of a chunk are quantized first, then a barrier; or a thread's own rows, see row_chunks.h):
 //
-//   chunk of rows (scratch <= kChunkBytes)
+//   chunk of rows (their codes <= kChunkBytes)
 //     block of row tiles (their activations stay in L2)
 //       superblock of 64 columns (its weights stay in L2 while the tiles of the block pass over it)
 //         slice of K (its weights stay in L1 or L2; accumulators wait in `sums` between slices)
@@ -52,7 +52,7 @@ class LinearW8A8 {
   LinearW8A8(const LinearW8A8Args* members, int count) : LinearW8A8(members, count, row_bytes(members->k)) {}
   LinearW8A8(const LinearW8A8Args* members, int count, int64_t stride)
       : p_(*members), members_(members), stride_(stride) {
-    for (int i = 0; i < count; ++i) superblocks_ += ceil_div(members[i].n, kBlockN);
+    superblocks_ = superblocks(members, count);
     streams_ = superblocks_ * kBlockN * padded_k(p_.k) >= kUncachedBytes;
   }
 
@@ -66,6 +66,12 @@ class LinearW8A8 {
   }
 
  protected:  // other tiers have loops of their own over these
+  static int64_t superblocks(const LinearW8A8Args* members, int count) {
+    int64_t blocks = 0;
+    for (int i = 0; i < count; ++i) blocks += ceil_div(members[i].n, kBlockN);
+    return blocks;
+  }
+
   // ---- activations -------------------------------------------------------------------------------------------
 
   void quantize_rows(int64_t row, Range range, uint8_t* q, RowScale* scales) const {

@@ -4,12 +4,16 @@
 // Beside what linear_w8a8_impl.h asks for, a tier provides
 //   kWideTileM, kWideSliceK    rows of a tile, and depth of its products: kTileN columns of it stay in L1
 //   kWideBlockBytes, kWideBlockRows   activations of a block of rows at most
-//   wide_rows(k), strassen_rows(k)    from how many rows on
+//   wide_rows(k)        from how many rows on operands are widened
+//   kStrassenRows, kStrassenK, kStrassenMostK, kStrassenBlocks   from how many rows, from and up to which K, and from
+//   how
+//                       many superblocks on there are seven products
 //   widen_row(...)      a row of activations: bytes to words, the rows of a tile side by side; returns what its sums
 //                       have too much, negated
-//   widen_panel(...)    a slice of a superblock's weights, once for all row tiles of a block; and the same of columns
+//   widen_couple(...)   two rows, the upper and the lower, to what the seven products take of them
+//   widen_columns(...)  kTileN columns of a slice of weights, or sums or differences of two such, once for all row
+//                       tiles of a block; and what the columns' sums have too much, negated
 //   wide_tile(...)      a tile's products over those, into one or two sums
-//   widen_couple(...), widen_combined(...)   the operands of the seven products
 //
 // Strassen: rows, columns and K are halved, the upper four and the lower four of eight rows, the left and the right 32
 // columns of a superblock, and the two halves of a slice of K. With A and B so quartered, and C in quarters,
@@ -38,15 +42,13 @@ struct Sink {
   int sign = 0;
 };
 
-// How a product's operand is made of two quarters: the first one, plus `sign` times the second.
+// How a product's weights are made of two quarters, 0 to 3 for 11, 12, 21 and 22: the first one, plus `sign` times the
+// second. (For activations, widen_couple.)
 struct Combination {
   int first, second, sign;
 };
 
 constexpr int kProducts = 7;
-// Quarters 0 to 3: 11, 12, 21, 22.
-constexpr Combination kOfRows[kProducts] = {{0, 3, 1}, {2, 3, 1},  {0, 0, 0}, {3, 0, 0},
-                                            {0, 1, 1}, {2, 0, -1}, {1, 3, -1}};
 constexpr Combination kOfColumns[kProducts] = {{0, 3, 1}, {0, 0, 0}, {1, 3, -1}, {2, 0, -1},
                                                {3, 0, 0}, {0, 1, 1}, {2, 3, 1}};
 
@@ -66,20 +68,21 @@ class LinearW8A8Wide : LinearW8A8<V> {
   using Base = LinearW8A8<V>;
 
   LinearW8A8Wide(const LinearW8A8Args* members, int count)
-      : Base(members, count, plan(members->m, members->k).stride), strassen_(is_strassen(members->m, members->k)) {}
+      : LinearW8A8Wide(members, count,
+                       may_halve(members->m, members->k) && Base::superblocks(members, count) >= V::kStrassenBlocks) {}
 
   static bool serves(int64_t m, int64_t k) { return k > 0 && m >= V::wide_rows(k); }
 
   static int64_t scratch_bytes(int64_t m, int64_t k, int threads) {
-    return row_chunks_bytes<V>(m, k, plan(m, k), threads);
+    return row_chunks_bytes<V>(m, k, plan(k, may_halve(m, k)), threads);  // the larger one, for any number of columns
   }
 
   void run() const {
-    const RowPlan rows_held = plan(p_.m, p_.k);
+    const RowPlan rows_held = plan(p_.k, strassen_);
     for_row_chunks<V>(
         p_.m, this->superblocks_ * kBlockN, p_.k, this->streams_, rows_held, p_.scratch, p_.threads,
         [this](int64_t row, Range range, uint8_t* q, RowScale* scales) {
-          strassen_ ? quantize_couples(row, range, q, scales) : quantize_rows(row, range, q, scales);
+          strassen_ ? widen_couples(row, range, q, scales) : widen_rows(row, range, q, scales);
         },
         [&, this](int64_t row, int64_t rows, const uint8_t* q, const RowScale* scales, int thread, int team) {
           const int64_t unit = rows_held.unit, most = V::kWideBlockRows / unit;
@@ -103,12 +106,18 @@ class LinearW8A8Wide : LinearW8A8<V> {
   static constexpr int64_t kTileM = V::kWideTileM, kPairRows = 2 * kTileM;
   static constexpr int64_t kTileSums = kTileM * V::kTileN;
   static constexpr int64_t kHalfN = kBlockN / 2;
+  static_assert(V::kWideTileN == V::kTileN, "the epilogue takes tiles of one width");
 
-  static bool is_strassen(int64_t m, int64_t k) { return m >= V::strassen_rows(k); }
+  LinearW8A8Wide(const LinearW8A8Args* members, int count, bool strassen)
+      : Base(members, count, plan(members->k, strassen).stride), strassen_(strassen) {}
+
+  static bool may_halve(int64_t m, int64_t k) {
+    return m >= V::kStrassenRows && k >= V::kStrassenK && k <= V::kStrassenMostK;
+  }
   // A row's words, of a pair of tiles seven halves, and what the sums of their products have too much behind them.
-  static RowPlan plan(int64_t m, int64_t k) {
+  static RowPlan plan(int64_t k, bool strassen) {
     const int64_t words = 2 * padded_k(k), behind = 2 * kRowPad;
-    if (is_strassen(m, k)) return {words / 4 * kProducts + behind, kPairRows, V::kWideBlockRows};
+    if (strassen) return {words / 4 * kProducts + behind, kPairRows, V::kWideBlockRows};
     return {words + behind, kTileM};
   }
 
@@ -120,7 +129,7 @@ class LinearW8A8Wide : LinearW8A8<V> {
 
   // ---- plain -------------------------------------------------------------------------------------------------
 
-  void quantize_rows(int64_t row, Range range, uint8_t* q, RowScale* scales) const {
+  void widen_rows(int64_t row, Range range, uint8_t* q, RowScale* scales) const {
     alignas(kAlign) uint8_t bytes[kMaxK + kRowPad];
     for (int64_t r = range.begin; r < range.end; ++r) {
       const int64_t place = r % kTileM;
@@ -174,8 +183,9 @@ class LinearW8A8Wide : LinearW8A8<V> {
     return reinterpret_cast<const int32_t*>(pair + kProducts * kTileM * padded_k(p_.k));
   }
 
-  void quantize_couples(int64_t row, Range range, uint8_t* q, RowScale* scales) const {
-    alignas(kAlign) uint8_t upper[kMaxK + kRowPad], lower[kMaxK + kRowPad];
+  void widen_couples(int64_t row, Range range, uint8_t* q, RowScale* scales) const {
+    constexpr int64_t kMost = V::kStrassenMostK + kBlockK + kRowPad;
+    alignas(kAlign) uint8_t upper[kMost], lower[kMost];
     const int64_t k = padded_k(p_.k), depth = slice_depth(2 * V::kWideSliceK);
     for (int64_t pair = range.begin; pair < range.end; pair += kPairRows) {
       uint8_t* operands = q + pair * stride_;
@@ -217,7 +227,8 @@ class LinearW8A8Wide : LinearW8A8<V> {
       int64_t nth = 0;
       for (int i = 0; i < kProducts; ++i) {
         const Share* shares = kShares[i];
-        if (halves == 1 && (i == 2 || i == 4)) continue;  // B12 and B22 are zero
+        // Without right columns B12 and B22 are zero, and nobody asks for C12 and C22.
+        if (halves == 1 && (i == 2 || i == 4 || i == 5)) continue;
         const Combination& of = kOfColumns[i];
         for (int64_t j = 0; j < width; j += V::kTileN) {
           V::widen_columns(quarter(of.first) + j * kPackK, quarter(of.second) + j * kPackK, of.sign, steps, panel,

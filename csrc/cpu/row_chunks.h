@@ -15,7 +15,7 @@
 namespace qk {
 namespace {
 
-constexpr int64_t kChunkBytes = 4 << 20;  // quantized activations held at a time
+constexpr int64_t kChunkBytes = 4 << 20;  // codes held at a time, up to 3.5 times as many bytes where they are widened
 constexpr int64_t kMinChunkRows = 96;
 constexpr int64_t kRowPad = 64;  // bytes; keeps rows of a power-of-two K from falling on one cache set
 constexpr int64_t kRedundantRows = 4;  // up to this many rows, each thread quantizes all of them
@@ -68,9 +68,8 @@ OwnRows own_rows(int64_t m, bool streams, int64_t room, const RowPlan& plan, int
   return {rows, ceil_div(count, ceil_div(count, most))};
 }
 
-// Calls quantize(row, range, q, scales), which fills rows of q for rows row + range of the input, and then, when all
-// rows are there, multiply(row, rows, q, scales, thread, team). streams: as above. Ranges
-// are whole units but for the last one.
+// Calls quantize(row, range, q, scales), which fills rows of q for rows row + range of the input, whole units but for
+// the last ones; and then, when all rows are there, multiply(row, rows, q, scales, thread, team). streams: as above.
 template <class V, class Quantize, class Multiply>
 void for_row_chunks(int64_t m, int64_t n, int64_t k, bool streams, const RowPlan& plan, uint8_t* scratch,
                     int most_threads, const Quantize& quantize, const Multiply& multiply) {

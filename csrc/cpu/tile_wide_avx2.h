@@ -11,6 +11,7 @@
 #pragma once
 
 #include "ahead.h"
+#include "dispatch.h"
 #include "linear_w8a8_wide.h"
 #include "verbs_ymm.h"
 
@@ -22,8 +23,9 @@ struct WideAvx2 : YmmVerbs {
   static constexpr int64_t kWideBlockBytes = 8 << 20, kWideBlockRows = 256;
   // Measured on Zen 3 and on Emerald Rapids: fewer rows do not earn back the panel.
   static int64_t wide_rows(int64_t k) { return is_intel() ? 17 : k < 2048 ? 9 : 13; }
-  // On Zen 3: sums go to memory too often where K is short, and where it is long, rows of seven halves leave L3.
-  static int64_t strassen_rows(int64_t k) { return k < 576 || k > 8192 ? INT64_MAX : 64; }
+  // Measured on Zen 3: sums go to memory too often where K is short, rows of seven halves leave L3 where it is long,
+  // and few superblocks do not earn them back.
+  static constexpr int64_t kStrassenRows = 64, kStrassenK = 576, kStrassenMostK = 8192, kStrassenBlocks = 4;
 
   static __m256i even_words(__m256i bytes) { return _mm256_srai_epi16(_mm256_slli_epi16(bytes, 8), 8); }
   static __m256i odd_words(__m256i bytes) { return _mm256_srai_epi16(bytes, 8); }
@@ -135,9 +137,10 @@ struct WideAvx2 : YmmVerbs {
   QK_NOINLINE static void wide_tile_rows(const uint8_t* a, const int16_t* panel, int64_t steps, const int32_t* less,
                                          const int32_t* row_less, const Sink& sink, const Sink& second,
                                          const Ahead& ahead) {
+    const int32_t* other = second.c ? second.c : sink.c;
     for (int r = 0; r < kRows; ++r) {
       __builtin_prefetch(sink.c + r * kWideTileN);
-      __builtin_prefetch(second.c + r * kWideTileN);
+      __builtin_prefetch(other + r * kWideTileN);
     }
     __m256i c00, c01, c10, c11, c20, c21, c30, c31;
     const auto init = [&](int r, __m256i& x0, __m256i& x1) {

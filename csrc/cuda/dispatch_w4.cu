@@ -11,8 +11,8 @@ namespace {
 constexpr int kChannels = 128;  // of a tile
 
 // wgmma: what a tile costs, in microseconds on an H200: a slab in each wave of tiles, a launch, and sums that CTAs
-// share through memory, where they may; and what each wave after the first adds, where phases meet at the end of a tile
-// before they begin another.
+// share through memory, where they may; and what each wave after the first adds, above all where phases meet at the end
+// of a tile before they begin another.
 struct Tile {
   int tokens, phases;
   double slab, launch, sharing, wave = 0;
@@ -35,7 +35,10 @@ constexpr Tile kMultiplierTiles[] = {{32, 1, 0.299, 2.4, 0, 1},    {32, 2, 0.237
                                      {64, 2, 0.257, 3.9, 0, 7.5},  {64, 4, 0.145, 2.5, 0, 5.1},
                                      {128, 1, 0.397, 4.3, 0, 2.3}, {128, 2, 0.219, 2.5, 0, 5.4},
                                      {192, 1, 0.56, 4, 0},         {256, 1, 0.712, 4, 0}};  // from 192 on, on an H100
-constexpr double kMissing = 0.0017;  // of a row that does not exist, in each slab of several tiles that phases share
+// Of a row that does not exist, in each slab of several tiles that phases share. With multipliers, tiles of CTAs
+// without a cluster cost as much with such rows as without (14336 x 4096 at 129 and 192 rows by 64 tokens: 40.3
+// and 40.4).
+constexpr double kMissing = 0.0017;
 constexpr double kBehind = 7;  // microseconds from a head to what is behind it
 constexpr double kBeside = 0.75;  // of the cost of two waves: that of two CTAs on each multiprocessor
 constexpr int kFew = 16;  // tokens, whose tiles wait for weights alone
@@ -145,8 +148,8 @@ Costed cheapest(const Tile (&tiles)[kCount], Operands of, int64_t m, int64_t n, 
     const int64_t at_once = sms / w.cluster, full = (w.tiles + at_once - 1) / at_once;
     const double beside = w.slots > at_once && full > 1 ? kBeside : 1.0;
     const double waves = shared ? double(w.tiles) / double(w.slots) : double(full) * beside;
-    const bool fetched_alone = kind == W4Kind::kMultiplier && w.cluster == 1;  // 14336 x 4096: 129 rows as 192
-    const bool counts = tile.phases > 1 && tile.wave > 0.0 && m > tile.tokens && !fetched_alone;
+    const bool counts =
+        tile.phases > 1 && tile.wave > 0.0 && m > tile.tokens && (kind != W4Kind::kMultiplier || w.cluster > 1);
     const int64_t missing = counts ? int64_t(blocks(m, tile.tokens)) * tile.tokens - m : 0;
     const double cost = (waves * tile.slab + double(missing) * kMissing) * double(w4_slabs(k)) + tile.launch +
                         (shared ? tile.sharing : double(full - 1) * tile.wave);

@@ -41,7 +41,7 @@
 // counts: the running totals lie in shared memory, and each phase adds its slab's to them when the one before it has (a
 // relay, in pieces of the tile); what takes long, unpacking and products, is under way in all of them at a time. Two
 // phases have all 128 channels where registers allow (w4_two_have_all): four warpgroups instead of two hide what a slab
-// waits for; and of up to 16 tokens, channels are so many that tiles of 64 would not all run at a time.
+// waits for; and of up to 16 tokens of 16 bits, channels are so many that tiles of 64 would not all run at a time.
 #pragma once
 
 #include "codes_sm90.cuh"

@@ -96,8 +96,9 @@ struct W4Plan {
   int32_t head_channels, head_tokens;
 };
 
-// Whether two phases have registers for all channels, for kWgmma: of up to 32 tokens of 16 bits by 4-bit codes, and of
-// 32 or 64 of 8 bits by those with multipliers. bits: of a code.
+// Whether two phases have all channels, for kWgmma, where there are registers for them: of up to 32 tokens of 16 bits
+// by 4-bit codes, and of 32 or 64 of 8 bits by those with multipliers (of fewer, two CTAs of 64 channels each run
+// beside one another). bits: of a code.
 constexpr bool w4_two_have_all(bool bytes, int bits, int tokens) {
   return bytes ? tokens == 32 || tokens == 64 : bits == 4 && tokens <= 32;
 }
