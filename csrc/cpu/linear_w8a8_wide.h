@@ -5,9 +5,8 @@
 //   kWideTileM, kWideSliceK    rows of a tile, and depth of its products: kTileN columns of it stay in L1
 //   kWideBlockBytes, kWideBlockRows   activations of a block of rows at most
 //   wide_rows(k)        from how many rows on operands are widened
-//   kStrassenRows, kStrassenK, kStrassenMostK, kStrassenBlocks   from how many rows, from and up to which K, and from
-//   how
-//                       many superblocks on there are seven products
+//   kStrassenRows, kStrassenBlocks    from how many rows and superblocks on there are seven products,
+//   kStrassenK, kStrassenMostK        and from and up to which K
 //   widen_row(...)      a row of activations: bytes to words, the rows of a tile side by side; returns what its sums
 //                       have too much, negated
 //   widen_couple(...)   two rows, the upper and the lower, to what the seven products take of them

@@ -98,7 +98,7 @@ struct WideAvx2 : YmmVerbs {
       put(6, a12 - a22, l6);
     }
     const __m256i all[] = {l0, l1, l2, l3, l4, l5, l6};
-    for (int i = 0; i < 7; ++i) less[i] += total_of(all[i]);
+    for (int i = 0; i < kProducts; ++i) less[i] += total_of(all[i]);
   }
 
   // 16 columns of a slice of weights, or first plus sign times second, to panel [steps][k0 k2 of 16 columns, k1 k3 of
@@ -137,11 +137,6 @@ struct WideAvx2 : YmmVerbs {
   QK_NOINLINE static void wide_tile_rows(const uint8_t* a, const int16_t* panel, int64_t steps, const int32_t* less,
                                          const int32_t* row_less, const Sink& sink, const Sink& second,
                                          const Ahead& ahead) {
-    const int32_t* other = second.c ? second.c : sink.c;
-    for (int r = 0; r < kRows; ++r) {
-      __builtin_prefetch(sink.c + r * kWideTileN);
-      __builtin_prefetch(other + r * kWideTileN);
-    }
     __m256i c00, c01, c10, c11, c20, c21, c30, c31;
     const auto init = [&](int r, __m256i& x0, __m256i& x1) {
       const __m256i own = set_i(row_less ? row_less[r] : 0);
