@@ -24,7 +24,7 @@
 
 #include "../args.h"
 #include "../layout.h"
-#include "threads.h"
+#include "team.h"
 #include "tiles_attention.h"
 
 namespace qk {
@@ -75,16 +75,18 @@ class Attention {
     const int64_t units = p_.batch * p_.heads * blocks_, shared = p_.heads / p_.key_heads * blocks_;
     const int64_t work = 2 * p_.batch * p_.heads * p_.queries * p_.keys * p_.size / kAttentionMacsPerThread;
     const int threads = work < p_.threads ? static_cast<int>(work < 1 ? 1 : work) : p_.threads;
-    parallel(threads, [&](int thread, int team) {
-      Scratch scratch(reinterpret_cast<float*>(p_.scratch) + thread * sizes_.thread_floats(), sizes_);
-      const Range mine = share(units, thread, team);
-      for (int64_t u = mine.begin; u < mine.end;) {
-        int64_t end = (u / shared + 1) * shared;  // of those that read the same keys
-        if (end > mine.end) end = mine.end;
-        if (end > u + kSegmentBlocks) end = u + kSegmentBlocks;
-        segment({u, end}, scratch);
-        u = end;
-      }
+    const Work pieces = {units, shared, shared, 2 * p_.queries * p_.keys * p_.size / blocks_};
+    parallel_team(threads, [&](Team& team) {
+      Scratch scratch(reinterpret_cast<float*>(p_.scratch) + team.thread() * sizes_.thread_floats(), sizes_);
+      team.each_piece(pieces, [&](Range mine, bool /*more*/) {
+        for (int64_t u = mine.begin; u < mine.end;) {
+          int64_t end = (u / shared + 1) * shared;  // of those that read the same keys
+          if (end > mine.end) end = mine.end;
+          if (end > u + kSegmentBlocks) end = u + kSegmentBlocks;
+          segment({u, end}, scratch);
+          u = end;
+        }
+      });
     });
   }
 

@@ -39,8 +39,8 @@ class LinearW4A8Amx : PanelsW4A8Amx<V, kWhole> {
             if (p_.weight_min) this->sum_groups(buffer, sums + r * this->groups_);
           }
         },
-        [this](int64_t row, int64_t rows, const uint8_t* q, const RowScale* scales, int thread, int team) {
-          multiply(row, rows, q, scales, thread, team);
+        [this](int64_t row, int64_t rows, const uint8_t* q, const RowScale* scales, Team& team) {
+          multiply(row, rows, q, scales, team);
         });
   }
 
@@ -376,24 +376,22 @@ class LinearW4A8Amx : PanelsW4A8Amx<V, kWhole> {
     }
   }
 
-  void multiply(int64_t row, int64_t rows, const uint8_t* q, const RowScale* scales, int thread, int team) const {
+  void multiply(int64_t row, int64_t rows, const uint8_t* q, const RowScale* scales, Team& team) const {
     if (p_.act.symmetric && !p_.weight_min)
-      multiply_as<true>(row, rows, q, scales, thread, team);
+      multiply_as<true>(row, rows, q, scales, team);
     else
-      multiply_as<false>(row, rows, q, scales, thread, team);
+      multiply_as<false>(row, rows, q, scales, team);
   }
 
   template <bool kPlain>
-  void multiply_as(int64_t row, int64_t rows, const uint8_t* q, const RowScale* scales, int thread, int team) const {
+  void multiply_as(int64_t row, int64_t rows, const uint8_t* q, const RowScale* scales, Team& team) const {
     Workspace& ws = *reinterpret_cast<Workspace*>(p_.scratch + this->workspaces(p_.m, p_.k, this->groups_, p_.threads) +
-                                                  thread * static_cast<int64_t>(sizeof(Workspace)));
+                                                  team.thread() * static_cast<int64_t>(sizeof(Workspace)));
     const int64_t tiles = ceil_div(rows, kPairRows), superblocks = ceil_div(p_.n, kBlockN);
-    const int64_t blocks = Panels::block_count(superblocks, team, tiles, ceil_div(tiles, kBlockTiles));
-    const Range mine = share(blocks * superblocks, thread, team);
-    for (int64_t u = mine.begin; u < mine.end; ++u) {
-      const Range block = share(tiles, static_cast<int>(u / superblocks), static_cast<int>(blocks));
-      superblock<kPlain>(u % superblocks, row, rows, block, q, scales, u + 1 < mine.end, team > 1, ws);
-    }
+    for_tiles(team, superblocks, p_.k, {rows, tiles, ceil_div(tiles, kBlockTiles)},
+              [&](int64_t nb, Range range, bool more) {
+                superblock<kPlain>(nb, row, rows, range, q, scales, more, team.size() > 1, ws);
+              });
     if (streams_) V::stream_fence();
   }
 

@@ -36,7 +36,7 @@
 #include "quantize_rows.h"
 #include "row_chunks.h"
 #include "store_row.h"
-#include "threads.h"
+#include "team.h"
 
 namespace qk {
 namespace {
@@ -73,8 +73,8 @@ class LinearW4A8 {
     for_row_chunks<V>(
         p_.m, p_.n, p_.k, streams(p_), {stride_}, p_.scratch, p_.threads,
         [this](int64_t row, Range range, uint8_t* q, RowScale* scales) { quantize_rows(row, range, q, scales); },
-        [this](int64_t row, int64_t rows, const uint8_t* q, const RowScale* scales, int thread, int team) {
-          gemm(row, rows, q, scales, thread, team);
+        [this](int64_t row, int64_t rows, const uint8_t* q, const RowScale* scales, Team& team) {
+          gemm(row, rows, q, scales, team);
         });
   }
 
@@ -135,23 +135,15 @@ class LinearW4A8 {
     }
   }
 
-  // Blocks of rows that are shared out with each superblock: two pieces of work a thread even out the last ones.
-  static int64_t block_count(int64_t superblocks, int team, int64_t most, int64_t least) {
-    const int64_t wanted = ceil_div(2 * team, superblocks), blocks = wanted < most ? wanted : most;
-    return blocks < least ? least : blocks;
-  }
-
-  void gemm(int64_t row, int64_t rows, const uint8_t* q, const RowScale* scales, int thread, int team) const {
-    const int64_t superblocks = ceil_div(p_.n, kBlockN), most = ceil_div(rows, 2 * V::kTileM);
+  void gemm(int64_t row, int64_t rows, const uint8_t* q, const RowScale* scales, Team& team) const {
     const int64_t fit = kBlockCodes / stride_, block_rows = fit < kLeastRows ? kLeastRows : fit;
-    const int64_t least = ceil_div(rows, block_rows < kTotalsRows ? block_rows : kTotalsRows);
-    const int64_t blocks = block_count(superblocks, team, most, least);
-    // A panel is unpacked once for each (block, superblock) pair.
-    const Range mine = share(blocks * superblocks, thread, team);
-    for (int64_t u = mine.begin; u < mine.end; ++u) {
-      const Range block = share(rows, static_cast<int>(u / superblocks), static_cast<int>(blocks));
-      superblock(u % superblocks, row, block, u + 1 < mine.end, q, scales);
-    }
+    const int64_t tiles = ceil_div(rows, V::kTileM),
+                  blocks = ceil_div(rows, block_rows < kTotalsRows ? block_rows : kTotalsRows);
+    // A panel is unpacked once for each call.
+    for_tiles(team, ceil_div(p_.n, kBlockN), p_.k, {rows, tiles, blocks}, [&](int64_t nb, Range range, bool more) {
+      const Range block{range.begin * rows / tiles, range.end * rows / tiles};
+      superblock(nb, row, block, more, q, scales);
+    });
   }
 
   // What the 64 columns of a superblock share within a group.

@@ -34,8 +34,8 @@ class LinearW8A8Amx : LinearW8A8<V> {
             store_tile_row(buffer, p_.k, r, q);
           }
         },
-        [this](int64_t row, int64_t rows, const uint8_t* q, const RowScale* scales, int thread, int team) {
-          multiply(row, rows, q, scales, thread, team);
+        [this](int64_t row, int64_t rows, const uint8_t* q, const RowScale* scales, Team& team) {
+          multiply(row, rows, q, scales, team);
         });
   }
 
@@ -105,7 +105,7 @@ class LinearW8A8Amx : LinearW8A8<V> {
     store_sums<kTiles>(c);
   }
 
-  void multiply(int64_t row, int64_t rows, const uint8_t* q, const RowScale* scales, int thread, int team) const {
+  void multiply(int64_t row, int64_t rows, const uint8_t* q, const RowScale* scales, Team& team) const {
     alignas(kAlign) int32_t sums[V::kMaxBlockTiles * 2 * kPairSums];
     ColumnCopies copies[2];  // those of the block that waits, and the superblock's
     Meanwhile meanwhile;
@@ -114,8 +114,8 @@ class LinearW8A8Amx : LinearW8A8<V> {
     const int64_t steps = padded_ / 64;
     // A slice of the block's activations is in use at a time.
     const int64_t slice = steps < kSliceSteps ? steps : kSliceSteps;
-    this->share_out(ceil_div(rows, kPairRows), V::kBlockBytes / (kPairBytes * (slice > 0 ? slice : 1)),
-                    V::kMaxBlockTiles, thread, team, [&](const LinearW8A8Args& w, int64_t nb, Range range, bool more) {
+    this->share_out(rows, ceil_div(rows, kPairRows), V::kBlockBytes / (kPairBytes * (slice > 0 ? slice : 1)),
+                    V::kMaxBlockTiles, team, [&](const LinearW8A8Args& w, int64_t nb, Range range, bool more) {
                       Columns columns = this->columns_of(w, nb, rows, copies[visits++ % 2]);
                       if (p_.act.symmetric) columns.shared = nullptr;  // all zero
                       const bool streams = streams_ && has_whole_lines(w.y, w.y_dtype, w.y_stride);

@@ -23,8 +23,8 @@
 //         slice of K (its weights stay in L1 or L2; accumulators wait in `sums` between slices)
 //           column tile x row tile
 //
-// The flattened (superblock, row tile) pairs of a block are shared out contiguously, so the work of two threads differs
-// by one tile at most. int32 sums are exact in any order: the result does not depend on the split.
+// The flattened (superblock, row tile) pairs of a block are shared out (team.h). int32 sums are exact in any order: the
+// result does not depend on who takes which.
 #pragma once
 
 #include <cstring>
@@ -36,7 +36,7 @@
 #include "quantize_rows.h"
 #include "row_chunks.h"
 #include "store_row.h"
-#include "threads.h"
+#include "team.h"
 
 namespace qk {
 namespace {
@@ -60,8 +60,8 @@ class LinearW8A8 {
     for_row_chunks<V>(
         p_.m, superblocks_ * kBlockN, p_.k, streams_, {stride_}, p_.scratch, p_.threads,
         [this](int64_t row, Range range, uint8_t* q, RowScale* scales) { quantize_rows(row, range, q, scales); },
-        [this](int64_t row, int64_t rows, const uint8_t* q, const RowScale* scales, int thread, int team) {
-          gemm(row, rows, q, scales, thread, team);
+        [this](int64_t row, int64_t rows, const uint8_t* q, const RowScale* scales, Team& team) {
+          gemm(row, rows, q, scales, team);
         });
   }
 
@@ -96,37 +96,28 @@ class LinearW8A8 {
 
   // ---- matrix product ----------------------------------------------------------------------------------------
 
-  void gemm(int64_t row, int64_t rows, const uint8_t* q, const RowScale* scales, int thread, int team) const {
+  void gemm(int64_t row, int64_t rows, const uint8_t* q, const RowScale* scales, Team& team) const {
     // A slice of the block is in use at a time. Fewer rows would have weights come from memory more often than L2 lacks
     // activations.
     const int64_t slice_bytes = stride_ < V::kSliceK + kRowPad ? stride_ : V::kSliceK + kRowPad;
     const int64_t tiles = ceil_div(rows, V::kTileM);
-    share_out(tiles, V::kBlockBytes / (V::kTileM * slice_bytes), V::kMaxBlockTiles, thread, team,
+    share_out(rows, tiles, V::kBlockBytes / (V::kTileM * slice_bytes), V::kMaxBlockTiles, team,
               [&](const LinearW8A8Args& member, int64_t nb, Range range, bool more) {
                 superblock(member, nb, row, rows, tiles, range, more, q, scales);
               });
   }
 
-  // The thread's part of the (superblock, row tile) pairs of each block of row tiles: body(member, superblock of it,
-  // row tiles, whether there is more to come in the block).
+  // As for_tiles: body(member, superblock of it, ...).
   template <class Body>
-  void share_out(int64_t tiles, int64_t block_tiles, int64_t most_tiles, int thread, int team, const Body& body) const {
+  void share_out(int64_t rows, int64_t tiles, int64_t block_tiles, int64_t most_tiles, Team& team,
+                 const Body& body) const {
     block_tiles = block_tiles < 1 ? 1 : block_tiles > most_tiles ? most_tiles : block_tiles;
-    const int64_t blocks = ceil_div(tiles, block_tiles);
-    for (int64_t b = 0; b < blocks; ++b) {
-      const Range block = share(tiles, static_cast<int>(b), static_cast<int>(blocks));
-      const int64_t width = block.size();
-      const Range mine = share(superblocks_ * width, thread, team);
-      for (int64_t u = mine.begin; u < mine.end;) {
-        int64_t nb = u / width;
-        const int64_t first = u % width;
-        const int64_t last = width - first < mine.end - u ? width : first + (mine.end - u);
-        u += last - first;
-        const LinearW8A8Args* member = members_;  // whose superblock it is
-        for (int64_t own; nb >= (own = ceil_div(member->n, kBlockN)); ++member) nb -= own;
-        body(*member, nb, Range{block.begin + first, block.begin + last}, u < mine.end);
-      }
-    }
+    for_tiles(team, superblocks_, p_.k, {rows, tiles, ceil_div(tiles, block_tiles)},
+              [&](int64_t nb, Range range, bool more) {
+                const LinearW8A8Args* member = members_;  // whose superblock it is
+                for (int64_t own; nb >= (own = ceil_div(member->n, kBlockN)); ++member) nb -= own;
+                body(*member, nb, range, more);
+              });
   }
 
   // The 64 columns' epilogue operands; the last superblock's are copied so that whole vectors can be read.

@@ -83,9 +83,9 @@ class LinearW8A8Wide : LinearW8A8<V> {
         [this](int64_t row, Range range, uint8_t* q, RowScale* scales) {
           strassen_ ? widen_couples(row, range, q, scales) : widen_rows(row, range, q, scales);
         },
-        [&, this](int64_t row, int64_t rows, const uint8_t* q, const RowScale* scales, int thread, int team) {
+        [&, this](int64_t row, int64_t rows, const uint8_t* q, const RowScale* scales, Team& team) {
           const int64_t unit = rows_held.unit, most = V::kWideBlockRows / unit;
-          this->share_out(ceil_div(rows, unit), V::kWideBlockBytes / (unit * stride_), most, thread, team,
+          this->share_out(rows, ceil_div(rows, unit), V::kWideBlockBytes / (unit * stride_), most, team,
                           [&](const LinearW8A8Args& w, int64_t nb, Range range, bool more) {
                             ColumnCopies copies;
                             const Columns columns = this->columns_of(w, nb, rows, copies);

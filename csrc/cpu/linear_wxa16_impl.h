@@ -30,7 +30,7 @@
 //   chunk of rows (their copies <= kCopyBytes): block of row tiles: kGroup superblocks (their sums stay in L2)
 //     slice of K (the rows' part stays in L2): superblock: column tile (its part of the panel stays in L1) x row tile
 //
-// The (superblock, row tile) pairs of a block are shared out contiguously. Within a group, 4-bit values count as q - 8;
+// The (superblock, row tile) pairs of a block are shared out (team.h). Within a group, 4-bit values count as q - 8;
 // what is left of a zero point or minimum is an offset per group and column, times the sum of that group's activations.
 // An infinite activation may therefore give NaN where separate products would give an infinity. Sums are scaled late,
 // so they overflow from |x| = 2^128 / (255 K) on. Streams may keep activations times 2^-12: exact down to 2^-114.
@@ -41,7 +41,7 @@
 #include "../args.h"
 #include "../layout.h"
 #include "activation.h"
-#include "threads.h"
+#include "team.h"
 #include "weights_wxa16.h"
 
 namespace qk {
@@ -99,18 +99,22 @@ class LinearWxA16 {
     const bool redundant = p_.m <= kRedundantRows;
     uint32_t* const copies = reinterpret_cast<uint32_t*>(p_.scratch);
     float* const work_areas = reinterpret_cast<float*>(copies + (redundant ? threads : 1) * chunk * stride_);
-    parallel(threads, [&](int thread, int team) {
-      uint32_t* x = copies + (redundant ? thread * chunk * stride_ : 0);
-      float* area = work_areas + thread * thread_floats(p_.m);
+    parallel_team(threads, [&](Team& team) {
+      uint32_t* x = copies + (redundant ? team.thread() * chunk * stride_ : 0);
+      float* area = work_areas + team.thread() * thread_floats(p_.m);
       for (int64_t row = 0; row < p_.m; row += chunk) {
         const int64_t rows = p_.m - row < chunk ? p_.m - row : chunk;
-        copy_rows(row, redundant ? Range{0, rows} : share(rows, thread, team), x);
-        if (!redundant) barrier(team);
+        if (redundant) {
+          copy_rows(row, {0, rows}, x);
+        } else {
+          team.each_piece(conversion(rows, p_.k), [&](Range mine, bool /*more*/) { copy_rows(row, mine, x); });
+          barrier(team.size());
+        }
         if (streams_)
-          stream_product(rows, x, area, thread, team);
+          stream_product(rows, x, area, team);
         else
-          product(row, rows, x, area, thread, team);
-        if (row + chunk < p_.m) barrier(team);  // the next chunk overwrites x
+          product(row, rows, x, area, team);
+        if (row + chunk < p_.m) barrier(team.size());  // the next chunk overwrites x
       }
     });
   }
@@ -201,16 +205,11 @@ class LinearWxA16 {
 
   // ---- few rows ----------------------------------------------------------------------------------------------
 
-  void stream_product(int64_t rows, const uint32_t* x, float* area, int thread, int team) const {
+  void stream_product(int64_t rows, const uint32_t* x, float* area, Team& team) const {
     if constexpr (V::kStreams) {
       const int64_t tiles = ceil_div(rows, V::kStreamRows);
-      const Range mine = share(ceil_div(p_.n, kBlockN) * tiles, thread, team);
-      for (int64_t u = mine.begin; u < mine.end;) {
-        const int64_t nb = u / tiles, first = u % tiles,
-                      last = tiles - first < mine.end - u ? tiles : first + (mine.end - u);
-        stream_superblock(nb, rows, tiles, {first, last}, x, area);
-        u += last - first;
-      }
+      for_tiles(team, ceil_div(p_.n, kBlockN), p_.k, {rows, tiles, 1},
+                [&](int64_t nb, Range range, bool /*more*/) { stream_superblock(nb, rows, tiles, range, x, area); });
     }
   }
 
@@ -239,26 +238,28 @@ class LinearWxA16 {
 
   // ---- many rows ---------------------------------------------------------------------------------------------
 
-  void product(int64_t row, int64_t rows, const uint32_t* x, float* area, int thread, int team) const {
+  void product(int64_t row, int64_t rows, const uint32_t* x, float* area, Team& team) const {
     const int64_t tiles = ceil_div(rows, V::kTileM), superblocks = ceil_div(p_.n, kBlockN);
     const int64_t blocks = ceil_div(tiles, kBlockRows / V::kTileM);
     for (int64_t b = 0; b < blocks; ++b) {
       const Range block = share(tiles, static_cast<int>(b), static_cast<int>(blocks));
       const int64_t width = block.size();
-      const Range mine = share(superblocks * width, thread, team);
-      for (int64_t u = mine.begin; u < mine.end;) {
-        Piece pieces[kGroup];
-        int count = 0;
-        float* c = area + kSliceDepth * kBlockN;
-        for (; count < kGroup && u < mine.end; ++count) {
-          const int64_t first = u % width, last = width - first < mine.end - u ? width : first + (mine.end - u);
-          const Range of = {block.begin + first, block.begin + last};
-          pieces[count] = {u / width, of, c};
-          c += rows_of(of, rows, tiles).size() * kBlockN;
-          u += of.size();
+      const Work work = {superblocks * width, width, kGroup * width, superblock_macs(rows, p_.k) / tiles};
+      team.each_piece(work, [&](Range mine, bool /*more*/) {
+        for (int64_t u = mine.begin; u < mine.end;) {
+          Piece pieces[kGroup];
+          int count = 0;
+          float* c = area + kSliceDepth * kBlockN;
+          for (; count < kGroup && u < mine.end; ++count) {
+            const int64_t first = u % width, last = width - first < mine.end - u ? width : first + (mine.end - u);
+            const Range of = {block.begin + first, block.begin + last};
+            pieces[count] = {u / width, of, c};
+            c += rows_of(of, rows, tiles).size() * kBlockN;
+            u += of.size();
+          }
+          multiply(pieces, count, row, rows, tiles, x, area);
         }
-        multiply(pieces, count, row, rows, tiles, x, area);
-      }
+      });
     }
   }
 

@@ -10,7 +10,7 @@
 
 #include "../layout.h"
 #include "quantize_rows.h"
-#include "threads.h"
+#include "team.h"
 
 namespace qk {
 namespace {
@@ -49,27 +49,18 @@ int64_t row_chunks_bytes(int64_t m, int64_t k, const RowPlan& plan, int threads)
   return copies * room * (plan.stride + static_cast<int64_t>(sizeof(RowScale))) + V::kTileM * plan.stride;
 }
 
-// A thread's rows, where each has its own: blocks of `each` of them.
-struct OwnRows {
-  Range rows;
-  int64_t each;
-};
-
-// A thread's of m rows. streams: whether the weights are kUncachedBytes or more. room: rows of scratch. each = 0: rows
-// of its own are not worth while.
+// Into how many blocks of rows m are divided where each thread has rows of its own: as many for each of the team; 0:
+// that is not worth while. streams: whether the weights are kUncachedBytes or more. room: rows of scratch.
 template <class V>
-OwnRows own_rows(int64_t m, bool streams, int64_t room, const RowPlan& plan, int thread, int team) {
+int64_t own_blocks(int64_t m, bool streams, int64_t room, const RowPlan& plan, int team) {
   const int64_t whole = V::kTileM > plan.unit ? V::kTileM : plan.unit, here = room / team / whole * whole;
   const int64_t most = here < plan.most_own ? here : plan.most_own;
   const bool worth = V::kOwnRows > 0 && m >= V::kOwnRows * team && most >= V::kOwnRows;
-  if (!worth || (streams && team > 1)) return {{0, 0}, 0};
-  const Range rows = share(m, thread, team);
-  const int64_t count = rows.size();
-  return {rows, ceil_div(count, ceil_div(count, most))};
+  return !worth || (streams && team > 1) ? 0 : team * ceil_div(ceil_div(m, team), most);
 }
 
 // Calls quantize(row, range, q, scales), which fills rows of q for rows row + range of the input, whole units but for
-// the last ones; and then, when all rows are there, multiply(row, rows, q, scales, thread, team). streams: as above.
+// the last ones; and then, when all rows are there, multiply(row, rows, q, scales, team). streams: as above.
 template <class V, class Quantize, class Multiply>
 void for_row_chunks(int64_t m, int64_t n, int64_t k, bool streams, const RowPlan& plan, uint8_t* scratch,
                     int most_threads, const Quantize& quantize, const Multiply& multiply) {
@@ -78,18 +69,22 @@ void for_row_chunks(int64_t m, int64_t n, int64_t k, bool streams, const RowPlan
   const int threads = work < most_threads ? static_cast<int>(work < 1 ? 1 : work) : most_threads;
   const int64_t chunk = chunk_rows(m, k), unit = plan.unit, room = round_up(chunk, unit), stride = plan.stride;
   const bool redundant = m <= kRedundantRows;
-  parallel(threads, [&](int thread, int team) {
+  parallel_team(threads, [&](Team& team) {
     const typename V::Session session;
-    const int64_t copies = redundant ? threads : 1, copy = redundant ? thread : 0;
+    const int64_t copies = redundant ? threads : 1, copy = redundant ? team.thread() : 0;
     uint8_t* q = scratch + copy * room * stride;
     RowScale* scales = reinterpret_cast<RowScale*>(scratch + copies * room * stride) + copy * room;
-    if (const OwnRows own = own_rows<V>(m, streams, room, plan, thread, team); own.each > 0) {
-      q += thread * (room / team) * stride, scales += thread * (room / team);
-      for (int64_t row = own.rows.begin; row < own.rows.end; row += own.each) {
-        const int64_t rows = own.rows.end - row < own.each ? own.rows.end - row : own.each;
-        quantize(row, Range{0, rows}, q, scales);
-        multiply(row, rows, q, scales, 0, 1);
-      }
+    if (const int64_t blocks = own_blocks<V>(m, streams, room, plan, team.size()); blocks > 0) {
+      const int64_t own = team.thread() * (room / team.size());
+      q += own * stride, scales += own;
+      team.each_piece({blocks, 1, 1, m / blocks * n * padded_k(k)}, [&](Range mine, bool /*more*/) {
+        for (int64_t b = mine.begin; b < mine.end; ++b) {
+          const Range rows = share(m, static_cast<int>(b), static_cast<int>(blocks));
+          Team alone;
+          quantize(rows.begin, Range{0, rows.size()}, q, scales);
+          multiply(rows.begin, rows.size(), q, scales, alone);
+        }
+      });
       return;
     }
     for (int64_t row = 0; row < m; row += chunk) {
@@ -97,13 +92,14 @@ void for_row_chunks(int64_t m, int64_t n, int64_t k, bool streams, const RowPlan
       if (redundant) {
         quantize(row, Range{0, rows}, q, scales);
       } else {
-        const Range units = share(ceil_div(rows, unit), thread, team);
-        const int64_t begin = units.begin * unit, end = units.end * unit;
-        quantize(row, Range{begin, end < rows ? end : rows}, q, scales);
-        barrier(team);
+        team.each_piece(conversion(ceil_div(rows, unit), unit * k), [&](Range units, bool /*more*/) {
+          const int64_t end = units.end * unit;
+          quantize(row, Range{units.begin * unit, end < rows ? end : rows}, q, scales);
+        });
+        barrier(team.size());
       }
-      multiply(row, rows, q, scales, thread, team);
-      if (row + chunk < m) barrier(team);  // the next chunk overwrites q
+      multiply(row, rows, q, scales, team);
+      if (row + chunk < m) barrier(team.size());  // the next chunk overwrites q
     }
   });
 }

@@ -21,7 +21,6 @@
 
 #include "../layout.h"
 #include "row_chunks.h"
-#include "threads.h"
 
 namespace qk {
 namespace {

@@ -17,6 +17,7 @@
 #include "../layout.h"
 #include "contract.h"
 #include "smoke_attention.h"
+#include "smoke_team.h"
 #include "smoke_tools.h"
 
 namespace {
@@ -410,6 +411,7 @@ int main(int argc, char** argv) {
                 joined(qk::compiled_tiers()).c_str(), usable.c_str());
     if (argc > 1 && chosen != argv[1]) fail("expected the tier " + std::string(argv[1]) + ", got " + chosen);
     if (argc > 2 && usable != argv[2]) fail("expected the usable tiers " + std::string(argv[2]) + ", got " + usable);
+    check_teams();
     const qk::TierList tiers = qk::usable_tiers();
     for (int i = 0; i < tiers.count; ++i) {
       const int64_t before = checks;

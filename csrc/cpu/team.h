@@ -1,0 +1,173 @@
+// How a team shares out the pieces of a product.
+//
+// Threads that do equal work seldom finish together: cores of a hybrid processor differ, two of them may share
+// execution units, and a busy machine takes some away for a while. So each thread begins with a contiguous share, whose
+// weights come as one stream, and takes piece by piece from its front; one that has run out takes pieces from the back
+// of whoever has most left (work stealing, Blumofe and Leiserson 1999). Pieces get smaller towards the end of a share.
+//
+// What is taken of a thread's share stands in a word of its own, [round | from the front | from the back]. Every call
+// of each_piece is a round, the same ones in the same order on every thread, and a word of an earlier round means that
+// nothing is taken yet: whoever comes first to a round needs no barrier. One of a later round means that all is taken,
+// since nobody leaves a round before that.
+#pragma once
+
+#include "../layout.h"
+#include "threads.h"
+
+namespace qk {
+namespace {
+
+// A product as equal items in a row. unit: items that had better stay together (the row tiles of a superblock);
+// most: of a piece, a multiple of unit; macs: multiply-adds of an item.
+struct Work {
+  int64_t items, unit, most, macs;
+};
+
+class Team {
+ public:
+  static constexpr int kMostThreads = 256;  // larger teams keep the shares they begin with
+  struct alignas(kAlign) Word {
+    uint64_t taken;
+  };
+
+  Team() : Team(0, 1, nullptr) {}  // one thread alone
+  Team(int thread, int size, Word* words) : thread_(thread), size_(size), words_(words) {}
+
+  int thread() const { return thread_; }
+  int size() const { return size_; }
+
+  // body(piece, whether this thread goes on right behind it), until no item of the work is left.
+  template <class Body>
+  void each_piece(const Work& work, const Body& body) {
+    ++round_;
+    // Where a share is a few pieces, taking turns costs more than it evens out.
+    const bool fixed = size_ == 1 || size_ > kMostThreads || work.items > kMostItems || round_ > kMostRounds ||
+                       work.items * static_cast<double>(work.macs) < kPieces * kPieceMacs * size_;
+    Piece piece{share(work.items, thread_, size_), false};
+    for (bool any = fixed ? piece.items.size() > 0 : next(work, piece); any; any = !fixed && next(work, piece))
+      body(piece.items, piece.more);
+  }
+
+ private:
+  static constexpr int kCountBits = 20;
+  static constexpr int64_t kMostItems = (1 << kCountBits) - 1, kMostRounds = (1 << 24) - 1;
+  // Some microseconds of work, beside which taking it costs nothing.
+  static constexpr int64_t kPieceMacs = 2 << 20, kPieces = 4;
+
+  struct Piece {
+    Range items;
+    bool more;
+  };
+  // Of a thread's share in this round.
+  struct Taken {
+    int64_t front, back;
+    bool all;
+  };
+
+  Taken taken(uint64_t seen) const {
+    const int64_t round = static_cast<int64_t>(seen >> (2 * kCountBits));
+    if (round < round_) return {0, 0, false};
+    const int64_t counts = static_cast<int64_t>(seen);
+    return {counts >> kCountBits & kMostItems, counts & kMostItems, round > round_};
+  }
+
+  // What is left of a thread's share.
+  Range left(const Work& work, int thread, const Taken& taken) const {
+    const Range own = share(work.items, thread, size_);
+    return taken.all ? Range{own.end, own.end} : Range{own.begin + taken.front, own.end - taken.back};
+  }
+
+  // The next piece for this thread: of its own share, or of another's.
+  QK_NOINLINE bool next(const Work& work, Piece& piece) const {
+    if (take(work, thread_, false, piece)) return true;
+    for (int victim; (victim = richest(work)) >= 0;) {
+      if (take(work, victim, true, piece)) return true;
+    }
+    return false;
+  }
+
+  // A piece of a thread's share, if anything is left there.
+  bool take(const Work& work, int thread, bool from_back, Piece& piece) const {
+    uint64_t* const word = &words_[thread].taken;
+    uint64_t seen = __atomic_load_n(word, __ATOMIC_RELAXED);
+    for (;;) {
+      const Taken now = taken(seen);
+      const Range items = left(work, thread, now);
+      if (items.size() <= 0) return false;
+      const int64_t least = ceil_div(kPieceMacs, work.macs < 1 ? 1 : work.macs), half = ceil_div(items.size(), 2);
+      int64_t size = half < least ? least : half;
+      const int64_t whole = from_back ? items.end - ((items.end - 1) / work.unit + 1) * work.unit + work.most
+                                      : items.begin / work.unit * work.unit + work.most - items.begin;
+      size = size < whole ? size : whole;
+      size = size < items.size() ? size : items.size();
+      piece = from_back ? Piece{{items.end - size, items.end}, false}
+                        : Piece{{items.begin, items.begin + size}, size < items.size()};
+      const int64_t front = now.front + (from_back ? 0 : size), back = now.back + (from_back ? size : 0);
+      const uint64_t then = static_cast<uint64_t>(round_ << (2 * kCountBits) | front << kCountBits | back);
+      // Order does not matter: what pieces work on was complete before the round.
+      if (__atomic_compare_exchange_n(word, &seen, then, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) return true;
+    }
+  }
+
+  // The thread with most left, -1: nobody has anything.
+  int richest(const Work& work) const {
+    int best = -1;
+    int64_t most = 0;
+    for (int thread = 0; thread < size_; ++thread) {
+      const int64_t size = left(work, thread, taken(__atomic_load_n(&words_[thread].taken, __ATOMIC_RELAXED))).size();
+      if (size > most) most = size, best = thread;
+    }
+    return best;
+  }
+
+  int thread_, size_;
+  Word* words_;
+  int64_t round_ = 0;
+};
+
+// Runs body(team) on up to `threads` threads.
+template <class Body>
+void parallel_team(int threads, const Body& body) {
+  Team::Word words[Team::kMostThreads];
+  for (int i = 0; i < threads && i < Team::kMostThreads; ++i) words[i].taken = 0;
+  parallel(threads, [&](int thread, int size) {
+    Team team(thread, size, words);
+    body(team);
+  });
+}
+
+// Multiply-adds of `rows` rows and a superblock. Few rows wait for the weights, as if they were more.
+inline int64_t superblock_macs(int64_t rows, int64_t k) { return (rows < 16 ? 16 : rows) * kBlockN * padded_k(k); }
+
+// Items of so many elements each that are read, converted and written.
+inline Work conversion(int64_t items, int64_t elements) {
+  constexpr int64_t kMacsPerElement = 256;  // that take as long
+  return {items, 1, items, elements * kMacsPerElement};
+}
+
+// A product's rows, in tiles, and the blocks of tiles that stay in a cache.
+struct RowTiles {
+  int64_t rows, tiles, blocks;
+};
+
+// Shares out the (superblock, row tile) pairs of each block: body(superblock, row tiles, whether the next superblock
+// comes next).
+template <class Body>
+void for_tiles(Team& team, int64_t superblocks, int64_t k, const RowTiles& all, const Body& body) {
+  const int64_t macs = superblock_macs(all.rows, k) / all.tiles;
+  for (int64_t b = 0; b < all.blocks; ++b) {
+    const Range block = share(all.tiles, static_cast<int>(b), static_cast<int>(all.blocks));
+    const int64_t width = block.size();
+    team.each_piece({superblocks * width, width, width, macs}, [&](Range mine, bool more) {
+      for (int64_t u = mine.begin; u < mine.end;) {
+        const int64_t nb = u / width, first = u % width;
+        const int64_t last = width - first < mine.end - u ? width : first + (mine.end - u);
+        u += last - first;
+        body(nb, Range{block.begin + first, block.begin + last}, u < mine.end || (more && last == width));
+      }
+    });
+  }
+}
+
+}  // namespace
+}  // namespace qk
