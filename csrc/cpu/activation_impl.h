@@ -3,7 +3,7 @@
 
 #include "../args.h"
 #include "activation.h"
-#include "threads.h"
+#include "team.h"
 
 namespace qk {
 namespace {
@@ -38,21 +38,19 @@ void activation_from(const ActivationFunctionArgs& p, Range range) {
 // y may be x where the dtypes are the same.
 template <class V>
 void activation(const ActivationFunctionArgs& p) {
-  const int64_t useful = p.count / kMinActivationsPerThread;
-  parallel(useful < 1           ? 1
-           : useful < p.threads ? static_cast<int>(useful)
-                                : p.threads,
-           [&](int thread, int team) {
-             const Range range = share(p.count, thread, team);
-             switch (p.x_dtype) {
-               case DType::kF32:
-                 return activation_from<V, DType::kF32>(p, range);
-               case DType::kBF16:
-                 return activation_from<V, DType::kBF16>(p, range);
-               default:
-                 return activation_from<V, DType::kF16>(p, range);
-             }
-           });
+  const int64_t useful = p.count / kMinActivationsPerThread, lines = ceil_div(p.count, kAlign);
+  const int threads = useful < 1 ? 1 : useful < p.threads ? static_cast<int>(useful) : p.threads;
+  parallel_pieces(threads, conversion(lines, kAlign), [&](Range of) {
+    const Range range{of.begin * kAlign, of.end * kAlign < p.count ? of.end * kAlign : p.count};
+    switch (p.x_dtype) {
+      case DType::kF32:
+        return activation_from<V, DType::kF32>(p, range);
+      case DType::kBF16:
+        return activation_from<V, DType::kBF16>(p, range);
+      default:
+        return activation_from<V, DType::kF16>(p, range);
+    }
+  });
 }
 
 }  // namespace

@@ -7,7 +7,7 @@
 
 #include "../args.h"
 #include "../layout.h"
-#include "threads.h"
+#include "team.h"
 #include "verbs_scalar.h"
 
 namespace qk {
@@ -47,21 +47,22 @@ class Dequantize {
     const int64_t runs = p_.outer * p_.channels, size = p_.group > 0 ? p_.group : p_.inner;
     const int threads = threads_for(runs * p_.inner, p_.threads);
     const bool ragged = size > 0 && (p_.inner % size != 0 || (kKind == QKind::kInt4 && p_.inner % 2 != 0));
-    parallel(threads, [&](int thread, int team) {
-      if (runs < team && p_.group == 0) {  // few long runs: all share each of them, two codes of a byte together
-        const Range pairs = share(ceil_div(p_.inner, 2), thread, team);
+    if (runs < threads && p_.group == 0) {  // few long runs: all share each of them, two codes of a byte together
+      parallel_pieces(threads, conversion(ceil_div(p_.inner, 2), 2 * runs), [&](Range pairs) {
         const int64_t begin = pairs.begin * 2, end = pairs.end * 2 < p_.inner ? pairs.end * 2 : p_.inner;
         for (int64_t r = 0; r < runs; ++r)
           piece<kKind>(row_q<kKind>(r) + bytes_of<kKind>(begin), end - begin, r * p_.inner + begin, r % p_.channels);
-      } else if (p_.inner < kW && p_.outer > 1) {
-        columns<kKind>(share(p_.outer, thread, team));
-      } else if (p_.outer == 1 && !ragged && size > 0) {  // granules one behind the other
-        granules<kKind>(share(runs * (p_.inner / size), thread, team), size);
-      } else {
-        const Range range = share(runs, thread, team);
-        for (int64_t r = range.begin; r < range.end; ++r) row<kKind>(r, size);
-      }
-    });
+      });
+    } else if (p_.inner < kW && p_.outer > 1) {
+      parallel_pieces(threads, conversion(p_.outer, p_.channels * p_.inner), [&](Range of) { columns<kKind>(of); });
+    } else if (p_.outer == 1 && !ragged && size > 0) {  // granules one behind the other
+      parallel_pieces(threads, conversion(runs * (p_.inner / size), size),
+                      [&](Range of) { granules<kKind>(of, size); });
+    } else {
+      parallel_pieces(threads, conversion(runs, p_.inner), [&](Range of) {
+        for (int64_t r = of.begin; r < of.end; ++r) row<kKind>(r, size);
+      });
+    }
   }
 
   template <QKind kKind>
@@ -230,8 +231,7 @@ class Dequantize {
 template <class V, DType D>
 void embedding_as(const EmbeddingArgs& p) {
   const int64_t stride = padded_k(p.k);
-  parallel(threads_for(p.count * p.k, p.threads), [&](int thread, int team) {
-    const Range range = share(p.count, thread, team);
+  parallel_pieces(threads_for(p.count * p.k, p.threads), conversion(p.count, p.k), [&](Range range) {
     int8_t stage[kStage];
     for (int64_t i = range.begin; i < range.end; ++i) {
       const int64_t id = p.ids[i];

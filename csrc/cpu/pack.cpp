@@ -4,15 +4,14 @@
 
 #include "../layout.h"
 #include "pack_tile.h"
-#include "threads.h"
+#include "team.h"
 
 namespace qk {
 
 bool pack_w8(const int8_t* weight, int64_t n, int64_t k, int8_t* packed, int32_t* colsum, int threads) {
   const int64_t blocks = ceil_div(n, kBlockN), depth = padded_k(k);
   std::atomic<bool> found{false};
-  parallel(threads, [&](int thread, int team) {
-    const Range range = share(blocks, thread, team);
+  parallel_pieces(threads, conversion(blocks, kBlockN * depth), [&](Range range) {
     bool mine = false;
     for (int64_t b = range.begin; b < range.end; ++b) {
       const int64_t n0 = b * kBlockN, columns = n - n0 < kBlockN ? n - n0 : kBlockN;
@@ -33,8 +32,7 @@ bool pack_w8(const int8_t* weight, int64_t n, int64_t k, int8_t* packed, int32_t
 
 void unpack_w8(const int8_t* packed, int64_t n, int64_t k, int8_t* weight, int threads) {
   const int64_t blocks = ceil_div(n, kBlockN), depth = padded_k(k);
-  parallel(threads, [&](int thread, int team) {
-    const Range range = share(blocks, thread, team);
+  parallel_pieces(threads, conversion(blocks, kBlockN * depth), [&](Range range) {
     for (int64_t b = range.begin; b < range.end; ++b) {
       const int64_t n0 = b * kBlockN, columns = n - n0 < kBlockN ? n - n0 : kBlockN;
       unpack_superblock(reinterpret_cast<const uint8_t*>(packed + n0 * depth), k, columns, depth,

@@ -1,7 +1,7 @@
 #include "../layout.h"
 #include "pack.h"
 #include "pack_tile.h"
-#include "threads.h"
+#include "team.h"
 
 namespace qk {
 namespace {
@@ -25,8 +25,7 @@ void unpack_groups_of(const Element* packed, int64_t n, int64_t groups, Element*
 void pack_w4(const uint8_t* weight, int64_t n, int64_t k, uint8_t* packed, int threads) {
   const int64_t row_bytes = ceil_div(k, 2), padded = padded_k(k) / 2, blocks = ceil_div(n, kBlockN);
   const uint8_t last_mask = k % 2 ? 0x0F : 0xFF;  // the last nibble of an odd K is nobody's
-  parallel(threads, [&](int thread, int team) {
-    const Range range = share(blocks, thread, team);
+  parallel_pieces(threads, conversion(blocks, kBlockN * 2 * padded), [&](Range range) {
     for (int64_t b = range.begin; b < range.end; ++b) {
       const int64_t n0 = b * kBlockN, columns = n - n0 < kBlockN ? n - n0 : kBlockN;
       pack_superblock(weight + n0 * row_bytes, row_bytes, columns, padded, last_mask, packed + n0 * padded,
@@ -37,8 +36,7 @@ void pack_w4(const uint8_t* weight, int64_t n, int64_t k, uint8_t* packed, int t
 
 void unpack_w4(const uint8_t* packed, int64_t n, int64_t k, uint8_t* weight, int threads) {
   const int64_t row_bytes = ceil_div(k, 2), padded = padded_k(k) / 2, blocks = ceil_div(n, kBlockN);
-  parallel(threads, [&](int thread, int team) {
-    const Range range = share(blocks, thread, team);
+  parallel_pieces(threads, conversion(blocks, kBlockN * 2 * padded), [&](Range range) {
     for (int64_t b = range.begin; b < range.end; ++b) {
       const int64_t n0 = b * kBlockN, columns = n - n0 < kBlockN ? n - n0 : kBlockN;
       unpack_superblock(packed + n0 * padded, row_bytes, columns, padded, weight + n0 * row_bytes,

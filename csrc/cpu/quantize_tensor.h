@@ -5,7 +5,7 @@
 #include "../args.h"
 #include "../layout.h"
 #include "quantize_rows.h"
-#include "threads.h"
+#include "team.h"
 
 namespace qk {
 namespace {
@@ -47,9 +47,9 @@ class Quantize {
     if (p_.outer == 1 && p_.group == 0 && (p_.channels < threads || threads == 1) && p_.inner >= kMinSplit) {
       for (int64_t c = 0; c < p_.channels; ++c) shared_row(c, threads < kMaxSplit ? threads : kMaxSplit);
     } else if (p_.outer == 1) {
-      parallel(threads, [&](int thread, int team) { rows(thread, team); });
+      rows(threads);
     } else if (p_.inner >= kLongRun) {
-      parallel(threads, [&](int thread, int team) { strided(share(p_.channels, thread, team)); });
+      parallel_pieces(threads, conversion(p_.channels, p_.outer * p_.inner), [&](Range of) { strided(of); });
     } else {
       const int64_t fair = round_up(ceil_div(p_.channels * p_.inner, threads), kAlign), near = kBlock / p_.outer;
       const int64_t bytes = near < kMinPiece    ? kWholePiece
@@ -58,8 +58,7 @@ class Quantize {
                     piece = bytes / kBytes / kAlign * kAlign;
       const int64_t most = piece < kColumns ? piece : kColumns, width = fair < most ? fair : most;
       const int64_t per_block = p_.inner < width ? width / p_.inner : 1, blocks = ceil_div(p_.channels, per_block);
-      parallel(threads, [&](int thread, int team) {
-        const Range range = share(blocks, thread, team);
+      parallel_pieces(threads, conversion(blocks, per_block * p_.outer * p_.inner), [&](Range range) {
         for (int64_t b = range.begin; b < range.end; ++b) {
           const int64_t c0 = b * per_block, count = p_.channels - c0 < per_block ? p_.channels - c0 : per_block;
           columns(c0, count);
@@ -279,24 +278,26 @@ class Quantize {
   }
 
   // Rows whose granules are cut alike: one run of granules. Others end with a short granule, or with half a byte.
-  void rows(int thread, int team) const {
+  void rows(int threads) const {
     const int64_t size = p_.group > 0 ? p_.group : p_.inner, whole = size > 0 ? p_.inner / size : 1;
     const bool ragged = whole * size != p_.inner || (p_.kind == QKind::kInt4 && p_.inner % 2);
     if (!ragged) {
-      const Range range = share(p_.channels * whole, thread, team);
-      const int64_t at = range.begin * size;
-      return granules(x_at(at), q_at(p_.kind == QKind::kInt4 ? at / 2 : at), size, range.begin, range.size());
+      return parallel_pieces(threads, conversion(p_.channels * whole, size), [&](Range range) {
+        const int64_t at = range.begin * size;
+        granules(x_at(at), q_at(p_.kind == QKind::kInt4 ? at / 2 : at), size, range.begin, range.size());
+      });
     }
-    const Range range = share(p_.channels, thread, team);
     const int64_t rest = p_.inner - whole * size, in_row = whole + (rest > 0);
-    for (int64_t c = range.begin; c < range.end; ++c) {
-      uint8_t* q = q_at(c * row_q_bytes());
-      granules(x_at(c * p_.inner), q, size, c * in_row, whole);
-      const int64_t done = whole * size;
-      if (rest > 0)
-        granules(x_at(c * p_.inner + done), q + (p_.kind == QKind::kInt4 ? done / 2 : done), rest, c * in_row + whole,
-                 1);
-    }
+    parallel_pieces(threads, conversion(p_.channels, p_.inner), [&](Range range) {
+      for (int64_t c = range.begin; c < range.end; ++c) {
+        uint8_t* q = q_at(c * row_q_bytes());
+        granules(x_at(c * p_.inner), q, size, c * in_row, whole);
+        const int64_t done = whole * size;
+        if (rest > 0)
+          granules(x_at(c * p_.inner + done), q + (p_.kind == QKind::kInt4 ? done / 2 : done), rest, c * in_row + whole,
+                   1);
+      }
+    });
   }
 
   // One contiguous granule, shared by a team. Shares are even so that no two threads write one byte of int4.

@@ -41,7 +41,7 @@ class Team {
   void each_piece(const Work& work, const Body& body) {
     ++round_;
     // Where a share is a few pieces, taking turns costs more than it evens out.
-    const bool fixed = size_ == 1 || size_ > kMostThreads || work.items > kMostItems || round_ > kMostRounds ||
+    const bool fixed = size_ == 1 || size_ > kMostThreads || work.items > kMostItems * size_ || round_ > kMostRounds ||
                        work.items * static_cast<double>(work.macs) < kPieces * kPieceMacs * size_;
     Piece piece{share(work.items, thread_, size_), false};
     for (bool any = fixed ? piece.items.size() > 0 : next(work, piece); any; any = !fixed && next(work, piece))
@@ -134,6 +134,12 @@ void parallel_team(int threads, const Body& body) {
     Team team(thread, size, words);
     body(team);
   });
+}
+
+// Runs body(piece) on up to `threads` threads, until no item is left.
+template <class Body>
+void parallel_pieces(int threads, const Work& work, const Body& body) {
+  parallel_team(threads, [&](Team& team) { team.each_piece(work, [&](Range piece, bool /*more*/) { body(piece); }); });
 }
 
 // Multiply-adds of `rows` rows and a superblock. Few rows wait for the weights, as if they were more.
