@@ -1,0 +1,30 @@
+"""Products large enough that threads take pieces of each other's shares (csrc/cpu/team.h): the same bits whoever did
+what, in every tier and scheme.  That each piece is done once, and that a late thread is relieved, csrc/tests checks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import assert_bits_equal, assert_ran, seeded
+
+from qkernels.nn import QuantLinear
+
+OUT, IN = 1090, 2100
+
+
+@pytest.mark.parametrize("rows", [1, 3, 25, 200])
+@pytest.mark.parametrize("preset", ["w8a8", "w4a8", "w4a8_intscale", "w8a16", "w4a16"])
+def test_threads_that_take_over_change_no_bit(isa: str, preset: str, rows: int) -> None:
+    layer = QuantLinear.from_float(seeded(OUT, IN), seeded(OUT), preset)
+    x, before = seeded(rows, IN, seed=rows), torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        expected = layer(x)
+        if "a8" in preset:
+            assert_ran(preset.removesuffix("_intscale"), isa, rows)
+        for workers in (2, 3, 4):
+            torch.set_num_threads(workers)
+            for _ in range(3):
+                assert_bits_equal(layer(x), expected, f"{workers} threads")
+    finally:
+        torch.set_num_threads(before)
