@@ -3,16 +3,13 @@
 
 #include <pybind11/pybind11.h>
 
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
-
 #include <memory>
 #include <new>
 #include <string>
 
 #include "args.h"
 #include "check.h"
+#include "cpu/pages.h"
 #include "layout.h"
 
 namespace qk {
@@ -52,29 +49,11 @@ void run_released(bool release, const Call& call) {
   call();
 }
 
-constexpr int64_t kHugePage = int64_t(2) << 20;
-
-// Asks for huge pages where they fit into the `bytes` at `at`, which hold one at least. A hint: where it is not heeded,
-// nothing else changes.
-inline void ask_for_huge_pages([[maybe_unused]] void* at, [[maybe_unused]] int64_t bytes) {
-#ifdef MADV_HUGEPAGE
-  const auto begin = round_up(static_cast<int64_t>(reinterpret_cast<uintptr_t>(at)), kHugePage);
-  const auto end = (static_cast<int64_t>(reinterpret_cast<uintptr_t>(at)) + bytes) / kHugePage * kHugePage;
-  madvise(reinterpret_cast<void*>(begin), static_cast<size_t>(end - begin), MADV_HUGEPAGE);
-#endif
-}
-
-// Does so where a kernel is about to write `bytes` at `at`, if they are so many that the allocator takes them from the
-// system anew each time (glibc: 32 MB and more): a page at a time, the system clears them in four times as long, which
-// can be longer than the kernel takes.
-inline void expect_output(void* at, int64_t bytes) {
-  constexpr int64_t kFresh = int64_t(32) << 20;
-  if (bytes >= kFresh) ask_for_huge_pages(at, bytes);
-}
-// The same for m rows of a layer's output.
+// What expect_output asks for, for m rows of a layer's output.
 template <class Args>
 void expect_rows(const Args& args, int64_t m) {
-  expect_output(args.y, m * args.y_stride * (args.y_dtype == DType::kF32 ? 4 : 2));
+  const int64_t elements = m > 0 ? (m - 1) * args.y_stride + args.n : 0;
+  expect_output(args.y, elements * (args.y_dtype == DType::kF32 ? 4 : 2), args.threads);
 }
 
 inline thread_local std::string last_kernel;  // "op.tier" of the newest call on this thread

@@ -25,18 +25,19 @@ void launch_members(qk::LinearW8A8Args* members, size_t count, int64_t m, int64_
   qk::LinearW8A8Args& first = members[0];
   first.m = m;
   first.act.x_stride = x_stride;
-  first.threads = threads;
   const qk::KernelTable& table = qk::kernels();
   first.scratch_bytes = table.linear_w8a8_scratch_bytes(m, first.k, threads);
   first.scratch = qk::scratch(first.scratch_bytes);
   int64_t columns = 0;
   for (size_t i = 0; i < count; ++i) {
+    members[i].threads = threads;
     columns += members[i].n;
-    qk::expect_rows(members[i], m);
   }
   const char* isa = table.isa;
-  run_released((m + 1) * columns * first.k > qk::kReleaseGilBytes,
-               [&] { isa = table.linear_w8a8(members, static_cast<int>(count)); });
+  run_released((m + 1) * columns * first.k > qk::kReleaseGilBytes, [&] {
+    for (size_t i = 0; i < count; ++i) qk::expect_rows(members[i], m);
+    isa = table.linear_w8a8(members, static_cast<int>(count));
+  });
   note("w8a8", isa);
 }
 
@@ -160,8 +161,10 @@ void quantize(uintptr_t x, int x_dtype, int64_t outer, int64_t channels, int64_t
                               is_static,
                               threads};
   const qk::KernelTable& table = qk::kernels();
-  qk::expect_output(args.q, outer * channels * inner / (args.kind == qk::QKind::kInt4 ? 2 : 1));
-  run_released(outer * channels * inner > qk::kReleaseGilBytes, [&] { table.quantize(args); });
+  run_released(outer * channels * inner > qk::kReleaseGilBytes, [&] {
+    qk::expect_output(args.q, outer * channels * inner / (args.kind == qk::QKind::kInt4 ? 2 : 1), threads);
+    table.quantize(args);
+  });
   note("quantize", table.isa);
 }
 
@@ -180,8 +183,10 @@ void dequantize(uintptr_t q, int q_kind, int64_t outer, int64_t channels, int64_
                                 dtype(out_dtype),
                                 threads};
   const qk::KernelTable& table = qk::kernels();
-  qk::expect_output(args.out, outer * channels * inner * (args.out_dtype == qk::DType::kF32 ? 4 : 2));
-  run_released(outer * channels * inner > qk::kReleaseGilBytes, [&] { table.dequantize(args); });
+  run_released(outer * channels * inner > qk::kReleaseGilBytes, [&] {
+    qk::expect_output(args.out, outer * channels * inner * (args.out_dtype == qk::DType::kF32 ? 4 : 2), threads);
+    table.dequantize(args);
+  });
   note("dequantize", table.isa);
 }
 
@@ -205,8 +210,10 @@ void embedding(uintptr_t table, bool packed, int64_t n, int64_t k, uintptr_t sca
       throw py::index_error("index out of range: expected ids from 0 to " + std::to_string(n - 1) + ", got " +
                             std::to_string(args.ids[i]));
   const qk::KernelTable& table_of_isa = qk::kernels();
-  qk::expect_output(args.out, count * k * (args.out_dtype == qk::DType::kF32 ? 4 : 2));
-  run_released(count * k > qk::kReleaseGilBytes, [&] { table_of_isa.embedding(args); });
+  run_released(count * k > qk::kReleaseGilBytes, [&] {
+    qk::expect_output(args.out, count * k * (args.out_dtype == qk::DType::kF32 ? 4 : 2), threads);
+    table_of_isa.embedding(args);
+  });
   note("embedding", table_of_isa.isa);
 }
 

@@ -56,8 +56,10 @@ class Attention {
     args.threads = threads;
     args.scratch = qk::scratch(table->scratch_bytes(args.size, threads));
     const int64_t elements = args.batch * args.heads * args.queries * args.size;
-    qk::expect_output(args.y, elements * (args.dtype == qk::DType::kF32 ? 4 : 2));
-    qk::run_released(elements * args.keys > qk::kReleaseGilBytes, [&] { table->attention(args); });
+    qk::run_released(elements * args.keys > qk::kReleaseGilBytes, [&] {
+      qk::expect_output(args.y, elements * (args.dtype == qk::DType::kF32 ? 4 : 2), threads);
+      table->attention(args);
+    });
     qk::note("attention", qk::kernels().isa);
     return true;
   }

@@ -70,8 +70,10 @@ class LinearW4A8 {
     const int64_t groups = args.group_size < args.k ? qk::ceil_div(args.k, args.group_size) : 1;
     args.scratch = qk::scratch(table.linear_w4a8_scratch_bytes(m, args.k, groups, threads));
     const char* isa = table.isa;
-    qk::expect_rows(args, m);
-    qk::run_released((m + 1) * args.n * args.k > qk::kReleaseGilBytes, [&] { isa = table.linear_w4a8(args); });
+    qk::run_released((m + 1) * args.n * args.k > qk::kReleaseGilBytes, [&] {
+      qk::expect_rows(args, m);
+      isa = table.linear_w4a8(args);
+    });
     qk::note("w4a8", isa);
   }
 

@@ -21,7 +21,7 @@ from ._library import register_rules, vmap_rows
 from .checks import DTYPE_CODES, check_features, check_input, check_out_dtype, check_residual, check_static
 from .eager import is_plain
 from .epilogues import epilogue_code
-from .native import ALIGNMENT, pack_w8, run_native, run_native_plus, unpack_w8
+from .native import ALIGNMENT, empty_packed, pack_w8, run_native, run_native_plus, unpack_w8
 from .packed import GROUPED, PackedLayer, check_multiplier, check_sum, codebook_tensor, group_count
 from .prepared import effective_weight, input_gradient, scheme_from_key
 from .scheme import MAX_INTEGER_K, Scheme
@@ -65,8 +65,11 @@ def _pack(canonical: Mapping[str, Tensor], scheme: Scheme, features: int) -> dic
         else:
             packed["packed"] = pack_w8(weight.contiguous())[0]
     else:
-        packed["packed"] = torch.empty(_C.packed_w4_bytes(rows, features), dtype=torch.uint8, device=weight.device)
-        if not meta:
+        count = _C.packed_w4_bytes(rows, features)
+        if meta:
+            packed["packed"] = torch.empty(count, dtype=torch.uint8, device="meta")
+        else:
+            packed["packed"] = empty_packed(count, torch.uint8)
             address = packed["packed"].data_ptr()
             _C.pack_w4(weight.contiguous().data_ptr(), rows, features, address, _num_threads())
     for name, own in GROUPED.items():

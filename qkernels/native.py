@@ -5,7 +5,9 @@ Nothing is checked here that a layer has checked before; the operators check for
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import mmap
 from collections.abc import Callable
 from typing import Any
 
@@ -15,14 +17,31 @@ from torch import Tensor
 from . import _C
 from .checks import DTYPE_CODES, row_stride
 
-__all__ = ["ALIGNMENT", "native_linear_w8a8", "pack_w8", "run_native", "run_native_plus", "unpack_w8"]
+__all__ = ["ALIGNMENT", "empty_packed", "native_linear_w8a8", "pack_w8", "run_native", "run_native_plus", "unpack_w8"]
 
 ALIGNMENT = 64
 """Bytes; packed weights begin at a multiple of it."""
 
+_OWN_PAGES = 4 << 20  # bytes
+
 _CPU = torch.device("cpu")
 _num_threads = torch.get_num_threads
 _new_empty = Tensor.new_empty
+
+
+def empty_packed(count: int, dtype: torch.dtype) -> Tensor:
+    """Uninitialized ``[count]`` on the CPU for packed weights.
+
+    From 4 MiB on it has pages of its own, and huge ones where the system has them (Linux, ``madvise``): a layer of one
+    row reads its weights once from beginning to end, and prefetches end where a page does.
+    """
+    size = count * dtype.itemsize
+    if size < _OWN_PAGES or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(count, dtype=dtype, device=_CPU)
+    pages = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a kernel without them
+        pages.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(pages, dtype=dtype)
 
 
 def pack_w8(weight: Tensor, packed: Tensor | None = None, colsum: Tensor | None = None) -> tuple[Tensor, Tensor, bool]:
@@ -38,7 +57,7 @@ def pack_w8(weight: Tensor, packed: Tensor | None = None, colsum: Tensor | None 
     """
     rows, features = weight.shape
     if packed is None:
-        packed = torch.empty(_C.packed_w8_bytes(rows, features), dtype=torch.int8, device=_CPU)
+        packed = empty_packed(_C.packed_w8_bytes(rows, features), torch.int8)
     if colsum is None:
         colsum = torch.empty(rows, dtype=torch.int32, device=_CPU)
     minus = _C.pack_w8(weight.data_ptr(), rows, features, packed.data_ptr(), colsum.data_ptr(), _num_threads())

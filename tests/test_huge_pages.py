@@ -1,6 +1,11 @@
-"""Outputs that the allocator takes from the system anew: kernels ask for huge pages, which Linux shows in smaps."""
+"""Large packed weights, and outputs that the allocator takes from the system anew: kernels ask for huge pages, which
+Linux shows in smaps."""
 
+import copy
+import gc
 import itertools
+import os
+import pickle
 import sys
 from pathlib import Path
 
@@ -9,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import qkernels as qk
+from qkernels.nn import QuantLinear
 
 SMAPS = Path("/proc/self/smaps")
 
@@ -49,6 +55,30 @@ def test_layers_ask_for_huge_pages_in_large_outputs_alone(scheme: str) -> None:
     assert "hg" in flags_at(middle(large))
     assert "hg" not in flags_at(middle(small))
     assert torch.equal(large[:512], small)
+
+
+@pytest.mark.parametrize("scheme", ["w8a8", "w4a8", "w8a16", "w4a16"])
+def test_large_packed_weights_have_huge_pages_of_their_own(scheme: str) -> None:
+    weight = torch.randn(4500, 2048)
+    large = QuantLinear.from_float(weight, None, scheme)
+    small = QuantLinear.from_float(weight[:1000], None, scheme)
+    assert "hg" in flags_at(middle(large.packed))
+    assert "hg" not in flags_at(middle(small.packed))
+    x, copied = torch.randn(3, 2048), copy.deepcopy(large)
+    assert torch.equal(copied(x)[:, :1000], small(x))
+    assert torch.equal(copied(x), large(x))
+    assert torch.equal(pickle.loads(pickle.dumps(large))(x), large(x))
+
+
+def test_packed_weights_leave_the_process_with_their_layer() -> None:
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1])
+
+    layer = QuantLinear.from_float(torch.randn(8192, 4096), None, "w8a8")
+    before, pages = resident(), layer.packed.nbytes // os.sysconf("SC_PAGE_SIZE")
+    del layer
+    gc.collect()
+    assert before - resident() > 0.9 * pages
 
 
 def test_quantize_and_dequantize_ask_for_huge_pages() -> None:
