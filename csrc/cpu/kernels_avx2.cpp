@@ -2,8 +2,10 @@
 #include "activation_impl.h"
 #include "dispatch.h"
 #include "linear_w4a8_impl.h"
+#include "linear_w8a8_pairs.h"
 #include "linear_w8a8_wide.h"
 #include "quantize_impl.h"
+#include "tile_pairs_avx2.h"
 #include "tile_wide_avx2.h"
 
 namespace qk {
@@ -302,15 +304,23 @@ struct Avx2 : WideAvx2 {
 };
 
 const char* linear_w8a8_by_rows(const LinearW8A8Args* members, int count) {
+  using Pairs = LinearW8A8Pairs<PairsAvx2>;
   using Wide = LinearW8A8Wide<Avx2>;
-  if (!Wide::serves(members->m, members->k)) return linear_w8a8<Avx2>(members, count);
-  Wide(members, count).run();
+  if (Pairs::serves(members->m, members->k) && Pairs::suits(members, count))
+    Pairs(members, count).run();
+  else if (Wide::serves(members->m, members->k))
+    Wide(members, count).run();
+  else
+    linear_w8a8<Avx2>(members, count);
   return Avx2::kIsa;
 }
 
 int64_t linear_w8a8_scratch_by_rows(int64_t m, int64_t k, int threads) {
-  return LinearW8A8Wide<Avx2>::serves(m, k) ? LinearW8A8Wide<Avx2>::scratch_bytes(m, k, threads)
-                                            : linear_w8a8_scratch_bytes<Avx2>(m, k, threads);
+  const int64_t wide = LinearW8A8Wide<Avx2>::serves(m, k) ? LinearW8A8Wide<Avx2>::scratch_bytes(m, k, threads)
+                                                          : linear_w8a8_scratch_bytes<Avx2>(m, k, threads);
+  if (!LinearW8A8Pairs<PairsAvx2>::serves(m, k)) return wide;
+  const int64_t pairs = LinearW8A8Pairs<PairsAvx2>::scratch_bytes(m, k, threads);
+  return pairs > wide ? pairs : wide;
 }
 
 }  // namespace
