@@ -31,6 +31,7 @@ namespace qk {
 namespace {
 
 constexpr int64_t kBlockQueries = 24;  // a multiple of the rows of the larger tiles
+constexpr int64_t kLeastBlocks = 4;  // that are worth packing the keys again
 constexpr int64_t kSegmentBlocks = 16;  // that share a packed part: their sums stay in L2
 constexpr int64_t kPartFloats = 8192;
 constexpr int64_t kMostPartKeys = 256;  // 24 KiB of scores
@@ -75,7 +76,7 @@ class Attention {
     const int64_t units = p_.batch * p_.heads * blocks_, shared = p_.heads / p_.key_heads * blocks_;
     const int64_t work = 2 * p_.batch * p_.heads * p_.queries * p_.keys * p_.size / kAttentionMacsPerThread;
     const int threads = work < p_.threads ? static_cast<int>(work < 1 ? 1 : work) : p_.threads;
-    const Work pieces = {units, shared, shared, 2 * p_.queries * p_.keys * p_.size / blocks_};
+    const Work pieces = {units, shared, 2 * p_.queries * p_.keys * p_.size / blocks_, shared, kLeastBlocks};
     parallel_team(threads, [&](Team& team) {
       Scratch scratch(reinterpret_cast<float*>(p_.scratch) + team.thread() * sizes_.thread_floats(), sizes_);
       team.each_piece(pieces, [&](Range mine, bool /*more*/) {

@@ -47,6 +47,7 @@ class LinearW4A8Amx : PanelsW4A8Amx<V, kWhole> {
  private:
   using Panels::kPanelSteps, Panels::kSliceSteps, Panels::kSliceStepsAlone, Panels::kFewTilesSteps, Panels::kBlockTiles;
   using Panels::kStepsAhead;
+  static constexpr int64_t kLeastPieceRows = 3 * kPairRows;  // that are worth unpacking a superblock
   using Panels::p_, Panels::steps_, Panels::kSpan, Panels::kBytesPerK;
   using typename Panels::F, typename Panels::I, typename Panels::Span, typename Panels::Workspace;
 
@@ -388,7 +389,7 @@ class LinearW4A8Amx : PanelsW4A8Amx<V, kWhole> {
     Workspace& ws = *reinterpret_cast<Workspace*>(p_.scratch + this->workspaces(p_.m, p_.k, this->groups_, p_.threads) +
                                                   team.thread() * static_cast<int64_t>(sizeof(Workspace)));
     const int64_t tiles = ceil_div(rows, kPairRows), superblocks = ceil_div(p_.n, kBlockN);
-    for_tiles(team, superblocks, p_.k, {rows, tiles, ceil_div(tiles, kBlockTiles)},
+    for_tiles(team, superblocks, p_.k, {rows, tiles, ceil_div(tiles, kBlockTiles), kLeastPieceRows},
               [&](int64_t nb, Range range, bool more) {
                 superblock<kPlain>(nb, row, rows, range, q, scales, more, team.size() > 1, ws);
               });

@@ -140,10 +140,11 @@ class LinearW4A8 {
     const int64_t tiles = ceil_div(rows, V::kTileM),
                   blocks = ceil_div(rows, block_rows < kTotalsRows ? block_rows : kTotalsRows);
     // A panel is unpacked once for each call.
-    for_tiles(team, ceil_div(p_.n, kBlockN), p_.k, {rows, tiles, blocks}, [&](int64_t nb, Range range, bool more) {
-      const Range block{range.begin * rows / tiles, range.end * rows / tiles};
-      superblock(nb, row, block, more, q, scales);
-    });
+    for_tiles(team, ceil_div(p_.n, kBlockN), p_.k, {rows, tiles, blocks, rows <= direct_rows_ ? 1 : kPanelRows},
+              [&](int64_t nb, Range range, bool more) {
+                const Range block{range.begin * rows / tiles, range.end * rows / tiles};
+                superblock(nb, row, block, more, q, scales);
+              });
   }
 
   // What the 64 columns of a superblock share within a group.

@@ -115,7 +115,7 @@ class LinearW8A8Amx : LinearW8A8<V> {
     // A slice of the block's activations is in use at a time.
     const int64_t slice = steps < kSliceSteps ? steps : kSliceSteps;
     this->share_out(rows, ceil_div(rows, kPairRows), V::kBlockBytes / (kPairBytes * (slice > 0 ? slice : 1)),
-                    V::kMaxBlockTiles, team, [&](const LinearW8A8Args& w, int64_t nb, Range range, bool more) {
+                    V::kMaxBlockTiles, 1, team, [&](const LinearW8A8Args& w, int64_t nb, Range range, bool more) {
                       Columns columns = this->columns_of(w, nb, rows, copies[visits++ % 2]);
                       if (p_.act.symmetric) columns.shared = nullptr;  // all zero
                       const bool streams = streams_ && has_whole_lines(w.y, w.y_dtype, w.y_stride);

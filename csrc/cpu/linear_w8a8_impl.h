@@ -101,7 +101,7 @@ class LinearW8A8 {
     // activations.
     const int64_t slice_bytes = stride_ < V::kSliceK + kRowPad ? stride_ : V::kSliceK + kRowPad;
     const int64_t tiles = ceil_div(rows, V::kTileM);
-    share_out(rows, tiles, V::kBlockBytes / (V::kTileM * slice_bytes), V::kMaxBlockTiles, team,
+    share_out(rows, tiles, V::kBlockBytes / (V::kTileM * slice_bytes), V::kMaxBlockTiles, 1, team,
               [&](const LinearW8A8Args& member, int64_t nb, Range range, bool more) {
                 superblock(member, nb, row, rows, tiles, range, more, q, scales);
               });
@@ -109,10 +109,10 @@ class LinearW8A8 {
 
   // As for_tiles: body(member, superblock of it, ...).
   template <class Body>
-  void share_out(int64_t rows, int64_t tiles, int64_t block_tiles, int64_t most_tiles, Team& team,
+  void share_out(int64_t rows, int64_t tiles, int64_t block_tiles, int64_t most_tiles, int64_t least_rows, Team& team,
                  const Body& body) const {
     block_tiles = block_tiles < 1 ? 1 : block_tiles > most_tiles ? most_tiles : block_tiles;
-    for_tiles(team, superblocks_, p_.k, {rows, tiles, ceil_div(tiles, block_tiles)},
+    for_tiles(team, superblocks_, p_.k, {rows, tiles, ceil_div(tiles, block_tiles), least_rows},
               [&](int64_t nb, Range range, bool more) {
                 const LinearW8A8Args* member = members_;  // whose superblock it is
                 for (int64_t own; nb >= (own = ceil_div(member->n, kBlockN)); ++member) nb -= own;

@@ -59,7 +59,7 @@ class LinearW8A8Pairs : LinearW8A8<V> {
         },
         [this](int64_t row, int64_t rows, const uint8_t* q, const RowScale* scales, Team& team) {
           this->share_out(rows, ceil_div(rows, V::kTileM), V::kBlockBytes / (V::kTileM * stride_),
-                          V::kBlockRows / V::kTileM, team,
+                          V::kBlockRows / V::kTileM, kPanelRows, team,
                           [&](const LinearW8A8Args& w, int64_t nb, Range range, bool more) {
                             superblock(w, nb, row, rows, range, more, q, scales);
                           });

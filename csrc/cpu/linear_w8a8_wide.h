@@ -85,7 +85,7 @@ class LinearW8A8Wide : LinearW8A8<V> {
         },
         [&, this](int64_t row, int64_t rows, const uint8_t* q, const RowScale* scales, Team& team) {
           const int64_t unit = rows_held.unit, most = V::kWideBlockRows / unit;
-          this->share_out(rows, ceil_div(rows, unit), V::kWideBlockBytes / (unit * stride_), most, team,
+          this->share_out(rows, ceil_div(rows, unit), V::kWideBlockBytes / (unit * stride_), most, kPanelRows, team,
                           [&](const LinearW8A8Args& w, int64_t nb, Range range, bool more) {
                             ColumnCopies copies;
                             const Columns columns = this->columns_of(w, nb, rows, copies);

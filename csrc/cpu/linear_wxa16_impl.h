@@ -208,7 +208,7 @@ class LinearWxA16 {
   void stream_product(int64_t rows, const uint32_t* x, float* area, Team& team) const {
     if constexpr (V::kStreams) {
       const int64_t tiles = ceil_div(rows, V::kStreamRows);
-      for_tiles(team, ceil_div(p_.n, kBlockN), p_.k, {rows, tiles, 1},
+      for_tiles(team, ceil_div(p_.n, kBlockN), p_.k, {rows, tiles, 1, 1},
                 [&](int64_t nb, Range range, bool /*more*/) { stream_superblock(nb, rows, tiles, range, x, area); });
     }
   }
@@ -244,7 +244,8 @@ class LinearWxA16 {
     for (int64_t b = 0; b < blocks; ++b) {
       const Range block = share(tiles, static_cast<int>(b), static_cast<int>(blocks));
       const int64_t width = block.size();
-      const Work work = {superblocks * width, width, kGroup * width, superblock_macs(rows, p_.k) / tiles};
+      const Work work = {superblocks * width, width, superblock_macs(rows, p_.k) / tiles, kGroup * width,
+                         ceil_div(kPanelRows * tiles, rows)};
       team.each_piece(work, [&](Range mine, bool /*more*/) {
         for (int64_t u = mine.begin; u < mine.end;) {
           Piece pieces[kGroup];

@@ -11,7 +11,7 @@ namespace qk {
 namespace {
 
 // The whole huge pages among the `bytes` at `at`, as addresses.
-Range whole_pages(const void* at, int64_t bytes) {
+[[maybe_unused]] Range whole_pages(const void* at, int64_t bytes) {
   const auto address = static_cast<int64_t>(reinterpret_cast<uintptr_t>(at));
   return {round_up(address, kHugePage), (address + bytes) / kHugePage * kHugePage};
 }

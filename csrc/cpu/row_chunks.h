@@ -2,8 +2,8 @@
 //
 //   a team quantizes a chunk of rows into scratch, then shares the chunk's product
 //   a few rows: each thread quantizes all of them for itself (a copy each), since a barrier would cost more
-//   many rows, and weights that a cache holds: each thread has rows of its own, which it quantizes and multiplies block
-//   by block with all weights, so that codes stay in its L2 and nobody waits
+//   many rows, and weights that a cache holds: threads take blocks of rows, which they quantize and multiply with all
+//   weights by themselves, so that codes stay in an L2 and nobody waits
 //
 // scratch:   copies x chunk rows of stride bytes | copies x chunk RowScale | room for a tile that reads past the end
 #pragma once
@@ -77,7 +77,7 @@ void for_row_chunks(int64_t m, int64_t n, int64_t k, bool streams, const RowPlan
     if (const int64_t blocks = own_blocks<V>(m, streams, room, plan, team.size()); blocks > 0) {
       const int64_t own = team.thread() * (room / team.size());
       q += own * stride, scales += own;
-      team.each_piece({blocks, 1, 1, m / blocks * n * padded_k(k)}, [&](Range mine, bool /*more*/) {
+      team.each_piece({blocks, 1, m / blocks * n * padded_k(k), 1, 1}, [&](Range mine, bool /*more*/) {
         for (int64_t b = mine.begin; b < mine.end; ++b) {
           const Range rows = share(m, static_cast<int>(b), static_cast<int>(blocks));
           Team alone;

@@ -3,12 +3,13 @@
 // Threads that do equal work seldom finish together: cores of a hybrid processor differ, two of them may share
 // execution units, and a busy machine takes some away for a while. So each thread begins with a contiguous share, whose
 // weights come as one stream, and takes piece by piece from its front; one that has run out takes pieces from the back
-// of whoever has most left (work stealing, Blumofe and Leiserson 1999). Pieces get smaller towards the end of a share.
+// of whoever has most left (work stealing, Blumofe and Leiserson 1999). Pieces get smaller towards the end of a share,
+// but not so small that what a body does once for each of them, such as unpacking, would count.
 //
 // What is taken of a thread's share stands in a word of its own, [round | from the front | from the back]. Every call
 // of each_piece is a round, the same ones in the same order on every thread, and a word of an earlier round means that
 // nothing is taken yet: whoever comes first to a round needs no barrier. One of a later round means that all is taken,
-// since nobody leaves a round before that.
+// since nobody leaves a round of pieces before that.
 #pragma once
 
 #include "../layout.h"
@@ -18,9 +19,10 @@ namespace qk {
 namespace {
 
 // A product as equal items in a row. unit: items that had better stay together (the row tiles of a superblock);
-// most: of a piece, a multiple of unit; macs: multiply-adds of an item.
+// macs: multiply-adds of an item; most: of a piece that is taken, a multiple of unit (a team that does not take turns
+// has whole shares); least: no unit is divided into pieces of fewer.
 struct Work {
-  int64_t items, unit, most, macs;
+  int64_t items, unit, macs, most, least;
 };
 
 class Team {
@@ -94,12 +96,7 @@ class Team {
       const Taken now = taken(seen);
       const Range items = left(work, thread, now);
       if (items.size() <= 0) return false;
-      const int64_t least = ceil_div(kPieceMacs, work.macs < 1 ? 1 : work.macs), half = ceil_div(items.size(), 2);
-      int64_t size = half < least ? least : half;
-      const int64_t whole = from_back ? items.end - ((items.end - 1) / work.unit + 1) * work.unit + work.most
-                                      : items.begin / work.unit * work.unit + work.most - items.begin;
-      size = size < whole ? size : whole;
-      size = size < items.size() ? size : items.size();
+      const int64_t size = piece_size(work, items, from_back);
       piece = from_back ? Piece{{items.end - size, items.end}, false}
                         : Piece{{items.begin, items.begin + size}, size < items.size()};
       const int64_t front = now.front + (from_back ? 0 : size), back = now.back + (from_back ? size : 0);
@@ -107,6 +104,21 @@ class Team {
       // Order does not matter: what pieces work on was complete before the round.
       if (__atomic_compare_exchange_n(word, &seen, then, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) return true;
     }
+  }
+
+  // Of a piece at one end of what is left: half of it, cut where a unit ends if it reaches there.
+  static int64_t piece_size(const Work& work, Range left, bool from_back) {
+    const int64_t enough = ceil_div(kPieceMacs, work.macs < 1 ? 1 : work.macs);
+    const int64_t least = enough < work.least ? work.least : enough, half = ceil_div(left.size(), 2);
+    // Items up to where the unit at that end ends.
+    const int64_t unit = from_back ? (left.end - 1) % work.unit + 1 : work.unit - left.begin % work.unit;
+    int64_t size = half < least ? least : half;
+    if (size > unit + work.most - work.unit) size = unit + work.most - work.unit;
+    if (size >= unit)
+      size = unit + (size - unit) / work.unit * work.unit;
+    else if (unit - size < least)
+      size = unit;
+    return size < left.size() ? size : left.size();
   }
 
   // The thread with most left, -1: nobody has anything.
@@ -148,23 +160,25 @@ inline int64_t superblock_macs(int64_t rows, int64_t k) { return (rows < 16 ? 16
 // Items of so many elements each that are read, converted and written.
 inline Work conversion(int64_t items, int64_t elements) {
   constexpr int64_t kMacsPerElement = 256;  // that take as long
-  return {items, 1, items, elements * kMacsPerElement};
+  return {items, 1, elements * kMacsPerElement, items < 1 ? 1 : items, 1};
 }
 
-// A product's rows, in tiles, and the blocks of tiles that stay in a cache.
+// A product's rows, in tiles, the blocks of tiles that stay in a cache, and how many rows are worth what a body does
+// once for all of a superblock's that it is given.
 struct RowTiles {
-  int64_t rows, tiles, blocks;
+  int64_t rows, tiles, blocks, least_rows;
 };
+constexpr int64_t kPanelRows = 16;  // where that is a panel of weights, unpacked or copied
 
 // Shares out the (superblock, row tile) pairs of each block: body(superblock, row tiles, whether the next superblock
 // comes next).
 template <class Body>
 void for_tiles(Team& team, int64_t superblocks, int64_t k, const RowTiles& all, const Body& body) {
-  const int64_t macs = superblock_macs(all.rows, k) / all.tiles;
+  const int64_t macs = superblock_macs(all.rows, k) / all.tiles, least = ceil_div(all.least_rows * all.tiles, all.rows);
   for (int64_t b = 0; b < all.blocks; ++b) {
     const Range block = share(all.tiles, static_cast<int>(b), static_cast<int>(all.blocks));
     const int64_t width = block.size();
-    team.each_piece({superblocks * width, width, width, macs}, [&](Range mine, bool more) {
+    team.each_piece({superblocks * width, width, macs, width, least}, [&](Range mine, bool more) {
       for (int64_t u = mine.begin; u < mine.end;) {
         const int64_t nb = u / width, first = u % width;
         const int64_t last = width - first < mine.end - u ? width : first + (mine.end - u);

@@ -13,11 +13,11 @@ namespace {
 // Rounds of different works in a row, as a product has them; `held` threads of the team are late in every round.
 void check_team(int threads, int held, bool large) {
   const std::string name = "team of " + std::to_string(threads) + ", " + std::to_string(held) + " held up";
-  const qk::Work works[] = {{1000, 8, 8, large ? 1 << 22 : 1 << 10},
-                            {37, 16, 16, 1 << 24},
-                            {0, 4, 4, 1 << 24},
-                            {threads > 1 ? threads - 1 : 1, 1, 1, 1 << 24},
-                            {515, 5, 20, 1 << 21}};
+  const qk::Work works[] = {{1000, 8, large ? 1 << 22 : 1 << 10, 8, 3},
+                            {37, 16, 1 << 24, 16, 1},
+                            {0, 4, 1 << 24, 4, 4},
+                            {threads > 1 ? threads - 1 : 1, 1, 1 << 24, 1, 2},
+                            {515, 5, 1 << 21, 20, 5}};
   constexpr int kRounds = 20;
   std::vector<std::atomic<int>> done(kRounds * 1000);
   std::atomic<int> too_long{0};
@@ -43,7 +43,7 @@ void check_team(int threads, int held, bool large) {
 
 // Thread 0 stays in its first piece until the others have done all the rest.
 void check_relief(int threads) {
-  const qk::Work work = {320, 4, 8, 1 << 22};
+  const qk::Work work = {320, 4, 1 << 22, 8, 1};
   std::atomic<int64_t> done{0};
   std::atomic<bool> relieved{true};
   qk::parallel_team(threads, [&](qk::Team& team) {
