@@ -51,9 +51,9 @@ void run_released(bool release, const Call& call) {
 
 // What expect_output asks for, for m rows of a layer's output.
 template <class Args>
-void expect_rows(const Args& args, int64_t m) {
+void expect_rows(const Args& args, int64_t m, int threads) {
   const int64_t elements = m > 0 ? (m - 1) * args.y_stride + args.n : 0;
-  expect_output(args.y, elements * (args.y_dtype == DType::kF32 ? 4 : 2), args.threads);
+  expect_output(args.y, elements * (args.y_dtype == DType::kF32 ? 4 : 2), threads);
 }
 
 inline thread_local std::string last_kernel;  // "op.tier" of the newest call on this thread

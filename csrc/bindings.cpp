@@ -25,17 +25,15 @@ void launch_members(qk::LinearW8A8Args* members, size_t count, int64_t m, int64_
   qk::LinearW8A8Args& first = members[0];
   first.m = m;
   first.act.x_stride = x_stride;
+  first.threads = threads;
   const qk::KernelTable& table = qk::kernels();
   first.scratch_bytes = table.linear_w8a8_scratch_bytes(m, first.k, threads);
   first.scratch = qk::scratch(first.scratch_bytes);
   int64_t columns = 0;
-  for (size_t i = 0; i < count; ++i) {
-    members[i].threads = threads;
-    columns += members[i].n;
-  }
+  for (size_t i = 0; i < count; ++i) columns += members[i].n;
   const char* isa = table.isa;
   run_released((m + 1) * columns * first.k > qk::kReleaseGilBytes, [&] {
-    for (size_t i = 0; i < count; ++i) qk::expect_rows(members[i], m);
+    for (size_t i = 0; i < count; ++i) qk::expect_rows(members[i], m, threads);
     isa = table.linear_w8a8(members, static_cast<int>(count));
   });
   note("w8a8", isa);

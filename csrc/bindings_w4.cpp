@@ -71,7 +71,7 @@ class LinearW4A8 {
     args.scratch = qk::scratch(table.linear_w4a8_scratch_bytes(m, args.k, groups, threads));
     const char* isa = table.isa;
     qk::run_released((m + 1) * args.n * args.k > qk::kReleaseGilBytes, [&] {
-      qk::expect_rows(args, m);
+      qk::expect_rows(args, m, threads);
       isa = table.linear_w4a8(args);
     });
     qk::note("w4a8", isa);

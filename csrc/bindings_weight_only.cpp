@@ -34,7 +34,7 @@ class WeightOnly {
     args.scratch = qk::scratch(table.scratch_bytes(m, args.k, args.group_size, threads));
     const auto kernel = bits_ == 8 ? table.linear_w8a16 : table.linear_w4a16;
     qk::run_released((m + 1) * args.n * args.k > qk::kReleaseGilBytes, [&] {
-      qk::expect_rows(args, m);
+      qk::expect_rows(args, m, threads);
       kernel(args);
     });
     qk::note(bits_ == 8 ? "w8a16" : "w4a16", qk::kernels().isa);

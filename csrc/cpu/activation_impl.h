@@ -8,8 +8,6 @@
 namespace qk {
 namespace {
 
-constexpr int64_t kMinActivationsPerThread = 16 << 10;
-
 template <class V, DType X, DType Y>
 void activation_range(const ActivationFunctionArgs& p, Range range) {
   constexpr int64_t kW = V::kLanes;
@@ -38,9 +36,8 @@ void activation_from(const ActivationFunctionArgs& p, Range range) {
 // y may be x where the dtypes are the same.
 template <class V>
 void activation(const ActivationFunctionArgs& p) {
-  const int64_t useful = p.count / kMinActivationsPerThread, lines = ceil_div(p.count, kAlign);
-  const int threads = useful < 1 ? 1 : useful < p.threads ? static_cast<int>(useful) : p.threads;
-  parallel_pieces(threads, conversion(lines, kAlign), [&](Range of) {
+  const Work lines = conversion(ceil_div(p.count, kAlign), kAlign);
+  parallel_pieces(threads_for(p.count, p.threads), lines, [&](Range of) {
     const Range range{of.begin * kAlign, of.end * kAlign < p.count ? of.end * kAlign : p.count};
     switch (p.x_dtype) {
       case DType::kF32:

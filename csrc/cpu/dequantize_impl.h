@@ -14,12 +14,6 @@ namespace qk {
 namespace {
 
 constexpr int64_t kStage = 512;  // codes unpacked, or gathered, to bytes at a time; even
-constexpr int64_t kMinElementsPerThread = 16 << 10;
-
-inline int threads_for(int64_t elements, int threads) {
-  const int64_t useful = elements / kMinElementsPerThread;
-  return useful < 1 ? 1 : useful < threads ? static_cast<int>(useful) : threads;
-}
 
 template <class V, DType D>
 class Dequantize {

@@ -72,6 +72,12 @@ class LinearW8A8 {
     return blocks;
   }
 
+  // Slices of K, of `most` at most and as even as whole lines allow.
+  int64_t slice_depth(int64_t most) const {
+    const int64_t k = padded_k(p_.k);
+    return round_up(ceil_div(k, ceil_div(k, most)), kBlockK);
+  }
+
   // ---- activations -------------------------------------------------------------------------------------------
 
   void quantize_rows(int64_t row, Range range, uint8_t* q, RowScale* scales) const {

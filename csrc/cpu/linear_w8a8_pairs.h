@@ -10,6 +10,7 @@
 //   kBlockRows           rows of a block at most
 //   count_excesses(...)  of a part of the packed weights, to see whether they are few
 //   store_row(...)       a row of activations to its place in a tile
+//   keep_largest(...)    of each k, of several rows
 //   copy_columns(...)    kTileN columns of a slice of weights to a panel, less their excesses
 //   add_excesses(...)    their products in a tile or two
 //   pairs_tile(...)      a tile's products
@@ -83,8 +84,7 @@ class LinearW8A8Pairs : LinearW8A8<V> {
     constexpr int64_t kTileSums = V::kTileM * V::kTileN;
     ColumnCopies copies;
     const Columns columns = this->columns_of(w, nb, rows, copies);
-    const int64_t k = padded_k(p_.k), n0 = nb * kBlockN;
-    const int64_t depth = round_up(ceil_div(k, ceil_div(k, V::kSliceK)), kBlockK);
+    const int64_t k = padded_k(p_.k), n0 = nb * kBlockN, depth = this->slice_depth(V::kSliceK);
     alignas(kAlign) int8_t panel[V::kSliceK * V::kTileN];
     alignas(kAlign) int32_t sums[V::kBlockRows * kBlockN];
     alignas(kAlign) uint8_t largest[V::kSliceK];
@@ -95,13 +95,8 @@ class LinearW8A8Pairs : LinearW8A8<V> {
       const bool last = k0 + size == k;
       const LookAhead ahead(slice + size * kBlockN, size * kBlockN, kBlockN / V::kTileN * range.size(),
                             kBlockN * kPackK);
-      for (int64_t t = range.begin; t < range.end; ++t) {
-        const uint8_t* of_tile = q + t * V::kTileM * stride_ + V::kTileM * k + k0;
-        if (t == range.begin)
-          std::memcpy(largest, of_tile, static_cast<size_t>(size));
-        else
-          V::take_larger(of_tile, size, largest);
-      }
+      for (int64_t t = range.begin; t < range.end; ++t)
+        V::keep_largest(q + t * V::kTileM * stride_ + V::kTileM * k + k0, size, t == range.begin, largest);
       int64_t nth = 0;
       int32_t* c = sums;
       for (int j = 0; j < columns.count; j += V::kTileN) {

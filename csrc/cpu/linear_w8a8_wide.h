@@ -98,6 +98,7 @@ class LinearW8A8Wide : LinearW8A8<V> {
 
  private:
   using Base::p_;
+  using Base::slice_depth;
   using Base::stride_;
   using typename Base::ColumnCopies;
   using typename Base::Columns;
@@ -118,12 +119,6 @@ class LinearW8A8Wide : LinearW8A8<V> {
     const int64_t words = 2 * padded_k(k), behind = 2 * kRowPad;
     if (strassen) return {words / 4 * kProducts + behind, kPairRows, V::kWideBlockRows};
     return {words + behind, kTileM};
-  }
-
-  // Slices of K, of `most` at most and as even as whole lines allow.
-  int64_t slice_depth(int64_t most) const {
-    const int64_t k = padded_k(p_.k);
-    return round_up(ceil_div(k, ceil_div(k, most)), kBlockK);
   }
 
   // ---- plain -------------------------------------------------------------------------------------------------

@@ -241,12 +241,11 @@ class LinearWxA16 {
   void product(int64_t row, int64_t rows, const uint32_t* x, float* area, Team& team) const {
     const int64_t tiles = ceil_div(rows, V::kTileM), superblocks = ceil_div(p_.n, kBlockN);
     const int64_t blocks = ceil_div(tiles, kBlockRows / V::kTileM);
+    const RowTiles all = {rows, tiles, blocks, kPanelRows};
     for (int64_t b = 0; b < blocks; ++b) {
       const Range block = share(tiles, static_cast<int>(b), static_cast<int>(blocks));
       const int64_t width = block.size();
-      const Work work = {superblocks * width, width, superblock_macs(rows, p_.k) / tiles, kGroup * width,
-                         ceil_div(kPanelRows * tiles, rows)};
-      team.each_piece(work, [&](Range mine, bool /*more*/) {
+      team.each_piece(tile_work(superblocks, p_.k, all, width, kGroup), [&](Range mine, bool /*more*/) {
         for (int64_t u = mine.begin; u < mine.end;) {
           Piece pieces[kGroup];
           int count = 0;

@@ -53,7 +53,7 @@ class Team {
  private:
   static constexpr int kCountBits = 20;
   static constexpr int64_t kMostItems = (1 << kCountBits) - 1, kMostRounds = (1 << 24) - 1;
-  // Some microseconds of work, beside which taking it costs nothing.
+  // A microsecond of work and more, beside which taking it costs next to nothing.
   static constexpr int64_t kPieceMacs = 2 << 20, kPieces = 4;
 
   struct Piece {
@@ -163,6 +163,12 @@ inline Work conversion(int64_t items, int64_t elements) {
   return {items, 1, elements * kMacsPerElement, items < 1 ? 1 : items, 1};
 }
 
+// How many of the threads so many elements are worth.
+inline int threads_for(int64_t elements, int threads) {
+  const int64_t useful = elements / (16 << 10);
+  return useful < 1 ? 1 : useful < threads ? static_cast<int>(useful) : threads;
+}
+
 // A product's rows, in tiles, the blocks of tiles that stay in a cache, and how many rows are worth what a body does
 // once for all of a superblock's that it is given.
 struct RowTiles {
@@ -170,15 +176,20 @@ struct RowTiles {
 };
 constexpr int64_t kPanelRows = 16;  // where that is a panel of weights, unpacked or copied
 
+// The (superblock, row tile) pairs of a block of `width` tiles, of which a piece has `most` superblocks.
+inline Work tile_work(int64_t superblocks, int64_t k, const RowTiles& all, int64_t width, int64_t most) {
+  return {superblocks * width, width, superblock_macs(all.rows, k) / all.tiles, most * width,
+          ceil_div(all.least_rows * all.tiles, all.rows)};
+}
+
 // Shares out the (superblock, row tile) pairs of each block: body(superblock, row tiles, whether the next superblock
 // comes next).
 template <class Body>
 void for_tiles(Team& team, int64_t superblocks, int64_t k, const RowTiles& all, const Body& body) {
-  const int64_t macs = superblock_macs(all.rows, k) / all.tiles, least = ceil_div(all.least_rows * all.tiles, all.rows);
   for (int64_t b = 0; b < all.blocks; ++b) {
     const Range block = share(all.tiles, static_cast<int>(b), static_cast<int>(all.blocks));
     const int64_t width = block.size();
-    team.each_piece({superblocks * width, width, macs, width, least}, [&](Range mine, bool more) {
+    team.each_piece(tile_work(superblocks, k, all, width, 1), [&](Range mine, bool more) {
       for (int64_t u = mine.begin; u < mine.end;) {
         const int64_t nb = u / width, first = u % width;
         const int64_t last = width - first < mine.end - u ? width : first + (mine.end - u);

@@ -50,16 +50,17 @@ struct PairsAvx2 : YmmVerbs {
     return count;
   }
 
-  // A row of unsigned codes in [k] to out [k / 4][6 rows][4], whose first row's place is given; largest [k]: of the
-  // tile's rows so far, unless this is the first.
+  // A row of unsigned codes in [k] to out [k / 4][6 rows][4], whose first row's place is given; and keep_largest.
   static void store_row(const uint8_t* in, int64_t k, bool first, uint8_t* out, uint8_t* largest) {
     for (int64_t i = 0; i < k; i += kPackK) __builtin_memcpy(out + i * kTileM, in + i, kPackK);
-    if (first)
-      __builtin_memcpy(largest, in, static_cast<size_t>(k));
-    else
-      take_larger(in, k, largest);
+    keep_largest(in, k, first, largest);
   }
-  static void take_larger(const uint8_t* in, int64_t k, uint8_t* largest) {
+  // largest [k]: of the rows so far, unless this is the first.
+  static void keep_largest(const uint8_t* in, int64_t k, bool first, uint8_t* largest) {
+    if (first) {
+      __builtin_memcpy(largest, in, static_cast<size_t>(k));
+      return;
+    }
     for (int64_t i = 0; i < k; i += 32) {
       __m256i* to = reinterpret_cast<__m256i*>(largest + i);
       _mm256_storeu_si256(
