@@ -46,6 +46,8 @@ class LinearW8A8Amx : LinearW8A8<V> {
 
   static constexpr int64_t kSliceSteps = V::kSliceK / 64;
   static constexpr int kStreams = 4;  // see ahead.h
+  // Of a team's block: few, so that rows have few readers (TilePairs), and fewer where weights are in a cache.
+  static constexpr int64_t kTeamBlockTiles = 4, kCachedBlockTiles = 2;
 
   // A block whose sums wait for the epilogue: rows [next, end) of the chunk, the first of which is row `begin`.
   struct Pending {
@@ -114,8 +116,9 @@ class LinearW8A8Amx : LinearW8A8<V> {
     const int64_t steps = padded_ / 64;
     // A slice of the block's activations is in use at a time.
     const int64_t slice = steps < kSliceSteps ? steps : kSliceSteps;
-    this->share_out(rows, ceil_div(rows, kPairRows), V::kBlockBytes / (kPairBytes * (slice > 0 ? slice : 1)),
-                    V::kMaxBlockTiles, 1, team, [&](const LinearW8A8Args& w, int64_t nb, Range range, bool more) {
+    const int64_t most = team.size() == 1 ? V::kMaxBlockTiles : Base::streams_ ? kTeamBlockTiles : kCachedBlockTiles;
+    this->share_out(rows, ceil_div(rows, kPairRows), V::kBlockBytes / (kPairBytes * (slice > 0 ? slice : 1)), most, 1,
+                    team, [&](const LinearW8A8Args& w, int64_t nb, Range range, bool more) {
                       Columns columns = this->columns_of(w, nb, rows, copies[visits++ % 2]);
                       if (p_.act.symmetric) columns.shared = nullptr;  // all zero
                       const bool streams = streams_ && has_whole_lines(w.y, w.y_dtype, w.y_stride);

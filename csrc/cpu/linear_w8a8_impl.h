@@ -23,8 +23,8 @@
 //         slice of K (its weights stay in L1 or L2; accumulators wait in `sums` between slices)
 //           column tile x row tile
 //
-// The flattened (superblock, row tile) pairs of a block are shared out (team.h). int32 sums are exact in any order: the
-// result does not depend on who takes which.
+// The flattened (superblock, row tile) pairs of a chunk, block behind block, are shared out (team.h). int32 sums are
+// exact in any order: the result does not depend on who takes which.
 #pragma once
 
 #include <cstring>

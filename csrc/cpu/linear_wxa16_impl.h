@@ -241,19 +241,20 @@ class LinearWxA16 {
   void product(int64_t row, int64_t rows, const uint32_t* x, float* area, Team& team) const {
     const int64_t tiles = ceil_div(rows, V::kTileM), superblocks = ceil_div(p_.n, kBlockN);
     const int64_t blocks = ceil_div(tiles, kBlockRows / V::kTileM);
-    const RowTiles all = {rows, tiles, blocks, kPanelRows};
+    // Block by block, so that a thread has the same superblocks in each: their weights stay in its L2, which is worth
+    // more here (1.05 at 512 rows of 4096 x 4096 and 16 threads) than few readers of the rows.
     for (int64_t b = 0; b < blocks; ++b) {
       const Range block = share(tiles, static_cast<int>(b), static_cast<int>(blocks));
-      const int64_t width = block.size();
-      team.each_piece(tile_work(superblocks, p_.k, all, width, kGroup), [&](Range mine, bool /*more*/) {
+      const TilePairs pairs(superblocks, {rows_of(block, rows, tiles).size(), block.size(), 1, kPanelRows});
+      team.each_piece(pairs.work(p_.k, kGroup), [&](Range mine, bool /*more*/) {
         for (int64_t u = mine.begin; u < mine.end;) {
           Piece pieces[kGroup];
           int count = 0;
           float* c = area + kSliceDepth * kBlockN;
           for (; count < kGroup && u < mine.end; ++count) {
-            const int64_t first = u % width, last = width - first < mine.end - u ? width : first + (mine.end - u);
-            const Range of = {block.begin + first, block.begin + last};
-            pieces[count] = {u / width, of, c};
+            const TilePairs::Run run = pairs.run(u, mine.end);
+            const Range of = {block.begin + run.tiles.begin, block.begin + run.tiles.end};
+            pieces[count] = {run.superblock, of, c};
             c += rows_of(of, rows, tiles).size() * kBlockN;
             u += of.size();
           }

@@ -20,6 +20,8 @@ constexpr int64_t kMinChunkRows = 96;
 constexpr int64_t kRowPad = 64;  // bytes; keeps rows of a power-of-two K from falling on one cache set
 constexpr int64_t kRedundantRows = 4;  // up to this many rows, each thread quantizes all of them
 constexpr int64_t kMinMacsPerThread = 256 << 10;
+// From so many threads on, chunks take turns in two places: to write where many have just read takes long.
+constexpr int kManyReaders = 8;
 
 // How a kernel holds quantized rows.
 struct RowPlan {
@@ -42,10 +44,15 @@ inline int64_t chunk_rows(int64_t m, int64_t k) {
   return m < rows ? m : rows;
 }
 
+// Chunks that scratch has room for: one for each thread, or two that take turns.
+inline int64_t row_copies(int64_t m, int64_t k, int threads) {
+  return m <= kRedundantRows ? threads : threads >= kManyReaders && m > chunk_rows(m, k) ? 2 : 1;
+}
+
 // A tile may read (and ignore) up to kTileM - 1 rows past the last one.
 template <class V>
 int64_t row_chunks_bytes(int64_t m, int64_t k, const RowPlan& plan, int threads) {
-  const int64_t copies = m <= kRedundantRows ? threads : 1, room = round_up(chunk_rows(m, k), plan.unit);
+  const int64_t copies = row_copies(m, k, threads), room = round_up(chunk_rows(m, k), plan.unit);
   return copies * room * (plan.stride + static_cast<int64_t>(sizeof(RowScale))) + V::kTileM * plan.stride;
 }
 
@@ -69,14 +76,15 @@ void for_row_chunks(int64_t m, int64_t n, int64_t k, bool streams, const RowPlan
   const int threads = work < most_threads ? static_cast<int>(work < 1 ? 1 : work) : most_threads;
   const int64_t chunk = chunk_rows(m, k), unit = plan.unit, room = round_up(chunk, unit), stride = plan.stride;
   const bool redundant = m <= kRedundantRows;
+  const int64_t copies = row_copies(m, k, threads);
+  uint8_t* const codes = scratch;
+  RowScale* const all_scales = reinterpret_cast<RowScale*>(scratch + copies * room * stride);
   parallel_team(threads, [&](Team& team) {
     const typename V::Session session;
-    const int64_t copies = redundant ? threads : 1, copy = redundant ? team.thread() : 0;
-    uint8_t* q = scratch + copy * room * stride;
-    RowScale* scales = reinterpret_cast<RowScale*>(scratch + copies * room * stride) + copy * room;
     if (const int64_t blocks = own_blocks<V>(m, streams, room, plan, team.size()); blocks > 0) {
       const int64_t own = team.thread() * (room / team.size());
-      q += own * stride, scales += own;
+      uint8_t* const q = codes + own * stride;
+      RowScale* const scales = all_scales + own;
       team.each_piece({blocks, 1, m / blocks * n * padded_k(k), 1, 1}, [&](Range mine, bool /*more*/) {
         for (int64_t b = mine.begin; b < mine.end; ++b) {
           const Range rows = share(m, static_cast<int>(b), static_cast<int>(blocks));
@@ -87,8 +95,11 @@ void for_row_chunks(int64_t m, int64_t n, int64_t k, bool streams, const RowPlan
       });
       return;
     }
-    for (int64_t row = 0; row < m; row += chunk) {
+    int64_t copy = redundant ? team.thread() : 0;
+    for (int64_t row = 0; row < m; row += chunk, copy = redundant ? copy : (copy + 1) % copies) {
       const int64_t rows = m - row < chunk ? m - row : chunk;
+      uint8_t* const q = codes + copy * room * stride;
+      RowScale* const scales = all_scales + copy * room;
       if (redundant) {
         quantize(row, Range{0, rows}, q, scales);
       } else {
@@ -99,7 +110,8 @@ void for_row_chunks(int64_t m, int64_t n, int64_t k, bool streams, const RowPlan
         barrier(team.size());
       }
       multiply(row, rows, q, scales, team);
-      if (row + chunk < m) barrier(team.size());  // the next chunk overwrites q
+      // The next chunk overwrites this one. With two, whoever has left the barrier above is done with the other.
+      if (row + chunk < m && copies == 1) barrier(team.size());
     }
   });
 }

@@ -176,28 +176,51 @@ struct RowTiles {
 };
 constexpr int64_t kPanelRows = 16;  // where that is a panel of weights, unpacked or copied
 
-// The (superblock, row tile) pairs of a block of `width` tiles, of which a piece has `most` superblocks.
-inline Work tile_work(int64_t superblocks, int64_t k, const RowTiles& all, int64_t width, int64_t most) {
-  return {superblocks * width, width, superblock_macs(all.rows, k) / all.tiles, most * width,
-          ceil_div(all.least_rows * all.tiles, all.rows)};
-}
+// The (superblock, row tile) pairs of a product in a row: block behind block, and in each of them superblock behind
+// superblock. So a thread's share has few of the blocks. Were each block shared out by itself, all threads would read
+// every row, and who writes the next rows there would have to take each line back from all of their caches.
+class TilePairs {
+ public:
+  TilePairs(int64_t superblocks, const RowTiles& all)
+      : superblocks_(superblocks), all_(all), width_(ceil_div(all.tiles, all.blocks)) {}
 
-// Shares out the (superblock, row tile) pairs of each block: body(superblock, row tiles, whether the next superblock
-// comes next).
+  // As work, of which a piece has `most` superblocks.
+  Work work(int64_t k, int64_t most) const {
+    return {superblocks_ * all_.tiles, width_, superblock_macs(all_.rows, k) / all_.tiles, most * width_,
+            ceil_div(all_.least_rows * all_.tiles, all_.rows)};
+  }
+
+  // Those of one superblock and block from pair `begin` on, before `end`.
+  struct Run {
+    int64_t superblock;
+    Range tiles;
+    bool ends_superblock, ends_block;
+  };
+  Run run(int64_t begin, int64_t end) const {
+    const int64_t block = begin / (superblocks_ * width_) * width_, left = all_.tiles - block;
+    const int64_t width = left < width_ ? left : width_, within = begin - superblocks_ * block;
+    const int64_t superblock = within / width, first = within % width;
+    const int64_t last = width - first < end - begin ? width : first + (end - begin);
+    return {superblock, {block + first, block + last}, last == width, last == width && superblock + 1 == superblocks_};
+  }
+
+ private:
+  const int64_t superblocks_;
+  const RowTiles all_;
+  const int64_t width_;  // tiles of a block; the last one has what is left
+};
+
+// Shares them out: body(superblock, row tiles, whether the next superblock of the block comes next).
 template <class Body>
 void for_tiles(Team& team, int64_t superblocks, int64_t k, const RowTiles& all, const Body& body) {
-  for (int64_t b = 0; b < all.blocks; ++b) {
-    const Range block = share(all.tiles, static_cast<int>(b), static_cast<int>(all.blocks));
-    const int64_t width = block.size();
-    team.each_piece(tile_work(superblocks, k, all, width, 1), [&](Range mine, bool more) {
-      for (int64_t u = mine.begin; u < mine.end;) {
-        const int64_t nb = u / width, first = u % width;
-        const int64_t last = width - first < mine.end - u ? width : first + (mine.end - u);
-        u += last - first;
-        body(nb, Range{block.begin + first, block.begin + last}, u < mine.end || (more && last == width));
-      }
-    });
-  }
+  const TilePairs pairs(superblocks, all);
+  team.each_piece(pairs.work(k, 1), [&](Range mine, bool more) {
+    for (int64_t u = mine.begin; u < mine.end;) {
+      const TilePairs::Run run = pairs.run(u, mine.end);
+      u += run.tiles.size();
+      body(run.superblock, run.tiles, !run.ends_block && (u < mine.end || (more && run.ends_superblock)));
+    }
+  });
 }
 
 }  // namespace

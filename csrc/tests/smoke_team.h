@@ -66,7 +66,39 @@ void check_relief(int threads) {
   if (!relieved) fail("team: nobody took over from a thread that is held up");
 }
 
+// Every pair of a superblock and a row tile once; no body crosses a block, or is told of a next superblock behind the
+// last one.
+void check_tiles(int threads, int64_t superblocks, int64_t tiles, int64_t blocks) {
+  const std::string name = "tiles of " + std::to_string(superblocks) + " superblocks, " + std::to_string(tiles) +
+                           " tiles, " + std::to_string(blocks) + " blocks, " + std::to_string(threads) + " threads";
+  const int64_t k = 1 << 16, width = qk::ceil_div(tiles, blocks);
+  std::vector<std::atomic<int>> done(static_cast<size_t>(superblocks * tiles));
+  std::atomic<int> wrong{0};
+  qk::parallel_team(threads, [&](qk::Team& team) {
+    qk::for_tiles(team, superblocks, k, {32 * tiles, tiles, blocks, 16},
+                  [&](int64_t superblock, qk::Range range, bool more) {
+                    const bool crosses = range.size() < 1 || range.begin / width != (range.end - 1) / width;
+                    if (crosses || (more && superblock + 1 >= superblocks)) ++wrong;
+                    for (int64_t t = range.begin; t < range.end; ++t)
+                      ++done[static_cast<size_t>(superblock * tiles + t)];
+                  });
+  });
+  for (const std::atomic<int>& times : done) {
+    ++checks;
+    if (times != 1) return fail(name + ": a pair was not done once");
+  }
+  if (wrong > 0) fail(name + ": a body crosses a block, or goes on behind the last superblock");
+}
+
 void check_teams() {
+  for (int threads : {1, 2, 3, 8}) {
+    for (int64_t superblocks : {1, 3, 64}) {
+      for (int64_t tiles : {1, 5, 9, 16}) {
+        for (int64_t blocks = 1; blocks <= 4 && blocks <= tiles; ++blocks)
+          check_tiles(threads, superblocks, tiles, blocks);
+      }
+    }
+  }
   for (int threads : {1, 2, 3, 8}) {
     for (int held = 0; held < 2; ++held) {
       check_team(threads, held, true);
