@@ -28,3 +28,21 @@ def test_threads_that_take_over_change_no_bit(isa: str, preset: str, rows: int) 
                 assert_bits_equal(layer(x), expected, f"{workers} threads")
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("preset", ["w8a8", "w4a8"])
+def test_chunks_of_rows_that_take_turns_in_two_places(isa: str, preset: str) -> None:
+    # 4 MiB of codes are 63 rows of that many inputs, and a chunk is never of fewer than 96: three chunks.
+    inputs, rows = 1 << 16, 200
+    layer = QuantLinear.from_float(seeded(70, inputs), None, preset)
+    x, before = seeded(rows, inputs, seed=1), torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        expected = layer(x)
+        assert_ran(preset, isa, rows)
+        for workers in (8, 9):
+            torch.set_num_threads(workers)
+            for _ in range(3):
+                assert_bits_equal(layer(x), expected, f"{workers} threads")
+    finally:
+        torch.set_num_threads(before)
