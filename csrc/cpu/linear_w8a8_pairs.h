@@ -6,7 +6,7 @@
 // behind it.
 //
 // Beside what linear_w8a8_impl.h asks for, a tier provides
-//   pair_rows(k)         from how many rows on this is faster
+//   kPairRows            from how many rows on this is faster
 //   kBlockRows           rows of a block at most
 //   count_excesses(...)  of a part of the packed weights, to see whether they are few
 //   store_row(...)       a row of activations to its place in a tile
@@ -27,7 +27,7 @@ class LinearW8A8Pairs : LinearW8A8<V> {
   using Base = LinearW8A8<V>;
   LinearW8A8Pairs(const LinearW8A8Args* members, int count) : Base(members, count, stride(members->k)) {}
 
-  static bool serves(int64_t m, int64_t k) { return k > 0 && m >= V::pair_rows(k); }
+  static bool serves(int64_t m, int64_t k) { return k > 0 && m >= V::kPairRows; }
   // Whether excesses are few, by a sample.
   static bool suits(const LinearW8A8Args* members, int count) {
     int64_t found = 0, seen = 0;
@@ -74,7 +74,7 @@ class LinearW8A8Pairs : LinearW8A8<V> {
   using typename Base::Columns;
 
   static constexpr int64_t kSample = 128;  // lines of 32 weights
-  static constexpr int64_t kFew = 25;  // less than one in so many fours of k; measured on Zen 3
+  static constexpr int64_t kFew = 12;  // less than one in so many fours of k; measured on Zen 3
 
   static int64_t stride(int64_t k) { return row_bytes(k) + round_up(ceil_div(padded_k(k), V::kTileM), kAlign); }
   static RowPlan plan(int64_t k) { return {stride(k), V::kTileM, V::kBlockRows}; }
@@ -88,7 +88,7 @@ class LinearW8A8Pairs : LinearW8A8<V> {
     alignas(kAlign) int8_t panel[V::kSliceK * V::kTileN];
     alignas(kAlign) int32_t sums[V::kBlockRows * kBlockN];
     alignas(kAlign) uint8_t largest[V::kSliceK];
-    typename V::Excess excesses[V::kMostExcesses];
+    typename V::Excesses excesses;
     for (int64_t k0 = 0; k0 < k; k0 += depth) {
       const int64_t size = k - k0 < depth ? k - k0 : depth, steps = size / kPackK;
       const int8_t* slice = w.packed + n0 * k + k0 * kBlockN;

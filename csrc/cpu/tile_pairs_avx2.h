@@ -16,23 +16,37 @@
 namespace qk {
 namespace {
 
+// For each mask of 8 bits, the numbers of those that are set, in their order.
+struct BitNumbers {
+  uint8_t of[256][8] = {};
+  constexpr BitNumbers() {
+    for (int mask = 0; mask < 256; ++mask) {
+      for (int bit = 0, count = 0; bit < 8; ++bit) {
+        if (mask >> bit & 1) of[mask][count++] = static_cast<uint8_t>(bit);
+      }
+    }
+  }
+};
+constexpr BitNumbers kBitNumbers;
+
 struct PairsAvx2 : YmmVerbs {
   static constexpr const char* kIsa = "avx2";
   static constexpr int kTileM = 6, kTileN = 16, kOffset = 128, kSliceK = 1024;
   static constexpr int64_t kOwnRows = 96, kBlockBytes = 768 << 10, kBlockRows = 192;
-  // Measured on Zen 3: fewer rows do not earn back the panel.
-  static int64_t pair_rows(int64_t k) { return k < 2048 ? 12 : 16; }
+  static constexpr int64_t kPairRows = 9;  // measured on Zen 3: fewer do not earn back the panel
   static constexpr int64_t kLine = kTileN * kPackK;  // bytes of a panel for four k
   struct Session {
     Session() {}
   };
-  // What is too much in a column of the panel for four k: of k0 and k2, as the words of a dword. Offsets in bytes, of
-  // the activations in a tile and of the column in sums of columns.
-  struct Excess {
-    int32_t words;
-    uint16_t activations, column;
-  };
+  // What is too much in a panel, for each column and four k: of k0 and k2, as the words of a dword; and the place, the
+  // offset in bytes of the activations in a tile below, of the column in sums of columns above. Vectors of 8 are
+  // stored.
   static constexpr int64_t kMostExcesses = kSliceK / kPackK * kTileN;
+  struct Excesses {
+    int32_t words[kMostExcesses + 8];
+    uint32_t places[kMostExcesses + 8];
+  };
+  static constexpr int kColumnShift = 16;
 
   // Of 32 weights, pairs that may saturate: words of ones, else zero.
   static __m256i may_saturate(__m256i weights) {
@@ -68,11 +82,21 @@ struct PairsAvx2 : YmmVerbs {
     }
   }
 
+  // Pairs whose products with the largest activations reach the end of 16 bits: words whose sign is set.
+  static __m256i saturated(__m256i most, __m256i weights) {
+    return _mm256_add_epi16(_mm256_abs_epi16(_mm256_maddubs_epi16(most, weights)), _mm256_set1_epi16(1));
+  }
+  static __m256i most_of(const uint8_t* largest) {
+    int32_t most;
+    __builtin_memcpy(&most, largest, sizeof most);
+    return _mm256_set1_epi32(most);
+  }
+
   // 16 columns of a slice of weights to panel [steps][16 columns][4 k], less what goes to `excesses`; largest: of the
   // activations that will meet them, for each k. Returns how many excesses there are.
   QK_NOINLINE static int64_t copy_columns(const int8_t* packed, int64_t steps, const uint8_t* largest, int8_t* panel,
-                                          Excess* excesses) {
-    uint32_t masks[kSliceK / kPackK];
+                                          Excesses& excesses) {
+    // Without branches: they would be mispredicted wherever there is something.
     uint16_t lines[kSliceK / kPackK];
     int64_t found = 0;
     for (int64_t k = 0; k < steps; ++k) {
@@ -81,35 +105,40 @@ struct PairsAvx2 : YmmVerbs {
       const __m256i w0 = _mm256_load_si256(line), w1 = _mm256_load_si256(line + 1);
       _mm256_store_si256(out, w0);
       _mm256_store_si256(out + 1, w1);
-      const __m256i bytes = _mm256_packs_epi16(may_saturate(w0), may_saturate(w1));
-      masks[found] = static_cast<uint32_t>(_mm256_movemask_epi8(bytes));
-      // Without a branch, which would be mispredicted wherever there is something.
+      const __m256i most = most_of(largest + k * kPackK);
+      const __m256i signs = _mm256_or_si256(saturated(most, w0), saturated(most, w1));
       lines[found] = static_cast<uint16_t>(k);
-      found += masks[found] != 0;
+      found += _mm256_movemask_epi8(_mm256_srai_epi16(signs, 15)) != 0;
     }
-    Excess* out = excesses;
+    int64_t count = 0;
     for (int64_t l = 0; l < found; ++l) {
-      const uint32_t pairs = masks[l];
-      // Bits of two pairs are those of a column; vpacksswb takes both halves of the registers in turn.
-      for (uint32_t columns = (pairs | pairs >> 1) & 0x55555555u; columns != 0; columns &= columns - 1) {
-        const int bit = __builtin_ctz(columns);
-        const int column = (bit & 7) / 2 + (bit >> 4) * 4 + (bit >> 3 & 1) * 8;
-        int8_t* w = panel + lines[l] * kLine + column * kPackK;
-        const uint8_t* most = largest + lines[l] * kPackK;
-        const int first = excess(w, most), second = excess(w + 2, most + 2);
-        if (first == 0 && second == 0) continue;
-        w[0] = static_cast<int8_t>(w[0] - first);
-        w[2] = static_cast<int8_t>(w[2] - second);
-        *out++ = {static_cast<int32_t>(static_cast<uint32_t>(first & 0xFFFF) | static_cast<uint32_t>(second) << 16),
-                  static_cast<uint16_t>(lines[l] * kTileM * kPackK), static_cast<uint16_t>(column * sizeof(__m256i))};
+      const __m256i most = most_of(largest + lines[l] * kPackK);
+      for (int half = 0; half < 2; ++half) {
+        __m256i* const place = reinterpret_cast<__m256i*>(panel + lines[l] * kLine) + half;
+        const __m256i weights = _mm256_load_si256(place);
+        const __m256i words = excess(weights, saturated(most, weights));
+        // The first weight of a pair has it, and is never less.
+        _mm256_store_si256(place, _mm256_sub_epi8(weights, _mm256_and_si256(words, _mm256_set1_epi16(255))));
+        const __m256i none = _mm256_cmpeq_epi32(words, _mm256_setzero_si256());
+        const int columns = ~_mm256_movemask_ps(_mm256_castsi256_ps(none)) & 255;
+        const __m256i order =
+            _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(kBitNumbers.of[columns])));
+        const int32_t line = static_cast<int32_t>(lines[l] * kTileM * kPackK | (half * 8 * 32) << kColumnShift);
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(excesses.words + count),
+                            _mm256_permutevar8x32_epi32(words, order));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(excesses.places + count),
+                            _mm256_or_si256(_mm256_slli_epi32(order, kColumnShift + 5), _mm256_set1_epi32(line)));
+        count += __builtin_popcount(static_cast<unsigned>(columns));
       }
     }
-    return out - excesses;
+    return count;
   }
-  // What a pair has beyond 128, if that can saturate; never more than its first weight.
-  static int excess(const int8_t* w, const uint8_t* most) {
-    const int sum = w[0] + w[1], largest = w[0] * most[0] + w[1] * most[1];
-    return largest > 32767 ? sum - 128 : largest < -32768 ? sum + 128 : 0;
+  // What pairs have beyond +-128 where the sign is set, else 0.
+  static __m256i excess(__m256i weights, __m256i sign) {
+    const __m256i most = _mm256_set1_epi16(128), least = _mm256_set1_epi16(-128);
+    const __m256i sums = _mm256_maddubs_epi16(_mm256_set1_epi8(1), weights);
+    const __m256i rest = _mm256_sub_epi16(sums, _mm256_max_epi16(_mm256_min_epi16(sums, most), least));
+    return _mm256_and_si256(rest, _mm256_srai_epi16(sign, 15));
   }
 
   // Columns of sums of 8 rows to rows.
@@ -133,7 +162,7 @@ struct PairsAvx2 : YmmVerbs {
 
   // c [rows, 16] (+)= the products of the excesses, for one tile of rows or two, the second `apart` bytes behind the
   // first. Reads 8 bytes past a tile's last line.
-  static void add_excesses(int64_t rows, const uint8_t* a, int64_t apart, const Excess* excesses, int64_t count,
+  static void add_excesses(int64_t rows, const uint8_t* a, int64_t apart, const Excesses& excesses, int64_t count,
                            int32_t* c, bool accumulate) {
     if (rows > kTileM)
       add_excesses_to<2>(rows, a, apart, excesses, count, c, accumulate);
@@ -141,16 +170,19 @@ struct PairsAvx2 : YmmVerbs {
       add_excesses_to<1>(rows, a, apart, excesses, count, c, accumulate);
   }
   template <int kTiles>
-  QK_NOINLINE static void add_excesses_to(int64_t rows, const uint8_t* a, int64_t apart, const Excess* excesses,
+  QK_NOINLINE static void add_excesses_to(int64_t rows, const uint8_t* a, int64_t apart, const Excesses& excesses,
                                           int64_t count, int32_t* c, bool accumulate) {
     const __m256i low = _mm256_set1_epi16(255);
     alignas(32) __m256i columns[kTiles * kTileN];
     for (int j = 0; j < kTiles * kTileN; ++j) columns[j] = _mm256_setzero_si256();
-    for (const Excess *e = excesses, *end = excesses + count; e < end; ++e) {
-      const __m256i words = _mm256_set1_epi32(e->words);
+    for (int64_t i = 0; i < count; ++i) {
+      const __m256i words = _mm256_set1_epi32(excesses.words[i]);
+      const uint32_t place = excesses.places[i];
+      const uint8_t* line = a + (place & 0xFFFF);
       for (int t = 0; t < kTiles; ++t) {
-        const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(a + t * apart + e->activations));
-        __m256i& sums = *reinterpret_cast<__m256i*>(reinterpret_cast<char*>(columns + t * kTileN) + e->column);
+        const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(line + t * apart));
+        char* const sum = reinterpret_cast<char*>(columns + t * kTileN) + (place >> kColumnShift);
+        __m256i& sums = *reinterpret_cast<__m256i*>(sum);
         sums = _mm256_add_epi32(sums, _mm256_madd_epi16(_mm256_and_si256(x, low), words));
       }
     }
