@@ -38,14 +38,14 @@ def need(tool: str) -> str:
     return found
 
 
-def build(directory: Path, *options: str, source: Path = ROOT, target: str = "all") -> Path:
-    """``source`` with qk_smoke, built in ``directory``: what was built there is kept, where its tools were is not."""
+def build(directory: Path, *options: str, target: str = "all") -> Path:
+    """The project with qk_smoke, built in ``directory``: what was built there is kept, where its tools were is not."""
     need("g++")
     (directory / "CMakeCache.txt").unlink(missing_ok=True)
     run(
         need("cmake"),
         "-S",
-        source,
+        ROOT,
         "-B",
         directory,
         "-G",
