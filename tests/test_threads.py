@@ -3,10 +3,14 @@ what, in every tier and scheme.  That each piece is done once, and that a late t
 
 from __future__ import annotations
 
+import os
+import sys
+
 import pytest
 import torch
 from helpers import assert_bits_equal, assert_ran, seeded
 
+from qkernels import cpu_attention, qtensor
 from qkernels.nn import QuantLinear
 
 OUT, IN = 1090, 2100
@@ -44,5 +48,34 @@ def test_chunks_of_rows_that_take_turns_in_two_places(isa: str, preset: str) -> 
             torch.set_num_threads(workers)
             for _ in range(3):
                 assert_bits_equal(layer(x), expected, f"{workers} threads")
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="where the kernel lists a process's threads in /proc")
+def test_work_of_any_size_leaves_the_team_as_it_is(isa: str) -> None:
+    """A team that shrinks ends threads, and beginning them anew takes longer than most products."""
+
+    def running() -> set[str]:
+        return set(os.listdir("/proc/self/task"))
+
+    large = QuantLinear.from_float(seeded(OUT, IN), None, "w8a8")
+    some = {preset: QuantLinear.from_float(seeded(512, 512), None, preset) for preset in ("w8a8", "w4a8", "w4a16")}
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(6)
+        large(seeded(64, IN))
+        team = running()
+        assert len(team) >= 6
+        for rows in (1, 2, 3, 5, 8):
+            for preset, layer in some.items():
+                layer(seeded(rows, 512))
+                assert running() == team, f"{preset}, {rows} rows"
+        for size in (40_000, 70_000):
+            qtensor.quantize(seeded(size // 100, 100))
+            assert running() == team, f"quantize {size}"
+        q = seeded(1, 4, 33, 32)
+        assert isa == "scalar" or cpu_attention.attention(q, q, q, None, 0.2) is not None
+        assert running() == team, "attention"
     finally:
         torch.set_num_threads(before)

@@ -74,8 +74,8 @@ class Attention {
 
   void run() const {
     const int64_t units = p_.batch * p_.heads * blocks_, shared = p_.heads / p_.key_heads * blocks_;
-    const int64_t work = 2 * p_.batch * p_.heads * p_.queries * p_.keys * p_.size / kAttentionMacsPerThread;
-    const int threads = work < p_.threads ? static_cast<int>(work < 1 ? 1 : work) : p_.threads;
+    const int64_t work = 2 * p_.batch * p_.heads * p_.queries * p_.keys * p_.size;
+    const int threads = team_for(work, kAttentionMacsPerThread, p_.threads);
     const Work pieces = {units, shared, 2 * p_.queries * p_.keys * p_.size / blocks_, shared, kLeastBlocks};
     parallel_team(threads, [&](Team& team) {
       Scratch scratch(reinterpret_cast<float*>(p_.scratch) + team.thread() * sizes_.thread_floats(), sizes_);

@@ -93,8 +93,7 @@ class LinearWxA16 {
 
   void run() const {
     if (p_.m == 0 || p_.n == 0) return;
-    const int64_t work = p_.m * round_up(p_.n, kBlockN) * padded_k(p_.k) / kMacsPerThread;
-    const int threads = work < p_.threads ? static_cast<int>(work < 1 ? 1 : work) : p_.threads;
+    const int threads = team_for(p_.m * round_up(p_.n, kBlockN) * padded_k(p_.k), kMacsPerThread, p_.threads);
     const int64_t chunk = copied_rows(p_.m, p_.k, group_);
     const bool redundant = p_.m <= kRedundantRows;
     uint32_t* const copies = reinterpret_cast<uint32_t*>(p_.scratch);

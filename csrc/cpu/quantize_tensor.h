@@ -26,7 +26,7 @@ constexpr int64_t kBatchElements = 4096;
 constexpr int64_t kLongGranule = 1024, kPieceElements = 512;  // even
 // Elements; the second pass of one contiguous granule runs from its end, which is still near.
 constexpr int64_t kBackward = 64 << 10;
-constexpr int kMaxSplit = 64;  // threads that share one contiguous granule
+constexpr int kMaxSplit = 256;  // threads that share one contiguous granule
 constexpr int64_t kMinSplit = 64 << 10;  // elements of a contiguous granule worth sharing
 
 inline Levels levels_of(QKind kind, bool symmetric) {

@@ -72,8 +72,7 @@ template <class V, class Quantize, class Multiply>
 void for_row_chunks(int64_t m, int64_t n, int64_t k, bool streams, const RowPlan& plan, uint8_t* scratch,
                     int most_threads, const Quantize& quantize, const Multiply& multiply) {
   if (m == 0 || n == 0) return;
-  const int64_t work = m * round_up(n, kBlockN) * padded_k(k) / kMinMacsPerThread;
-  const int threads = work < most_threads ? static_cast<int>(work < 1 ? 1 : work) : most_threads;
+  const int threads = team_for(m * round_up(n, kBlockN) * padded_k(k), kMinMacsPerThread, most_threads);
   const int64_t chunk = chunk_rows(m, k), unit = plan.unit, room = round_up(chunk, unit), stride = plan.stride;
   const bool redundant = m <= kRedundantRows;
   const int64_t copies = row_copies(m, k, threads);
@@ -96,7 +95,7 @@ void for_row_chunks(int64_t m, int64_t n, int64_t k, bool streams, const RowPlan
       return;
     }
     int64_t copy = redundant ? team.thread() : 0;
-    for (int64_t row = 0; row < m; row += chunk, copy = redundant ? copy : (copy + 1) % copies) {
+    for (int64_t row = 0; row < m; row += chunk, copy = (copy + 1) % copies) {
       const int64_t rows = m - row < chunk ? m - row : chunk;
       uint8_t* const q = codes + copy * room * stride;
       RowScale* const scales = all_scales + copy * room;

@@ -163,11 +163,8 @@ inline Work conversion(int64_t items, int64_t elements) {
   return {items, 1, elements * kMacsPerElement, items < 1 ? 1 : items, 1};
 }
 
-// How many of the threads so many elements are worth.
-inline int threads_for(int64_t elements, int threads) {
-  const int64_t useful = elements / (16 << 10);
-  return useful < 1 ? 1 : useful < threads ? static_cast<int>(useful) : threads;
-}
+// team_for so many elements that are read, converted and written.
+inline int threads_for(int64_t elements, int threads) { return team_for(elements, 16 << 10, threads); }
 
 // A product's rows, in tiles, the blocks of tiles that stay in a cache, and how many rows are worth what a body does
 // once for all of a superblock's that it is given.

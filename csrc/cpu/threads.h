@@ -51,6 +51,11 @@ void parallel(int threads, const Body& body) {
   body(0, 1);
 }
 
+// How many of `most` threads share work, if `least` of it is worth one: all of them where it is worth two, else one.
+// Not a number between: libgomp ends the threads that a smaller team leaves over and begins new ones for the next
+// larger one, 70 to 680 us with 16 threads where a region takes 4.
+inline int team_for(int64_t work, int64_t least, int most) { return work < 2 * least ? 1 : most; }
+
 // Waits for the whole team; call it from every thread of a parallel body or from none. With a team of one it must
 // not bind to an enclosing region of somebody else, so it does nothing.
 inline void barrier(int team) {
