@@ -38,9 +38,9 @@ struct PairsAvx2 : YmmVerbs {
   struct Session {
     Session() {}
   };
-  // What is too much in a panel, for each column and four k: of k0 and k2, as the words of a dword; and the place, the
-  // offset in bytes of the activations in a tile below, of the column in sums of columns above. Vectors of 8 are
-  // stored.
+  // What is too much in a panel, for each column and four k that have some: of k0 and k2, as the words of a dword; and
+  // where it is, in the low 16 bits the offset in bytes of the four's activations in a tile, in the high ones that of
+  // the column in sums of columns. They are stored by eights, of which the next overwrite what does not count.
   static constexpr int64_t kMostExcesses = kSliceK / kPackK * kTileN;
   struct Excesses {
     int32_t words[kMostExcesses + 8];
