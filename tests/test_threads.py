@@ -16,23 +16,22 @@ from qkernels.nn import QuantLinear
 
 OUT, IN = 1090, 2100
 
+# Tests begin with one thread, and whatever they set is given back.
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @pytest.mark.parametrize("rows", [1, 3, 25, 200])
 @pytest.mark.parametrize("preset", ["w8a8", "w4a8", "w4a8_intscale", "w8a16", "w4a16"])
 def test_threads_that_take_over_change_no_bit(isa: str, preset: str, rows: int) -> None:
     layer = QuantLinear.from_float(seeded(OUT, IN), seeded(OUT), preset)
-    x, before = seeded(rows, IN, seed=rows), torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        expected = layer(x)
-        if "a8" in preset:
-            assert_ran(preset.removesuffix("_intscale"), isa, rows)
-        for workers in (2, 3, 4):
-            torch.set_num_threads(workers)
-            for _ in range(3):
-                assert_bits_equal(layer(x), expected, f"{workers} threads")
-    finally:
-        torch.set_num_threads(before)
+    x = seeded(rows, IN, seed=rows)
+    expected = layer(x)
+    if "a8" in preset:
+        assert_ran(preset.removesuffix("_intscale"), isa, rows)
+    for workers in (2, 3, 4):
+        torch.set_num_threads(workers)
+        for _ in range(3):
+            assert_bits_equal(layer(x), expected, f"{workers} threads")
 
 
 @pytest.mark.parametrize("preset", ["w8a8", "w4a8"])
@@ -40,17 +39,13 @@ def test_chunks_of_rows_that_take_turns_in_two_places(isa: str, preset: str) -> 
     # 4 MiB of codes are 63 rows of that many inputs, and a chunk is never of fewer than 96: three chunks.
     inputs, rows = 1 << 16, 200
     layer = QuantLinear.from_float(seeded(70, inputs), None, preset)
-    x, before = seeded(rows, inputs, seed=1), torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        expected = layer(x)
-        assert_ran(preset, isa, rows)
-        for workers in (8, 9):
-            torch.set_num_threads(workers)
-            for _ in range(3):
-                assert_bits_equal(layer(x), expected, f"{workers} threads")
-    finally:
-        torch.set_num_threads(before)
+    x = seeded(rows, inputs, seed=1)
+    expected = layer(x)
+    assert_ran(preset, isa, rows)
+    for workers in (8, 9):
+        torch.set_num_threads(workers)
+        for _ in range(3):
+            assert_bits_equal(layer(x), expected, f"{workers} threads")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="where the kernel lists a process's threads in /proc")
@@ -71,21 +66,17 @@ def test_work_of_any_size_leaves_the_team_as_it_is(isa: str) -> None:
 
     large = QuantLinear.from_float(seeded(OUT, IN), None, "w8a8")
     some = {preset: QuantLinear.from_float(seeded(512, 512), None, preset) for preset in ("w8a8", "w4a8", "w4a16")}
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(6)
-        large(seeded(64, IN))
-        team = settled()
-        assert len(team) >= 6
-        for rows in (1, 2, 3, 5, 8):
-            for preset, layer in some.items():
-                layer(seeded(rows, 512))
-                assert running() >= team, f"{preset}, {rows} rows"
-        for size in (40_000, 70_000):
-            qtensor.quantize(seeded(size // 100, 100))
-            assert running() >= team, f"quantize {size}"
-        q = seeded(1, 4, 33, 32)
-        assert isa == "scalar" or cpu_attention.attention(q, q, q, None, 0.2) is not None
-        assert running() >= team, "attention"
-    finally:
-        torch.set_num_threads(before)
+    torch.set_num_threads(6)
+    large(seeded(64, IN))
+    team = settled()
+    assert len(team) >= 6
+    for rows in (1, 2, 3, 5, 8):
+        for preset, layer in some.items():
+            layer(seeded(rows, 512))
+            assert running() >= team, f"{preset}, {rows} rows"
+    for size in (40_000, 70_000):
+        qtensor.quantize(seeded(size // 100, 100))
+        assert running() >= team, f"quantize {size}"
+    q = seeded(1, 4, 33, 32)
+    assert isa == "scalar" or cpu_attention.attention(q, q, q, None, 0.2) is not None
+    assert running() >= team, "attention"
