@@ -191,14 +191,14 @@ class TilePairs {
   struct Run {
     int64_t superblock;
     Range tiles;
-    bool ends_superblock, ends_block;
+    bool ends_superblock;
   };
   Run run(int64_t begin, int64_t end) const {
     const int64_t block = begin / (superblocks_ * width_) * width_, left = all_.tiles - block;
     const int64_t width = left < width_ ? left : width_, within = begin - superblocks_ * block;
     const int64_t superblock = within / width, first = within % width;
     const int64_t last = width - first < end - begin ? width : first + (end - begin);
-    return {superblock, {block + first, block + last}, last == width, last == width && superblock + 1 == superblocks_};
+    return {superblock, {block + first, block + last}, last == width};
   }
 
  private:
@@ -215,7 +215,8 @@ void for_tiles(Team& team, int64_t superblocks, int64_t k, const RowTiles& all, 
     for (int64_t u = mine.begin; u < mine.end;) {
       const TilePairs::Run run = pairs.run(u, mine.end);
       u += run.tiles.size();
-      body(run.superblock, run.tiles, !run.ends_block && (u < mine.end || (more && run.ends_superblock)));
+      const bool ends_block = run.ends_superblock && run.superblock + 1 == superblocks;
+      body(run.superblock, run.tiles, !ends_block && (u < mine.end || (more && run.ends_superblock)));
     }
   });
 }

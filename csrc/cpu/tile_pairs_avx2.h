@@ -46,7 +46,8 @@ struct PairsAvx2 : YmmVerbs {
     int32_t words[kMostExcesses + 8];
     uint32_t places[kMostExcesses + 8];
   };
-  static constexpr int kColumnShift = 16;
+  static constexpr int kColumnShift = 16, kNumberShift = kColumnShift + 5;  // of a column's offset, and of its number
+  static_assert(sizeof(__m256i) == 1 << (kNumberShift - kColumnShift), "columns of sums are registers in a row");
 
   // Of 32 weights, pairs that may saturate: words of ones, else zero.
   static __m256i may_saturate(__m256i weights) {
@@ -123,11 +124,11 @@ struct PairsAvx2 : YmmVerbs {
         const int columns = ~_mm256_movemask_ps(_mm256_castsi256_ps(none)) & 255;
         const __m256i order =
             _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(kBitNumbers.of[columns])));
-        const int32_t line = static_cast<int32_t>(lines[l] * kTileM * kPackK | (half * 8 * 32) << kColumnShift);
+        const int32_t line = static_cast<int32_t>(lines[l] * kTileM * kPackK | half * 8 << kNumberShift);
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(excesses.words + count),
                             _mm256_permutevar8x32_epi32(words, order));
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(excesses.places + count),
-                            _mm256_or_si256(_mm256_slli_epi32(order, kColumnShift + 5), _mm256_set1_epi32(line)));
+                            _mm256_or_si256(_mm256_slli_epi32(order, kNumberShift), _mm256_set1_epi32(line)));
         count += __builtin_popcount(static_cast<unsigned>(columns));
       }
     }
