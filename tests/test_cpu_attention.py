@@ -70,6 +70,8 @@ def check(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, *,
     largest = scores.amax(-1).transpose(1, 2).unsqueeze(-1)
     weighed = reference.attention(wide[0], wide[1], wide[2].abs(), mask, scale, causal=causal)
     bound = (2 * (size + 8) * largest + 2 * length + 16) * 2.0**-24 * weighed
+    if _C.last_kernel() == "attention.amx" and q.dtype == torch.bfloat16:
+        bound = bound + 2.0**-15 * weighed
     bound = bound + UNIT[q.dtype] * (wanted.abs() + bound) + length * 2.0**-126 * wide[2].abs().nan_to_num().max()
     error = (got.double() - wanted).abs()
     numbers = ~wanted.isnan()
@@ -115,12 +117,32 @@ def test_attention_of_many_blocks_that_share_keys(kernel: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("size", [30, 32, 64])
+@pytest.mark.parametrize("size", [1, 30, 32, 64, 80, 256])
 def test_attention_in_16_bits(kernel: str, dtype: torch.dtype, size: int) -> None:
-    q, k, v = three(2, 4, 2, 33, 150, size, dtype)
-    check(q, k, v, None, 0.2)
-    check(q, k, v, seeded(2, 1, 1, 150, seed=3).to(dtype), 0.2)
-    check(q, k, v, None, 0.2, causal=True)
+    for tokens, length in ((1, 9), (16, 17), (33, 150), (48, 300)):
+        q, k, v = three(2, 4, 2, tokens, length, size, dtype)
+        check(q, k, v, None, size**-0.5)
+        check(q, k, v, seeded(2, 1, 1, length, seed=3).to(dtype), size**-0.5)
+        check(q, k, v, seeded(2, 1, tokens, length, seed=4) > 0, size**-0.5)
+        check(q, k, v, None, size**-0.5, causal=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_attention_in_16_bits_of_any_scale(kernel: str, dtype: torch.dtype) -> None:
+    q, k, v = three(2, 2, 2, 40, 150, 32, dtype)
+    for scale in (-0.5, 0.0, 1e-3, 4.0):
+        check(q, k, v, None, scale)
+        check(q, k, v, None, scale, causal=True)
+        check(q, k, v, seeded(2, 1, 40, 150, seed=4) > 0, scale)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_attention_in_16_bits_strides(kernel: str, dtype: torch.dtype) -> None:
+    q = seeded(2, 3, 32, 71).to(dtype)[..., 7:39]
+    k = seeded(20, 2, 3, 33, seed=1).to(dtype).permute(1, 2, 0, 3)[..., 1:]
+    v = seeded(2, 3, 40, 32, seed=2).to(dtype)[:, :, ::2]
+    check(q, k, v, None, 0.3)
+    check(q[:1].expand(2, -1, -1, -1), k, v[:, :1].expand(-1, 3, -1, -1), None, 0.3)
 
 
 def test_attention_strides(kernel: str) -> None:
@@ -248,6 +270,22 @@ def test_attention_nan_and_infinity_of_keys_and_values(kernel: str, at: int) -> 
     check(q, k, values, None, 0.2)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("odd", [torch.nan, torch.inf, -torch.inf])
+def test_attention_in_16_bits_nan_and_infinity(kernel: str, dtype: torch.dtype, odd: float) -> None:
+    for tokens in (20, 32):
+        three_of_them = three(2, 2, 2, tokens, 150, 32, dtype)
+        for which, at in itertools.product(range(3), (0, 19, 149)):
+            broken = [x.clone() for x in three_of_them]
+            broken[which][0, 1, min(at, broken[which].shape[2] - 1), 3] = odd
+            got = cpu_attention.attention(broken[0], broken[1], broken[2], None, 0.2)
+            wanted = reference.attention(broken[0], broken[1], broken[2], None, 0.2)
+            assert got is not None
+            assert torch.equal(got.isnan(), wanted.isnan())
+            assert torch.equal(got.isposinf(), wanted.isposinf())
+            assert torch.equal(got.isneginf(), wanted.isneginf())
+
+
 def test_attention_nan_with_a_payload(kernel: str) -> None:
     payloads = torch.tensor([0x7FC00000, 0x7FC001FF, 0x7F8000FF, 0x7FFFFFFF, -1], dtype=torch.int32).view(torch.float32)
     q, k, v = three(1, 1, 1, 8, 16, 16)
@@ -274,8 +312,9 @@ def test_attention_ignores_flush_denormal(kernel: str) -> None:
 # -- what must not matter ---------------------------------------------------------------------------------------------
 
 
-def test_attention_same_bits_for_any_number_of_threads(kernel: str) -> None:
-    q, k, v = three(3, 4, 2, 61, 140, 64)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_same_bits_for_any_number_of_threads(kernel: str, dtype: torch.dtype) -> None:
+    q, k, v = three(3, 4, 2, 61, 140, 64, dtype)
     before, results = torch.get_num_threads(), []
     try:
         for count in (1, 2, 3, 5):
@@ -289,8 +328,9 @@ def test_attention_same_bits_for_any_number_of_threads(kernel: str) -> None:
         assert_bits_equal(other, results[0])
 
 
-def test_attention_does_not_depend_on_other_heads(kernel: str) -> None:
-    q, k, v = three(2, 4, 4, 50, 140, 32)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_does_not_depend_on_other_heads(kernel: str, dtype: torch.dtype) -> None:
+    q, k, v = three(2, 4, 4, 50, 140, 32, dtype)
     whole = cpu_attention.attention(q, k, v, None, 0.2)
     assert whole is not None
     for b, h in itertools.product(range(2), range(4)):
@@ -300,7 +340,8 @@ def test_attention_does_not_depend_on_other_heads(kernel: str) -> None:
         assert_bits_equal(alone[0, :, 0], whole[b, :, h])
 
 
-def test_attention_of_random_shapes(kernel: str) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_of_random_shapes(kernel: str, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(7)
 
     def pick(low: int, high: int) -> int:
@@ -308,10 +349,10 @@ def test_attention_of_random_shapes(kernel: str) -> None:
 
     for _ in range(60):
         groups, tokens, length, size = pick(1, 3), pick(1, 70), pick(1, 330), pick(1, 140)
-        q, k, v = three(pick(1, 2), groups * pick(1, 3), groups, tokens, length, size)
+        q, k, v = three(pick(1, 2), groups * pick(1, 3), groups, tokens, length, size, dtype)
         kind = pick(0, 3)
         shape = [n if pick(0, 1) else 1 for n in (q.shape[0], q.shape[1], tokens)]
-        values = torch.randn(*shape, length, generator=generator)
+        values = torch.randn(*shape, length, generator=generator).to(dtype)
         mask = (None, None, values, values > 0.5)[kind]
         check(q, k, v, mask, size**-0.5, causal=kind == 1)
 

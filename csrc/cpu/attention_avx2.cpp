@@ -1,5 +1,5 @@
 // Attention of the tiers with 256-bit registers (AVX2 + FMA + F16C).
-#include "attention_impl.h"
+#include "attention_vectors.h"
 #include "dispatch.h"
 #include "verbs_ymm.h"
 

@@ -58,7 +58,8 @@ Cpu detect() {
   const bool avx512 = bit(b7, 16) && bit(b7, 17) && bit(b7, 30) && bit(b7, 31);  // F, DQ, BW, VL
   cpu.avx512vnni = cpu.avx2 && os_zmm && avx512 && bit(c7, 11);
   cpu.avx512bf16 = cpu.avx512vnni && bit(c7, 1) && bit(a71, 5);
-  cpu.amx = cpu.avx512vnni && os_tiles && bit(d7, 24) && bit(d7, 25) && request_amx_permission();
+  const bool amx = bit(d7, 22) && bit(d7, 24) && bit(d7, 25);  // BF16, TILE, INT8
+  cpu.amx = cpu.avx512vnni && os_tiles && amx && request_amx_permission();
   return cpu;
 }
 #else
@@ -96,7 +97,7 @@ constexpr Tier kTiers[kMaxTiers] = {
     {"avx512vnni", nullptr, nullptr, nullptr, nullptr},
 #endif
 #ifdef QK_HAVE_AMX
-    {"amx", kernels_amx, weight_only_avx512, attention_avx512, [](const Cpu& c) { return c.amx; }},
+    {"amx", kernels_amx, weight_only_avx512, attention_amx, [](const Cpu& c) { return c.amx; }},
 #else
     {"amx", nullptr, nullptr, nullptr, nullptr},
 #endif

@@ -49,6 +49,7 @@ const WeightOnlyTable& weight_only_avx512bf16();
 // Defined by attention_<features>.cpp, likewise.
 const AttentionTable& attention_avx2();
 const AttentionTable& attention_avx512();
+const AttentionTable& attention_amx();
 
 constexpr int kMaxTiers = 5;
 
