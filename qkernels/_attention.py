@@ -10,13 +10,17 @@ A kernel's rotary embedding, and its cache, equal this to the bit.  The GPU's at
 its own and rounds ``exp(score - largest)`` to the dtype before the product with ``v``: within
 ``2^-7 * softmax(...) |v|`` (bfloat16) or ``2^-10`` of it (float16) of this, where scores are below 2^10.
 
-The CPU's attention computes in float32 throughout, widens 16-bit inputs and rounds once at the end.  Let ``u`` be 2^-24
+The CPU's attention computes in float32, widens 16-bit inputs and rounds once at the end.  Let ``u`` be 2^-24
 and ``A`` the largest ``scale * sum |q k| + |mask|`` of a query, masks of -2^100 and less aside.  A score of D products
 and its distance to the largest are off by ``(D + 8) A u``, and so is a weight, relative to itself; its exponential, the
 sums over L keys and the quotient add 2 L + 16 roundings at most: within
 ``(2 (D + 8) A + 2 L + 16) u * softmax(...) |v|`` of this to first order, plus the rounding to 16 bits.  Weights below
 2^-126 of the largest count as zero.  A row with NaN among its scores is NaN; keys that ``causal`` hides from a query
 may or may not pass on a NaN of their values.
+
+On AMX bfloat16 goes by tiles: both products multiply bfloat16 and sum in float32.  Weights have 16 bits there, which
+adds ``2^-15 * softmax(...) |v|``, or 8 bits where the values of a head are not all finite, and numbers below 2^-126
+count as zero.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Calls of the CPU kernel of attention.
 
-Definition in :mod:`qkernels._attention`, kernel in ``csrc/cpu/attention_impl.h``: the tiers with vectors have it, the
-scalar tier does not.
+Definition in :mod:`qkernels._attention`, kernel in ``csrc/cpu/attention_impl.h``: the tiers with vectors have it, AMX
+another one for bfloat16, the scalar tier none.
 """
 
 from __future__ import annotations

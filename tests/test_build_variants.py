@@ -14,7 +14,7 @@ FLAGS = {
     "avx2": ("AVX2", "FMA"),
     "avxvnni": ("AVXVNNI",),
     "avx512vnni": ("AVX512VNNI", "AVX512", "AVX512BF16"),
-    "amx": ("AMX",),
+    "amx": ("AMX", "AMXFMA"),
 }
 """The tiers of CMakeLists.txt that a tier of the dispatcher is made of."""
 

@@ -214,30 +214,26 @@ class Attention {
   void weigh(const QueryBlock& block, int64_t first_key, int64_t seen, bool first, int64_t index,
              Scratch& scratch) const {
     constexpr int kVecs = Products::kWeightVecs;
-    constexpr bool kScales = !Products::kScaled && kMask == MaskKind::kNone;  // no sooner than needed
     const int64_t vecs = round_up(ceil_div(seen, V::kLanes), kVecs), rows = block.rows.size();
     float *largest = scratch.largest + index, *total = scratch.total + index;
-    const float scale = scratch.products.scale();
     alignas(kAlign) float before[kQueries];
     // Two loops over the rows: the processor looks ahead far enough for the next rows of either, not for both at once.
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t row = block.rows.begin + r, own = p_.causal ? row + 1 - first_key : seen;
       const int64_t mask = element_of(p_.mask_step, block.batch, block.head, row) + first_key;
       const int64_t visible = own < 0 ? 0 : own < seen ? own : seen;
-      const float most = V::reduce_max(masked<kMask>(scratch.products.row(r), visible, vecs, mask, V::set(scale)));
+      const F lanes = masked<kMask>(scratch.products.row(r), visible, vecs, mask);
       before[r] = first ? -kInfinity : largest[r];
-      largest[r] = largest_of(before[r], kScales ? most * scale : most);
+      largest[r] = V::reduce_max(V::max(lanes, V::set(before[r])));
     }
     for (int64_t r = 0; r < rows; ++r) {
       const float* scores = scratch.products.row(r);
-      const float reference = largest[r] == -kInfinity ? 0.0f : largest[r];  // no key was seen: no weight but zero
+      const F reference = V::set(largest[r] == -kInfinity ? 0.0f : largest[r]);  // no key was seen: no weight but zero
       F sum = V::set(0.0f);
       for (int64_t j = 0; j < vecs; j += kVecs) {
         F weights[kVecs];
         unroll<kVecs>([&](auto i) QK_INLINE {
-          const F score = V::load_f(scores + (j + i.value) * V::kLanes);
-          const F x = kScales ? V::fma(score, V::set(scale), V::set(-reference)) : V::sub(score, V::set(reference));
-          weights[i.value] = exp_of<V>(x);
+          weights[i.value] = exp_of<V>(V::sub(V::load_f(scores + (j + i.value) * V::kLanes), reference));
           sum = V::add(sum, weights[i.value]);
         });
         scratch.products.put_weights(r, j, weights);
@@ -248,36 +244,32 @@ class Attention {
         continue;
       }
       alignas(kAlign) float factor[V::kLanes];
-      V::store_f(factor, exp_of<V>(V::set(before[r] - reference)));
+      V::store_f(factor, exp_of<V>(V::sub(V::set(before[r]), reference)));
       scratch.factor[r] = factor[0];
       total[r] = total[r] * factor[0] + added;
     }
   }
 
-  // NaN if `now` is.
-  static float largest_of(float before, float now) { return before > now ? before : now; }
-
-  // Adds the mask to a row of scores, and -inf to those of keys that are not visible; returns the largest of each lane.
+  // Adds the mask to a row of scores, times scale where keys were not packed so, and -inf to those of keys that are not
+  // visible; returns the largest of each lane.
   template <MaskKind kMask>
-  F masked(float* scores, int64_t visible, int64_t vecs, int64_t mask, F scale) const {
-    constexpr bool kScales = !Products::kScaled && kMask != MaskKind::kNone;
+  F masked(float* scores, int64_t visible, int64_t vecs, int64_t mask) const {
+    const F scale = V::set(p_.scale);
     F largest = V::set(-kInfinity);
     const int64_t whole = visible / V::kLanes;
     for (int64_t j = 0; j < whole; ++j) {
       float* s = scores + j * V::kLanes;
       F score = V::load_f(s);
-      if constexpr (kScales) score = V::mul(score, scale);
-      if constexpr (kMask != MaskKind::kNone) {
-        score = see<kMask>(score, mask + j * V::kLanes, V::kLanes);
-        V::store_f(s, score);
-      }
+      if constexpr (!Products::kScaled) score = V::mul(score, scale);
+      if constexpr (kMask != MaskKind::kNone) score = see<kMask>(score, mask + j * V::kLanes, V::kLanes);
+      if constexpr (kMask != MaskKind::kNone || !Products::kScaled) V::store_f(s, score);
       largest = V::max(largest, score);
     }
     for (int64_t j = whole; j < vecs; ++j) {
       float* s = scores + j * V::kLanes;
       const int lanes = j == whole ? static_cast<int>(visible % V::kLanes) : 0;
       F score = V::load_f(s);
-      if constexpr (kScales) score = V::mul(score, scale);
+      if constexpr (!Products::kScaled) score = V::mul(score, scale);
       if (kMask != MaskKind::kNone && lanes) score = see<kMask>(score, mask + j * V::kLanes, lanes);
       score = V::select_less(V::load_f(kLaneNumbers), V::set(static_cast<float>(lanes)), score, V::set(-kInfinity));
       V::store_f(s, score);

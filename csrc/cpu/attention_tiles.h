@@ -8,8 +8,6 @@
 // Queries and keys are bf16 as they are. A weight is the sum of two bf16 numbers, 16 bits: of one, it would add as much
 // to the error as the rounding of the result. Pairs of weights are keys i and 16 + i of 32, and so are those of values:
 // two vectors become pairs by a shift and a blend, where neighbours would need permutations.
-//
-// What a block touches stays within the 48 KiB of L1: tiles that are stored elsewhere wait for their lines.
 #pragma once
 
 #include <cstdint>
@@ -68,8 +66,8 @@ class TileProducts {
 
  public:
   static constexpr int64_t kQueries = kPairRows;
-  static constexpr int kWeightVecs = 2;
-  static constexpr bool kScaled = false;
+  static constexpr int kWeightVecs = 2;  // that are put down together
+  static constexpr bool kScaled = false;  // keys are packed as they are
 
   struct Sizes {
     explicit Sizes(int64_t size) : width(round_up(size, kTileRows)), steps(ceil_div(size, kStep)) {
@@ -107,7 +105,7 @@ class TileProducts {
       const int64_t line = 2 * p_.q_step.token;
       queries = {static_cast<const uint8_t*>(p_.q) + 2 * from, line, kTileRows * line, kLine};
     } else {
-      for (int64_t r = 0; r < rows; ++r) put_row(p_.q, from + r * p_.q_step.token, 0, queries_ + r * kLine, kPairBytes);
+      for (int64_t r = 0; r < rows; ++r) put_row(p_.q, from + r * p_.q_step.token, queries_ + r * kLine, kPairBytes);
     }
     const int64_t of_keys = sizes_.steps * kTileBytes;
     for (int64_t tile = 0; tile * kTileRows < seen; tile += 2)
@@ -115,11 +113,6 @@ class TileProducts {
                  sizes_.steps, row(0) + tile * kTileRows, score_line_ / 4);
   }
 
-  // Of the scores, not negative: keys are packed with its sign. Not zero either, which would make a number of -inf.
-  float scale() const {
-    const float magnitude = p_.scale < 0.0f ? -p_.scale : p_.scale;
-    return magnitude == 0.0f ? 0x1p-126f : magnitude;
-  }
   float* row(int64_t r) { return reinterpret_cast<float*>(scores_ + r * score_line_); }
   QK_INLINE void put_weights(int64_t r, int64_t j, const F (&weights)[kWeightVecs]) {
     const I high = V::set_i(static_cast<int32_t>(0xFFFF0000)), half = V::set_i(0x8000);
@@ -159,8 +152,9 @@ class TileProducts {
  private:
   static constexpr int64_t kStep = 32;  // of the inner dimension in a tile
   static constexpr int64_t kLine = 64;  // bytes of a tile's row
-  static constexpr int64_t kMostPartKeys = 128;
-  static constexpr int64_t kPartBytes = 16 << 10;  // of keys, and as many of values
+  // Of a part; with fewer, sums are scaled and stored more often than L1 saves.
+  static constexpr int64_t kMostPartKeys = 256;
+  static constexpr int64_t kPartBytes = 64 << 10;  // of keys, and as many of values
 
   // Bytes from the beginning of the scratch.
   struct Places {
@@ -178,22 +172,20 @@ class TileProducts {
   // The high halves of two vectors, those of `a` in the even words.
   static I words(I a, I b) { return _mm512_mask_blend_epi16(0xAAAAAAAA, _mm512_srli_epi32(a, 16), b); }
 
-  // Elements [at, at + size) of a tensor, with those bits changed, as 32 words a step; zeros behind.
-  void put_row(const void* from, int64_t at, int32_t changed, uint8_t* to, int64_t step) const {
+  // Elements [at, at + size) of a tensor, 32 a step; zeros behind.
+  void put_row(const void* from, int64_t at, uint8_t* to, int64_t step) const {
     for (int64_t d = 0; d < p_.size; d += kStep, to += step) {
       const __mmask32 here = p_.size - d < kStep ? (1u << (p_.size - d)) - 1u : ~0u;
-      const I row = _mm512_maskz_loadu_epi16(here, static_cast<const uint16_t*>(from) + at + d);
-      put(to, _mm512_xor_si512(row, V::set_i(changed)));
+      put(to, _mm512_maskz_loadu_epi16(here, static_cast<const uint16_t*>(from) + at + d));
     }
   }
 
   void pack_keys(int64_t from, int64_t count) {
     const int64_t of_keys = sizes_.steps * kTileBytes;
-    const int32_t sign = p_.scale < 0.0f ? static_cast<int32_t>(0x80008000) : 0;
     for (int64_t first = 0; first < round_up(count, kStep); first += kTileRows) {
       for (int64_t i = 0; i < kTileRows; ++i) {
         if (first + i < count) {
-          put_row(p_.k, from + (first + i) * p_.k_step.token, sign, staged_ + i * kLine, kTileBytes);
+          put_row(p_.k, from + (first + i) * p_.k_step.token, staged_ + i * kLine, kTileBytes);
           continue;
         }
         for (int64_t s = 0; s < sizes_.steps; ++s) put(staged_ + s * kTileBytes + i * kLine, V::set_i(0));

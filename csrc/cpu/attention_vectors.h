@@ -146,7 +146,6 @@ class VectorProducts {
     }
   }
 
-  float scale() const { return 1.0f; }
   float* row(int64_t r) { return scores_ + r * sizes_.score_step; }
   void put_weights(int64_t r, int64_t j, const F (&weights)[kWeightVecs]) {
     V::store_f(row(r) + j * V::kLanes, weights[0]);
