@@ -16,11 +16,12 @@ and its distance to the largest are off by ``(D + 8) A u``, and so is a weight, 
 sums over L keys and the quotient add 2 L + 16 roundings at most: within
 ``(2 (D + 8) A + 2 L + 16) u * softmax(...) |v|`` of this to first order, plus the rounding to 16 bits.  Weights below
 2^-126 of the largest count as zero.  A row with NaN among its scores is NaN; keys that ``causal`` hides from a query
-may or may not pass on a NaN of their values.
+may or may not pass on a NaN of their values, or make one of an infinity.
 
-On AMX bfloat16 goes by tiles: both products multiply bfloat16 and sum in float32.  Weights have 16 bits there, which
-adds ``2^-15 * softmax(...) |v|``, or 8 bits where the values of a head are not all finite, and numbers below 2^-126
-count as zero.
+On AMX bfloat16 goes by tiles: both products multiply bfloat16 and sum in float32, ``q k^T`` before it is scaled, whose
+sums have to stay below 2^128.  Weights have 16 bits there, which adds ``2^-15 * softmax(...) |v|``.  They are cut to 8
+where the values of a head are not all finite, in stretches of up to 256 keys that hold such a value: ``2^-7`` for the
+other features there.  Numbers below 2^-126 count as zero.
 """
 
 from __future__ import annotations

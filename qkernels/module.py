@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .checks import TensorSpec, check_values
+from .native import copy_packed
 from .scheme import Scheme
 from .views import DequantizedWeight
 
@@ -191,6 +192,9 @@ class QuantModule(nn.Module):
         """A module with tensors of its own; nothing is unpacked for it."""
         clone = type(self).__new__(type(self))
         memo[id(self)] = clone
+        packed = self._buffers.get("packed")
+        if packed is not None and id(packed) not in memo and (copied := copy_packed(packed)) is not None:
+            memo[id(packed)] = copied
         for name, value in self.__dict__.items():
             clone.__dict__[name] = copy.deepcopy(value, memo)
         return clone

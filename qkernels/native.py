@@ -17,7 +17,16 @@ from torch import Tensor
 from . import _C
 from .checks import DTYPE_CODES, row_stride
 
-__all__ = ["ALIGNMENT", "empty_packed", "native_linear_w8a8", "pack_w8", "run_native", "run_native_plus", "unpack_w8"]
+__all__ = [
+    "ALIGNMENT",
+    "copy_packed",
+    "empty_packed",
+    "native_linear_w8a8",
+    "pack_w8",
+    "run_native",
+    "run_native_plus",
+    "unpack_w8",
+]
 
 ALIGNMENT = 64
 """Bytes; packed weights begin at a multiple of it."""
@@ -42,6 +51,15 @@ def empty_packed(count: int, dtype: torch.dtype) -> Tensor:
     with contextlib.suppress(OSError):  # a kernel without them
         pages.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(pages, dtype=dtype)
+
+
+def copy_packed(packed: Tensor) -> Tensor | None:
+    """A copy of packed weights in pages as :func:`empty_packed` has them; None where they need none of their own."""
+    if type(packed) is not Tensor or packed.device != _CPU or packed.nbytes < _OWN_PAGES:
+        return None
+    if not packed.is_contiguous() or packed.is_shared() or packed.untyped_storage().nbytes() != packed.nbytes:
+        return None
+    return empty_packed(packed.numel(), packed.dtype).view(packed.shape).copy_(packed)
 
 
 def pack_w8(weight: Tensor, packed: Tensor | None = None, colsum: Tensor | None = None) -> tuple[Tensor, Tensor, bool]:

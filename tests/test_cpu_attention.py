@@ -65,7 +65,7 @@ def test_attention_of_many_blocks_that_share_keys(kernel: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("size", [1, 30, 32, 64, 80, 256])
+@pytest.mark.parametrize("size", [1, 30, 32, 64, 80, 150, 200, 256])
 def test_attention_in_16_bits(kernel: str, dtype: torch.dtype, size: int) -> None:
     for tokens, length in ((1, 9), (16, 17), (33, 150), (48, 300)):
         q, k, v = three(2, 4, 2, tokens, length, size, dtype)
@@ -132,14 +132,15 @@ def test_attention_masks_of_any_strides(kernel: str, kind: str) -> None:
     check(q, k, v, wide > 0 if kind == "bool" else wide, 0.2)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["bool", "-inf"])
-def test_attention_rows_that_see_nothing_are_zero(kernel: str, kind: str) -> None:
+def test_attention_rows_that_see_nothing_are_zero(kernel: str, kind: str, dtype: torch.dtype) -> None:
     seen = seeded(2, 1, 30, 300, seed=5) > 0
     seen[:, :, 3] = False
     seen[0, :, 29] = False
     seen[1, :, 4, :290] = False  # whole parts of the keys, but not all
-    mask = seen if kind == "bool" else torch.zeros(seen.shape).masked_fill(~seen, -torch.inf)
-    got = check(*three(2, 4, 2, 30, 300, 64), mask, 0.2)
+    mask = seen if kind == "bool" else torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, -torch.inf)
+    got = check(*three(2, 4, 2, 30, 300, 64, dtype), mask, 0.2)
     assert bool((got[:, 3] == 0).all())
     assert bool((got[0, 29] == 0).all())
     assert bool((got[1, 4] != 0).all())
@@ -163,8 +164,9 @@ def test_attention_causal(kernel: str, tokens: int, length: int) -> None:
 # -- values -----------------------------------------------------------------------------------------------------------
 
 
-def test_attention_large_and_small_scores(kernel: str) -> None:
-    q, k, v = three(1, 2, 2, 20, 150, 32)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_large_and_small_scores(kernel: str, dtype: torch.dtype) -> None:
+    q, k, v = three(1, 2, 2, 20, 150, 32, dtype)
     for factor in (1e-30, 1.0, 30.0, 1e4):
         check(q * factor, k, v, None, 1.0)
     check(q, k, v, None, -0.5)
@@ -187,8 +189,9 @@ def test_attention_exponential(kernel: str) -> None:
     assert bool((hidden == 0).all())
 
 
-def test_attention_nan_stays_in_its_row(kernel: str) -> None:
-    q, k, v = three(2, 2, 2, 20, 150, 32)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_nan_stays_in_its_row(kernel: str, dtype: torch.dtype) -> None:
+    q, k, v = three(2, 2, 2, 20, 150, 32, dtype)
     q[0, 1, 7, 3] = torch.nan
     got = check(q, k, v, None, 0.2)
     assert bool(got[0, 7, 1].isnan().all())
@@ -260,16 +263,14 @@ def test_attention_ignores_flush_denormal(kernel: str) -> None:
 # -- what must not matter ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("one_thread")  # gives back what the test sets
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_attention_same_bits_for_any_number_of_threads(kernel: str, dtype: torch.dtype) -> None:
-    q, k, v = three(3, 4, 2, 61, 140, 64, dtype)
-    before, results = torch.get_num_threads(), []
-    try:
-        for count in (1, 2, 3, 5):
-            torch.set_num_threads(count)
-            results.append(cpu_attention.attention(q, k, v, None, 0.2))
-    finally:
-        torch.set_num_threads(before)
+    q, k, v = three(3, 4, 2, 61, 300, 64, dtype)
+    results = []
+    for count in (1, 2, 3, 5):
+        torch.set_num_threads(count)
+        results.append(cpu_attention.attention(q, k, v, None, 0.2))
     assert results[0] is not None
     for other in results[1:]:
         assert other is not None
@@ -278,7 +279,7 @@ def test_attention_same_bits_for_any_number_of_threads(kernel: str, dtype: torch
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_attention_does_not_depend_on_other_heads(kernel: str, dtype: torch.dtype) -> None:
-    q, k, v = three(2, 4, 4, 50, 140, 32, dtype)
+    q, k, v = three(2, 4, 4, 50, 300, 32, dtype)
     whole = cpu_attention.attention(q, k, v, None, 0.2)
     assert whole is not None
     for b, h in itertools.product(range(2), range(4)):

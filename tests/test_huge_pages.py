@@ -64,10 +64,20 @@ def test_large_packed_weights_have_huge_pages_of_their_own(scheme: str) -> None:
     small = QuantLinear.from_float(weight[:1000], None, scheme)
     assert "hg" in flags_at(middle(large.packed))
     assert "hg" not in flags_at(middle(small.packed))
-    x, copied = torch.randn(3, 2048), copy.deepcopy(large)
+    x, copied, loaded = torch.randn(3, 2048), copy.deepcopy(large), pickle.loads(pickle.dumps(large))
+    for other in (copied, loaded):
+        assert "hg" in flags_at(middle(other.packed))
+        assert other.packed.data_ptr() != large.packed.data_ptr()
+        assert torch.equal(other(x), large(x))
     assert torch.equal(copied(x)[:, :1000], small(x))
-    assert torch.equal(copied(x), large(x))
-    assert torch.equal(pickle.loads(pickle.dumps(large))(x), large(x))
+
+
+def test_copies_of_shared_weights_stay_shared() -> None:
+    layer = QuantLinear.from_float(torch.randn(4500, 2048), None, "w8a8")
+    once, twice, view = copy.deepcopy([layer, layer, layer.packed])
+    assert once is twice
+    assert view is once.packed
+    assert "hg" in flags_at(middle(view))
 
 
 def test_packed_weights_leave_the_process_with_their_layer() -> None:

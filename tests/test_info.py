@@ -37,13 +37,10 @@ def test_info_is_json_and_complete():
     assert callable(_function)
 
 
-def test_info_follows_set_num_threads():
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        assert qk.info()["threads"] == 1
-    finally:
-        torch.set_num_threads(before)
+def test_info_follows_set_num_threads(one_thread):
+    assert qk.info()["threads"] == 1
+    torch.set_num_threads(2)
+    assert qk.info()["threads"] == 2
 
 
 def test_openmp_runtimes_are_found_in_the_maps(tmp_path):

@@ -337,7 +337,7 @@ def test_linear_w8a8_concurrent_callers(isa):
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="counts threads in /proc")
-def test_linear_w8a8_callers_on_other_threads_obey_set_num_threads():
+def test_linear_w8a8_callers_on_other_threads_obey_set_num_threads(one_thread):
     layer = QuantLinear(512, 512, tensors(512, 512), "w8a8")
     x = H.seeded(256, 512)
     counts: dict[int, int] = {}
@@ -347,15 +347,11 @@ def test_linear_w8a8_callers_on_other_threads_obey_set_num_threads():
         layer(x)
         counts[workers] = len(os.listdir("/proc/self/task")) - before
 
-    before = torch.get_num_threads()
-    try:
-        for workers in (1, 2):
-            torch.set_num_threads(workers)
-            caller = threading.Thread(target=work, args=(workers,))
-            caller.start()
-            caller.join()
-    finally:
-        torch.set_num_threads(before)
+    for workers in (1, 2):
+        torch.set_num_threads(workers)
+        caller = threading.Thread(target=work, args=(workers,))
+        caller.start()
+        caller.join()
     assert counts[1] == 0, "one thread was asked for, and more were started"
     assert counts[2] <= 1, "two threads were asked for, and more were started"
 

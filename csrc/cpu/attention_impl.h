@@ -40,11 +40,11 @@ constexpr int64_t kAttentionMacsPerThread = 128 << 10;  // about 2 us
 //   columns4(rows, step, out)  kLanes rows of four floats each, `step` apart, as four vectors
 //   kTileVecs, tile_rows(n)    vectors of columns in the largest register tile; rows of a tile of n vectors
 
-// exp(x) for x <= 0; zero below -126.5 ln(2), so that no weight is a subnormal number, whose products are slow. With n
-// = round(x / ln(2)) in the low bits of x / ln(2) + 1.5 * 2^23, the rest is in [-1/2, 1/2], where a polynomial of
-// degree 5 has a relative error of 1.6e-7 with its roundings. The bits of 2^n for n = -127 are those of zero, which is
-// where -inf ends. NaN stays NaN: as the second operand of max, and as a factor, since adding n to the exponent's bits
-// could make a number of it.
+// exp(x) for x <= 0; zero below -126.5 ln(2), so that next to no weight is a subnormal number, whose products are slow.
+// With n = round(x / ln(2)) in the low bits of x / ln(2) + 1.5 * 2^23, the rest is in [-1/2, 1/2], where a polynomial
+// of degree 5 has a relative error of 1.6e-7 with its roundings. The bits of 2^n for n = -127 are those of zero, which
+// is where -inf ends. NaN stays NaN: as the second operand of max, and as a factor, since adding n to the exponent's
+// bits could make a number of it.
 template <class V>
 QK_INLINE inline typename V::F exp_of(typename V::F x) {
   using F = typename V::F;

@@ -133,7 +133,7 @@ class TileProducts {
       float* to = products_ + tile * kTileRows;
       if (values_finite_)
         product<2>(rows, width, weights, values, steps, to, sizes_.width);
-      else  // the product of a low term, which may be zero, would be no number
+      else  // an infinity times a low term of zero would be no number
         product<1>(rows, width, weights, values, steps, to, sizes_.width);
     }
     for (int64_t r = 0; r < rows; ++r) {

@@ -1,6 +1,7 @@
 // Attention of the tier in use against double precision.
 #pragma once
 
+#include <algorithm>
 #include <cstring>
 #include <random>
 
@@ -27,7 +28,10 @@ void check_attention(int64_t queries, int64_t keys, int64_t size, DType dtype, b
   auto y = buffer<uint8_t>(queries * heads * size * bytes_of(dtype), 0xAB);
   auto mask = buffer<uint8_t>(queries * keys);
   for (int64_t i = 0; i < queries * keys; ++i) mask[static_cast<size_t>(i)] = i / keys % 3 != 2 && random() % 2;
-  auto scratch = aligned<uint8_t>(table->scratch_bytes(size, threads));
+  // NaN, none of which may reach a result, and a guard behind what the kernel asks for.
+  const int64_t room = table->scratch_bytes(size, threads), guard = 64;
+  auto scratch = aligned<uint8_t>(room + guard);
+  std::memset(scratch.get(), 0xFF, static_cast<size_t>(room + guard));
   const float scale = 1.0f / std::sqrt(static_cast<float>(size));
   const qk::AttentionSteps of_q = {0, size, heads * size}, of_k = {0, size, key_heads * size};
   table->attention({q.data(),
@@ -51,6 +55,8 @@ void check_attention(int64_t queries, int64_t keys, int64_t size, DType dtype, b
                     causal,
                     threads,
                     scratch.get()});
+  if (std::any_of(scratch.get() + room, scratch.get() + room + guard, [](uint8_t byte) { return byte != 0xFF; }))
+    return fail("attention: writes behind its scratch");
   // Weights of 16 bits where tiles multiply them.
   const bool tiles = dtype == DType::kBF16 && !std::strcmp(qk::kernels().isa, "amx");
   const double of_weights = tiles ? 0x1p-15 : 0.0;
