@@ -227,7 +227,7 @@ class Attention {
       largest[r] = V::reduce_max(V::max(lanes, V::set(before[r])));
     }
     for (int64_t r = 0; r < rows; ++r) {
-      const float* scores = scratch.products.row(r);
+      float* scores = scratch.products.row(r);
       const F reference = V::set(largest[r] == -kInfinity ? 0.0f : largest[r]);  // no key was seen: no weight but zero
       F sum = V::set(0.0f);
       for (int64_t j = 0; j < vecs; j += kVecs) {
@@ -236,7 +236,7 @@ class Attention {
           weights[i.value] = exp_of<V>(V::sub(V::load_f(scores + (j + i.value) * V::kLanes), reference));
           sum = V::add(sum, weights[i.value]);
         });
-        scratch.products.put_weights(r, j, weights);
+        Products::put_weights(scores + j * V::kLanes, weights);
       }
       const float added = V::reduce_add(sum);
       if (first) {

@@ -114,12 +114,13 @@ class TileProducts {
   }
 
   float* row(int64_t r) { return reinterpret_cast<float*>(scores_ + r * score_line_); }
-  QK_INLINE void put_weights(int64_t r, int64_t j, const F (&weights)[kWeightVecs]) {
+  // In place of so many scores.
+  QK_INLINE static void put_weights(float* scores, const F (&weights)[kWeightVecs]) {
     const I high = V::set_i(static_cast<int32_t>(0xFFFF0000)), half = V::set_i(0x8000);
     const I a = V::as_i(weights[0]), b = V::as_i(weights[1]);
     const F rest_a = V::sub(weights[0], V::as_f(_mm512_and_si512(a, high)));
     const F rest_b = V::sub(weights[1], V::as_f(_mm512_and_si512(b, high)));
-    uint8_t* to = scores_ + r * score_line_ + 4 * j * V::kLanes;
+    uint8_t* to = reinterpret_cast<uint8_t*>(scores);
     put(to, words(a, b));
     put(to + kLine, words(V::add_i(V::as_i(rest_a), half), V::add_i(V::as_i(rest_b), half)));
   }

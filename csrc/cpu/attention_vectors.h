@@ -147,9 +147,7 @@ class VectorProducts {
   }
 
   float* row(int64_t r) { return scores_ + r * sizes_.score_step; }
-  void put_weights(int64_t r, int64_t j, const F (&weights)[kWeightVecs]) {
-    V::store_f(row(r) + j * V::kLanes, weights[0]);
-  }
+  QK_INLINE static void put_weights(float* scores, const F (&weights)[kWeightVecs]) { V::store_f(scores, weights[0]); }
 
   void sums(int64_t rows, int64_t seen, const AttentionSums& sums) {
     // Past the sums where the output needs no conversion.
@@ -213,11 +211,12 @@ class VectorProducts {
   }
 
   void pack_values(int64_t from, Range keys) {
+    const int64_t count = keys.size();
     for (int64_t panel = 0; panel < sizes_.width; panel += kTile) {
       const int64_t width = sizes_.width - panel < kTile ? sizes_.width - panel : kTile;
-      float* to = values_ + panel * count_;
+      float* to = values_ + panel * count;
       int64_t row = from + keys.begin * p_.v_step.token + panel;
-      for (int64_t i = 0; i < count_; ++i, to += width, row += p_.v_step.token)
+      for (int64_t i = 0; i < count; ++i, to += width, row += p_.v_step.token)
         for (int64_t d = 0; d < width; d += V::kLanes)
           V::store_f(to + d, load_lanes<V, D>(p_.v, row + d, p_.size - panel - d));
     }
