@@ -103,6 +103,14 @@ int64_t attention_thread_bytes(int64_t size) {
   return round_up(4 * (rows * (sizes.width + 2) + 2 * Products::kQueries), kAlign) + Products::bytes(sizes);
 }
 
+// Products provide:
+//   kQueries, kWeightVecs       queries of a block at most; vectors of weights that are put down together
+//   kScaled                     whether scores come times scale already
+//   Sizes(size), bytes(sizes)   padded width of sums and most keys of a part, by D; their scratch
+//   pack(batch, head, keys)     a part of the keys and values
+//   scores(block, seen)         of a block and the first keys of the part, to row(r)
+//   put_weights(at, weights)    in place of scores
+//   sums(rows, seen, sums)      weights @ values
 template <class V, DType D, class Products>
 class Attention {
  public:
