@@ -23,6 +23,7 @@
 
 #include "../args.h"
 #include "../layout.h"
+#include "store_row.h"
 #include "team.h"
 #include "unroll.h"
 
@@ -68,15 +69,6 @@ inline int64_t element_of(const AttentionSteps& step, int64_t batch, int64_t hea
 template <class V, DType D>
 typename V::F load_lanes(const void* from, int64_t at, int64_t n) {
   return n < V::kLanes ? V::template load_part<D>(from, at, static_cast<int>(n)) : V::template load<D>(from, at);
-}
-
-// Features [d, d + kLanes) of an output row that begins at element `row`, those that there are.
-template <class V, DType D>
-QK_INLINE inline void store_features(const AttentionArgs& args, int64_t row, int64_t d, typename V::F v) {
-  if (args.size - d < V::kLanes)
-    V::template store_part<D>(args.y, row + d, v, static_cast<int>(args.size - d));
-  else
-    V::template store<D>(args.y, row + d, v);
 }
 
 // Queries [begin, end) of a head.

@@ -11,7 +11,6 @@
 #pragma once
 
 #include <cstdint>
-#include <cstring>
 
 #include "attention_impl.h"
 #include "tiles_amx.h"
@@ -82,14 +81,7 @@ class TileProducts {
   static int64_t bytes(const Sizes& sizes) { return Places(sizes).end; }
 
   TileProducts(const AttentionArgs& args, const Sizes& sizes, uint8_t* scratch)
-      : p_(args),
-        sizes_(sizes),
-        scores_(scratch),
-        products_(reinterpret_cast<float*>(scratch + Places(sizes).products)),
-        queries_(scratch + Places(sizes).queries),
-        keys_(scratch + Places(sizes).keys),
-        values_(scratch + Places(sizes).values),
-        staged_(scratch + Places(sizes).staged) {}
+      : TileProducts(args, sizes, scratch, Places(sizes)) {}
 
   void pack(int64_t batch, int64_t head, Range keys) {
     score_line_ = 4 * round_up(keys.size(), kStep) + kLine;  // rows on different cache sets
@@ -139,14 +131,16 @@ class TileProducts {
     }
     for (int64_t r = 0; r < rows; ++r) {
       float* own = sums.sums + r * sums.step;
-      for (int64_t d = 0; d < sizes_.width; d += V::kLanes) {
-        F sum = V::load_f(products_ + r * sizes_.width + d);
-        if (sums.factor) sum = V::fma(V::set(sums.factor[r]), V::load_f(own + d), sum);
-        if (sums.scale)
-          store_features<V, DType::kBF16>(p_, sums.y + r * sums.y_step, d, V::mul(sum, V::set(sums.scale[r])));
-        else
-          V::store_f(own + d, sum);
-      }
+      const auto sum_at = [&](int64_t d) QK_INLINE {
+        const F sum = V::load_f(products_ + r * sizes_.width + d);
+        return sums.factor ? V::fma(V::set(sums.factor[r]), V::load_f(own + d), sum) : sum;
+      };
+      if (sums.scale)
+        store_row<V, DType::kBF16, false>(p_.y, sums.y + r * sums.y_step, static_cast<int>(p_.size),
+                                          [&](int d, int /*lanes*/)
+                                              QK_INLINE { return V::mul(sum_at(d), V::set(sums.scale[r])); });
+      else
+        for (int64_t d = 0; d < sizes_.width; d += V::kLanes) V::store_f(own + d, sum_at(d));
     }
   }
 
@@ -168,6 +162,16 @@ class TileProducts {
           end(staged + sizes.steps * kTileBytes) {}
     int64_t products, queries, keys, values, staged, end;
   };
+
+  TileProducts(const AttentionArgs& args, const Sizes& sizes, uint8_t* scratch, const Places& at)
+      : p_(args),
+        sizes_(sizes),
+        scores_(scratch),
+        products_(reinterpret_cast<float*>(scratch + at.products)),
+        queries_(scratch + at.queries),
+        keys_(scratch + at.keys),
+        values_(scratch + at.values),
+        staged_(scratch + at.staged) {}
 
   static void put(uint8_t* to, I v) { _mm512_storeu_si512(to, v); }
   // The high halves of two vectors, those of `a` in the even words.

@@ -161,8 +161,8 @@ class VectorProducts {
     }
     if (!sums.scale || direct) return;
     for (int64_t r = 0; r < rows; ++r)
-      for (int64_t d = 0; d < p_.size; d += V::kLanes)
-        store_features<V, D>(p_, sums.y + r * sums.y_step, d, V::load_f(sums.sums + r * sums.step + d));
+      store_row<V, D, false>(p_.y, sums.y + r * sums.y_step, static_cast<int>(p_.size),
+                             [&](int d, int /*lanes*/) QK_INLINE { return V::load_f(sums.sums + r * sums.step + d); });
   }
 
  private:
