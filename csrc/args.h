@@ -162,6 +162,19 @@ struct ActivationFunctionArgs {
   int threads;
 };
 
+// y [M, K] = the layer norm or RMS norm of each row of x [M, K], of one dtype, y contiguous; see cpu/norm_impl.h.
+struct NormArgs {
+  const void* x;
+  DType dtype;
+  int64_t m, k, x_stride;  // elements between rows
+  bool layer;
+  float eps;
+  const void* weight;  // [K] of dtype, or nullptr: ones
+  const void* bias;  // [K] of dtype, or nullptr
+  void* y;
+  int threads;
+};
+
 // What a mask of attention says of a key: nothing; a byte that is not zero where the query sees it; a number of the
 // queries' dtype that is added to the score.
 enum class MaskKind : int32_t { kNone = 0, kBool = 1, kAdded = 2 };

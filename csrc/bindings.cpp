@@ -226,6 +226,23 @@ void activation(uintptr_t x, int x_dtype, uintptr_t y, int y_dtype, int64_t coun
   note("activation", table.isa);
 }
 
+void norm(uintptr_t x, int x_dtype, int64_t m, int64_t k, int64_t x_stride, bool layer, float eps, uintptr_t weight,
+          uintptr_t bias, uintptr_t y, int threads) {
+  QK_CHECK_GE(m, 0);
+  QK_CHECK_GE(k, 1);
+  QK_CHECK_LE(k, 1 << 24);
+  QK_CHECK_GE(threads, 1);
+  const qk::NormArgs args{
+      pointer<const void>(x),    dtype(x_dtype),   m,      k, x_stride, layer, eps, pointer<const void>(weight),
+      pointer<const void>(bias), pointer<void>(y), threads};
+  const qk::KernelTable& table = qk::kernels();
+  run_released(m * k > qk::kReleaseGilBytes / 8, [&] {
+    qk::expect_output(args.y, m * k * (args.dtype == qk::DType::kF32 ? 4 : 2), threads);
+    table.norm(args);
+  });
+  note("norm", table.isa);
+}
+
 py::list names(const qk::TierList& tiers) {
   py::list result;
   for (int i = 0; i < tiers.count; ++i) result.append(tiers.names[i]);
@@ -292,6 +309,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("dequantize", &dequantize);
   m.def("embedding", &embedding);
   m.def("activation", &activation);
+  m.def("norm", &norm);
   bind_attention(m);
   bind_held(m);
   bind_w4(m);

@@ -247,6 +247,25 @@ def embedding(
 def activation(x: int, x_dtype: int, y: int, y_dtype: int, count: int, function: int, threads: int, /) -> None:
     """``y = function(x)`` over ``count`` contiguous elements; ``y`` may be ``x`` where the dtypes are the same."""
 
+def norm(
+    x: int,
+    x_dtype: int,
+    M: int,
+    K: int,
+    x_stride: int,
+    layer: bool,
+    eps: float,
+    weight: int,
+    bias: int,
+    y: int,
+    threads: int,
+    /,
+) -> None:
+    """``y [M, K]``, contiguous: layer norm, or RMS norm, of each row of ``x``; all tensors of one dtype.
+
+    ``y`` may be ``x`` where ``x_stride`` is K.
+    """
+
 def quantize(
     x: int,
     x_dtype: int,

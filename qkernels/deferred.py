@@ -61,6 +61,10 @@ class Handoff:
         """From now on nobody reads."""
         self._reader = None
 
+    def left(self) -> bool:
+        """Whether nobody reads any more."""
+        return self._reader is None
+
     def takes(self, x: Tensor) -> tuple[RowGrid | None, bool]:
         """What the reader makes of an input like ``x [..., K]``: how it is quantized (None: it is not, or not there),
         and whether floats are multiplied there by kernels whose input others compute."""

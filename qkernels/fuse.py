@@ -4,7 +4,8 @@ Activation modules are applied inside the Linear before them; Linears that read 
 :mod:`qkernels.groups`); residuals are added inside the Linear (see :mod:`qkernels.residuals`); on a GPU, norms and
 activations quantize their output in the pass that computes it, where Linears of 8-bit inputs alone read it, norms and
 gated activations are one kernel, where weight-only Linears do (:mod:`qkernels.norms`, :mod:`qkernels.deferred`), and so
-are rotary embeddings and attention of few queries, and on a CPU attention (:mod:`qkernels.attention`).
+are rotary embeddings and attention of few queries; on a CPU every norm is one kernel, and attention another
+(:mod:`qkernels.attention`).
 
 An activation is fused where the parent's own ``forward``, traced with every child as a leaf, calls the quantized Linear
 once, hands its output to the activation and to nothing else, and calls the activation once.  The Linear gets the
@@ -32,7 +33,7 @@ from .flow import linears_behind
 from .groups import InputGroup, compatible, has_another_forward, quantize_alike, readers
 from .joint import Joinable
 from .linear import QuantLinear
-from .norms import Norm, NormHandoff, norm_of
+from .norms import Norm, NormForward, NormHandoff, norm_of
 from .prepared import Prepared
 from .residuals import TRANSPARENT, Sum, add_inside, add_outside, adds_inside, sum_of
 from .sums import linear_added_before
@@ -85,15 +86,15 @@ class _Read(NamedTuple):
 
 def fuse_(model: nn.Module, *, on_failure: OnFailure | None = None) -> dict[str, str]:
     """Apply activations and add residuals in the quantized Linears before them, join Linears that read one input, let
-    norms and activations hand integers, or what one kernel computes, to the Linears behind them on a GPU, and attention
-    blocks between Linears call kernels there; in place.
+    norms and activations hand integers, or what one kernel computes, to the Linears behind them on a GPU, and norms and
+    attention blocks call kernels; in place.
 
     Args:
         model: looked through as a whole.
         on_failure: is handed, before anything is changed, a function that undoes it.
 
     Returns:
-        Name of each Linear that changed -> what it does now, in words.
+        Name of each Linear and norm that changed -> what it does now, in words.
     """
     family = _Family(model)
     pairs = [pair for parent in model.modules() for pair in family.pairs(parent)]
@@ -102,8 +103,9 @@ def fuse_(model: nn.Module, *, on_failure: OnFailure | None = None) -> dict[str,
     reads = [read for parent in model.modules() for read in family.reads(parent)]
     sums = [(parent, form) for parent in model.modules() if (form := family.sum(parent, grouped)) is not None]
     blocks = [module for module in model.modules() if family.children_of(module) and attends(module)]
+    norms = [(module, norm) for module in model.modules() if (norm := norm_of(module)) is not None]
     if on_failure is not None:
-        forwards = [*(read.module for read in reads), *blocks]
+        forwards = [*(module for module, _ in norms), *blocks]
         on_failure(_restorer(model, pairs, forwards, [parent for parent, _ in sums]))
     done: dict[str, str] = {}
 
@@ -150,6 +152,11 @@ def fuse_(model: nn.Module, *, on_failure: OnFailure | None = None) -> dict[str,
                 added._adds = layers[0]._reads
                 if _words(layers[0], ""):
                     note(added, f"added by {family.names[id(module)]}")
+    for module, norm in norms if _linears(model) else []:
+        if "forward" not in module.__dict__:
+            module.__dict__["forward"] = NormForward(module, norm)
+        on_cpu = any(parameter.device.type == "cpu" for parameter in module.parameters())
+        note(module, "a norm, by a kernel" if on_cpu else "")
     for module in blocks:
         module.__dict__["forward"] = AttentionForward(module)
         first = family.children_of(module)[0]
@@ -185,7 +192,7 @@ def unfuse_(model: nn.Module, *, on_failure: OnFailure | None = None) -> None:
         for name, child in parent._modules.items()
         if isinstance(child, Passed)
     ]
-    handing = [m for m in model.modules() if isinstance(m.__dict__.get("forward"), (NormHandoff, AttentionForward))]
+    handing = [m for m in model.modules() if isinstance(m.__dict__.get("forward"), (NormForward, AttentionForward))]
     sums = [module for module in model.modules() if adds_inside(module)]
     if on_failure is not None:
         on_failure(_restorer(model, pairs, handing, sums))

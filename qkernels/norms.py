@@ -1,7 +1,8 @@
-"""Norms whose output only quantized Linears read: on a GPU one kernel computes it, as integers where they take those.
+"""Norms of a model with quantized Linears: on a CPU one kernel computes each; on a GPU those whose output only such
+Linears read, as integers where they take those.
 
 Nothing is replaced in the model: a norm keeps its class, its parameters and its name, and gets a ``forward`` of its own
-(:class:`NormHandoff`), which computes what the class does wherever that kernel would not serve.
+(:class:`NormForward`, :class:`NormHandoff`), which computes what the class does wherever no kernel would serve.
 """
 
 from __future__ import annotations
@@ -14,11 +15,12 @@ from torch.nn.modules import module as torch_module
 
 from . import reference
 from .checks import DTYPE_CODES
+from .cpu_norms import normalize as normalize_rows
 from .cuda_rows import normalize, quantize_norm
 from .deferred import Deferred, Handoff, PendingSum, QuantizedInput, unchanged
 from .eager import is_plain
 
-__all__ = ["Norm", "NormHandoff", "norm_of"]
+__all__ = ["Norm", "NormForward", "NormHandoff", "norm_of"]
 
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 
@@ -63,50 +65,81 @@ def _computes_rms(module: nn.Module, weight: Tensor, eps: float) -> bool:
     return isinstance(y, Tensor) and torch.allclose(y.float(), reference.rms_norm(x, weight, eps), rtol=1e-4, atol=1e-6)
 
 
-class NormHandoff:
-    """The ``forward`` of a norm whose output quantized Linears alone read.
+class NormForward:
+    """The ``forward`` of a norm: on a CPU by a kernel.
 
     Args:
         module: the norm; it keeps this object in its ``__dict__``.
         norm: what it computes.
+    """
+
+    def __init__(self, module: nn.Module, norm: Norm) -> None:
+        self._module = module
+        self._norm = norm
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What the class of the norm computes."""
+        module = self._module
+        if len(args) == 1 and not kwargs and not _is_dynamo_compiling():
+            y = self._computed(args[0])
+            if y is not None:
+                return y
+        return type(module).forward(module, *args, **kwargs)
+
+    def _computed(self, x: Any) -> Tensor | None:
+        """What a kernel makes of the input; None where none serves."""
+        if not is_plain(x) or x.device.type != "cpu":
+            return None
+        factors = self._factors(x)
+        return None if factors is None else normalize_rows(x, *factors, self._norm.eps, layer=self._norm.layer)
+
+    def _factors(self, x: Tensor) -> tuple[Tensor | None, Tensor | None] | None:
+        """Weight and bias, where kernels multiply rows like those of ``x`` by them, and nobody asks for their
+        gradient."""
+        parameters = self._module._parameters
+        weight, bias = parameters.get("weight"), parameters.get("bias")
+        if x.dtype not in DTYPE_CODES:
+            return None
+        if weight is None:
+            if x.shape[-1:] != getattr(self._module, "normalized_shape", None):
+                return None
+        elif not _reads(weight, x):
+            return None
+        return (weight, bias) if bias is None or _reads(bias, x) else None
+
+
+class NormHandoff(NormForward):
+    """The ``forward`` of a norm whose output quantized Linears alone read: on a GPU as what they take.
+
+    Args:
+        module, norm: as for :class:`NormForward`.
         handoff: to the Linears.
     """
 
     def __init__(self, module: nn.Module, norm: Norm, handoff: Handoff) -> None:
-        self._module = module
-        self._norm = norm
+        super().__init__(module, norm)
         self._handoff = handoff
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """What the class of the norm computes, as integers or by one kernel where it can be."""
-        module = self._module
-        if len(args) == 1 and not kwargs and not _is_dynamo_compiling():
-            handed = self._handed(args[0])
-            if handed is not None:
-                return handed
-        return type(module).forward(module, *args, **kwargs)
-
-    def _handed(self, x: Any) -> Tensor | None:
+    def _computed(self, x: Any) -> Tensor | None:
         waiting, residual = x, None
         if isinstance(x, Deferred):
             terms = x.terms() if isinstance(x, PendingSum) else None
             x, residual = (x.value(), None) if terms is None else terms
-        if not is_plain(x) or x.dtype not in DTYPE_CODES or not x.dim():
+        if not is_plain(x):
             return None
-        module = self._module
+        grid, floats = self._handoff.takes(x)
+        if grid is None and not floats:
+            return None if residual is not None or self._handoff.left() else super()._computed(x)
+        module, (layer, eps) = self._module, self._norm
         if module._forward_hooks or torch_module._global_forward_hooks:
             return None  # they would see something new
-        parameters = module._parameters
-        weight, bias = parameters.get("weight"), parameters.get("bias")
-        if not (weight is None or _reads(weight, x)) or not (bias is None or _reads(bias, x)):
+        factors = self._factors(x)
+        if factors is None:
             return None
-        (layer, eps), (grid, floats) = self._norm, self._handoff.takes(x)
         if grid is not None:
-            codes, total = quantize_norm(x, weight, bias, eps, grid, layer=layer, residual=residual, for_gemm=True)
-        elif floats:
-            y, total = normalize(x, weight, bias, eps, layer=layer, residual=residual, for_gemm=True)
+            codes, total = quantize_norm(x, *factors, eps, grid, layer=layer, residual=residual, for_gemm=True)
         else:
-            return None
+            y, total = normalize(x, *factors, eps, layer=layer, residual=residual, for_gemm=True)
         if total is not None and isinstance(waiting, PendingSum):
             waiting.formed(total)
             x = total
@@ -117,7 +150,7 @@ class NormHandoff:
 
 
 def _reads(factor: Tensor, x: Tensor) -> bool:
-    """Whether the kernels multiply ``x`` by a factor, or add it, and nobody asks for its gradient."""
-    if factor.dtype != x.dtype or factor.device != x.device or not factor.is_contiguous():
+    """Whether the kernels multiply the rows of ``x`` by a factor, or add it, and nobody asks for its gradient."""
+    if factor.dtype != x.dtype or factor.shape != x.shape[-1:] or factor.device != x.device:
         return False
-    return not (factor.requires_grad and torch.is_grad_enabled())
+    return factor.is_contiguous() and not (factor.requires_grad and torch.is_grad_enabled())

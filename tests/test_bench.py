@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from qkernels import _C, _bench, cpu_attention
-from qkernels.bench import ceilings, contenders, grid, rivals, rivals_torch, timing
+from qkernels import _C, _bench, cpu_attention, cpu_norms
+from qkernels.bench import ceilings, contenders, grid, norms, rivals, rivals_torch, timing
 from qkernels.bench.cli import RIVALS
 from qkernels.bench.rivals_zentorch import Zentorch
 from qkernels.cli import main
@@ -146,16 +146,34 @@ def test_bench_of_attention(tmp_path: Path, capsys: pytest.CaptureFixture, monke
         assert "attention: NOT RIGHT at K=256 N=128 M=2" in capsys.readouterr().out
 
 
+def test_bench_of_norms(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = tmp_path / "result.json"
+    arguments = ["bench", "--quick", "--schemes", "norm", "--rows", "2", "--json", str(result)]
+    assert main(arguments) == 0
+    text, rows = capsys.readouterr().out, json.loads(result.read_text())["rows"]
+    assert "K=256 N=128 M=2" in text
+    names = {"layer norm", "RMS norm", "torch: layer norm", "torch: RMS norm", "models: RMS norm"}
+    assert {row["contender"] for row in rows} == names
+    for row in rows:
+        assert row["percent_of_limit"] == pytest.approx(100 * row["limit"] / row["median"])
+        assert row["error"] < 2.0**-17
+    monkeypatch.setattr(norms, "normalize", lambda *args, **kwargs: cpu_norms.normalize(*args, **kwargs) * 1.01)
+    assert main(arguments) == 1
+    assert "RMS norm: NOT RIGHT at K=256 N=128 M=2" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("odd", "complaint"),
     [
         (["--schemes", "attention", "w8a8"], "by itself"),
+        (["--schemes", "norm", "w8a8"], "by itself"),
+        (["--schemes", "norm", "--plot", "roofline.png"], "--plot"),
         (["--schemes", "attention", "--rivals", "fp32"], "by itself"),
         (["--schemes", "attention", "--shapes", "96x16"], "multiple of 64"),
         (["--schemes", "attention", "--plot", "roofline.png"], "--plot"),
     ],
 )
-def test_bench_of_attention_refuses(odd: list[str], complaint: str, capsys: pytest.CaptureFixture) -> None:
+def test_bench_without_layers_refuses(odd: list[str], complaint: str, capsys: pytest.CaptureFixture) -> None:
     assert main(["bench", "--quick", *odd]) == 2
     assert complaint in capsys.readouterr().err
 

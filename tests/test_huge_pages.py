@@ -72,7 +72,9 @@ def test_large_packed_weights_have_huge_pages_of_their_own(scheme: str) -> None:
 
 
 def test_nothing_small_asks_for_huge_pages() -> None:
-    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_huge_pages as t; t.small_ones()"
+    code = (
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_huge_pages as t; t.small_ones()"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

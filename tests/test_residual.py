@@ -428,7 +428,7 @@ def test_way_back_and_again():
     unfuse_(fused)
     assert type(fused[0]) is Output
     assert fused[0].__dict__.keys() == plain[0].__dict__.keys()
-    assert fuse_(fused) == {"0.dense": "adds input_tensor"}
+    assert fuse_(fused) == {"0.dense": "adds input_tensor", "0.norm": "a norm, by a kernel"}
     assert fuse_(fused) == {}
     qk.dequantize_(fused)
     assert type(fused[0]) is Output

@@ -12,11 +12,6 @@ struct Avx2 : YmmVerbs {
   static constexpr int tile_rows(int vecs) { return vecs < 2 ? 8 : 6; }
 
   static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
-  static float reduce_add(F v) {
-    __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
-    return _mm_cvtss_f32(_mm_add_ss(s, _mm_shuffle_ps(s, s, 1)));
-  }
   static F broadcast(const float* p) { return _mm256_broadcast_ss(p); }
 
   // Lane l of part i holds row 4 l + i, so that a transposition inside of lanes leaves the rows in order.

@@ -16,6 +16,7 @@ struct KernelTable {
   void (*dequantize)(const DequantizeArgs&);
   void (*embedding)(const EmbeddingArgs&);
   void (*activation)(const ActivationFunctionArgs&);
+  void (*norm)(const NormArgs&);
 };
 
 // The weight-only kernels. They may fuse multiply-adds, so they are compiled apart from the rest, and several tiers

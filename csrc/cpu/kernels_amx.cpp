@@ -3,6 +3,7 @@
 #include "dispatch.h"
 #include "linear_w4a8_amx.h"
 #include "linear_w8a8_amx.h"
+#include "norm_impl.h"
 #include "quantize_impl.h"
 #include "tile_avx512vnni.h"
 
@@ -65,7 +66,8 @@ const KernelTable& kernels_amx() {
                                         quantize<Amx>,
                                         dequantize<Amx>,
                                         embedding<Amx>,
-                                        activation<Amx>};
+                                        activation<Amx>,
+                                        norm<Amx>};
   return table;
 }
 

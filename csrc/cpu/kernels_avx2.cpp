@@ -4,6 +4,7 @@
 #include "linear_w4a8_impl.h"
 #include "linear_w8a8_pairs.h"
 #include "linear_w8a8_wide.h"
+#include "norm_impl.h"
 #include "quantize_impl.h"
 #include "tile_pairs_avx2.h"
 #include "tile_wide_avx2.h"
@@ -334,7 +335,8 @@ const KernelTable& kernels_avx2() {
                                         quantize<Avx2>,
                                         dequantize<Avx2>,
                                         embedding<Avx2>,
-                                        activation<Avx2>};
+                                        activation<Avx2>,
+                                        norm<Avx2>};
   return table;
 }
 

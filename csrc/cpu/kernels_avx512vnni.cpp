@@ -3,6 +3,7 @@
 #include "dispatch.h"
 #include "linear_w4a8_impl.h"
 #include "linear_w8a8_impl.h"
+#include "norm_impl.h"
 #include "quantize_impl.h"
 #include "tile_avx512vnni.h"
 
@@ -17,7 +18,8 @@ const KernelTable& kernels_avx512vnni() {
                                         quantize<Avx512Vnni>,
                                         dequantize<Avx512Vnni>,
                                         embedding<Avx512Vnni>,
-                                        activation<Avx512Vnni>};
+                                        activation<Avx512Vnni>,
+                                        norm<Avx512Vnni>};
   return table;
 }
 

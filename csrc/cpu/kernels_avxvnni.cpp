@@ -3,6 +3,7 @@
 #include "dispatch.h"
 #include "linear_w4a8_impl.h"
 #include "linear_w8a8_impl.h"
+#include "norm_impl.h"
 #include "quantize_impl.h"
 #include "verbs_ymm.h"
 
@@ -198,7 +199,8 @@ const KernelTable& kernels_avxvnni() {
                                         quantize<AvxVnni>,
                                         dequantize<AvxVnni>,
                                         embedding<AvxVnni>,
-                                        activation<AvxVnni>};
+                                        activation<AvxVnni>,
+                                        norm<AvxVnni>};
   return table;
 }
 

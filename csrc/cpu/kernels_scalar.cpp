@@ -3,6 +3,7 @@
 #include "dispatch.h"
 #include "linear_w4a8_impl.h"
 #include "linear_w8a8_impl.h"
+#include "norm_impl.h"
 #include "quantize_impl.h"
 #include "verbs_scalar.h"
 
@@ -66,7 +67,8 @@ const KernelTable& kernels_scalar() {
                                         quantize<Scalar>,
                                         dequantize<Scalar>,
                                         embedding<Scalar>,
-                                        activation<Scalar>};
+                                        activation<Scalar>,
+                                        norm<Scalar>};
   return table;
 }
 

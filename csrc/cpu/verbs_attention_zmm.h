@@ -13,7 +13,6 @@ struct ZmmAttentionVerbs : ZmmVerbs {
   static constexpr int tile_rows(int vecs) { return vecs < 2 ? 12 : 24 / vecs; }
 
   static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
-  static float reduce_add(F v) { return _mm512_reduce_add_ps(v); }
   static F broadcast(const float* p) { return set(*p); }
 
   // Lane l of part i holds row 4 l + i, so that a transposition inside of lanes leaves the rows in order.

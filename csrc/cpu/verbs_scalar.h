@@ -53,6 +53,8 @@ struct ScalarVerbs {
   static int32_t reduce_max_i(I v) { return v; }
   static float reduce_min(F v) { return v; }
   static float reduce_max(F v) { return v; }
+  static float reduce_add(F v) { return v; }
+  static F first(F v, int) { return v; }
 
   static F load_f(const float* p) { return *p; }
   static F load_f_part(const float* p, int) { return *p; }

@@ -78,6 +78,13 @@ struct YmmVerbs {
     return _mm_cvtss_f32(m);
   }
 
+  // Halves are added to one another until one lane is left.
+  static float reduce_add(F v) {
+    __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_add_ss(s, _mm_shuffle_ps(s, s, 1)));
+  }
+
   // Bits of a register of elements, eight floats or sixteen halves. The order of magnitudes is theirs as integers, NaN
   // above infinity; unsigned, anything with a sign lies above everything without, and signed, below.
   template <DType D>
@@ -142,6 +149,7 @@ struct YmmVerbs {
 
   // Lanes below n.
   static I mask(int n) { return _mm256_cmpgt_epi32(set_i(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)); }
+  static F first(F v, int n) { return _mm256_and_ps(v, as_f(mask(n))); }  // zero in the others
   static F load_f(const float* p) { return _mm256_loadu_ps(p); }
   static F load_f_part(const float* p, int n) { return _mm256_maskload_ps(p, mask(n)); }
   static void store_f(float* p, F v) { _mm256_storeu_ps(p, v); }

@@ -41,6 +41,9 @@ struct ZmmVerbs {
   static int32_t reduce_max_i(I v) { return _mm512_reduce_max_epi32(v); }
   static float reduce_min(F v) { return _mm512_reduce_min_ps(v); }
   static float reduce_max(F v) { return _mm512_reduce_max_ps(v); }
+  static float reduce_add(F v) {
+    return YmmVerbs::reduce_add(_mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1)));
+  }
 
   // Bits of a register of elements, see verbs_ymm.h.
   template <DType D>
@@ -90,6 +93,7 @@ struct ZmmVerbs {
   }
 
   static __mmask16 mask(int n) { return static_cast<__mmask16>((1u << n) - 1u); }  // lanes below n
+  static F first(F v, int n) { return _mm512_maskz_mov_ps(mask(n), v); }
   static F load_f(const float* p) { return _mm512_loadu_ps(p); }
   static F load_f_part(const float* p, int n) { return _mm512_maskz_loadu_ps(mask(n), p); }
   static void store_f(float* p, F v) { _mm512_storeu_ps(p, v); }

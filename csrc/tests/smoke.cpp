@@ -17,6 +17,7 @@
 #include "../layout.h"
 #include "contract.h"
 #include "smoke_attention.h"
+#include "smoke_norm.h"
 #include "smoke_team.h"
 #include "smoke_tools.h"
 
@@ -350,6 +351,13 @@ void check_tier() {
     for (DType dtype : {DType::kF32, DType::kBF16, DType::kF16}) {
       for (int mode = 0; mode < 3; ++mode)
         check_attention(s[0], s[1], s[2], dtype, mode == 1, mode == 2, 1 + mode % 2 * 2, random);
+    }
+  }
+  const int64_t normalized[][2] = {{1, 1}, {3, 7}, {5, 16}, {4, 63}, {9, 130}, {6, 384}, {2, 5000}};
+  for (const auto& s : normalized) {
+    for (DType dtype : {DType::kF32, DType::kBF16, DType::kF16}) {
+      for (int mode = 0; mode < 4; ++mode)
+        check_norm(s[0], s[1], dtype, mode % 2 == 1, mode < 2, 1 + mode % 2 * 2, random);
     }
   }
   const int64_t shapes[][3] = {{1, 1, 1},    {1, 64, 64},  {7, 65, 3},  {9, 130, 67}, {2, 63, 200}, {13, 97, 64},

@@ -29,12 +29,13 @@ from qkernels.bench.cpu_runs import columns, end, fields, limits, line, set_up
 from qkernels.bench.timing import Rotation, interleave
 from qkernels.progress import tracking
 
-__all__ = ["ROWS", "SHAPES", "AttentionRow", "run_attention"]
+__all__ = ["ERRORS", "ROWS", "SHAPES", "AttentionRow", "run_attention"]
 
 SHAPES = ("768x16", "768x128", "768x512")
 ROWS = (1, 8, 32)
 _SIZES = (32, 64)
-_ERRORS = {torch.float32: 2.0**-17, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
+ERRORS = {torch.float32: 2.0**-17, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
+"""Of a result by input dtype, relative to its norm."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ def _run(
         if not isinstance(result, Tensor):
             continue  # a tier, or a number of tokens, that is left to torch
         error = float((result[:1].double() - exact.double()).norm() / exact.double().norm())
-        if ours and not error <= _ERRORS[dtype]:
+        if ours and not error <= ERRORS[dtype]:
             notes.append(f"{name}: NOT RIGHT at K={k} N={n} M={m}, heads of {size}, so not timed")
             continue
         timed.append((name, ours, call, error))

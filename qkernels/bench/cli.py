@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ def add_parser(subparsers: Any) -> None:
         nargs="+",
         default=["w8a8"],
         metavar="NAME",
-        help="presets; attention, by itself on a CPU; with --device cuda also quantize (default: w8a8)",
+        help="presets; attention or norm, by itself on a CPU; with --device cuda also quantize (default: w8a8)",
     )
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the input")
     parser.add_argument(
@@ -84,15 +85,17 @@ def run(args: argparse.Namespace) -> int:
     """Runs the benchmark that ``args`` describes; 1 if a result of ours was wrong, else 0."""
     if args.device == "cuda":
         return _run_cuda(args)
-    from qkernels.bench.attention import ROWS as ATTENTION_ROWS
-    from qkernels.bench.attention import SHAPES as ATTENTION_SHAPES
-    from qkernels.bench.attention import run_attention
+    from qkernels.bench import attention, norms
     from qkernels.bench.grid import run_grid
 
-    attends = "attention" in args.schemes
-    if attends and (len(args.schemes) > 1 or args.rivals):
-        raise ValueError("--schemes: expected attention by itself on a CPU, without --rivals")
-    shapes, rows = (ATTENTION_SHAPES, ATTENTION_ROWS) if attends else (SHAPES, ROWS)
+    alone: dict[str, tuple[tuple[str, ...], tuple[int, ...], Callable[[argparse.Namespace], int]]] = {
+        "attention": (attention.SHAPES, attention.ROWS, attention.run_attention),
+        "norm": (norms.SHAPES, norms.ROWS, norms.run_norms),
+    }
+    named = sorted(alone.keys() & set(args.schemes))
+    if named and (len(args.schemes) > 1 or args.rivals):
+        raise ValueError(f"--schemes: expected {named[0]} by itself on a CPU, without --rivals")
+    shapes, rows, bench = alone[named[0]] if named else (SHAPES, ROWS, run_grid)
     args.shapes = args.shapes or [_shape(text) for text in (QUICK_SHAPES if args.quick else shapes)]
     args.rows = args.rows or list(QUICK_ROWS if args.quick else rows)
     args.rounds = args.rounds or (3 if args.quick else 15)
@@ -102,7 +105,7 @@ def run(args: argparse.Namespace) -> int:
     unknown = sorted(set(args.rivals or ()) - set(RIVALS))
     if unknown:
         raise ValueError(f"--rivals: expected names of {', '.join(RIVALS)}; got {', '.join(unknown)}")
-    return run_attention(args) if attends else run_grid(args)
+    return bench(args)
 
 
 def _run_cuda(args: argparse.Namespace) -> int:
