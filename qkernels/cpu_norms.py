@@ -14,7 +14,7 @@ from .checks import DTYPE_CODES, row_stride
 __all__ = ["normalize"]
 
 _norm = _C.norm
-_new_empty = Tensor.new_empty
+_empty_like = torch.empty_like
 _num_threads = torch.get_num_threads
 
 
@@ -29,31 +29,20 @@ def normalize(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float,
     Returns:
         Contiguous, in the dtype and shape of ``x``.
     """
-    shape = x.shape
-    features = step = shape[-1]
-    if not x.is_contiguous() or x.is_neg():
+    features = step = x.shape[-1]
+    if x.is_contiguous() and not x.is_neg():
+        y = _empty_like(x)
+    else:
         strided = None if x.is_neg() else row_stride(x)
         if strided is None:
             x = x.resolve_neg().contiguous()
         else:
             step = strided
-    y = _new_empty(x, shape)
+        y = x.new_empty(x.shape)
     count = x.numel()
     if count:
         at_weight = 0 if weight is None else weight.data_ptr()
         at_bias = 0 if bias is None else bias.data_ptr()
-        code = DTYPE_CODES[x.dtype]
-        _norm(
-            x.data_ptr(),
-            code,
-            count // features,
-            features,
-            step,
-            layer,
-            eps,
-            at_weight,
-            at_bias,
-            y.data_ptr(),
-            _num_threads(),
-        )
+        code, rows = DTYPE_CODES[x.dtype], count // features
+        _norm(x.data_ptr(), code, rows, features, step, layer, eps, at_weight, at_bias, y.data_ptr(), _num_threads())
     return y

@@ -88,7 +88,7 @@ class NormForward:
 
     def _computed(self, x: Any) -> Tensor | None:
         """What a kernel makes of the input; None where none serves."""
-        if not is_plain(x) or x.device.type != "cpu":
+        if not is_plain(x) or not x.is_cpu:
             return None
         factors = self._factors(x)
         return None if factors is None else normalize_rows(x, *factors, self._norm.eps, layer=self._norm.layer)
@@ -98,7 +98,7 @@ class NormForward:
         gradient."""
         parameters = self._module._parameters
         weight, bias = parameters.get("weight"), parameters.get("bias")
-        if x.dtype not in DTYPE_CODES:
+        if x.dtype not in DTYPE_CODES or not x.dim():
             return None
         if weight is None:
             if x.shape[-1:] != getattr(self._module, "normalized_shape", None):
@@ -151,6 +151,13 @@ class NormHandoff(NormForward):
 
 def _reads(factor: Tensor, x: Tensor) -> bool:
     """Whether the kernels multiply the rows of ``x`` by a factor, or add it, and nobody asks for its gradient."""
-    if factor.dtype != x.dtype or factor.shape != x.shape[-1:] or factor.device != x.device:
-        return False
-    return factor.is_contiguous() and not (factor.requires_grad and torch.is_grad_enabled())
+    # Sizes and numbers rather than shapes and devices, which cost a call as much as all else here.
+    return (
+        factor.dtype is x.dtype
+        and factor.dim() == 1
+        and factor.numel() == x.shape[-1]
+        and factor.is_cpu is x.is_cpu
+        and factor.get_device() == x.get_device()
+        and factor.is_contiguous()
+        and not (factor.requires_grad and torch.is_grad_enabled())
+    )
