@@ -200,6 +200,20 @@ struct AttentionArgs {
   uint8_t* scratch;  // kernel workspace
 };
 
+// Rotary embedding of q [B, H, T, D] and k [B, G, T, D], each operation rounded to the dtype:
+//   y[i] = x[i] * cos[i] - x[i + D / 2] * sin[i]   for i < D / 2
+//   y[i] = x[i] * cos[i] + x[i - D / 2] * sin[i]   for the others
+// cos, sin: [B or 1, T, D], features side by side as in q and k; angle_step.head unused. Outputs lie [B, T, H or G, D]
+// in memory of their own.
+struct RotaryArgs {
+  const void *q, *k, *cos, *sin;
+  void *q_out, *k_out;
+  DType dtype;
+  int64_t batch, heads, key_heads, tokens, size;
+  AttentionSteps q_step, k_step, angle_step;
+  int threads;
+};
+
 struct DequantizeArgs {
   const void* q;
   QKind kind;

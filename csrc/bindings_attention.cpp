@@ -68,9 +68,51 @@ class Attention {
   qk::AttentionArgs args_{};
 };
 
+// Rotary embedding of queries and keys, likewise.
+class Rotary {
+ public:
+  Rotary(const std::array<int64_t, 5>& sizes, const Steps& q, const Steps& k, const Steps& angles, int dtype) {
+    for (const int64_t size : sizes) QK_CHECK_GE(size, 1);
+    QK_CHECK_EQ(sizes[4] % 2, 0);
+    args_.batch = sizes[0];
+    args_.heads = sizes[1];
+    args_.key_heads = sizes[2];
+    args_.tokens = sizes[3];
+    args_.size = sizes[4];
+    args_.q_step = {q[0], q[1], q[2]};
+    args_.k_step = {k[0], k[1], k[2]};
+    args_.angle_step = {angles[0], angles[1], angles[2]};
+    args_.dtype = qk::dtype(dtype);
+  }
+
+  void run(uintptr_t q, uintptr_t k, uintptr_t cos, uintptr_t sin, uintptr_t q_out, uintptr_t k_out,
+           int threads) const {
+    QK_CHECK_GE(threads, 1);
+    qk::RotaryArgs args = args_;
+    args.q = pointer<const void>(q);
+    args.k = pointer<const void>(k);
+    args.cos = pointer<const void>(cos);
+    args.sin = pointer<const void>(sin);
+    args.q_out = pointer<void>(q_out);
+    args.k_out = pointer<void>(k_out);
+    args.threads = threads;
+    const int64_t elements = args.batch * args.tokens * (args.heads + args.key_heads) * args.size;
+    const qk::KernelTable& table = qk::kernels();
+    qk::run_released(elements > qk::kReleaseGilBytes / 8, [&] { table.rotary(args); });
+    qk::note("rotary", table.isa);
+  }
+
+ private:
+  qk::RotaryArgs args_{};
+};
+
 }  // namespace
 
 void bind_attention(py::module_& m) {
+  py::class_<Rotary>(m, "Rotary")
+      .def(py::init<const std::array<int64_t, 5>&, const Steps&, const Steps&, const Steps&, int>(), py::arg("sizes"),
+           py::arg("q"), py::arg("k"), py::arg("angles"), py::arg("dtype"))
+      .def("run", &Rotary::run);
   py::class_<Attention>(m, "Attention")
       .def(py::init<const std::array<int64_t, 6>&, const Steps&, const Steps&, const Steps&, const Steps&, int, int,
                     bool>(),

@@ -228,6 +228,21 @@ class Attention:
     def run(self, q: int, k: int, v: int, mask: int, y: int, scale: float, threads: int, /) -> bool:
         """``y``: contiguous ``[batch, queries, heads, features]``. False, and nothing done, where the tier has none."""
 
+class Rotary:
+    """Rotary embedding of queries and keys of these shapes and strides, features side by side. ``sizes``: batch, heads
+    of queries, heads of keys, tokens, features. Strides in elements of batch, head and token."""
+
+    def __init__(
+        self,
+        sizes: tuple[int, int, int, int, int],
+        q: tuple[int, int, int],
+        k: tuple[int, int, int],
+        angles: tuple[int, int, int],
+        dtype: int,
+    ) -> None: ...
+    def run(self, q: int, k: int, cos: int, sin: int, q_out: int, k_out: int, threads: int, /) -> None:
+        """Outputs lie ``[batch, tokens, heads, features]`` in memory of their own."""
+
 def has_attention() -> bool:
     """Whether the tier in use has a kernel of attention."""
 

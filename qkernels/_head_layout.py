@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-__all__ = ["HeadLayout", "Steps", "layout_of", "steps_of"]
+__all__ = ["HeadLayout", "RotaryLayout", "Steps", "layout_of", "rotary_layout_of", "steps_of"]
 
 Steps = tuple[int, ...]
 Place = tuple[int, int, int]
@@ -50,6 +50,39 @@ def layout_of(
         mask_steps = steps_of(mask, steps)
     places = steps_of(q, q_steps), steps_of(k, k_steps), steps_of(v, v_steps), mask_steps
     return HeadLayout(batch, heads, key_heads, tokens, length, size, *places)
+
+
+class RotaryLayout(NamedTuple):
+    """Sizes, and elements from one batch, head and token to the next; strides of the outputs ``[B, T, heads, D]``."""
+
+    sizes: tuple[int, int, int, int, int]  # batch, heads of queries, heads of keys, tokens, features
+    q: Place
+    k: Place
+    angles: Place
+    q_out: Steps
+    k_out: Steps
+
+
+def rotary_layout_of(
+    q: Steps, q_steps: Steps, k: Steps, k_steps: Steps, angles: Steps, angle_steps: Steps
+) -> RotaryLayout | None:
+    """Of tensors of these shapes and strides; None where they are no rotary embedding's, or features lie apart.
+
+    Args:
+        q: ``[B, H, T, D]``, nothing empty, D even; k: ``[B, G, T, D]``; angles: ``[B or 1, T, D]``.
+    """
+    if len(q) != 4 or len(k) != 4 or not all((*q, *k)):
+        return None
+    batch, heads, tokens, size = q
+    if (k[0], *k[2:]) != (batch, tokens, size) or size % 2 or angles not in ((batch, tokens, size), (1, tokens, size)):
+        return None
+    if q_steps[3] != 1 or k_steps[3] != 1 or angle_steps[2] != 1:
+        return None
+    of_angles = (angle_steps[0] if angles[0] > 1 else 0, 0, angle_steps[1])
+    outputs = [(tokens * n * size, size, n * size, 1) for n in (heads, k[1])]
+    return RotaryLayout(
+        (batch, heads, k[1], tokens, size), steps_of(q, q_steps), steps_of(k, k_steps), of_angles, *outputs
+    )
 
 
 def steps_of(shape: Steps, strides: Steps) -> Place:

@@ -1,10 +1,11 @@
-"""Attention blocks: what stands between their Linears by kernels, rotary embedding and a cache's tokens on a GPU,
-attention there and on a CPU.
+"""Attention blocks: what stands between their Linears by kernels, rotary embedding and attention, on a GPU a cache's
+tokens too.
 
 Between its Linears a decoder's attention block turns queries and keys by their positions and reads all keys and values
 seen so far.  For one token these are some fifteen launches of a few microseconds each, which together take as long as
-the block's products of quantized weights.  On a CPU attention is the largest part of an encoder's block beside
-its quantized Linears.  The blocks of transformers look both steps up by name, in their module:
+the block's products of quantized weights.  On a CPU attention is the largest part of an encoder's block beside its
+quantized Linears, and a rotary embedding is ten operators.  The blocks of transformers look both steps up by name, in
+their module:
 
     query_states, key_states = apply_rotary_pos_emb(query_states, key_states, cos, sin)
     attention_interface = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, ...)
@@ -52,10 +53,15 @@ def in_words(module: nn.Module, device: torch.device) -> str:
     serves it."""
     if not cuda.unavailable(device):
         return "attention of few tokens by a kernel"
+    if device.type != "cpu":
+        return ""
     chosen = getattr(getattr(module, "config", None), "_attn_implementation", None)
-    names = inspect.unwrap(type(module).forward).__code__.co_names
-    served = device.type == "cpu" and cpu_attention.available() and chosen == "sdpa" and _INTERFACES in names
-    return "attention by a kernel" if served else ""
+    own = _replacements(type(module).forward)
+    served = {
+        "rotary embedding by a kernel": _ROTARY in own,
+        "attention by a kernel": _INTERFACES in own and chosen == "sdpa" and cpu_attention.available(),
+    }
+    return "; ".join(words for words, serves in served.items() if serves)
 
 
 class AttentionForward:
@@ -87,9 +93,15 @@ class AttentionForward:
 def _rewired(function: Callable[..., Any]) -> Callable[..., Any] | None:
     """``function`` with a rotary embedding and an attention of ours under those names; None where it names neither, or
     means something else by them."""
+    own = _replacements(function)
+    return _with_names(function, own) if own else None
+
+
+def _replacements(function: Callable[..., Any]) -> dict[str, Any]:
+    """What of ours belongs under which global name of a function."""
     inner = inspect.unwrap(function)
     if not isinstance(inner, types.FunctionType):
-        return None
+        return {}
     given, names = inner.__globals__, inner.__code__.co_names
     own: dict[str, Any] = {}
     turn, interfaces = given.get(_ROTARY), given.get(_INTERFACES)
@@ -97,7 +109,7 @@ def _rewired(function: Callable[..., Any]) -> Callable[..., Any] | None:
         own[_ROTARY] = _Rotary(turn)
     if _INTERFACES in names and interfaces is not None:
         own[_INTERFACES] = _Interfaces(interfaces)
-    return _with_names(function, own) if own else None
+    return own
 
 
 def _with_names(function: Callable[..., Any], own: dict[str, Any]) -> Callable[..., Any] | None:
@@ -144,7 +156,9 @@ class _Rotary:
 
     def __call__(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Turned queries and keys."""
-        turned = None if args or kwargs else cuda_attention.rotary(q, k, cos, sin)
+        turned = None
+        if not args and not kwargs:
+            turned = cuda_attention.rotary(q, k, cos, sin) or cpu_attention.rotary(q, k, cos, sin)
         return self._original(q, k, cos, sin, *args, **kwargs) if turned is None else turned
 
 

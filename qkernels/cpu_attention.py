@@ -1,22 +1,23 @@
-"""Calls of the CPU kernel of attention.
+"""Calls of the CPU kernels between the Linears of an attention block: rotary embedding, and attention.
 
-Definition in :mod:`qkernels._attention`, kernel in ``csrc/cpu/attention_impl.h``: the tiers with vectors have it, AMX
-another one for bfloat16, the scalar tier none.
+Definitions in :mod:`qkernels._attention`, kernels in ``csrc/cpu/rotary_impl.h``, which every tier has, and
+``attention_impl.h``: the tiers with vectors have it, AMX another one for bfloat16, the scalar tier none.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from . import _C
-from ._head_layout import Steps, layout_of
+from ._head_layout import Steps, layout_of, rotary_layout_of
 from .checks import DTYPE_CODES
 from .eager import are_plain
 
-__all__ = ["attention", "available"]
+__all__ = ["attention", "available", "rotary"]
 
 MOST_FEATURES = 256
 """Of a head: what the scratch buffers of the kernel are made for."""
@@ -25,6 +26,49 @@ FEWEST_QUERIES = 8
 """Below, packing a head of keys takes longer than the products that it makes fast."""
 
 _num_threads = torch.get_num_threads
+
+
+def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor] | None:
+    """:func:`qkernels.reference.rotary` of queries and keys, to the bit; None where the kernel does not serve.
+
+    Args:
+        q: float32, bfloat16 or float16 ``[B, H, T, D]``, features side by side, on the CPU with the others.
+        k: ``[B, G, T, D]``.
+        cos, sin: ``[B or 1, T, D]``, strided alike.
+
+    Returns:
+        Both in their shapes; in memory ``[B, T, H, D]`` and ``[B, T, G, D]``.
+    """
+    if not q.is_cpu or not are_plain(q, k, cos, sin) or not (k.is_cpu and cos.is_cpu and sin.is_cpu):
+        return None
+    dtype, code = q.dtype, DTYPE_CODES.get(q.dtype)
+    if code is None or not k.dtype == cos.dtype == sin.dtype == dtype:
+        return None
+    if q.is_neg() or k.is_neg() or cos.is_neg() or sin.is_neg():
+        return None
+    of_q, of_k, angles, steps = q.shape, k.shape, cos.shape, cos.stride()
+    if sin.shape != angles or sin.stride() != steps:
+        return None
+    way = _rotary_way(of_q, q.stride(), of_k, k.stride(), angles, steps, code)
+    if way is None:
+        return None
+    run, of_q_out, of_k_out = way
+    turned = q.new_empty_strided(of_q, of_q_out), q.new_empty_strided(of_k, of_k_out)
+    addresses = q.data_ptr(), k.data_ptr(), cos.data_ptr(), sin.data_ptr()
+    run(*addresses, turned[0].data_ptr(), turned[1].data_ptr(), _num_threads())
+    return turned
+
+
+@functools.lru_cache(maxsize=4096)
+def _rotary_way(
+    q: Steps, q_steps: Steps, k: Steps, k_steps: Steps, angles: Steps, angle_steps: Steps, code: int
+) -> tuple[Callable[..., None], Steps, Steps] | None:
+    """For tensors of these shapes and strides: what the module runs, and the strides of its outputs; None where it does
+    not take them."""
+    layout = rotary_layout_of(q, q_steps, k, k_steps, angles, angle_steps)
+    if layout is None:
+        return None
+    return _C.Rotary(layout.sizes, layout.q, layout.k, layout.angles, code).run, layout.q_out, layout.k_out
 
 
 def available() -> bool:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import cuda
-from ._head_layout import Steps, layout_of, steps_of
+from ._head_layout import Steps, layout_of, rotary_layout_of, steps_of
 from .checks import DTYPE_CODES
 from .cuda_w4 import workspace
 from .eager import are_plain
@@ -69,19 +69,11 @@ def _rotary_way(
 ) -> tuple[Any, Steps, Steps] | None:
     """For tensors of these shapes and strides: what the module runs, and the strides of its outputs; None where it does
     not take them."""
-    if len(q) != 4 or len(k) != 4 or not all((*q, *k)) or cuda.unavailable(device):
+    layout = rotary_layout_of(q, q_steps, k, k_steps, angles, angle_steps)
+    if layout is None or cuda.unavailable(device):
         return None
-    batch, heads, tokens, size = q
-    if (k[0], *k[2:]) != (batch, tokens, size) or size % 2 or angles not in ((batch, tokens, size), (1, tokens, size)):
-        return None
-    if q_steps[3] != 1 or k_steps[3] != 1 or angle_steps[2] != 1:
-        return None
-    outputs = [(tokens * n * size, size, n * size, 1) for n in (heads, k[1])]
-    places = [steps_of(*of) for of in ((q, q_steps), (k, k_steps), (q, outputs[0]), (k, outputs[1]))]
-    of_angles = (angle_steps[0] if angles[0] > 1 else 0, 0, angle_steps[1])
-    sizes = (batch, heads, k[1], tokens, size)
-    overlaps = cuda.overlaps(device)
-    return cuda._cuda.Rotary(sizes, *places, of_angles, overlaps).run, outputs[0], outputs[1]
+    places = layout.q, layout.k, steps_of(q, layout.q_out), steps_of(k, layout.k_out), layout.angles
+    return cuda._cuda.Rotary(layout.sizes, *places, cuda.overlaps(device)).run, layout.q_out, layout.k_out
 
 
 def append(keys: Tensor, values: Tensor, length: Tensor, key: Tensor, value: Tensor) -> bool:

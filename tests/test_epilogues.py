@@ -33,11 +33,11 @@ def test_values_lie_within_the_stated_bound(name, isa):
     y = torch.cat([torch.linspace(-100, 100, 100_003), H.seeded(50_000), torch.tensor([0.0, -0.0, 1e-40, 1e30])])
     out = torch.ops.qkernels.epilogue(y, name, None)
     assert _C.last_kernel() == f"activation.{isa}"
-    bound = (0.0 if name == "relu" else 2.0**-22) * y.double().abs() + 2.0**-149
+    bound = {"relu": 0.0, "gelu": 2.0**-23}.get(name, 2.0**-22) * y.double().abs() + 2.0**-149
     error = (out.double() - truth(name, y)).abs()
     assert bool((error <= bound).all()), float((error / bound).max())
     of_torch = (apply_epilogue(y, name).double() - out.double()).abs()
-    assert bool((of_torch <= 3 * bound).all())
+    assert bool((of_torch <= 6 * bound).all())
 
 
 @by_name

@@ -17,6 +17,7 @@ struct KernelTable {
   void (*embedding)(const EmbeddingArgs&);
   void (*activation)(const ActivationFunctionArgs&);
   void (*norm)(const NormArgs&);
+  void (*rotary)(const RotaryArgs&);
 };
 
 // The weight-only kernels. They may fuse multiply-adds, so they are compiled apart from the rest, and several tiers

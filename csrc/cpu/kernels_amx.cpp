@@ -5,6 +5,7 @@
 #include "linear_w8a8_amx.h"
 #include "norm_impl.h"
 #include "quantize_impl.h"
+#include "rotary_impl.h"
 #include "tile_avx512vnni.h"
 
 namespace qk {
@@ -67,7 +68,8 @@ const KernelTable& kernels_amx() {
                                         dequantize<Amx>,
                                         embedding<Amx>,
                                         activation<Amx>,
-                                        norm<Amx>};
+                                        norm<Amx>,
+                                        rotary<Amx>};
   return table;
 }
 

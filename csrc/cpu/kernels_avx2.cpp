@@ -6,6 +6,7 @@
 #include "linear_w8a8_wide.h"
 #include "norm_impl.h"
 #include "quantize_impl.h"
+#include "rotary_impl.h"
 #include "tile_pairs_avx2.h"
 #include "tile_wide_avx2.h"
 
@@ -336,7 +337,8 @@ const KernelTable& kernels_avx2() {
                                         dequantize<Avx2>,
                                         embedding<Avx2>,
                                         activation<Avx2>,
-                                        norm<Avx2>};
+                                        norm<Avx2>,
+                                        rotary<Avx2>};
   return table;
 }
 

@@ -5,6 +5,7 @@
 #include "linear_w8a8_impl.h"
 #include "norm_impl.h"
 #include "quantize_impl.h"
+#include "rotary_impl.h"
 #include "tile_avx512vnni.h"
 
 namespace qk {
@@ -19,7 +20,8 @@ const KernelTable& kernels_avx512vnni() {
                                         dequantize<Avx512Vnni>,
                                         embedding<Avx512Vnni>,
                                         activation<Avx512Vnni>,
-                                        norm<Avx512Vnni>};
+                                        norm<Avx512Vnni>,
+                                        rotary<Avx512Vnni>};
   return table;
 }
 

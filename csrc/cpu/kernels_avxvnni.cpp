@@ -5,6 +5,7 @@
 #include "linear_w8a8_impl.h"
 #include "norm_impl.h"
 #include "quantize_impl.h"
+#include "rotary_impl.h"
 #include "verbs_ymm.h"
 
 namespace qk {
@@ -200,7 +201,8 @@ const KernelTable& kernels_avxvnni() {
                                         dequantize<AvxVnni>,
                                         embedding<AvxVnni>,
                                         activation<AvxVnni>,
-                                        norm<AvxVnni>};
+                                        norm<AvxVnni>,
+                                        rotary<AvxVnni>};
   return table;
 }
 

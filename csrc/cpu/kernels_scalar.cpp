@@ -5,6 +5,7 @@
 #include "linear_w8a8_impl.h"
 #include "norm_impl.h"
 #include "quantize_impl.h"
+#include "rotary_impl.h"
 #include "verbs_scalar.h"
 
 namespace qk {
@@ -68,7 +69,8 @@ const KernelTable& kernels_scalar() {
                                         dequantize<Scalar>,
                                         embedding<Scalar>,
                                         activation<Scalar>,
-                                        norm<Scalar>};
+                                        norm<Scalar>,
+                                        rotary<Scalar>};
   return table;
 }
 

@@ -50,6 +50,7 @@ struct ScalarVerbs {
   static I as_i(F v) { return static_cast<I>(bits(v)); }
   static F as_f(I v) { return from_bits(static_cast<uint32_t>(v)); }
   static I exponent(I v) { return static_cast<I>(static_cast<uint32_t>(v) << 23); }  // added to the bits: times 2^v
+  static F lookup8(const float* table, I index) { return table[index & 7]; }
   static int32_t reduce_max_i(I v) { return v; }
   static float reduce_min(F v) { return v; }
   static float reduce_max(F v) { return v; }
@@ -115,11 +116,19 @@ struct ScalarVerbs {
   }
 
   template <DType D>
-  static F load(const void* p, int64_t i) {
-    if constexpr (D == DType::kF32) return static_cast<const float*>(p)[i];
-    const uint16_t h = static_cast<const uint16_t*>(p)[i];
+  static F widen(uint16_t h) {
     if constexpr (D == DType::kBF16) return from_bits(static_cast<uint32_t>(h) << 16);
     return half_to_float(h);
+  }
+  template <DType D>
+  static uint16_t narrow(F v) {
+    if constexpr (D == DType::kBF16) return float_to_bf16(v);
+    return float_to_half(v);
+  }
+  template <DType D>
+  static F load(const void* p, int64_t i) {
+    if constexpr (D == DType::kF32) return static_cast<const float*>(p)[i];
+    return widen<D>(static_cast<const uint16_t*>(p)[i]);
   }
   template <DType D>
   static F load_part(const void* p, int64_t i, int) {
@@ -129,10 +138,8 @@ struct ScalarVerbs {
   static void store(void* p, int64_t i, F v) {
     if constexpr (D == DType::kF32)
       static_cast<float*>(p)[i] = v;
-    else if constexpr (D == DType::kBF16)
-      static_cast<uint16_t*>(p)[i] = float_to_bf16(v);
     else
-      static_cast<uint16_t*>(p)[i] = float_to_half(v);
+      static_cast<uint16_t*>(p)[i] = narrow<D>(v);
   }
   template <DType D>
   static void store_numbers(void* p, int64_t i, F a, F b) {

@@ -59,6 +59,9 @@ struct YmmVerbs {
   static F as_f(I v) { return _mm256_castsi256_ps(v); }
   static I exponent(I v) { return _mm256_slli_epi32(v, 23); }  // added to the bits of a float: times 2^v
 
+  // Of a table of eight, those that the lowest three bits of each lane count.
+  static F lookup8(const float* table, I index) { return _mm256_permutevar8x32_ps(_mm256_loadu_ps(table), index); }
+
   static int32_t reduce_max_i(I v) {
     __m128i m = _mm_max_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
     m = _mm_max_epi32(m, _mm_shuffle_epi32(m, 0x4E));

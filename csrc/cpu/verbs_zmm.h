@@ -38,6 +38,9 @@ struct ZmmVerbs {
   static I as_i(F v) { return _mm512_castps_si512(v); }
   static F as_f(I v) { return _mm512_castsi512_ps(v); }
   static I exponent(I v) { return _mm512_slli_epi32(v, 23); }  // added to the bits of a float: times 2^v
+  static F lookup8(const float* table, I index) {
+    return _mm512_permutexvar_ps(index, _mm512_broadcast_f32x8(_mm256_loadu_ps(table)));
+  }
   static int32_t reduce_max_i(I v) { return _mm512_reduce_max_epi32(v); }
   static float reduce_min(F v) { return _mm512_reduce_min_ps(v); }
   static float reduce_max(F v) { return _mm512_reduce_max_ps(v); }

@@ -344,13 +344,35 @@ void check_int4(int64_t rows, int64_t inner, int64_t group, bool symmetric, int 
     if (std::fabs(back[i] - x[i]) > 1e-5f) return fail(std::string("int4 round trip: ") + table.isa);
 }
 
+// Functions by themselves: the bits of the scalar tier, which the Python tests compare with double precision.
+void check_activation(qk::Activation function, DType from, DType to, std::mt19937& random) {
+  std::normal_distribution<float> normal(0.0f, 3.0f);
+  const int64_t count = 1001;
+  auto x = buffer<uint8_t>(count * bytes_of(from));
+  for (int64_t i = 0; i < count; ++i) store(from, x.data(), i, i % 50 ? normal(random) : normal(random) * 1e4f);
+  store(from, x.data(), 7, std::numeric_limits<float>::quiet_NaN());
+  store(from, x.data(), 8, std::numeric_limits<float>::infinity());
+  auto y = buffer<uint8_t>(count * bytes_of(to), 0xAB), expected = y;
+  qk::kernels().activation({x.data(), from, y.data(), to, count, function, 3});
+  qk::kernels_scalar().activation({x.data(), from, expected.data(), to, count, function, 1});
+  for (int64_t i = 0; i < count; ++i, ++checks)
+    if (!same(to, y.data(), i, load(to, expected.data(), i)))
+      return fail(std::string("activation ") + qk::kernels().isa + " " + std::to_string(static_cast<int>(function)) +
+                  " element " + std::to_string(i));
+}
+
 void check_tier() {
   std::mt19937 random(20);
+  for (int function = 1; function <= 4; ++function) {
+    for (DType dtype : {DType::kF32, DType::kBF16, DType::kF16})
+      check_activation(static_cast<qk::Activation>(function), dtype, function % 2 ? dtype : DType::kF32, random);
+  }
   const int64_t attended[][3] = {{1, 1, 1}, {5, 7, 33}, {26, 17, 32}, {9, 150, 64}, {60, 300, 20}, {13, 70, 256}};
   for (const auto& s : attended) {
     for (DType dtype : {DType::kF32, DType::kBF16, DType::kF16}) {
       for (int mode = 0; mode < 3; ++mode)
         check_attention(s[0], s[1], s[2], dtype, mode == 1, mode == 2, 1 + mode % 2 * 2, random);
+      if (s[2] % 2 == 0) check_rotary(s[0], s[2], dtype, 1 + s[0] % 2 * 2, random);
     }
   }
   const int64_t normalized[][2] = {{1, 1}, {3, 7}, {5, 16}, {4, 63}, {9, 130}, {6, 384}, {2, 5000}};

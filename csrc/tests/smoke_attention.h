@@ -1,4 +1,4 @@
-// Attention of the tier in use against double precision.
+// Attention of the tier in use against double precision, rotary embedding against the bits of the scalar tier.
 #pragma once
 
 #include <algorithm>
@@ -95,6 +95,46 @@ void check_attention(int64_t queries, int64_t keys, int64_t size, DType dtype, b
       }
     }
   }
+}
+
+// Two batches that share their angles, heads side by side in a row of each token; which the Python tests compare with
+// torch's operators.
+void check_rotary(int64_t tokens, int64_t size, DType dtype, int threads, std::mt19937& random) {
+  const int64_t batch = 2, heads = 3, key_heads = 1;
+  std::normal_distribution<float> normal;
+  const auto values = [&](int64_t count) {
+    auto x = buffer<uint8_t>(count * bytes_of(dtype));
+    for (int64_t i = 0; i < count; ++i) store(dtype, x.data(), i, normal(random));
+    return x;
+  };
+  const int64_t of_q = batch * tokens * heads * size, of_k = batch * tokens * key_heads * size;
+  const auto q = values(of_q), k = values(of_k), cos = values(tokens * size), sin = values(tokens * size);
+  std::vector<uint8_t> turned[2][2];
+  for (int tier = 0; tier < 2; ++tier) {
+    turned[tier][0] = buffer<uint8_t>(of_q * bytes_of(dtype), 0xAB);
+    turned[tier][1] = buffer<uint8_t>(of_k * bytes_of(dtype), 0xAB);
+    (tier ? qk::kernels_scalar() : qk::kernels())
+        .rotary({q.data(),
+                 k.data(),
+                 cos.data(),
+                 sin.data(),
+                 turned[tier][0].data(),
+                 turned[tier][1].data(),
+                 dtype,
+                 batch,
+                 heads,
+                 key_heads,
+                 tokens,
+                 size,
+                 {tokens * heads * size, size, heads * size},
+                 {tokens * key_heads * size, size, key_heads * size},
+                 {0, 0, size},
+                 threads});
+  }
+  checks += of_q + of_k;
+  for (int which = 0; which < 2; ++which)
+    if (turned[0][which] != turned[1][which])
+      return fail(std::string("rotary ") + qk::kernels().isa + " D=" + std::to_string(size));
 }
 
 }  // namespace

@@ -49,7 +49,7 @@ void check_norm(int64_t m, int64_t k, DType dtype, bool layer, bool affine, int 
       if (affine) expected *= load(dtype, weight.data(), i);
       if (affine && layer) expected += load(dtype, bias.data(), i);
       if (same(dtype, y.data(), r * k + i, expected)) continue;
-      char what[144];
+      char what[192];
       std::snprintf(
           what, sizeof(what), "norm %s m=%lld k=%lld dtype=%d layer=%d row %lld column %lld: got %.9g, not %.9g",
           qk::kernels().isa, static_cast<long long>(m), static_cast<long long>(k), static_cast<int>(dtype), layer,
