@@ -92,7 +92,7 @@ def attention(
     Returns:
         ``[B, T, H, D]``, contiguous.
     """
-    if q.device.type != "cpu" or not available():
+    if not q.is_cpu or q.dim() != 4 or q.shape[2] < FEWEST_QUERIES or not available():
         return None
     if not are_plain(q, k, v, *(() if mask is None else (mask,))):
         return None
@@ -136,6 +136,6 @@ def _native(
 ) -> _C.Attention | None:
     """The binding's object for tensors of these shapes and strides; None where the kernel does not take them."""
     layout = layout_of(q, q_steps, k, k_steps, v, v_steps, of_mask)
-    if layout is None or layout.size > MOST_FEATURES or layout.tokens < FEWEST_QUERIES:
+    if layout is None or layout.size > MOST_FEATURES:
         return None
     return _C.Attention(layout[:6], *layout[6:], code, kind, causal)

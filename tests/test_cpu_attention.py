@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -19,14 +18,7 @@ def kernel(isa: str, monkeypatch: pytest.MonkeyPatch) -> str:
     if isa == "scalar":
         pytest.skip("the scalar tier leaves attention to torch")
     monkeypatch.setattr(cpu_attention, "FEWEST_QUERIES", 1)
-    cpu_attention._native.cache_clear()
     return isa
-
-
-@pytest.fixture(autouse=True)
-def nothing_kept() -> Iterator[None]:
-    yield
-    cpu_attention._native.cache_clear()
 
 
 # -- shapes -----------------------------------------------------------------------------------------------------------
