@@ -230,7 +230,6 @@ void norm(uintptr_t x, int x_dtype, int64_t m, int64_t k, int64_t x_stride, bool
           uintptr_t bias, uintptr_t y, int threads) {
   QK_CHECK_GE(m, 0);
   QK_CHECK_GE(k, 1);
-  QK_CHECK_LE(k, 1 << 24);
   QK_CHECK_GE(threads, 1);
   const qk::NormArgs args{
       pointer<const void>(x),    dtype(x_dtype),   m,      k, x_stride, layer, eps, pointer<const void>(weight),

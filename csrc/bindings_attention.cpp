@@ -120,4 +120,5 @@ void bind_attention(py::module_& m) {
            py::arg("mask_kind"), py::arg("causal"))
       .def("run", &Attention::run);
   m.def("has_attention", [] { return qk::attention_kernels() != nullptr; });
+  m.def("has_attention_of_few", [] { return qk::attention_kernels() != nullptr && qk::attention_kernels()->few; });
 }

@@ -246,6 +246,9 @@ class Rotary:
 def has_attention() -> bool:
     """Whether the tier in use has a kernel of attention."""
 
+def has_attention_of_few() -> bool:
+    """Whether it has one that is worth it for few queries."""
+
 def embedding(
     table: int,
     packed: bool,
@@ -276,10 +279,7 @@ def norm(
     threads: int,
     /,
 ) -> None:
-    """``y [M, K]``, contiguous: layer norm, or RMS norm, of each row of ``x``; all tensors of one dtype.
-
-    ``y`` may be ``x`` where ``x_stride`` is K.
-    """
+    """``y [M, K]``, contiguous, no part of ``x``: layer norm, or RMS norm, of each row; all tensors of one dtype."""
 
 def quantize(
     x: int,

@@ -11,7 +11,8 @@ each step rounded once:
 ``y`` is not rounded to the dtype of ``x``: :func:`qkernels.reference.quantize_activations` takes it from there,
 smoothing included; where Linears read floats, the result is ``y.to(x.dtype)``.  A row whose sum of squares leaves
 float32 is one of NaN.  A kernel sums in float32 in an order of its own: ``mean`` within 2^-17 of the mean of |x|,
-``rstd`` within 2^-18, activations within 2^-20 |x|; its codes follow the contract for the ``y`` it has.
+``rstd`` around that mean within 2^-18, activations within 2^-20 |x|; its codes follow the contract for the ``y`` it
+has.
 """
 
 from __future__ import annotations

@@ -84,8 +84,9 @@ def quantize_(
         strict: raise where False would leave a layer and say so in the report: patterns that match nothing, weights
             that are not finite or hold no data, nothing to quantize.
         fuse: also apply GELU, SiLU and ReLU modules and add residuals inside quantized Linears, and quantize an input
-            once for all the Linears that read it, where the code of their parent shows that nobody sees a difference
-            (see `qkernels.fuse`); `dequantize_` takes them apart.
+            once for all the Linears that read it, where the code of their parent shows that nobody sees a difference;
+            let kernels compute norms, rotary embeddings and attention (see `qkernels.fuse`); `dequantize_` takes all of
+            it apart.
         progress: None (a bar on a terminal), True, False, or a callable `(done, total, name)`.
 
     Returns:

@@ -23,7 +23,11 @@ MOST_FEATURES = 256
 """Of a head: what the scratch buffers of the kernel are made for."""
 
 FEWEST_QUERIES = 8
-"""Below, packing a head of keys takes longer than the products that it makes fast."""
+"""Below, packing a head of keys takes longer than the products that it makes fast, but on AVX2 for 16-bit inputs, which
+torch has no fast products of there, and where queries share keys, which transformers copy for each of them first."""
+
+FEWEST_SHARING = 3
+"""Heads of float32 queries with one of keys, where there are fewer queries than that."""
 
 _num_threads = torch.get_num_threads
 
@@ -83,7 +87,7 @@ def attention(
 
     Args:
         q: float32, bfloat16 or float16 ``[B, H, T, D]``, D at most :data:`MOST_FEATURES`, features side by side, T at
-            least :data:`FEWEST_QUERIES`.
+            least :data:`FEWEST_QUERIES`, or fewer where that says so.
         k, v: ``[B, G, L, D]``, likewise.
         mask: bool, or of the dtype of ``q``, ``[B or 1, H or 1, T or 1, L or 1]``; or None.
         scale: factor of the scores.
@@ -92,7 +96,7 @@ def attention(
     Returns:
         ``[B, T, H, D]``, contiguous.
     """
-    if not q.is_cpu or q.dim() != 4 or q.shape[2] < FEWEST_QUERIES or not available():
+    if not q.is_cpu or q.dim() != 4 or k.dim() != 4 or not (_worth(q, k) and available()):
         return None
     if not are_plain(q, k, v, *(() if mask is None else (mask,))):
         return None
@@ -119,6 +123,14 @@ def attention(
     at_mask = 0 if mask is None else mask.data_ptr()
     addresses = q.data_ptr(), k.data_ptr(), v.data_ptr(), at_mask, out.data_ptr()
     return out if native.run(*addresses, scale, _num_threads()) else None
+
+
+def _worth(q: Tensor, k: Tensor) -> bool:
+    """Whether the kernel is faster than what transformers do without it."""
+    _, heads, tokens, _ = q.shape
+    if tokens >= FEWEST_QUERIES:
+        return True
+    return _C.has_attention_of_few() and (q.dtype != torch.float32 or heads >= FEWEST_SHARING * k.shape[1])
 
 
 @functools.lru_cache(maxsize=4096)

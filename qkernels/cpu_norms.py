@@ -19,11 +19,13 @@ _num_threads = torch.get_num_threads
 
 
 def normalize(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, *, layer: bool) -> Tensor:
-    """:func:`qkernels.reference.layer_norm` or ``rms_norm``, rounded to the dtype of ``x``.
+    """:func:`qkernels.reference.layer_norm` or ``rms_norm``, rounded to the dtype of ``x``.  Nothing is
+    checked here.
 
     Args:
         x: float32, bfloat16 or float16 ``[..., K]`` on the CPU.
         weight, bias: ``[K]``, contiguous, of the dtype of ``x``; or None.
+        eps: added to the mean of the squares.
         layer: layer norm; else RMS norm.
 
     Returns:

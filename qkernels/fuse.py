@@ -103,9 +103,9 @@ def fuse_(model: nn.Module, *, on_failure: OnFailure | None = None) -> dict[str,
     reads = [read for parent in model.modules() for read in family.reads(parent)]
     sums = [(parent, form) for parent in model.modules() if (form := family.sum(parent, grouped)) is not None]
     blocks = [module for module in model.modules() if family.children_of(module) and attends(module)]
-    norms = [(module, norm) for module in model.modules() if (norm := norm_of(module)) is not None]
+    norms = _norms_on_cpus(model)
     if on_failure is not None:
-        forwards = [*(module for module, _ in norms), *blocks]
+        forwards = [*(read.module for read in reads), *(module for module, _ in norms), *blocks]
         on_failure(_restorer(model, pairs, forwards, [parent for parent, _ in sums]))
     done: dict[str, str] = {}
 
@@ -152,11 +152,10 @@ def fuse_(model: nn.Module, *, on_failure: OnFailure | None = None) -> dict[str,
                 added._adds = layers[0]._reads
                 if _words(layers[0], ""):
                     note(added, f"added by {family.names[id(module)]}")
-    for module, norm in norms if _linears(model) else []:
+    for module, norm in norms:
         if "forward" not in module.__dict__:
             module.__dict__["forward"] = NormForward(module, norm)
-        on_cpu = any(parameter.device.type == "cpu" for parameter in module.parameters())
-        note(module, "a norm, by a kernel" if on_cpu else "")
+        note(module, "a norm, by a kernel")
     for module in blocks:
         module.__dict__["forward"] = AttentionForward(module)
         first = family.children_of(module)[0]
@@ -217,6 +216,18 @@ def unfuse_(model: nn.Module, *, on_failure: OnFailure | None = None) -> None:
 
 def _linears(model: nn.Module) -> list[QuantLinear]:
     return [module for module in model.modules() if isinstance(module, QuantLinear)]
+
+
+def _norms_on_cpus(model: nn.Module) -> list[tuple[nn.Module, Norm]]:
+    """The norms of a model with quantized Linears that no kernel computes yet, without those of weights elsewhere."""
+    if not _linears(model):
+        return []
+    found = []
+    for module in model.modules():
+        norm = None if "forward" in module.__dict__ else norm_of(module)
+        if norm is not None and all(parameter.is_cpu for parameter in module.parameters()):
+            found.append((module, norm))
+    return found
 
 
 def _restorer(

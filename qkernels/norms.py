@@ -25,6 +25,10 @@ __all__ = ["Norm", "NormForward", "NormHandoff", "norm_of"]
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 
 
+_ORDINARY = (nn.Parameter, Tensor)
+"""Kinds of tensors with memory of their own; a parameter that wraps another kind is of that kind."""
+
+
 class Norm(NamedTuple):
     """What a module computes: a layer norm or an RMS norm over the last dimension, with its own weight and bias."""
 
@@ -39,7 +43,10 @@ def norm_of(module: nn.Module) -> Norm | None:
     random rows, because some multiply by ``1 + weight``.
     """
     kind = type(module)
-    if "forward" in module.__dict__ or module._modules or module._buffers:
+    known = module.__dict__.get("forward")
+    if type(known) is NormForward:
+        return known.norm
+    if known is not None or module._modules or module._buffers:
         return None
     weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
     if kind in (nn.LayerNorm, getattr(nn, "RMSNorm", None)):
@@ -55,14 +62,20 @@ def norm_of(module: nn.Module) -> Norm | None:
 
 
 def _computes_rms(module: nn.Module, weight: Tensor, eps: float) -> bool:
+    """Whether it normalizes the last dimension and keeps shape and dtype."""
+    if weight.dtype not in DTYPE_CODES:
+        return False
     generator = torch.Generator().manual_seed(0)
-    x = (torch.randn(2, weight.shape[0], generator=generator) * 3.0).to(weight.device)
+    x = (torch.randn(2, 3, weight.shape[0], generator=generator) * 3.0).to(weight.device, weight.dtype)
     try:
         with torch.no_grad():
             y = type(module).forward(module, x)
     except Exception:  # whatever a forward raises over such an input: it is another kind of module
         return False
-    return isinstance(y, Tensor) and torch.allclose(y.float(), reference.rms_norm(x, weight, eps), rtol=1e-4, atol=1e-6)
+    if not isinstance(y, Tensor) or y.dtype != x.dtype or y.shape != x.shape:
+        return False
+    error = 1e-4 if x.dtype == torch.float32 else 2e-2  # of several roundings
+    return torch.allclose(y.float(), reference.rms_norm(x, weight, eps), rtol=error, atol=1e-2 * error)
 
 
 class NormForward:
@@ -75,7 +88,8 @@ class NormForward:
 
     def __init__(self, module: nn.Module, norm: Norm) -> None:
         self._module = module
-        self._norm = norm
+        self.norm = norm
+        self._eps = "variance_epsilon" if hasattr(module, "variance_epsilon") else "eps"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the class of the norm computes."""
@@ -88,20 +102,30 @@ class NormForward:
 
     def _computed(self, x: Any) -> Tensor | None:
         """What a kernel makes of the input; None where none serves."""
-        if not is_plain(x) or not x.is_cpu:
+        if type(x) is not Tensor or not x.is_cpu or not is_plain(x) or x.is_nested or x.layout is not torch.strided:
             return None
         factors = self._factors(x)
-        return None if factors is None else normalize_rows(x, *factors, self._norm.eps, layer=self._norm.layer)
+        return None if factors is None else normalize_rows(x, *factors, self.norm.eps, layer=self.norm.layer)
 
     def _factors(self, x: Tensor) -> tuple[Tensor | None, Tensor | None] | None:
         """Weight and bias, where kernels multiply rows like those of ``x`` by them, and nobody asks for their
-        gradient."""
-        parameters = self._module._parameters
-        weight, bias = parameters.get("weight"), parameters.get("bias")
-        if x.dtype not in DTYPE_CODES or not x.dim():
+        gradient.  None where they are no longer the module's own parameters, or its eps is another one."""
+        module, (layer, eps) = self._module, self.norm
+        parameters = module._parameters
+        if (
+            x.dtype not in DTYPE_CODES
+            or not x.dim()
+            or "weight" not in parameters
+            or getattr(module, self._eps, None) != eps
+        ):
             return None
+        weight, bias = parameters["weight"], None
+        if layer:
+            if "bias" not in parameters:
+                return None
+            bias = parameters["bias"]
         if weight is None:
-            if x.shape[-1:] != getattr(self._module, "normalized_shape", None):
+            if x.shape[-1:] != getattr(module, "normalized_shape", None):
                 return None
         elif not _reads(weight, x):
             return None
@@ -130,7 +154,7 @@ class NormHandoff(NormForward):
         grid, floats = self._handoff.takes(x)
         if grid is None and not floats:
             return None if residual is not None or self._handoff.left() else super()._computed(x)
-        module, (layer, eps) = self._module, self._norm
+        module, (layer, eps) = self._module, self.norm
         if module._forward_hooks or torch_module._global_forward_hooks:
             return None  # they would see something new
         factors = self._factors(x)
@@ -153,11 +177,13 @@ def _reads(factor: Tensor, x: Tensor) -> bool:
     """Whether the kernels multiply the rows of ``x`` by a factor, or add it, and nobody asks for its gradient."""
     # Sizes and numbers rather than shapes and devices, which cost a call as much as all else here.
     return (
-        factor.dtype is x.dtype
+        type(factor) in _ORDINARY
+        and factor.dtype is x.dtype
         and factor.dim() == 1
         and factor.numel() == x.shape[-1]
         and factor.is_cpu is x.is_cpu
         and factor.get_device() == x.get_device()
         and factor.is_contiguous()
+        and not factor.is_neg()
         and not (factor.requires_grad and torch.is_grad_enabled())
     )

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from .calibrate import first_input
 from .gains import gain_kind, is_gain, out_features, same, shared_weights, tolerance
+from .norms import NormForward
 from .observe import Call, call_model, output_tensors, quiescent
 
 __all__ = ["Group", "Producer", "find_groups", "trim"]
@@ -184,6 +185,10 @@ def _group(trace: _Trace, layers: Mapping[str, nn.Module]) -> list[Group]:
     return list(found.values())
 
 
+_PLAIN = (type(None), NormForward)
+"""Of a ``forward`` of a module's own: none, or what its class computes."""
+
+
 class _Search:
     def __init__(self, model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
         self.model = model
@@ -192,7 +197,7 @@ class _Search:
         self.gains = {
             name: module
             for name, module in model.named_modules()
-            if id(module) not in linears and is_gain(module) and "forward" not in module.__dict__
+            if id(module) not in linears and is_gain(module) and type(module.__dict__.get("forward")) in _PLAIN
         }
         self.shared = shared_weights(model)
 

@@ -10,7 +10,7 @@ from helpers import seeded
 from torch import Tensor, nn
 
 import qkernels as qk
-from qkernels import _C, attention, cpu_attention
+from qkernels import _C, attention, cpu_attention, reference
 from qkernels.attention import AttentionForward
 
 # -- who is served ----------------------------------------------------------------------------------------------------
@@ -69,6 +69,20 @@ def test_attention_leaves_what_it_does_not_know() -> None:
         assert cpu_attention.attention(*odd, 1.0) is None  # type: ignore[arg-type]
     with torch.autocast("cpu", torch.bfloat16):
         assert cpu_attention.attention(q, k, v, None, 1.0) is None
+
+
+def test_attention_of_few_queries(isa: str) -> None:
+    """Where it was measured to be worth it: on AVX2, in 16 bits, or where three heads and more share their keys."""
+    few = isa in ("avx2", "avxvnni")
+    assert _C.has_attention_of_few() is few
+    for tokens in (1, cpu_attention.FEWEST_QUERIES - 1):
+        for heads, dtype, worth in ((4, torch.float32, False), (6, torch.float32, few), (2, torch.bfloat16, few)):
+            q, k, v = three(2, heads, 2, tokens, 30, 32, dtype)
+            got = cpu_attention.attention(q, k, v, None, 0.2)
+            assert (got is not None) is worth
+            if got is not None:
+                wanted = reference.attention(q, k, v, None, 0.2)
+                assert torch.allclose(got.float(), wanted.float(), rtol=2.0**-7, atol=1e-4)
 
 
 # -- in models --------------------------------------------------------------------------------------------------------

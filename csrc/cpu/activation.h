@@ -1,7 +1,7 @@
 // What follows a Linear on one vector of floats: functions and the residual; written once over the verbs of a tier.
 //
 // Every step is rounded once and no two are fused, so that the tiers agree to the bit. With u = 2^-24 |x|, and y the
-// exact value (measured over all floats of [-100, 100], see tests/test_activation.py):
+// exact value (measured over floats of [-100, 100], see tests/test_epilogues.py):
 //
 //   gelu       x Phi(x)                                            |error| <= 2 u
 //   gelu_tanh  x / (1 + exp(-2 sqrt(2 / pi) (x + 0.044715 x^3)))   |error| <= 4 u
@@ -47,8 +47,8 @@ struct Activations {
   }
 
   // max(x, 0) - |x| (1 - Phi(|x|)). The last factor is about 2^-26 at 5.6 and stays that; up to there it is one of
-  // eight polynomials, around the multiples of 3/4, whose largest error is 1.9e-8: no division, which takes 512-bit
-  // registers as long as half of all the rest.
+  // eight polynomials, around the multiples of 3/4, whose largest error is 1.9e-8: no division, which keeps one of
+  // two ports of 512-bit registers for 16 cycles.
   static F gelu(F x) {
     alignas(kAlign) static constexpr float kPowers[7][8] = {
         {0.0f, 0x1.132d98p-11f, -0x1.c2a128p-14f, -0x1.6e2b0ep-13f, 0x1.222322p-16f, 0x1.8b4a66p-16f, 0x1.151a1ap-18f,

@@ -22,7 +22,7 @@ int64_t scratch_bytes(int64_t size, int threads) {
 }  // namespace
 
 const AttentionTable& attention_amx() {
-  static constexpr AttentionTable table = {attention_by_dtype, scratch_bytes};
+  static constexpr AttentionTable table = {attention_by_dtype, scratch_bytes, false};
   return table;
 }
 

@@ -33,7 +33,7 @@ struct Avx2 : YmmVerbs {
 }  // namespace
 
 const AttentionTable& attention_avx2() {
-  static constexpr AttentionTable table = {attention<Avx2>, attention_scratch_bytes<Avx2>};
+  static constexpr AttentionTable table = {attention<Avx2>, attention_scratch_bytes<Avx2>, true};
   return table;
 }
 

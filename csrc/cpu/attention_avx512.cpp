@@ -6,7 +6,8 @@
 namespace qk {
 
 const AttentionTable& attention_avx512() {
-  static constexpr AttentionTable table = {attention<ZmmAttentionVerbs>, attention_scratch_bytes<ZmmAttentionVerbs>};
+  static constexpr AttentionTable table = {attention<ZmmAttentionVerbs>, attention_scratch_bytes<ZmmAttentionVerbs>,
+                                           false};
   return table;
 }
 

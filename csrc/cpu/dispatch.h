@@ -33,6 +33,7 @@ struct WeightOnlyTable {
 struct AttentionTable {
   void (*attention)(const AttentionArgs&);
   int64_t (*scratch_bytes)(int64_t size, int threads);
+  bool few;  // whether it was measured to be worth it for few queries, whose keys it packs all the same
 };
 
 // Defined by kernels_<tier>.cpp, for the tiers this build was compiled with.

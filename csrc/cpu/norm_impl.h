@@ -140,7 +140,6 @@ void norm_of(const NormArgs& p) {
   });
 }
 
-// y may be x where rows lie one behind the other.
 template <class V>
 void norm(const NormArgs& p) {
   switch (p.dtype) {
