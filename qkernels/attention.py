@@ -12,8 +12,8 @@ their module:
 
 :class:`AttentionForward` runs the very code of the class with other things under these two names: a rotary embedding
 that equals the block's own to the bit, and for ``sdpa`` a function that serves few queries on a GPU (at most
-:data:`qkernels.cuda_attention.MOST_QUERIES` of one head of keys) and many on a CPU (at least
-:data:`qkernels.cpu_attention.FEWEST_QUERIES`, or what that says).  A static cache is handed over as one that writes the keys and the
+:data:`qkernels.cuda_attention.MOST_QUERIES` of one head of keys) and many on a CPU (see
+:data:`qkernels.cpu_attention.FEWEST_QUERIES`).  A static cache is handed over as one that writes the keys and the
 values of new tokens, and counts them, by one kernel.  Whatever the kernels do not serve, gradients and
 ``torch.compile`` among it, goes where it went.  Nothing else in the model changes, and :func:`qkernels.unfuse_` takes
 it away.
