@@ -24,7 +24,6 @@ __all__ = ["Norm", "NormForward", "NormHandoff", "norm_of"]
 
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 
-
 _ORDINARY = (nn.Parameter, Tensor)
 """Kinds of tensors with memory of their own; a parameter that wraps another kind is of that kind."""
 
@@ -149,7 +148,7 @@ class NormHandoff(NormForward):
         if isinstance(x, Deferred):
             terms = x.terms() if isinstance(x, PendingSum) else None
             x, residual = (x.value(), None) if terms is None else terms
-        if not is_plain(x):
+        if not is_plain(x) or x.is_nested or not x.dim():
             return None
         grid, floats = self._handoff.takes(x)
         if grid is None and not floats:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import pickle
+import re
 from typing import Any
 
 import pytest
@@ -375,6 +376,15 @@ def test_nested_and_sparse_inputs_go_the_old_way(calls: list[bool]) -> None:
     model, _, _ = converted(Rows())
     with torch.no_grad():
         parts = model.first(torch.nested.nested_tensor([seeded(2, 64), seeded(5, 64)])).unbind()
+        handing, _, _ = converted(build("llama"))
+        norm = handing.model.layers[0].input_layernorm
+        assert isinstance(norm.__dict__["forward"], NormHandoff)
+        assert_bits_equal(norm(torch.tensor(1.0)), type(norm).forward(norm, torch.tensor(1.0)))
+        nested = torch.nested.nested_tensor([seeded(2, 32)])
+        with pytest.raises((RuntimeError, NotImplementedError)) as theirs:
+            type(norm).forward(norm, nested)
+        with pytest.raises(theirs.type, match=re.escape(str(theirs.value))):
+            norm(nested)
     assert [len(part) for part in parts] == [2, 5]
     assert calls == []
 
