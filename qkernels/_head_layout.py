@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-__all__ = ["HeadLayout", "RotaryLayout", "Steps", "layout_of", "rotary_layout_of", "steps_of"]
+from torch import Tensor
+
+from .checks import DTYPE_CODES
+from .eager import are_plain
+
+__all__ = ["HeadLayout", "RotaryLayout", "Steps", "layout_of", "rotary_layout_of", "rotary_shapes", "steps_of"]
 
 Steps = tuple[int, ...]
 Place = tuple[int, int, int]
@@ -61,6 +66,22 @@ class RotaryLayout(NamedTuple):
     angles: Place
     q_out: Steps
     k_out: Steps
+
+
+def rotary_shapes(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor
+) -> tuple[int, tuple[Steps, Steps, Steps, Steps, Steps, Steps]] | None:
+    """The dtype's code, and what :func:`rotary_layout_of` asks of tensors on one device; None where they are not of one
+    dtype that kernels read, not ordinary ones, or the angles are not strided alike."""
+    dtype, code = q.dtype, DTYPE_CODES.get(q.dtype)
+    if code is None or not are_plain(q, k, cos, sin) or not k.dtype == cos.dtype == sin.dtype == dtype:
+        return None
+    if q.is_neg() or k.is_neg() or cos.is_neg() or sin.is_neg():
+        return None
+    angles, steps = cos.shape, cos.stride()
+    if sin.shape != angles or sin.stride() != steps:
+        return None
+    return code, (q.shape, q.stride(), k.shape, k.stride(), angles, steps)
 
 
 def rotary_layout_of(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import _C
-from ._head_layout import Steps, layout_of, rotary_layout_of
+from ._head_layout import Steps, layout_of, rotary_layout_of, rotary_shapes
 from .checks import DTYPE_CODES
 from .eager import are_plain
 
@@ -43,21 +43,12 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tens
     Returns:
         Both in their shapes; in memory ``[B, T, H, D]`` and ``[B, T, G, D]``.
     """
-    if not q.is_cpu or not are_plain(q, k, cos, sin) or not (k.is_cpu and cos.is_cpu and sin.is_cpu):
-        return None
-    dtype, code = q.dtype, DTYPE_CODES.get(q.dtype)
-    if code is None or not k.dtype == cos.dtype == sin.dtype == dtype:
-        return None
-    if q.is_neg() or k.is_neg() or cos.is_neg() or sin.is_neg():
-        return None
-    of_q, of_k, angles, steps = q.shape, k.shape, cos.shape, cos.stride()
-    if sin.shape != angles or sin.stride() != steps:
-        return None
-    way = _rotary_way(of_q, q.stride(), of_k, k.stride(), angles, steps, code)
+    known = rotary_shapes(q, k, cos, sin) if q.is_cpu and k.is_cpu and cos.is_cpu and sin.is_cpu else None
+    way = None if known is None else _rotary_way(*known[1], known[0])
     if way is None:
         return None
-    run, of_q_out, of_k_out = way
-    turned = q.new_empty_strided(of_q, of_q_out), q.new_empty_strided(of_k, of_k_out)
+    run, of_q, of_k = way
+    turned = q.new_empty_strided(q.shape, of_q), q.new_empty_strided(k.shape, of_k)
     addresses = q.data_ptr(), k.data_ptr(), cos.data_ptr(), sin.data_ptr()
     run(*addresses, turned[0].data_ptr(), turned[1].data_ptr(), _num_threads())
     return turned

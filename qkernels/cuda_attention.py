@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import cuda
-from ._head_layout import Steps, layout_of, rotary_layout_of, steps_of
+from ._head_layout import Steps, layout_of, rotary_layout_of, rotary_shapes, steps_of
 from .checks import DTYPE_CODES
 from .cuda_w4 import workspace
 from .eager import are_plain
@@ -40,26 +40,16 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tens
     Returns:
         Both in their shapes; in memory ``[B, T, H, D]`` and ``[B, T, G, D]``.
     """
-    dtype, code = q.dtype, DTYPE_CODES.get(q.dtype)
-    if not q.is_cuda or code is None or not are_plain(q, k, cos, sin):
+    if not q.is_cuda or not k.get_device() == cos.get_device() == sin.get_device() == q.get_device():
         return None
-    device, index = q.device, q.get_device()
-    if not (
-        k.dtype == cos.dtype == sin.dtype == dtype and k.get_device() == cos.get_device() == sin.get_device() == index
-    ):
+    known, device = rotary_shapes(q, k, cos, sin), q.device
+    way = None if known is None else _rotary_way(*known[1], device)
+    if known is None or way is None:
         return None
-    if q.is_neg() or k.is_neg() or cos.is_neg() or sin.is_neg():
-        return None
-    of_q, of_k, angles, steps = q.shape, k.shape, cos.shape, cos.stride()
-    if sin.shape != angles or sin.stride() != steps:
-        return None
-    way = _rotary_way(of_q, q.stride(), of_k, k.stride(), angles, steps, device)
-    if way is None:
-        return None
-    run, of_q_out, of_k_out = way
-    turned = q.new_empty_strided(of_q, of_q_out), q.new_empty_strided(of_k, of_k_out)
+    run, of_q, of_k = way
+    turned = q.new_empty_strided(q.shape, of_q), q.new_empty_strided(k.shape, of_k)
     addresses = q.data_ptr(), k.data_ptr(), cos.data_ptr(), sin.data_ptr()
-    cuda.launch(device, run, code, *addresses, turned[0].data_ptr(), turned[1].data_ptr())
+    cuda.launch(device, run, known[0], *addresses, turned[0].data_ptr(), turned[1].data_ptr())
     return turned
 
 

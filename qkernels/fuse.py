@@ -103,7 +103,7 @@ def fuse_(model: nn.Module, *, on_failure: OnFailure | None = None) -> dict[str,
     reads = [read for parent in model.modules() for read in family.reads(parent)]
     sums = [(parent, form) for parent in model.modules() if (form := family.sum(parent, grouped)) is not None]
     blocks = [module for module in model.modules() if family.children_of(module) and attends(module)]
-    norms = _norms_on_cpus(model)
+    norms = family.norms_on_cpus()
     if on_failure is not None:
         forwards = [*(read.module for read in reads), *(module for module, _ in norms), *blocks]
         on_failure(_restorer(model, pairs, forwards, [parent for parent, _ in sums]))
@@ -218,18 +218,6 @@ def _linears(model: nn.Module) -> list[QuantLinear]:
     return [module for module in model.modules() if isinstance(module, QuantLinear)]
 
 
-def _norms_on_cpus(model: nn.Module) -> list[tuple[nn.Module, Norm]]:
-    """The norms of a model with quantized Linears that no kernel computes yet, without those of weights elsewhere."""
-    if not _linears(model):
-        return []
-    found = []
-    for module in model.modules():
-        norm = None if "forward" in module.__dict__ else norm_of(module)
-        if norm is not None and all(parameter.is_cpu for parameter in module.parameters()):
-            found.append((module, norm))
-    return found
-
-
 def _restorer(
     model: nn.Module, pairs: list[_Pair], handing: list[nn.Module], sums: list[nn.Module]
 ) -> Callable[[], None]:
@@ -275,6 +263,7 @@ class _Family:
                 self._parents.setdefault(id(child), []).append((parent, name))
         self._model = model
         self._graphs: dict[int, list[fx.Graph]] = {}
+        self._norms: dict[int, Norm | None] = {}
 
     def pairs(self, parent: nn.Module) -> list[_Pair]:
         """The children of ``parent`` that can be fused."""
@@ -316,7 +305,7 @@ class _Family:
         for name, child in parent._modules.items():
             if child is None or not self._separable(child) or not self._called_as_a_whole(parent):
                 continue
-            norm = norm_of(child)
+            norm = self._norm(child)
             readers = None if norm is None else linears_behind(parent, name, lambda m: isinstance(m, QuantLinear))
             layers = [m for m in readers or () if isinstance(m, QuantLinear)]
             if norm is None or not layers:
@@ -328,6 +317,24 @@ class _Family:
                     added = None
                 found.append(_Read(child, norm, layers, added))
         return found
+
+    def norms_on_cpus(self) -> list[tuple[nn.Module, Norm]]:
+        """The norms of a model with quantized Linears that no kernel computes yet, without those of weights
+        elsewhere."""
+        if not _linears(self._model):
+            return []
+        found = []
+        for module in self._model.modules():
+            norm = None if "forward" in module.__dict__ else self._norm(module)
+            if norm is not None and all(parameter.is_cpu for parameter in module.parameters()):
+                found.append((module, norm))
+        return found
+
+    def _norm(self, module: nn.Module) -> Norm | None:
+        """:func:`norm_of`, once for all that ask: some are tried on rows."""
+        if id(module) not in self._norms:
+            self._norms[id(module)] = norm_of(module)
+        return self._norms[id(module)]
 
     def _before(self, block: nn.Module) -> nn.Module | None:
         """What stands before a block in a list of blocks, each of which is called with what the one before it returns:

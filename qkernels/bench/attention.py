@@ -25,17 +25,14 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from qkernels import _C, cpu_attention, reference
 from qkernels.bench.ceilings import Ceilings, limit_seconds
-from qkernels.bench.cpu_runs import columns, end, fields, limits, line, set_up
+from qkernels.bench.cpu_runs import ERRORS, columns, fields, line, run_problems, set_up
 from qkernels.bench.timing import Rotation, interleave
-from qkernels.progress import tracking
 
-__all__ = ["ERRORS", "ROWS", "SHAPES", "AttentionRow", "run_attention"]
+__all__ = ["ROWS", "SHAPES", "AttentionRow", "run_attention"]
 
 SHAPES = ("768x16", "768x128", "768x512")
 ROWS = (1, 8, 32)
 _SIZES = (32, 64)
-ERRORS = {torch.float32: 2.0**-17, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
-"""Of a result by input dtype, relative to its norm."""
 
 
 @dataclass(frozen=True)
@@ -62,23 +59,14 @@ Call = Callable[[], object]
 
 def run_attention(args: argparse.Namespace) -> int:
     """Run what the command line asks for; 1 if one of our results was wrong, else 0."""
-    if args.plot:
-        raise ValueError("--plot: not for --schemes attention")
     if any(k % size for k, _ in args.shapes for size in _SIZES):
         raise ValueError(f"--schemes attention: expected shapes KxN with K a multiple of {max(_SIZES)}")
     set_up(args)
-    ceilings = limits(args, ("fp32",))
-    rows: list[AttentionRow] = []
     notes: list[str] = []
     if not cpu_attention.available():
         notes.append(f"attention: the tier in use ({_C.info()['isa']}) has no kernel")
     problems = [(k, n, m, size) for k, n in args.shapes for m in args.rows for size in _SIZES]
-    with torch.inference_mode(), tracking(None, total=len(problems), what="bench") as step:
-        for done, (k, n, m, size) in enumerate(problems):
-            step(done, len(problems), f"K={k} N={n} M={m}, heads of {size}")
-            rows += _run(args, k, n, m, size, ceilings, notes)
-    end(args, notes, rows, ceilings)
-    return 1 if any("NOT RIGHT" in note for note in notes) else 0
+    return run_problems(args, ("fp32",), problems, "K={} N={} M={}, heads of {}", _run, notes)
 
 
 def _run(

@@ -95,6 +95,8 @@ def run(args: argparse.Namespace) -> int:
     named = sorted(alone.keys() & set(args.schemes))
     if named and (len(args.schemes) > 1 or args.rivals):
         raise ValueError(f"--schemes: expected {named[0]} by itself on a CPU, without --rivals")
+    if named and args.plot:
+        raise ValueError(f"--plot: not for --schemes {named[0]}")
     shapes, rows, bench = alone[named[0]] if named else (SHAPES, ROWS, run_grid)
     args.shapes = args.shapes or [_shape(text) for text in (QUICK_SHAPES if args.quick else shapes)]
     args.rows = args.rows or list(QUICK_ROWS if args.quick else rows)

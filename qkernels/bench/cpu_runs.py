@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,11 +13,15 @@ from qkernels.bench.ceilings import Ceilings, describe
 from qkernels.bench.outcome import outcome
 from qkernels.bench.timing import Timing
 from qkernels.info import info
+from qkernels.progress import tracking
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
-__all__ = ["columns", "end", "fields", "limits", "line", "set_up"]
+__all__ = ["ERRORS", "columns", "end", "fields", "limits", "line", "run_problems", "set_up"]
+
+ERRORS = {torch.float32: 2.0**-17, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
+"""Of a result in floating point that is right, by input dtype, relative to its norm."""
 
 
 def set_up(args: argparse.Namespace) -> None:
@@ -55,6 +59,32 @@ def end(
         ceilings=ceilings.to_dict(),
         **facts,
     )
+
+
+def run_problems(
+    args: argparse.Namespace,
+    kinds: Sequence[str],
+    problems: Sequence[tuple[int, ...]],
+    words: str,
+    run: Callable[..., Sequence[DataclassInstance]],
+    notes: list[str],
+) -> int:
+    """A benchmark by itself, from its limits to its end; 1 if one of our results was wrong, else 0.
+
+    Args:
+        kinds: of peaks, as for :func:`limits`.
+        problems: what ``run(args, *problem, ceilings, notes)`` takes; it returns rows.
+        words: with the numbers of a problem, what is said of it meanwhile.
+        notes: of the run so far.
+    """
+    ceilings = limits(args, kinds)
+    rows: list[DataclassInstance] = []
+    with torch.inference_mode(), tracking(None, total=len(problems), what="bench") as step:
+        for done, problem in enumerate(problems):
+            step(done, len(problems), words.format(*problem))
+            rows += run(args, *problem, ceilings, notes)
+    end(args, notes, rows, ceilings)
+    return 1 if any("NOT RIGHT" in note for note in notes) else 0
 
 
 def fields(timing: Timing, limit: float, operations: float) -> dict[str, Any]:

@@ -24,12 +24,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from qkernels import reference
-from qkernels.bench.attention import ERRORS
 from qkernels.bench.ceilings import Ceilings, limit_seconds
-from qkernels.bench.cpu_runs import columns, end, fields, limits, line, set_up
+from qkernels.bench.cpu_runs import ERRORS, columns, fields, line, run_problems, set_up
 from qkernels.bench.timing import Rotation, interleave
 from qkernels.cpu_norms import normalize
-from qkernels.progress import tracking
 
 __all__ = ["ROWS", "SHAPES", "NormRow", "run_norms"]
 
@@ -58,19 +56,9 @@ class NormRow:
 
 def run_norms(args: argparse.Namespace) -> int:
     """Run what the command line asks for; 1 if one of our results was wrong, else 0."""
-    if args.plot:
-        raise ValueError("--plot: not for --schemes norm")
     set_up(args)
-    ceilings = limits(args, ())
-    rows: list[NormRow] = []
-    notes: list[str] = []
     problems = [(k, n, m) for k, n in args.shapes for m in args.rows]
-    with torch.inference_mode(), tracking(None, total=len(problems), what="bench") as step:
-        for done, (k, n, m) in enumerate(problems):
-            step(done, len(problems), f"K={k} N={n} M={m}")
-            rows += _run(args, k, n, m, ceilings, notes)
-    end(args, notes, rows, ceilings)
-    return 1 if any("NOT RIGHT" in note for note in notes) else 0
+    return run_problems(args, (), problems, "K={} N={} M={}", _run, [])
 
 
 def _run(args: argparse.Namespace, k: int, n: int, m: int, ceilings: Ceilings, notes: list[str]) -> list[NormRow]:
