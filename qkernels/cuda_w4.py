@@ -86,7 +86,7 @@ Plan = tuple[int, ...]
 """``W4Plan`` of ``csrc/cuda/w4.h``: kernel, tokens of a tile, phases, CTAs, counters, partial sums; and, of a launch
 before, channels and tokens of a tile."""
 
-TILES = [(tokens, 1) for tokens in (8, 16, 32, 64, 128, 192, 256)]
+TILES = [(tokens, 1) for tokens in (8, 16, 32, 64, 96, 128, 192, 256)]
 PHASED_TILES = {
     16: [(8, 8), (16, 8), (8, 4), (16, 4), (32, 4), (8, 2), (16, 2), (32, 2), (64, 2), (128, 2)],
     8: [(8, 2), (16, 2), (8, 8), (16, 8), (8, 4), (16, 4), (32, 4)],

@@ -104,7 +104,7 @@ def test_w4_plans_have_room_for_what_is_shared(eight_bits: bool, capability: int
             assert eight_bits or 1 <= ctas <= min(2 * sms, -(-m // tokens) * -(-n // 128) * -(-k // 128))
             assert eight_bits or floats == ctas * 2 * 128 * tokens
             continue
-        tiles = TILES[: 4 if kind == 1 else 5 if eight_bits and kind != 3 else 7]
+        tiles = TILES[: 4 if kind == 1 else 6 if eight_bits and kind != 3 else 8]
         if kind == 3:
             tiles = tiles + MULTIPLIER_TILES
         elif kind == 0:
@@ -252,7 +252,7 @@ class TestW4A16:
             pytest.skip("wgmma is an instruction of compute capability 9.0")
         check_repeats(28672, 14336, tokens, [(1, tokens, phases, 1, 0, 0)])
 
-    @pytest.mark.parametrize("tokens", [8, 16, 32, 64, 128, 192, 256])
+    @pytest.mark.parametrize("tokens", [8, 16, 32, 64, 96, 128, 192, 256])
     def test_shared_tiles_repeat_to_the_bit(self, tokens: int) -> None:
         """Tiles of one to many clusters, launches that overlap: sums that others leave, and their flags, are used
         again at once."""

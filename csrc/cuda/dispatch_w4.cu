@@ -12,29 +12,26 @@ constexpr int kChannels = 128;  // of a tile
 
 // wgmma: what a tile costs, in microseconds on an H200: a slab in each wave of tiles, a launch, and sums that CTAs
 // share through memory, where they may; and what each wave after the first adds, above all where phases meet at the end
-// of a tile before they begin another.
+// of a tile before they begin another. Those of 96 tokens are put between those of 64 and 128.
 struct Tile {
   int tokens, phases;
   double slab, launch, sharing, wave = 0;
 };
 constexpr Tile kHalfTiles[] = {{16, 4, 0.17, 3.2, 0, 3}, {32, 4, 0.165, 2.7, 0, 3}, {32, 2, 0.31, 3, 0, 3},
                                {64, 2, 0.25, 2.9, 0, 3}, {128, 2, 0.44, 1.1, 0, 3}, {32, 1, 0.37, 2.8, 3},
-                               {64, 1, 0.48, 2, 3.4},    {128, 1, 0.76, 0.6, 5.7},  {192, 1, 1.05, 0, 7.8},
-                               {256, 1, 1.3, 0, 9.4}};
-constexpr Tile kByteTiles[] = {{16, 4, 0.198, 1.84, 0},
-                               {32, 4, 0.247, 2.34, 0},
-                               {32, 1, 0.308, 3.18, 0},
-                               {64, 1, 0.412, 3.59, 0},
-                               {128, 1, 0.623, 4.5, 0}};
+                               {64, 1, 0.48, 2, 3.4},    {96, 1, 0.626, 1.3, 4.5},  {128, 1, 0.76, 0.6, 5.7},
+                               {192, 1, 1.05, 0, 7.8},   {256, 1, 1.3, 0, 9.4}};
+constexpr Tile kByteTiles[] = {{16, 4, 0.198, 1.84, 0}, {32, 4, 0.247, 2.34, 0}, {32, 1, 0.308, 3.18, 0},
+                               {64, 1, 0.412, 3.59, 0}, {96, 1, 0.52, 4.05, 0},  {128, 1, 0.623, 4.5, 0}};
 constexpr Tile kByteCodeTiles[] = {
-    {16, 2, 0.2, 0.69, 0, 2.81},  {16, 4, 0.217, 0.31, 0, 1}, {32, 4, 0.28, 0.17, 0, 1.72},
-    {64, 2, 0.302, 0.34, 0, 2.6}, {32, 1, 0.509, 0, 3},       {64, 1, 0.595, 1, 3.5},
-    {128, 1, 0.785, 0.9, 5.7},    {192, 1, 1.145, 0, 7.8},    {256, 1, 1.48, 0.1, 9.3}};
-constexpr Tile kMultiplierTiles[] = {{32, 1, 0.299, 2.4, 0, 1},    {32, 2, 0.237, 2.9, 0, 7.5},
-                                     {32, 4, 0.135, 2.4, 0, 4.5},  {64, 1, 0.323, 2.9, 0, 2.1},
-                                     {64, 2, 0.257, 3.9, 0, 7.5},  {64, 4, 0.145, 2.5, 0, 5.1},
-                                     {128, 1, 0.397, 4.3, 0, 2.3}, {128, 2, 0.219, 2.5, 0, 5.4},
-                                     {192, 1, 0.56, 4, 0},         {256, 1, 0.712, 4, 0}};  // from 192 on, on an H100
+    {16, 2, 0.2, 0.69, 0, 2.81}, {16, 4, 0.217, 0.31, 0, 1}, {32, 4, 0.28, 0.17, 0, 1.72}, {64, 2, 0.302, 0.34, 0, 2.6},
+    {32, 1, 0.509, 0, 3},        {64, 1, 0.595, 1, 3.5},     {96, 1, 0.69, 0.95, 4.6},     {128, 1, 0.785, 0.9, 5.7},
+    {192, 1, 1.145, 0, 7.8},     {256, 1, 1.48, 0.1, 9.3}};
+constexpr Tile kMultiplierTiles[] = {
+    {32, 1, 0.299, 2.4, 0, 1},   {32, 2, 0.237, 2.9, 0, 7.5},  {32, 4, 0.135, 2.4, 0, 4.5},
+    {64, 1, 0.323, 2.9, 0, 2.1}, {64, 2, 0.257, 3.9, 0, 7.5},  {64, 4, 0.145, 2.5, 0, 5.1},
+    {96, 1, 0.36, 3.6, 0, 2.2},  {128, 1, 0.397, 4.3, 0, 2.3}, {128, 2, 0.219, 2.5, 0, 5.4},
+    {192, 1, 0.56, 4, 0},        {256, 1, 0.712, 4, 0}};  // from 192 on, on an H100
 // Of a row that does not exist, in each slab of several tiles that phases share. With multipliers, tiles of CTAs
 // without a cluster cost as much with such rows as without (14336 x 4096 at 129 and 192 rows by 64 tokens: 40.3
 // and 40.4).

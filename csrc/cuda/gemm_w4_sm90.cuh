@@ -107,6 +107,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kPerSm)
       const int before_next = S::kManyWarps ? job.slabs - kLead : walk.slabs(job) / 2;
       int until_next = job.waits ? 1 : max(1, before_next / S::kProducers);
       bool waited = false;
+      FirstFill<S> fill(producer);
       while (walk.next(job, s)) {
         const int count = s.last - s.first, first = s.first + skip;
         skip = (skip + S::kProducers - count % S::kProducers) % S::kProducers;
@@ -152,6 +153,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kPerSm)
             const uint32_t bar = full_here + 8 * ring.stage;
             if (ahead > 0) {
               --ahead;
+              fill.wait(full_here);
             } else {
               ptx::mbarrier_wait(empty_here + 8 * ring.stage, ring.parity);
               if (part == 0) {
@@ -160,17 +162,8 @@ __global__ void __launch_bounds__(S::kThreads, S::kPerSm)
                 ptx::mbarrier_arrive_expect_tx(bar, source.token_bytes(job));
               }
             }
-            const uint32_t target = tokens_here + ring.stage * S::kTokenBytes;
-#pragma unroll
-            for (int b = 0; b < S::kStageBoxes; ++b) {
-              const uint32_t box = target + b * S::kTokens * 128;
-              const int column = slab * S::kRowBytes + (part * S::kStageBoxes + b) * 128;
-              if constexpr (S::kCluster > 1) {
-                ptx::tensor_load_2d_multicast(box, &x_map, column, m0, bar, (1 << S::kCluster) - 1, ptx::kEvictNormal);
-              } else {
-                ptx::tensor_load_2d(box, &x_map, column, m0, bar, ptx::kEvictNormal);
-              }
-            }
+            load_tokens<S>(x_map, tokens_here + ring.stage * S::kTokenBytes,
+                           slab * S::kRowBytes + part * S::kStageBoxes * 128, m0, bar);
             ring.advance(job.stages, S::kProducers);
           }
           if (S::kHalves) codes = next_codes<S>(codes);

@@ -47,13 +47,13 @@ template <typename T, W4Kind kKind>
 void run_tile(const GemmW4A16Args& a, const W4Plan& p, bool dependent, cudaStream_t s) {
   const bool found = run_if<T, kKind, 8>(a, p, dependent, s) || run_if<T, kKind, 16>(a, p, dependent, s) ||
                      run_if<T, kKind, 32>(a, p, dependent, s) || run_if<T, kKind, 64>(a, p, dependent, s) ||
-                     run_if<T, kKind, 128>(a, p, dependent, s) || run_if<T, kKind, 192>(a, p, dependent, s) ||
-                     run_if<T, kKind, 256>(a, p, dependent, s) || run_if<T, kKind, 8, 8>(a, p, dependent, s) ||
-                     run_if<T, kKind, 16, 8>(a, p, dependent, s) || run_if<T, kKind, 8, 4>(a, p, dependent, s) ||
-                     run_if<T, kKind, 8, 2>(a, p, dependent, s) || run_if<T, kKind, 16, 2>(a, p, dependent, s) ||
-                     run_if<T, kKind, 16, 4>(a, p, dependent, s) || run_if<T, kKind, 32, 4>(a, p, dependent, s) ||
-                     run_if<T, kKind, 32, 2>(a, p, dependent, s) || run_if<T, kKind, 64, 2>(a, p, dependent, s) ||
-                     run_if<T, kKind, 128, 2>(a, p, dependent, s);
+                     run_if<T, kKind, 96>(a, p, dependent, s) || run_if<T, kKind, 128>(a, p, dependent, s) ||
+                     run_if<T, kKind, 192>(a, p, dependent, s) || run_if<T, kKind, 256>(a, p, dependent, s) ||
+                     run_if<T, kKind, 8, 8>(a, p, dependent, s) || run_if<T, kKind, 16, 8>(a, p, dependent, s) ||
+                     run_if<T, kKind, 8, 4>(a, p, dependent, s) || run_if<T, kKind, 8, 2>(a, p, dependent, s) ||
+                     run_if<T, kKind, 16, 2>(a, p, dependent, s) || run_if<T, kKind, 16, 4>(a, p, dependent, s) ||
+                     run_if<T, kKind, 32, 4>(a, p, dependent, s) || run_if<T, kKind, 32, 2>(a, p, dependent, s) ||
+                     run_if<T, kKind, 64, 2>(a, p, dependent, s) || run_if<T, kKind, 128, 2>(a, p, dependent, s);
   if (!found) throw std::logic_error("a tile of w4_has_tile that is not listed here");
 }
 

@@ -24,7 +24,8 @@ namespace qk::cuda {
 #define QK_N112_127 "%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
 #define QK_N0_15 QK_N0_3 "," QK_N4_7 "," QK_N8_15
 #define QK_N0_31 QK_N0_15 "," QK_N16_31
-#define QK_N0_63 QK_N0_31 "," QK_N32_47 "," QK_N48_63
+#define QK_N0_47 QK_N0_31 "," QK_N32_47
+#define QK_N0_63 QK_N0_47 "," QK_N48_63
 #define QK_N0_95 QK_N0_63 "," QK_N64_79 "," QK_N80_95
 
 #define QK_D4(c, i) c(d[i]), c(d[(i) + 1]), c(d[(i) + 2]), c(d[(i) + 3])
@@ -83,6 +84,7 @@ QK_WGMMA(256, QK_N0_95 "," QK_N96_111 "," QK_N112_127, "%128", "%129", "%130", Q
 #define QK_SUMS_16(c) QK_D4(c, 0), QK_D4(c, 4)
 #define QK_SUMS_32(c) QK_D16(c, 0)
 #define QK_SUMS_64(c) QK_D32(c, 0)
+#define QK_SUMS_96(c) QK_D32(c, 0), QK_D16(c, 32)
 #define QK_SUMS_128(c) QK_D64(c, 0)
 #define QK_SUMS_192(c) QK_D64(c, 0), QK_D32(c, 64)
 #define QK_SUMS_256(c) QK_D64(c, 0), QK_D64(c, 64)
@@ -96,6 +98,7 @@ QK_WGMMA_TYPES(8, QK_SUMS_8, QK_N0_3, "%4", "%5", "%6", "%7", "%8", "%9")
 QK_WGMMA_TYPES(16, QK_SUMS_16, QK_N0_3 "," QK_N4_7, "%8", "%9", "%10", "%11", "%12", "%13")
 QK_WGMMA_TYPES(32, QK_SUMS_32, QK_N0_15, "%16", "%17", "%18", "%19", "%20", "%21")
 QK_WGMMA_TYPES(64, QK_SUMS_64, QK_N0_31, "%32", "%33", "%34", "%35", "%36", "%37")
+QK_WGMMA_TYPES(96, QK_SUMS_96, QK_N0_47, "%48", "%49", "%50", "%51", "%52", "%53")
 QK_WGMMA_TYPES(128, QK_SUMS_128, QK_N0_63, "%64", "%65", "%66", "%67", "%68", "%69")
 QK_WGMMA_TYPES(192, QK_SUMS_192, QK_N0_95, "%96", "%97", "%98", "%99", "%100", "%101")
 QK_WGMMA_TYPES(256, QK_SUMS_256, QK_N0_95 "," QK_N96_111 "," QK_N112_127, "%128", "%129", "%130", "%131", "%132",
@@ -104,6 +107,7 @@ QK_WGMMA_TYPES(256, QK_SUMS_256, QK_N0_95 "," QK_N96_111 "," QK_N112_127, "%128"
 #undef QK_SUMS_256
 #undef QK_SUMS_192
 #undef QK_SUMS_128
+#undef QK_SUMS_96
 #undef QK_SUMS_64
 #undef QK_SUMS_32
 #undef QK_SUMS_16
@@ -117,6 +121,7 @@ QK_WGMMA_TYPES(256, QK_SUMS_256, QK_N0_95 "," QK_N96_111 "," QK_N112_127, "%128"
 #undef QK_D4
 #undef QK_N0_95
 #undef QK_N0_63
+#undef QK_N0_47
 #undef QK_N0_31
 #undef QK_N0_15
 #undef QK_N112_127
