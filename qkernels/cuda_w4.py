@@ -34,6 +34,7 @@ __all__ = [
     "PHASED_TILES",
     "SLAB_K",
     "TILES",
+    "TILES_OF_HALVES",
     "blocks_of",
     "dequantize_w4",
     "describe",
@@ -86,13 +87,14 @@ Plan = tuple[int, ...]
 """``W4Plan`` of ``csrc/cuda/w4.h``: kernel, tokens of a tile, phases, CTAs, counters, partial sums; and, of a launch
 before, channels and tokens of a tile."""
 
-TILES = [(tokens, 1) for tokens in (8, 16, 32, 64, 96, 128, 192, 256)]
+TILES = [(tokens, 1) for tokens in (8, 16, 32, 64, 128, 192, 256)]
+TILES_OF_HALVES = [*TILES, (96, 1)]
 PHASED_TILES = {
     16: [(8, 8), (16, 8), (8, 4), (16, 4), (32, 4), (8, 2), (16, 2), (32, 2), (64, 2), (128, 2)],
     8: [(8, 2), (16, 2), (8, 8), (16, 8), (8, 4), (16, 4), (32, 4)],
 }
 """Tokens and phases that a plan of the wgmma kernels may name (``w4_has_tile``), for the sanitizer and the tests; the
-latter by the bits of activations, for groups with scales and zero points alone."""
+second for 16-bit activations, the last by the bits of activations, for groups with scales and zero points alone."""
 
 MULTIPLIER_TILES = [*PHASED_TILES[16], (64, 4)]
 """The latter where groups have multipliers."""

@@ -28,7 +28,7 @@ from helpers import (
     strided,
 )
 from torch import Tensor
-from w4_on_gpu import MULTIPLIER_TILES, PHASED_TILES, TILES, canonical, gpu, on_gpu, scheme_of
+from w4_on_gpu import MULTIPLIER_TILES, PHASED_TILES, TILES, TILES_OF_HALVES, canonical, gpu, on_gpu, scheme_of
 
 from qkernels import cuda, cuda_w4, cuda_w4_layer, ops, reference
 from qkernels.cuda_w4_layer import PreparedCudaW4
@@ -104,7 +104,8 @@ def test_w4_plans_have_room_for_what_is_shared(eight_bits: bool, capability: int
             assert eight_bits or 1 <= ctas <= min(2 * sms, -(-m // tokens) * -(-n // 128) * -(-k // 128))
             assert eight_bits or floats == ctas * 2 * 128 * tokens
             continue
-        tiles = TILES[: 4 if kind == 1 else 6 if eight_bits and kind != 3 else 8]
+        every = TILES if eight_bits or kind == 1 else TILES_OF_HALVES
+        tiles = every[: 4 if kind == 1 else 5 if eight_bits and kind != 3 else 8]
         if kind == 3:
             tiles = tiles + MULTIPLIER_TILES
         elif kind == 0:
@@ -217,7 +218,7 @@ class TestW4A16:
                 x = seeded(rows, k, seed=rows).to(dtype)
                 assert_close(prepared.run(x.to("cuda")), x, tensors, scheme, k)
 
-    @pytest.mark.parametrize(("tokens", "phases"), TILES + PHASED_TILES[16])
+    @pytest.mark.parametrize(("tokens", "phases"), TILES_OF_HALVES + PHASED_TILES[16])
     @pytest.mark.parametrize("kind", W4_KINDS)
     def test_every_wgmma_tile_of_every_size(self, tokens: int, phases: int, kind: str) -> None:
         if cuda.capability(torch.cuda.current_device()) != 90:

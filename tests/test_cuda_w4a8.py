@@ -29,14 +29,14 @@ class TestW4A8:
                 x = (seeded(rows, k, seed=rows) + torch.linspace(-4.0, 4.0, rows)[:, None]).to("cuda", dtype)
                 assert_bits_equal(prepared.run(x), reference.linear(x, moved, scheme, k), f"{n}x{k}, {rows} rows")
 
-    @pytest.mark.parametrize(("tokens", "phases"), MMA_TILES + TILES[:6] + PHASED_TILES[8])
+    @pytest.mark.parametrize(("tokens", "phases"), MMA_TILES + TILES[:5] + PHASED_TILES[8])
     @pytest.mark.parametrize("kind", ["symmetric", "zero point", "minimum"])
     @pytest.mark.parametrize("symmetric", [True, False])
     def test_every_tile_of_every_size(self, tokens: int, phases: int, kind: str, symmetric: bool) -> None:
         """No phases: the kernel of mma.sync, which alone takes activations with zero points."""
         if phases and cuda.capability(torch.cuda.current_device()) != 90:
             pytest.skip("wgmma is an instruction of compute capability 9.0")
-        missing = phases > 0 and kind == "minimum" and (tokens > 64 or phases > 1)
+        missing = phases > 0 and kind == "minimum" and (tokens == 128 or phases > 1)
         if missing or (phases and not symmetric):
             pytest.skip("no such instance")
         n, k = 264, 1100

@@ -8,11 +8,21 @@ from helpers import W4_KINDS, seeded
 from torch import Tensor
 
 from qkernels import cuda, ops, reference
-from qkernels.cuda_w4 import MULTIPLIER_TILES, PHASED_TILES, TILES
+from qkernels.cuda_w4 import MULTIPLIER_TILES, PHASED_TILES, TILES, TILES_OF_HALVES
 from qkernels.cuda_w4_layer import PreparedCudaW4
 from qkernels.scheme import Scheme
 
-__all__ = ["MMA_TILES", "MULTIPLIER_TILES", "PHASED_TILES", "TILES", "canonical", "gpu", "on_gpu", "scheme_of"]
+__all__ = [
+    "MMA_TILES",
+    "MULTIPLIER_TILES",
+    "PHASED_TILES",
+    "TILES",
+    "TILES_OF_HALVES",
+    "canonical",
+    "gpu",
+    "on_gpu",
+    "scheme_of",
+]
 
 gpu = [
     pytest.mark.gpu,

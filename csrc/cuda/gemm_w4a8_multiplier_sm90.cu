@@ -34,10 +34,10 @@ void gemm_w4a8_multiplier_sm90(const GemmW4A8Args& args, const W4Plan& plan, boo
   const auto& a = args;
   const bool found = run_if<8>(a, job, plan, dependent, stream) || run_if<16>(a, job, plan, dependent, stream) ||
                      run_if<32>(a, job, plan, dependent, stream) || run_if<64>(a, job, plan, dependent, stream) ||
-                     run_if<96>(a, job, plan, dependent, stream) || run_if<128>(a, job, plan, dependent, stream) ||
-                     run_if<192>(a, job, plan, dependent, stream) || run_if<256>(a, job, plan, dependent, stream) ||
-                     run_if<8, 2>(a, job, plan, dependent, stream) || run_if<16, 2>(a, job, plan, dependent, stream) ||
-                     run_if<32, 2>(a, job, plan, dependent, stream) || run_if<64, 2>(a, job, plan, dependent, stream) ||
+                     run_if<128>(a, job, plan, dependent, stream) || run_if<192>(a, job, plan, dependent, stream) ||
+                     run_if<256>(a, job, plan, dependent, stream) || run_if<8, 2>(a, job, plan, dependent, stream) ||
+                     run_if<16, 2>(a, job, plan, dependent, stream) || run_if<32, 2>(a, job, plan, dependent, stream) ||
+                     run_if<64, 2>(a, job, plan, dependent, stream) ||
                      run_if<128, 2>(a, job, plan, dependent, stream) || run_if<8, 4>(a, job, plan, dependent, stream) ||
                      run_if<16, 4>(a, job, plan, dependent, stream) || run_if<32, 4>(a, job, plan, dependent, stream) ||
                      run_if<64, 4>(a, job, plan, dependent, stream) || run_if<8, 8>(a, job, plan, dependent, stream) ||

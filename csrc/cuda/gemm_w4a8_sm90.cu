@@ -40,11 +40,10 @@ template <W4Kind kKind>
 void run_tile(const GemmW4A8Args& a, const W4Plan& p, bool dependent, cudaStream_t s) {
   const bool found = run_if<kKind, 8>(a, p, dependent, s) || run_if<kKind, 16>(a, p, dependent, s) ||
                      run_if<kKind, 32>(a, p, dependent, s) || run_if<kKind, 64>(a, p, dependent, s) ||
-                     run_if<kKind, 96>(a, p, dependent, s) || run_if<kKind, 128>(a, p, dependent, s) ||
-                     run_if<kKind, 8, 2>(a, p, dependent, s) || run_if<kKind, 16, 2>(a, p, dependent, s) ||
-                     run_if<kKind, 8, 4>(a, p, dependent, s) || run_if<kKind, 8, 8>(a, p, dependent, s) ||
-                     run_if<kKind, 16, 8>(a, p, dependent, s) || run_if<kKind, 16, 4>(a, p, dependent, s) ||
-                     run_if<kKind, 32, 4>(a, p, dependent, s);
+                     run_if<kKind, 128>(a, p, dependent, s) || run_if<kKind, 8, 2>(a, p, dependent, s) ||
+                     run_if<kKind, 16, 2>(a, p, dependent, s) || run_if<kKind, 8, 4>(a, p, dependent, s) ||
+                     run_if<kKind, 8, 8>(a, p, dependent, s) || run_if<kKind, 16, 8>(a, p, dependent, s) ||
+                     run_if<kKind, 16, 4>(a, p, dependent, s) || run_if<kKind, 32, 4>(a, p, dependent, s);
   if (!found) throw std::logic_error("a tile of w4_has_tile that is not listed here");
 }
 

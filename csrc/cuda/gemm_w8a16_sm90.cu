@@ -23,12 +23,11 @@ template <typename T>
 void run_tile(const GemmW8A16Args& a, const Job& j, const W4Plan& p, bool dependent, cudaStream_t s) {
   const bool found = run_if<T, 8>(a, j, p, dependent, s) || run_if<T, 16>(a, j, p, dependent, s) ||
                      run_if<T, 32>(a, j, p, dependent, s) || run_if<T, 64>(a, j, p, dependent, s) ||
-                     run_if<T, 96>(a, j, p, dependent, s) || run_if<T, 128>(a, j, p, dependent, s) ||
-                     run_if<T, 192>(a, j, p, dependent, s) || run_if<T, 256>(a, j, p, dependent, s) ||
-                     run_if<T, 8, 2>(a, j, p, dependent, s) || run_if<T, 16, 2>(a, j, p, dependent, s) ||
-                     run_if<T, 64, 2>(a, j, p, dependent, s) || run_if<T, 16, 4>(a, j, p, dependent, s) ||
-                     run_if<T, 32, 4>(a, j, p, dependent, s) || run_if<T, 8, 8>(a, j, p, dependent, s) ||
-                     run_if<T, 16, 8>(a, j, p, dependent, s);
+                     run_if<T, 128>(a, j, p, dependent, s) || run_if<T, 192>(a, j, p, dependent, s) ||
+                     run_if<T, 256>(a, j, p, dependent, s) || run_if<T, 8, 2>(a, j, p, dependent, s) ||
+                     run_if<T, 16, 2>(a, j, p, dependent, s) || run_if<T, 64, 2>(a, j, p, dependent, s) ||
+                     run_if<T, 16, 4>(a, j, p, dependent, s) || run_if<T, 32, 4>(a, j, p, dependent, s) ||
+                     run_if<T, 8, 8>(a, j, p, dependent, s) || run_if<T, 16, 8>(a, j, p, dependent, s);
   if (!found) throw std::logic_error("a tile of w8a16_has_tile that is not listed here");
 }
 

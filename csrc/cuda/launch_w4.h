@@ -26,8 +26,8 @@ void gemm_w4a8(const GemmW4A8Args& args, const W4Plan& plan, bool dependent, cud
 void gemm_w4a16_mma(const GemmW4A16Args& args, const W4Plan& plan, bool dependent, cudaStream_t stream);
 void gemm_w4a8_mma(const GemmW4A8Args& args, int32_t tokens, bool dependent, cudaStream_t stream);
 void gemm_w4a8_multiplier_mma(const GemmW4A8Args& args, int32_t tokens, bool dependent, cudaStream_t stream);
-// 8, 16, 32, 64 or, without minima, 96 or 128 tokens; of 16-bit activations, or with multipliers, 192 or 256
-// (w4_has_tile).
+// 8, 16, 32, 64 or, without minima, 128 tokens; of 16-bit activations, or with multipliers, 192 and 256; of 16-bit
+// activations without minima 96 (w4_has_tile).
 void gemm_w4a16_sm90(const GemmW4A16Args& args, const W4Plan& plan, bool dependent, cudaStream_t stream);
 void gemm_w4a8_sm90(const GemmW4A8Args& args, const W4Plan& plan, bool dependent, cudaStream_t stream);
 void gemm_w4a8_multiplier_sm90(const GemmW4A8Args& args, const W4Plan& plan, bool dependent, cudaStream_t stream);

@@ -128,7 +128,8 @@ constexpr bool w4_is_even(int64_t n, int sms) { return n <= int64_t(sms) * 2 * 1
 constexpr bool w4_has_tile(bool bytes, W4Kind kind, int tokens, int phases) {
   const bool is_power = tokens == 8 || tokens == 16 || tokens == 32 || tokens == 64 || tokens == 128 || tokens == 256;
   const bool two_sums = bytes && kind != W4Kind::kMultiplier;  // of a group, and the total
-  if (!is_power && tokens != 96 && tokens != 192) return false;
+  if (tokens == 96) return !bytes && phases == 1 && kind != W4Kind::kMinimum;
+  if (!is_power && tokens != 192) return false;
   if (phases == 1) return tokens <= (kind == W4Kind::kMinimum ? 64 : two_sums ? 128 : 256);
   if (kind != W4Kind::kZeroPoint && kind != W4Kind::kMultiplier) return false;
   if (phases == 4) return tokens <= (kind == W4Kind::kMultiplier ? 64 : 32);

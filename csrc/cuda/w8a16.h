@@ -30,7 +30,7 @@ struct GemmW8A16Args {
 // The instances of kWgmma.
 constexpr bool w8a16_has_tile(int tokens, int phases) {
   if (phases == 2) return tokens == 8 || tokens == 16 || tokens == 64;
-  return !(tokens == 8 && phases == 4) && w4_has_tile(false, W4Kind::kZeroPoint, tokens, phases);
+  return !(tokens == 8 && phases == 4) && tokens != 96 && w4_has_tile(false, W4Kind::kZeroPoint, tokens, phases);
 }
 
 // Plans as those of 4-bit weights. kMma: `phases` is the blocks of 16 channels of a CTA, 1 or 2.
