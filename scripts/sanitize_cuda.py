@@ -148,11 +148,10 @@ def run_kernels(k: int) -> None:
             if bits != (8, 8) and configs[-1][0] == 2 and rows == 70:  # every tile of wgmma, shared ones among them
                 weight = cuda_w4.describe(prepared.tensors, scheme, n, k) if bits[0] == 4 else ()
                 whole = scheme.group_scales == "int"
-                tiles = cuda_w4.TILES
                 if bits[0] == 8:
-                    phased = cuda_w8a16.PHASED_TILES
+                    tiles, phased = cuda_w4.TILES, cuda_w8a16.PHASED_TILES
                 else:
-                    tiles = cuda_w4.TILES_OF_HALVES if scheme.weight_only else tiles
+                    tiles = cuda_w4.TILES_OF_HALVES if scheme.weight_only else cuda_w4.TILES
                     by_bits = cuda_w4.PHASED_TILES[16 if scheme.weight_only else 8]
                     phased = cuda_w4.MULTIPLIER_TILES if whole else by_bits
                 for tokens, phases in tiles + (phased if k >= PHASED_FEATURES else []):

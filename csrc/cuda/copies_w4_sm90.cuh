@@ -96,22 +96,6 @@ __device__ __forceinline__ void load_tokens(const CUtensorMap& x_map, uint32_t t
   }
 }
 
-// How a producer fills the ring for the first time: it asks for the tokens of its next stage when those of the one
-// before are here. All CTAs begin with the same tokens as soon as the kernel before has ended; had they asked for a
-// whole ring of them at once, some would get their first stage behind what others need much later, and their tiles
-// would end last (64 rows of 4096 x 14336 on an H200: first stages 0.6 to 2.2 us after the kernel before, 17.9 us a
-// product, 17.5 so).
-template <typename S>
-struct FirstFill {
-  static constexpr bool kWaits = !S::kFew;  // few tokens are soon here
-  int stage;  // before this producer's next one; negative: there is none
-  __device__ __forceinline__ explicit FirstFill(int producer) : stage(producer - S::kProducers) {}
-  __device__ __forceinline__ void wait(uint32_t full) {
-    if (kWaits && stage >= 0) ptx::mbarrier_wait(full + 8 * stage, 0);
-    stage += S::kProducers;
-  }
-};
-
 // The place in the ring of stages.
 struct Ring {
   int stage = 0;
@@ -120,6 +104,16 @@ struct Ring {
     if ((stage += by) >= stages) stage -= stages, parity ^= 1;
   }
 };
+
+// While a producer fills the ring for the first time, before the tokens of a stage: waits until its stage before is
+// here. All CTAs begin with the same tokens as soon as the kernel before has ended; had they asked for a whole ring of
+// them at once, some would get their first stage behind what others need much later, and their tiles would end last (64
+// rows of 4096 x 14336 on an H200: first stages 0.6 to 2.2 us after the kernel before, 17.9 us a product, 17.5 so). Few
+// tokens are soon here.
+template <typename S>
+__device__ __forceinline__ void wait_for_stage_before(const Ring& ring, uint32_t full) {
+  if (!S::kFew && ring.stage >= S::kProducers) ptx::mbarrier_wait(full + 8 * (ring.stage - S::kProducers), 0);
+}
 
 }  // namespace
 }  // namespace qk::cuda

@@ -107,7 +107,6 @@ __global__ void __launch_bounds__(S::kThreads, S::kPerSm)
       const int before_next = S::kManyWarps ? job.slabs - kLead : walk.slabs(job) / 2;
       int until_next = job.waits ? 1 : max(1, before_next / S::kProducers);
       bool waited = false;
-      FirstFill<S> fill(producer);
       while (walk.next(job, s)) {
         const int count = s.last - s.first, first = s.first + skip;
         skip = (skip + S::kProducers - count % S::kProducers) % S::kProducers;
@@ -153,7 +152,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kPerSm)
             const uint32_t bar = full_here + 8 * ring.stage;
             if (ahead > 0) {
               --ahead;
-              fill.wait(full_here);
+              wait_for_stage_before<S>(ring, full_here);
             } else {
               ptx::mbarrier_wait(empty_here + 8 * ring.stage, ring.parity);
               if (part == 0) {

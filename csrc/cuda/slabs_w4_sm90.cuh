@@ -48,8 +48,7 @@ __device__ __forceinline__ void copy_slabs(const Job& job, const CUtensorMap& x_
       codes += source.step, scale += source.scale_step;
       if (S::kZeros) second += source.second_step;
     }
-    ptx::tensor_load_2d(tokens_to, &x_map, column, m0, full_at, ptx::kEvictNormal);
-    ptx::tensor_load_2d(tokens_to + S::kTokens * 128, &x_map, column + 128, m0, full_at, ptx::kEvictNormal);
+    load_tokens<S>(x_map, tokens_to, column, m0, full_at);
     column += S::kRowBytes * S::kProducers;
     packed_to += packed_bytes * S::kProducers, tokens_to += S::kTokenBytes * S::kProducers;
     full_at += 8 * S::kProducers;

@@ -128,6 +128,7 @@ constexpr bool w4_is_even(int64_t n, int sms) { return n <= int64_t(sms) * 2 * 1
 constexpr bool w4_has_tile(bool bytes, W4Kind kind, int tokens, int phases) {
   const bool is_power = tokens == 8 || tokens == 16 || tokens == 32 || tokens == 64 || tokens == 128 || tokens == 256;
   const bool two_sums = bytes && kind != W4Kind::kMultiplier;  // of a group, and the total
+  // 16-bit activations by 4-bit codes alone have these yet (8-bit ones: w8a16_has_tile).
   if (tokens == 96) return !bytes && phases == 1 && kind != W4Kind::kMinimum;
   if (!is_power && tokens != 192) return false;
   if (phases == 1) return tokens <= (kind == W4Kind::kMinimum ? 64 : two_sums ? 128 : 256);
